@@ -1,0 +1,50 @@
+"""assign_codes: the partition of a weight, as a code for each weight or as packed bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bqnn.ops import quantizer
+from bqnn.ops._check import check_codebook, check_floating
+from bqnn.ops._register import register_op
+from bqnn.packing import pack_codes, packed_width
+
+
+def assign_codes_reference(weight: Tensor, thresholds: Tensor, packed: bool) -> Tensor:
+    codes = quantizer.assign(weight, thresholds)
+    return pack_codes(codes.flatten(1), thresholds.shape[1] + 1) if packed else codes
+
+
+def _fake(weight: Tensor, thresholds: Tensor, packed: bool, backend: str | None = None) -> Tensor:
+    if not packed:
+        return torch.empty_like(weight, dtype=torch.uint8)
+    columns = weight[0].numel()
+    return weight.new_empty((weight.shape[0], packed_width(columns, thresholds.shape[1] + 1)), dtype=torch.uint8)
+
+
+register_op(
+    "assign_codes",
+    "(Tensor weight, Tensor thresholds, bool packed=False, str? backend=None) -> Tensor",
+    assign_codes_reference,
+    _fake,
+)
+
+
+def assign_codes(weight: Tensor, thresholds: Tensor, packed: bool = False, backend: str | None = None) -> Tensor:
+    """The code #{j : w > t_j} of every weight (Chien and Chang 2023, the partition of section 4).
+
+    Args:
+        weight: floating point [N, ...].
+        thresholds: [1 or N, M - 1], increasing in each row.
+        packed: whether to pack the codes of an output channel into bytes, as :func:`bqnn.packing.pack_codes` does.
+
+    Returns:
+        uint8, the weight's shape; packed: [N, packed_width].
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype or shape.
+    """
+    check_floating("weight", weight)
+    check_codebook("thresholds", thresholds, weight, num_levels=thresholds.shape[-1] + 1, columns=thresholds.shape[-1])
+    return torch.ops.bqnn.assign_codes(weight, thresholds, packed, backend)

@@ -1,0 +1,86 @@
+"""Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in plain PyTorch.
+
+The key is the seed and the counter is the call number, so a number depends on the seed and on the *logical* index of
+the element it is for: element i of a tensor is word i % 4 of call offset + i // 4. A kernel that follows the same rule
+gives the same words whatever its threads, tiles and blocks are, and a backward pass makes the noise again from
+(seed, offset) instead of storing it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+LOW_32 = 0xFFFFFFFF
+CALLS_A_BLOCK = 1 << 14  # four int64 words of a block stay in a core's cache through the ten rounds
+
+
+def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words of each call.
+
+    Args:
+        counter: four int64 tensors of one shape, values in [0, 2**32), least significant word first.
+        key: two 32-bit words, least significant first.
+
+    Returns:
+        four int64 tensors of the counter's shape, values in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        # A 32 x 32 bit product wraps in int64, but its bits are right, and so is the high half once masked.
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0 = (p1 >> 32).bitwise_and_(LOW_32).bitwise_xor_(c1).bitwise_xor_(k0)
+        c2 = (p0 >> 32).bitwise_and_(LOW_32).bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = p1.bitwise_and_(LOW_32), p0.bitwise_and_(LOW_32)
+        k0, k1 = (k0 + KEY_STEPS[0]) & LOW_32, (k1 + KEY_STEPS[1]) & LOW_32
+    return c0, c1, c2, c3
+
+
+def random_words(seed: int, offset: int, first_call: int, calls: int, device: torch.device) -> Tensor:
+    """The words of ``calls`` consecutive calls from ``offset + first_call``: int64 [4, calls], in [0, 2**32)."""
+    call = torch.arange(calls, device=device) + (offset + first_call)
+    zero = torch.zeros_like(call)
+    counter = (call & LOW_32, (call >> 32) & LOW_32, zero, zero)
+    return torch.stack(philox4x32(counter, (seed & LOW_32, (seed >> 32) & LOW_32)))
+
+
+def normals_from_words(words: Tensor) -> Tensor:
+    """Box-Muller: int64 [4, n] words to float32 [n, 4] independent N(0, 1), in call order when flattened.
+
+    24 bits of a word make a uniform number that float32 holds exactly: u in (0, 1] for the radius, [0, 1) for the angle.
+    """
+    bits = (words >> 8).to(torch.float32)
+    radius = ((bits[0::2] + 1.0) * 2.0**-24).log_().mul_(-2.0).sqrt_()
+    angle = bits[1::2] * (2.0 * math.pi * 2.0**-24)
+    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=1)  # [2 pairs, 2, n]
+    return pairs.flatten(0, 1).t()
+
+
+def normal(seed: Tensor, offset: int, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Independent N(0, 1) numbers, float32 before the cast to ``dtype``; element i is number ``4 * offset + i``.
+
+    Args:
+        seed: int64 scalar tensor, the key.
+        offset: the call that holds element 0.
+        shape: of the result, which is contiguous: i is the index in row-major order.
+    """
+    total, key = math.prod(shape), int(seed)
+    calls = -(-total // 4)
+    out = torch.empty((calls, 4), device=device, dtype=dtype)
+    block = CALLS_A_BLOCK if device.type == "cpu" else max(calls, 1)
+    for first in range(0, calls, block):
+        last = min(first + block, calls)
+        out[first:last] = normals_from_words(random_words(key, offset, first, last - first, device))
+    return out.flatten()[:total].view(shape)
+
+
+def fresh_seed() -> Tensor:
+    """A new seed from the default CPU generator, which torch.manual_seed governs: int64 scalar tensor."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64)
