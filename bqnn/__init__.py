@@ -1,28 +1,43 @@
 """bqnn: Bayesian asymmetric M-ary quantized neural networks, trained, packed and run (Chien and Chang 2023)."""
 
 from bqnn._version import __version__
-from bqnn.dispatch import BackendError, backends
 from bqnn.batchnorm import refresh_batchnorm
 from bqnn.convert import convert, convert_
+from bqnn.dispatch import BackendError, backends
 from bqnn.elbo import Elbo, elbo, kl_divergence, kl_warmup, parameter_groups
+from bqnn.io import FormatError, info, load, save
 from bqnn.layers import BayesConv2d, BayesLinear, sampling
+from bqnn.pack import pack
+from bqnn.packed import PackedConv2d, PackedLinear
 from bqnn.predict import Prediction, predict
+from bqnn.report import Report, report
+from bqnn.speed import explain_speed
 
 __all__ = [
     "BackendError",
     "BayesConv2d",
     "BayesLinear",
     "Elbo",
+    "FormatError",
+    "PackedConv2d",
+    "PackedLinear",
     "Prediction",
+    "Report",
     "__version__",
     "backends",
     "convert",
     "convert_",
     "elbo",
+    "explain_speed",
+    "info",
     "kl_divergence",
     "kl_warmup",
+    "load",
+    "pack",
     "parameter_groups",
     "predict",
     "refresh_batchnorm",
+    "report",
     "sampling",
+    "save",
 ]

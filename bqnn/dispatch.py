@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ def status(op: str, backend: str, device_type: str) -> Status:
     if backend not in ORDER:
         return Status(False, f"there is no such backend; there are {', '.join(ORDER)}")
     if backend not in _implementations.get(op, {}):
-        return Status(False, "this installation has no kernel of it for this op")
+        return Status(False, "not installed")
     if backend == "cpu" and device_type != "cpu":
         return Status(False, f"it runs on the CPU and the tensors are on {device_type}")
     if backend in ("cuda", "triton") and device_type != "cuda":
@@ -49,7 +49,7 @@ def status(op: str, backend: str, device_type: str) -> Status:
     return Status(True, "")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _choose(op: str, device_type: str, forced: str | None) -> str:
     if forced is not None:
         usable, reason = status(op, forced, device_type)
@@ -85,7 +85,11 @@ class Backends(dict[str, dict[str, dict[str, Status]]]):
         for op, devices in self.items():
             for device, table in devices.items():
                 chosen = next((name for name, state in table.items() if state.usable), "-")
-                others = "; ".join(f"{name}: {state.reason}" for name, state in table.items() if not state.usable)
+                reasons: dict[str, list[str]] = {}
+                for name, state in table.items():
+                    if not state.usable:
+                        reasons.setdefault(state.reason, []).append(name)
+                others = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
                 lines.append(f"{op:<26}{device:<8}{chosen:<12}{others}")
         return "\n".join(lines)
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MIN_LEVELS = 2
-MAX_LEVELS = 16
+from bqnn.ops._check import check_num_levels
 
 
 def digits_per_byte(num_levels: int) -> int:
     """How many codes share a byte: 8 for two levels, 5 for 3, 4 for 4, 3 for 5 and 6, 2 for 7 to 16.
 
     Raises:
-        ValueError: ``num_levels`` is outside 2..16.
+        TypeError, ValueError: ``num_levels`` is no integer or outside 2..16.
     """
-    if not MIN_LEVELS <= num_levels <= MAX_LEVELS:
-        raise ValueError(f"num_levels is {num_levels}; it needs to be within {MIN_LEVELS}..{MAX_LEVELS}")
+    check_num_levels(num_levels)
     digits = 1
     while num_levels ** (digits + 1) <= 256:
         digits += 1
@@ -42,7 +40,7 @@ def pack_codes(codes: Tensor, num_levels: int) -> Tensor:
     digits = digits_per_byte(num_levels)
     _check_matrix("codes", codes)
     if codes.numel() and int(codes.max()) >= num_levels:
-        raise ValueError(f"codes holds {int(codes.max())}; with num_levels={num_levels} codes need to be below it")
+        raise ValueError(f"codes must be below num_levels, {num_levels}, got {int(codes.max())}")
     rows, columns = codes.shape
     width = packed_width(columns, num_levels)
     padded = codes.new_zeros(rows, width * digits)
@@ -62,7 +60,8 @@ def unpack_codes(packed: Tensor, num_levels: int, columns: int) -> Tensor:
     width = packed_width(columns, num_levels)
     if packed.shape[1] != width:
         raise ValueError(
-            f"packed has {packed.shape[1]} bytes a channel; {columns} codes of {num_levels} levels take {width}"
+            f"packed must have {width} bytes a channel for {columns} codes of {num_levels} levels, "
+            f"got {packed.shape[1]}"
         )
     digits = torch.div(packed.unsqueeze(-1), _digit_weights(num_levels, packed.device), rounding_mode="floor")
     return (digits % num_levels).flatten(1)[:, :columns].contiguous()
@@ -81,7 +80,8 @@ def find_bad_byte(packed: Tensor, num_levels: int, columns: int) -> str | None:
     channel, byte = bad[0].tolist()
     value, limit = int(packed[channel, byte]), int(limits[byte])
     return (
-        f"byte {byte} of channel {channel} is {value}; {num_levels} levels and {columns} columns need it below {limit}"
+        f"must hold base-{num_levels} digits, padded by zeros: byte {byte} of channel {channel} must be below {limit}, "
+        f"got {value}"
     )
 
 
@@ -92,6 +92,6 @@ def _digit_weights(num_levels: int, device: torch.device) -> Tensor:
 
 def _check_matrix(name: str, tensor: Tensor) -> None:
     if tensor.dtype != torch.uint8:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; it needs to be torch.uint8")
+        raise TypeError(f"{name} must be torch.uint8, got {tensor.dtype}")
     if tensor.dim() != 2:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs two dimensions, [channels, columns]")
+        raise ValueError(f"{name} must have the shape [channels, columns], got {list(tensor.shape)}")

@@ -3,6 +3,8 @@
 from bqnn.ops.assign_codes import assign_codes
 from bqnn.ops.moment_conv2d import moment_conv2d
 from bqnn.ops.moment_linear import moment_linear
+from bqnn.ops.packed_conv2d import packed_conv2d
+from bqnn.ops.packed_linear import packed_linear
 from bqnn.ops.sample_conv2d import sample_conv2d
 from bqnn.ops.sample_linear import sample_linear
 from bqnn.ops.spike_slab_kl import spike_slab_kl
@@ -11,6 +13,8 @@ __all__ = [
     "assign_codes",
     "moment_conv2d",
     "moment_linear",
+    "packed_conv2d",
+    "packed_linear",
     "sample_conv2d",
     "sample_linear",
     "spike_slab_kl",

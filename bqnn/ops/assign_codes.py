@@ -16,7 +16,7 @@ def assign_codes_reference(weight: Tensor, thresholds: Tensor, packed: bool) -> 
     return pack_codes(codes.flatten(1), thresholds.shape[1] + 1) if packed else codes
 
 
-def _fake(weight: Tensor, thresholds: Tensor, packed: bool, backend: str | None = None) -> Tensor:
+def _fake(weight: Tensor, thresholds: Tensor, packed: bool = False, backend: str | None = None) -> Tensor:
     if not packed:
         return torch.empty_like(weight, dtype=torch.uint8)
     columns = weight[0].numel()

@@ -34,13 +34,14 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # A 32 x 32 bit product wraps in int64, but its bits are right, and so is the high half once masked.
+        # A 32 x 32 bit product wraps in int64, but its bits are right. Its low half is c1 or c3 of the next round, where
+        # only an exclusive or follows: the high half may stay on it until that is masked.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0 = (p1 >> 32).bitwise_and_(LOW_32).bitwise_xor_(c1).bitwise_xor_(k0)
-        c2 = (p0 >> 32).bitwise_and_(LOW_32).bitwise_xor_(c3).bitwise_xor_(k1)
-        c1, c3 = p1.bitwise_and_(LOW_32), p0.bitwise_and_(LOW_32)
+        c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(LOW_32)
+        c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(LOW_32)
+        c1, c3 = p1, p0
         k0, k1 = (k0 + KEY_STEPS[0]) & LOW_32, (k1 + KEY_STEPS[1]) & LOW_32
-    return c0, c1, c2, c3
+    return c0, c1 & LOW_32, c2, c3 & LOW_32
 
 
 def random_words(seed: int, offset: int, first_call: int, calls: int, device: torch.device) -> Tensor:
@@ -57,10 +58,9 @@ def normals_from_words(words: Tensor) -> Tensor:
     24 bits of a word make a uniform number that float32 holds exactly: u in (0, 1] for the radius, [0, 1) for the angle.
     """
     bits = (words >> 8).to(torch.float32)
-    radius = ((bits[0::2] + 1.0) * 2.0**-24).log_().mul_(-2.0).sqrt_()
+    radius = bits[0::2].add(1.0).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
     angle = bits[1::2] * (2.0 * math.pi * 2.0**-24)
-    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=1)  # [2 pairs, 2, n]
-    return pairs.flatten(0, 1).t()
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=1).flatten(0, 1).t()
 
 
 def normal(seed: Tensor, offset: int, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -83,4 +83,4 @@ def normal(seed: Tensor, offset: int, shape: Sequence[int], device: torch.device
 
 def fresh_seed() -> Tensor:
     """A new seed from the default CPU generator, which torch.manual_seed governs: int64 scalar tensor."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn.ops._check import check_codebook, check_floating, check_same_shape
@@ -17,38 +16,54 @@ LOG_ALPHA_LIMIT = 10.0  # log alpha is clipped to +- this; outside, the approxim
 TINY = 1e-30  # keeps log(distance^2) finite where a mean lies on a level
 
 
-class _Divergence(NamedTuple):
-    """F(d, sigma) of the log-uniform prior centred d away from the mean, and its two derivatives."""
+class _Divergence:
+    """F(d, sigma) of the log-uniform prior centred at a distance d from the mean, and its derivatives, in nats.
 
-    value: Tensor
-    by_distance: Tensor
-    by_log_sigma2: Tensor
-
-
-def log_uniform_kl(distance: Tensor, log_sigma2: Tensor) -> _Divergence:
-    """KL(N(mu, sigma^2) || log-uniform around c), up to a constant, with d = mu - c and alpha = sigma^2 / d^2, in nats.
-
-    F = k1 - k1 sigmoid(k2 + k3 log alpha) + log(1 + 1 / alpha) / 2 (Molchanov et al. 2017, eq. 14): 0 at d = 0.
+    F = k1 - k1 sigmoid(k2 + k3 log alpha) + log(1 + 1 / alpha) / 2 with alpha = sigma^2 / d^2 (Molchanov et al. 2017,
+    eq. 14): KL(N(mu, sigma^2) || log-uniform) up to a constant, which is chosen so that F is 0 at d = 0.
     """
-    square = distance * distance + TINY
-    raw = log_sigma2 - square.log()
-    log_alpha = raw.clamp(-LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT)
-    gate = torch.sigmoid(K2 + K3 * log_alpha)
-    value = K1 - K1 * gate + 0.5 * F.softplus(-log_alpha)
-    slope = -K1 * K3 * gate * (1.0 - gate) - 0.5 * torch.sigmoid(-log_alpha)
-    slope = torch.where(raw == log_alpha, slope, 0.0)
-    return _Divergence(value, slope * (-2.0 * distance / square), slope)
+
+    def __init__(self, distance: Tensor, log_sigma2: Tensor) -> None:
+        self.distance = distance
+        self.square = torch.addcmul(torch.full_like(distance, TINY), distance, distance)
+        self.raw_log_alpha = log_sigma2 - self.square.log()
+        self.log_alpha = self.raw_log_alpha.clamp(-LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT)
+        self.inverse_alpha = (-self.log_alpha).exp()
+        self.gate = torch.sigmoid(K2 + K3 * self.log_alpha)
+
+    def value(self) -> Tensor:
+        return (K1 - K1 * self.gate).add_(self.inverse_alpha.log1p(), alpha=0.5)
+
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """dF/dd and dF/dlog_sigma2; both are 0 where log alpha is clipped."""
+        slope = self.gate * (self.gate - 1.0) * (K1 * K3) - 0.5 * self.inverse_alpha / (1.0 + self.inverse_alpha)
+        slope *= self.raw_log_alpha == self.log_alpha
+        return slope * (-2.0 * self.distance / self.square), slope
 
 
 class _Mixture(NamedTuple):
-    """The parts of the divergence at every weight: M spikes and the slab, whose weights sum to 1."""
+    """The parts of the divergence at every weight: M spikes and the slab, whose shares sum to 1."""
 
-    windows: list[Tensor]
+    windows: list[Tensor]  # Omega_m
+    total: Tensor  # sum_m Omega_m
     spikes: list[_Divergence]
-    total: Tensor
     slab: _Divergence
     slab_level: Tensor
-    kl: Tensor
+
+
+def _mixture(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor) -> _Mixture:
+    distances = [weight - column(levels, m, weight) for m in range(levels.shape[1])]
+    windows = [
+        (distance.square() * (-0.5 / column(tau, m, weight).square())).exp() for m, distance in enumerate(distances)
+    ]
+    slab_level = _slab_level(weight, levels)
+    return _Mixture(
+        windows,
+        torch.stack(windows).sum(0),
+        [_Divergence(distance, log_sigma2) for distance in distances],
+        _Divergence(weight - look_up(levels, slab_level), log_sigma2),
+        slab_level,
+    )
 
 
 def _slab_level(weight: Tensor, levels: Tensor) -> Tensor:
@@ -56,48 +71,49 @@ def _slab_level(weight: Tensor, levels: Tensor) -> Tensor:
     zero = levels == 0.0
     nearest = assign(weight, midpoints(levels))
     has_zero = column(zero.any(1, keepdim=True), 0, weight)
-    return torch.where(has_zero, column(zero.to(torch.uint8).argmax(1, keepdim=True), 0, weight), nearest)
+    level_zero = zero.to(torch.uint8).argmax(1, keepdim=True).to(torch.uint8)
+    return torch.where(has_zero, column(level_zero, 0, weight), nearest)
 
 
-def _mixture(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor) -> _Mixture:
-    distances = [weight - column(levels, m, weight) for m in range(levels.shape[1])]
-    windows = [(-0.5 * (distance / column(tau, m, weight)) ** 2).exp() for m, distance in enumerate(distances)]
-    spikes = [log_uniform_kl(distance, log_sigma2) for distance in distances]
-    total = torch.stack(windows).sum(0)
-    share = 1.0 / total.clamp(min=1.0)
-    slab_level = _slab_level(weight, levels)
-    slab = log_uniform_kl(weight - look_up(levels, slab_level), log_sigma2)
-    kl = (1.0 - share * total) * slab.value
-    for window, spike in zip(windows, spikes, strict=True):
-        kl = kl + share * window * spike.value
-    return _Mixture(windows, spikes, total, slab, slab_level, kl)
+def _values(mixture: _Mixture) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The divergence at every weight, F of every spike, and F of the slab."""
+    share = mixture.total.clamp(min=1.0).reciprocal_()
+    slab_value = mixture.slab.value()
+    kl = (1.0 - share * mixture.total) * slab_value
+    spike_values = [spike.value() for spike in mixture.spikes]
+    for window, value in zip(mixture.windows, spike_values, strict=True):
+        kl += share * window * value
+    return kl, spike_values, slab_value
 
 
 def spike_slab_kl_reference(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor) -> Tensor:
-    return _mixture(weight, log_sigma2, levels, tau).kl.sum()
+    return _values(_mixture(weight, log_sigma2, levels, tau))[0].sum()
 
 
 def spike_slab_kl_backward_reference(
     grad: Tensor, weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups, num_levels = levels.shape
-    windows, spikes, total, slab, slab_level, kl = _mixture(weight, log_sigma2, levels, tau)
-    share = 1.0 / total.clamp(min=1.0)
+    mixture = _mixture(weight, log_sigma2, levels, tau)
+    windows, total, spikes, slab, slab_level = mixture
+    kl, spike_values, slab_value = _values(mixture)
+    share = total.clamp(min=1.0).reciprocal_()
     slab_share = 1.0 - share * total
-    grad_log_sigma2 = slab_share * slab.by_log_sigma2
-    by_distance = []
-    for m, (window, spike) in enumerate(zip(windows, spikes, strict=True)):
-        distance = weight - column(levels, m, weight)
-        # Where the windows overlap to more than 1 they are shared out, and the slab has no part.
-        by_window = torch.where(total > 1.0, (spike.value - kl) * share, spike.value - slab.value)
-        by_distance.append(
-            share * window * spike.by_distance
-            - by_window * window * distance / column(tau, m, weight) ** 2
-            + torch.where(slab_level == m, slab_share * slab.by_distance, 0.0)
-        )
-        grad_log_sigma2 = grad_log_sigma2 + share * window * spike.by_log_sigma2
-    grad_levels = torch.stack([-sum_to_groups(by_distance[m], groups) for m in range(num_levels)], dim=1)
-    return grad * torch.stack(by_distance).sum(0), grad * grad_log_sigma2, grad * grad_levels
+    slab_by_distance, slab_by_log_sigma2 = slab.slopes()
+    # Where the windows overlap to more than 1 they are shared out, and the slab has no part.
+    overlap, rest = total > 1.0, torch.where(total > 1.0, kl, slab_value)
+    grad_weight, grad_log_sigma2 = torch.zeros_like(weight), slab_share * slab_by_log_sigma2
+    grad_levels = []
+    for m, (window, spike, value) in enumerate(zip(windows, spikes, spike_values, strict=True)):
+        spike_by_distance, spike_by_log_sigma2 = spike.slopes()
+        part = share * window
+        by_window = torch.where(overlap, share, 1.0) * (value - rest)
+        by_distance = part * spike_by_distance
+        by_distance -= by_window * window * spike.distance / column(tau, m, weight).square()
+        by_distance += (slab_level == m) * (slab_share * slab_by_distance)
+        grad_log_sigma2 += part * spike_by_log_sigma2
+        grad_weight += by_distance
+        grad_levels.append(-sum_to_groups(by_distance, levels.shape[0]))
+    return grad * grad_weight, grad * grad_log_sigma2, grad * torch.stack(grad_levels, dim=1)
 
 
 def _fake(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor, backend: str | None = None) -> Tensor:

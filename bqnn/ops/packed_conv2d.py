@@ -1,0 +1,141 @@
+"""packed_conv2d: a two-dimensional convolution whose weight is packed codes and a codebook.
+
+The weight [N, C/groups, kh, kw] is packed a channel as weight[n].flatten(), K = C/groups * kh * kw codes. Precisions
+are those of packed_linear, with one scale a sample for "int8". The output has the dtype of x (float16 and bfloat16 are
+computed in float32) and is channels-last where x is. There is no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bqnn.ops._check import check_conv2d_input
+from bqnn.ops._packed import check_packed, decode, is_half, multiply, no_backward, pair, round_weight
+from bqnn.ops._register import register_op
+
+
+def output_size(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    total_padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Height and width of the output for an input of ``size``; ``total_padding`` counts both sides together."""
+    reach = [dilation[i] * (kernel_size[i] - 1) + 1 for i in range(2)]
+    return [(size[i] + total_padding[i] - reach[i]) // stride[i] + 1 for i in range(2)]
+
+
+def packed_conv2d_reference(
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    precision: str,
+) -> Tensor:
+    """Decodes the weight, then convolves; "int8" accumulates in float64."""
+    channels = x.shape[1] // groups
+    weight = decode(codes, levels, channels * kernel_size[0] * kernel_size[1])
+    weight = round_weight(weight, precision).view(-1, channels, *kernel_size)
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    y = multiply(convolve, x, weight, bias, precision, accumulate=torch.float64)
+    return y.contiguous(memory_format=_memory_format(x))
+
+
+def packed_conv2d_fake(
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    precision: str,
+    backend: str | None = None,
+) -> Tensor:
+    """The shape, dtype and memory format of the output."""
+    size = output_size(x.shape[2:], kernel_size, stride, [2 * p for p in padding], dilation)
+    shape = (x.shape[0], codes.shape[0], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+register_op(
+    "packed_conv2d",
+    "(Tensor x, Tensor codes, Tensor levels, Tensor? bias, int[2] kernel_size, int[2] stride, int[2] padding, "
+    "int[2] dilation, int groups, str precision, str? backend=None) -> Tensor",
+    packed_conv2d_reference,
+    packed_conv2d_fake,
+    backward=no_backward,
+)
+
+
+def packed_conv2d(
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """The convolution of ``x`` with a packed weight [N, C/groups, kh, kw]; zeros pad, as in torch.nn.functional.conv2d.
+
+    Args:
+        x: [B, C, H, W], floating point, any strides; an empty batch is allowed.
+        codes: uint8 [N, packed_width(K, M)], K = C/groups * kh * kw, of :func:`bqnn.packing.pack_codes`.
+        levels: float32 [1, M] or [N, M], increasing along M (not checked here).
+        bias: [N], floating point, or None.
+        kernel_size, stride, padding, dilation: one integer, or (height, width).
+        groups: divides C and N.
+        precision: "fp32", "bf16" or "int8".
+        backend: forces a backend; None chooses.
+
+    Returns:
+        [B, N, H', W'], x's dtype, channels-last where x is, else contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        bqnn.BackendError: ``backend`` can not run this.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x must have the shape [batch, channels, height, width], got {list(x.shape)}")
+    kernel = pair("kernel_size", kernel_size, 1)
+    stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    padding = pair("padding", padding, 0)
+    check_conv2d_input(x, x.shape[1], codes.shape[0], groups)
+    check_packed(x, codes, levels, bias, x.shape[1] // groups * kernel[0] * kernel[1], precision)
+    if min(output_size(x.shape[2:], kernel, stride, [2 * p for p in padding], dilation)) < 1:
+        raise ValueError(
+            f"x must be large enough for a kernel of {kernel} with padding {padding} and dilation {dilation}, "
+            f"got {list(x.shape)}"
+        )
+    if is_half(x):
+        y = packed_conv2d(x.float(), codes, levels, bias, kernel, stride, padding, dilation, groups, precision, backend)
+        return y.to(x.dtype)
+    return torch.ops.bqnn.packed_conv2d(
+        x, codes, levels, bias, kernel, stride, padding, dilation, groups, precision, backend
+    )
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format

@@ -1,0 +1,74 @@
+"""packed_linear: a linear layer whose weight is packed codes and a codebook.
+
+    y[..., n] = sum_k x[..., k] * levels[g(n), code(n, k)] + bias[n],   g(n) = 0 or n
+
+``precision`` says how: "fp32" multiplies in the dtype of x; "bf16" rounds x and the levels to bfloat16 and accumulates
+in the dtype of x; "int8" rounds each row of x to 8-bit integers with a scale of its own (max|x| / 127) and keeps the
+levels exact. The output has the dtype of x; float16 and bfloat16 are computed in float32. There is no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bqnn.ops._check import check_linear_input
+from bqnn.ops._packed import check_packed, decode, is_half, multiply, no_backward, round_weight
+from bqnn.ops._register import register_op
+
+
+def packed_linear_reference(x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str) -> Tensor:
+    """Decodes the weight, then multiplies; "int8" accumulates in float64."""
+    rows = x.reshape(-1, x.shape[-1])
+    weight = round_weight(decode(codes, levels, x.shape[-1]), precision)
+    y = multiply(F.linear, rows, weight, bias, precision, accumulate=torch.float64)
+    return y.view(*x.shape[:-1], codes.shape[0])
+
+
+def packed_linear_fake(
+    x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, backend: str | None = None
+) -> Tensor:
+    """The shape and dtype of the output; always contiguous."""
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+register_op(
+    "packed_linear",
+    "(Tensor x, Tensor codes, Tensor levels, Tensor? bias, str precision, str? backend=None) -> Tensor",
+    packed_linear_reference,
+    packed_linear_fake,
+    backward=no_backward,
+)
+
+
+def packed_linear(
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None = None,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """The product of ``x`` with a packed weight [N, K].
+
+    Args:
+        x: [..., K], floating point, any strides; an empty batch is allowed.
+        codes: uint8 [N, packed_width(K, M)], of :func:`bqnn.packing.pack_codes`.
+        levels: float32 [1, M] or [N, M], increasing along M (not checked here).
+        bias: [N], floating point, or None.
+        precision: "fp32", "bf16" or "int8".
+        backend: forces a backend; None chooses.
+
+    Returns:
+        [..., N], x's dtype, contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        bqnn.BackendError: ``backend`` can not run this.
+    """
+    check_linear_input(x, x.shape[-1] if x.dim() else 1)
+    check_packed(x, codes, levels, bias, x.shape[-1], precision)
+    if is_half(x):
+        return packed_linear(x.float(), codes, levels, bias, precision, backend).to(x.dtype)
+    return torch.ops.bqnn.packed_linear(x, codes, levels, bias, precision, backend)

@@ -1,0 +1,186 @@
+"""PackedLinear and PackedConv2d: layers for inference whose weight is codes in bytes and a codebook."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bqnn.ops._check import check_conv2d_input, check_linear_input
+from bqnn.ops._packed import multiply, pair
+from bqnn.ops.packed_conv2d import output_size, packed_conv2d
+from bqnn.ops.packed_linear import packed_linear
+from bqnn.packed_layer import PackedLayer
+from bqnn.packing import pack_codes
+from bqnn.padding import explicit_padding
+
+if TYPE_CHECKING:
+    from bqnn.layers import BayesConv2d, BayesLinear
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class PackedLinear(PackedLayer):
+    """A linear layer with a packed weight [out_features, in_features]; made by bqnn.pack and bqnn.load.
+
+    Args:
+        in_features: K.
+        codes: uint8 [N, packed_width(K, M)].
+        levels: float32 [1 or N, M], finite and increasing.
+        bias: [N] or None.
+        precision: "fp32", "bf16" or "int8".
+        execution: "auto", "packed" or "dense".
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message starts with its name.
+    """
+
+    op = "packed_linear"
+
+    def __init__(
+        self,
+        in_features: int,
+        codes: Tensor,
+        levels: Tensor,
+        bias: Tensor | None = None,
+        precision: str = "fp32",
+        execution: str = "auto",
+    ) -> None:
+        super().__init__((len(codes), in_features), codes, levels, bias, precision, execution)
+        self.in_features, self.out_features = in_features, len(codes)
+
+    @classmethod
+    def from_bayes(cls, layer: BayesLinear, precision: str = "fp32", execution: str = "auto") -> PackedLinear:
+        """The packed form of ``layer``; raises ValueError where one of its parameters is not finite."""
+        return cls(layer.in_features, *_packed_tensors(layer), precision, execution)
+
+    def rows(self, x: Tensor) -> int:
+        return math.prod(x.shape[:-1])
+
+    def run_packed(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.codes, self.levels, self.bias, self.precision)
+
+    def run_dense(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features) if self.precision == "int8" else x
+        y = multiply(F.linear, rows, self._dense(), self.bias, self.precision, x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
+
+    def _check_input(self, x: Tensor) -> None:
+        check_linear_input(x, self.in_features)
+
+
+class PackedConv2d(PackedLayer):
+    """A two-dimensional convolution with a packed weight [out_channels, in_channels / groups, kh, kw].
+
+    Args:
+        in_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as nn.Conv2d takes them.
+        codes: uint8 [N, packed_width(K, M)], K = in_channels / groups * kh * kw, in the order of weight[n].flatten().
+        levels: float32 [1 or N, M], finite and increasing.
+        bias: [N] or None.
+        precision: "fp32", "bf16" or "int8".
+        execution: "auto", "packed" or "dense".
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message starts with its name.
+    """
+
+    op = "packed_conv2d"
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: int | Sequence[int],
+        codes: Tensor,
+        levels: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        precision: str = "fp32",
+        execution: str = "auto",
+    ) -> None:
+        channels = len(codes)
+        if groups < 1 or in_channels % groups or channels % groups:
+            raise ValueError(
+                f"groups must divide in_channels and channels, got {groups} for {in_channels} and {channels}"
+            )
+        kernel = pair("kernel_size", kernel_size, 1)
+        shape = (channels, in_channels // groups, *kernel)
+        super().__init__(shape, codes, levels, bias, precision, execution)
+        self.in_channels, self.out_channels, self.kernel_size, self.groups = in_channels, channels, kernel, groups
+        self.stride, self.dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
+        self.padding = padding if isinstance(padding, str) else pair("padding", padding, 0)
+        self.padding_mode = padding_mode
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+        if isinstance(padding, str) and padding not in ("same", "valid"):
+            raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
+        if padding == "same" and self.stride != (1, 1):
+            raise ValueError(f"stride must be 1 with padding='same', got {self.stride}")
+
+    @classmethod
+    def from_bayes(cls, layer: BayesConv2d, precision: str = "fp32", execution: str = "auto") -> PackedConv2d:
+        """The packed form of ``layer``; raises ValueError where one of its parameters is not finite."""
+        return cls(
+            layer.in_channels,
+            layer.kernel_size,
+            *_packed_tensors(layer),
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            padding_mode=layer.padding_mode,
+            precision=precision,
+            execution=execution,
+        )
+
+    def rows(self, x: Tensor) -> int:
+        if self.padding == "same":
+            return x.shape[0] * x.shape[2] * x.shape[3]
+        padding = (0, 0) if isinstance(self.padding, str) else [2 * p for p in self.padding]
+        size = output_size(x.shape[2:], self.kernel_size, self.stride, padding, self.dilation)
+        return x.shape[0] * math.prod(size)
+
+    def run_packed(self, x: Tensor) -> Tensor:
+        x, padding = explicit_padding(x, self)
+        geometry = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
+        return packed_conv2d(x, self.codes, self.levels, self.bias, *geometry, self.precision)
+
+    def run_dense(self, x: Tensor) -> Tensor:
+        x, padding = explicit_padding(x, self)
+
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+        return multiply(convolve, x, self._dense(), self.bias, self.precision, x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] -> [B, out_channels, H', W'], or both without the batch dimension."""
+        if isinstance(x, Tensor) and x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        return super().forward(x)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        defaults = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+        parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
+        return ", ".join([*parts, super().extra_repr()])
+
+    def _check_input(self, x: Tensor) -> None:
+        check_conv2d_input(x, self.in_channels, self.out_channels, self.groups)
+
+
+def _packed_tensors(layer: BayesLinear | BayesConv2d) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, levels and bias of a Bayes layer, as the packed layers take them."""
+    codes = pack_codes(layer.codes().flatten(1), layer.num_levels)
+    bias = None if layer.bias is None else layer.bias.detach().clone()
+    return codes, layer.levels.detach().to(torch.float32, copy=True), bias

@@ -1,0 +1,140 @@
+"""assign_codes against bisection: exact codes for every M, shape, layout and backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bqnn import BackendError
+from bqnn.ops import assign_codes
+from bqnn.packing import pack_codes, unpack_codes
+from tests import formulas
+from tests.helpers import make_case, usable_backends
+from tests.shapes import (
+    CONV2D_GRID,
+    EVERY_M,
+    GRANULARITIES,
+    LINEAR_GRID,
+    SMALL_CONV2D,
+    SMALL_LINEAR,
+    Conv2dShape,
+    LinearShape,
+)
+
+RUNS_ON = usable_backends("assign_codes")
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(("shape", "num_levels"), [*LINEAR_GRID, *CONV2D_GRID])
+def test_codes(shape: LinearShape | Conv2dShape, num_levels: int, granularity: str, runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    case = make_case(shape, num_levels, granularity)
+    weight, thresholds = case.weight.to(device), case.thresholds.to(device)
+    expected = formulas.codes_of(case.weight, case.thresholds).to(torch.uint8)
+    codes = assign_codes(weight, thresholds, backend=backend)
+    assert codes.dtype == torch.uint8
+    assert torch.equal(codes.cpu(), expected)
+    packed = assign_codes(weight, thresholds, packed=True, backend=backend)
+    assert torch.equal(packed.cpu(), pack_codes(expected.flatten(1), num_levels))
+    assert torch.equal(unpack_codes(packed.cpu(), num_levels, expected[0].numel()), expected.flatten(1))
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("num_levels", EVERY_M)
+def test_a_weight_on_a_threshold_is_below_it(num_levels: int, runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    case = make_case(SMALL_LINEAR, num_levels, "tensor")
+    on = case.thresholds
+    above = torch.nextafter(on, torch.tensor(torch.inf))
+    for weight, first in ((on, 0), (above, 1)):
+        codes = assign_codes(weight.to(device), on.to(device), backend=backend)
+        assert codes.tolist() == [list(range(first, first + num_levels - 1))]
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes(dtype: torch.dtype, runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    case = make_case(SMALL_CONV2D, 5, "channel").to(dtype)
+    codes = assign_codes(case.weight.to(device), case.thresholds.to(device), backend=backend)
+    expected = formulas.codes_of(case.weight.double(), case.thresholds.double())
+    assert torch.equal(codes.cpu(), expected.to(torch.uint8))
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("packed", [False, True], ids=["codes", "packed"])
+def test_strides_do_not_matter(packed: bool, granularity: str, runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    case = make_case(SMALL_CONV2D, 3, granularity)
+    thresholds = case.thresholds.to(device)
+    expected = assign_codes(case.weight.to(device), thresholds, packed, backend)
+    channels_last = case.weight.to(device, memory_format=torch.channels_last)
+    assert torch.equal(assign_codes(channels_last, thresholds, packed, backend), expected)
+    wide = torch.full((*case.weight.shape[:-1], 2 * case.weight.shape[-1]), 9.0)
+    wide[..., ::2] = case.weight
+    sliced = wide.to(device)[..., ::2]
+    assert not sliced.is_contiguous()
+    assert torch.equal(assign_codes(sliced, thresholds, packed, backend), expected)
+    transposed = case.weight.to(device).flatten(1).t().contiguous().t()
+    matrix = assign_codes(transposed, thresholds.t().contiguous().t(), packed, backend)
+    assert torch.equal(matrix.flatten(1), expected.flatten(1))
+
+
+def test_no_gradient_is_recorded() -> None:
+    case = make_case(SMALL_LINEAR, 3, "tensor").leaves()
+    assert not assign_codes(case.weight, case.thresholds).requires_grad
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("packed", [False, True], ids=["codes", "packed"])
+def test_opcheck(packed: bool, granularity: str, layout: torch.memory_format) -> None:
+    case = make_case(SMALL_CONV2D, 3, granularity)
+    weight = case.weight.to(memory_format=layout)
+    torch.library.opcheck(torch.ops.bqnn.assign_codes.default, (weight, case.thresholds, packed))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["codes", "packed"])
+def test_compiles(packed: bool) -> None:
+    case = make_case(SMALL_CONV2D, 3, "channel")
+    compiled = torch.compile(assign_codes, backend="aot_eager", fullgraph=True)
+    expected = assign_codes(case.weight, case.thresholds, packed)
+    assert torch.equal(compiled(case.weight, case.thresholds, packed), expected)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda", "abacus"])
+def test_a_forced_backend_that_can_not_run_says_why(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(SMALL_LINEAR, 3, "tensor")
+    with pytest.raises(BackendError, match=rf"'{backend}' can not run bqnn::assign_codes: \w+ .*\w"):
+        assign_codes(case.weight, case.thresholds, backend=backend)
+    monkeypatch.setenv("BQNN_BACKEND", backend)
+    with pytest.raises(BackendError, match=rf"'{backend}' can not run bqnn::assign_codes: \w+ .*\w"):
+        assign_codes(case.weight, case.thresholds)
+    expected = formulas.codes_of(case.weight, case.thresholds).to(torch.uint8)
+    assert torch.equal(assign_codes(case.weight, case.thresholds, backend="reference"), expected)
+
+
+WEIGHT, THRESHOLDS = torch.zeros(7, 13), torch.tensor([[-0.5, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("weight", "thresholds", "error", "message"),
+    [
+        pytest.param(WEIGHT.int(), THRESHOLDS, TypeError, "weight must be floating point.*int32", id="int-weight"),
+        pytest.param(None, THRESHOLDS, TypeError, "weight must be a tensor.*NoneType", id="no-weight"),
+        pytest.param(WEIGHT[0, 0], THRESHOLDS, ValueError, "weight must", id="scalar-weight"),
+        pytest.param(WEIGHT, THRESHOLDS.int(), TypeError, "thresholds must be floating point.*int32", id="int"),
+        pytest.param(WEIGHT, [[0.5]], TypeError, "thresholds must be a tensor.*list", id="list"),
+        pytest.param(WEIGHT, THRESHOLDS[0], ValueError, r"thresholds must have the shape.*\[2\]", id="vector"),
+        pytest.param(WEIGHT, THRESHOLDS[0, 0], ValueError, r"thresholds must have the shape", id="scalar"),
+        pytest.param(WEIGHT, THRESHOLDS.expand(2, 2), ValueError, r"\[1 or 7, 2\], got \[2, 2\]", id="groups"),
+        pytest.param(WEIGHT, THRESHOLDS[:, :0], ValueError, "num_levels must be from 2 to 16, got 1", id="M1"),
+        pytest.param(WEIGHT, torch.arange(16.0)[None], ValueError, "num_levels must be.*got 17", id="M17"),
+        pytest.param(WEIGHT, THRESHOLDS.to("meta"), ValueError, "thresholds is on meta.*cpu", id="device"),
+    ],
+)
+def test_bad_input(weight: object, thresholds: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        assign_codes(weight, thresholds)  # type: ignore[arg-type]

@@ -1,0 +1,155 @@
+"""packed_conv2d against a dense float64 convolution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bqnn.ops._packed import PRECISIONS
+from bqnn.ops.packed_conv2d import packed_conv2d
+from bqnn.packing import pack_codes
+
+EVERY_M = [pytest.param(m, id=f"M{m}") for m in range(2, 17)]
+GEOMETRIES = [
+    pytest.param((1, 1, 1), (1, 1), {}, id="1x1"),
+    pytest.param((7, 6, 1), (5, 5), {}, id="lenet1"),
+    pytest.param((5, 16, 6), (3, 2), {"stride": (2, 1), "padding": (1, 2)}, id="stride-padding"),
+    pytest.param((3, 9, 4), 3, {"padding": 4, "dilation": (2, 3)}, id="dilation"),
+    pytest.param((2, 12, 8), (3, 3), {"groups": 4, "padding": 1}, id="groups"),
+    pytest.param((2, 10, 5), 3, {"groups": 5, "stride": 3}, id="depthwise"),
+]
+
+
+def make_case(
+    num_levels: int, granularity: str, shape: tuple[int, int, int], kernel_size: int | tuple[int, int], groups: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, codes (packed), levels, bias and the dense float64 weight of those codes."""
+    batch, channels, inputs = shape
+    kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    generator = torch.Generator().manual_seed(num_levels * 10_000 + batch + channels + inputs)
+    codes = torch.randint(num_levels, (channels, inputs // groups, *kernel), generator=generator, dtype=torch.uint8)
+    codebooks = channels if granularity == "channel" else 1
+    levels = torch.randn(codebooks, num_levels, generator=generator).sort(1).values
+    weight = torch.stack([levels[n % codebooks][codes[n].long()] for n in range(channels)]).double()
+    x = torch.randn(batch, inputs, 11, 13, generator=generator)
+    bias = torch.randn(channels, generator=generator)
+    return x, pack_codes(codes.flatten(1), num_levels), levels, bias, weight
+
+
+def relative_error(y: Tensor, exact: Tensor) -> float:
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("num_levels", EVERY_M)
+@pytest.mark.parametrize(("shape", "kernel_size", "geometry"), GEOMETRIES)
+def test_fp32(
+    num_levels: int, granularity: str, shape: tuple[int, int, int], kernel_size: Any, geometry: dict[str, Any]
+) -> None:
+    x, codes, levels, bias, weight = make_case(num_levels, granularity, shape, kernel_size, geometry.get("groups", 1))
+    y = packed_conv2d(x, codes, levels, bias, kernel_size, **geometry)
+    exact = F.conv2d(x.double(), weight, bias.double(), **geometry)
+    assert y.shape == exact.shape
+    assert y.dtype == torch.float32
+    assert relative_error(y, exact) <= 1e-5
+    y = packed_conv2d(x.double(), codes, levels, None, kernel_size, **geometry)
+    assert relative_error(y, F.conv2d(x.double(), weight, None, **geometry)) <= 1e-12
+
+
+@pytest.mark.parametrize("num_levels", [2, 3, 16])
+def test_narrow_precisions_round_as_stated(num_levels: int) -> None:
+    x, codes, levels, bias, weight = make_case(num_levels, "channel", (4, 9, 6), 3)
+    x *= torch.logspace(-4, 4, 4).view(-1, 1, 1, 1)
+    exact = F.conv2d(x.bfloat16().double(), weight.bfloat16().double(), bias.double(), padding=1)
+    assert relative_error(packed_conv2d(x, codes, levels, bias, 3, padding=1, precision="bf16"), exact) <= 1e-6
+    scale = x.abs().amax((1, 2, 3), keepdim=True) / 127
+    exact = F.conv2d((x / scale).round().double(), weight, padding=1) * scale.double() + bias.double().view(-1, 1, 1)
+    y = packed_conv2d(x, codes, levels, bias, 3, padding=1, precision="int8")
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_layouts_and_empty_batch(precision: str) -> None:
+    x, codes, levels, bias, _ = make_case(3, "channel", (4, 9, 6), 3)
+    y = packed_conv2d(x, codes, levels, bias, 3, precision=precision)
+    assert y.is_contiguous()
+    last = packed_conv2d(x.contiguous(memory_format=torch.channels_last), codes, levels, bias, 3, precision=precision)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last, y)
+    sliced = torch.stack([x, x], -1)[..., 0]
+    torch.testing.assert_close(packed_conv2d(sliced, codes, levels, bias, 3, precision=precision), y)
+    half = packed_conv2d(x.half(), codes, levels, bias, 3, precision=precision)
+    assert torch.equal(half, packed_conv2d(x.half().float(), codes, levels, bias, 3, precision=precision).half())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed_conv2d(x, codes, levels, bias, 3, precision=precision), y)
+    assert packed_conv2d(x[:0], codes, levels, bias, 3, precision=precision).shape == (0, *y.shape[1:])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "sliced"])
+def test_opcheck(precision: str, batch: int, layout: str) -> None:
+    x, codes, levels, bias, _ = make_case(3, "tensor", (3, 8, 6), 3, groups=2)
+    x = x[:batch]
+    if layout == "channels-last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = torch.stack([x, x], -1)[..., 0]
+    geometry = ([3, 3], [2, 1], [1, 0], [1, 2], 2)
+    torch.library.opcheck(torch.ops.bqnn.packed_conv2d, (x, codes, levels, bias, *geometry, precision))
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 6), (1, 1, 1), (2, 5, 1)], ids=str)
+def test_opcheck_of_one_channel(shape: tuple[int, int, int]) -> None:
+    x, codes, levels, bias, _ = make_case(3, "tensor", shape, 3)
+    for input_ in (x, x.contiguous(memory_format=torch.channels_last)):
+        arguments = (input_, codes, levels, bias, [3, 3], [1, 1], [1, 1], [1, 1], 1, "fp32", "reference")
+        torch.library.opcheck(torch.ops.bqnn.packed_conv2d, arguments)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compile(compiler: str) -> None:
+    x, codes, levels, bias, _ = make_case(3, "tensor", (4, 9, 6), 3)
+    compiled = torch.compile(packed_conv2d, backend=compiler, fullgraph=True)
+    expected = packed_conv2d(x, codes, levels, bias, 3, padding=1)
+    torch.testing.assert_close(compiled(x, codes, levels, bias, 3, padding=1), expected)
+
+
+def test_backward_is_refused() -> None:
+    x, codes, levels, bias, _ = make_case(3, "tensor", (4, 9, 6), 3)
+    y = packed_conv2d(x.requires_grad_(), codes, levels, bias, 3)
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        pytest.param({"x": torch.zeros(6, 11, 13)}, ValueError, r"x must .* got \[6, 11, 13\]", id="x-3d"),
+        pytest.param({"x": torch.zeros(1, 6, 2, 13)}, ValueError, "x must be large enough", id="x-small"),
+        pytest.param(
+            {"x": torch.zeros(1, 7, 11, 13)}, ValueError, "codes must have 13 bytes .* got 11", id="x-channels"
+        ),
+        pytest.param({"x": torch.zeros(1, 0, 11, 13)}, ValueError, "must be 1 or more, got 0", id="x-no-channels"),
+        pytest.param({"x": torch.zeros(1, 6, 11, 13).long()}, TypeError, "x must be floating point", id="x-dtype"),
+        pytest.param({"codes": torch.zeros(9, 11)}, TypeError, "codes must be torch.uint8", id="codes-dtype"),
+        pytest.param({"levels": torch.zeros(3, 3)}, ValueError, r"levels must .* got \[3, 3\]", id="levels-shape"),
+        pytest.param({"bias": torch.zeros(1, 9)}, ValueError, "bias must have the shape", id="bias-shape"),
+        pytest.param({"groups": 2}, ValueError, "groups must divide .* got 2 for 6 and 9", id="groups"),
+        pytest.param({"groups": 0}, ValueError, "groups must divide .* got 0", id="groups-0"),
+        pytest.param({"kernel_size": (3, 3, 3)}, ValueError, "kernel_size must be one integer or two", id="kernel"),
+        pytest.param({"stride": 0}, ValueError, "stride must .* got 0", id="stride"),
+        pytest.param({"padding": (-1, 0)}, ValueError, "padding must .* 0 or more", id="padding"),
+        pytest.param({"dilation": 0}, ValueError, "dilation must .* got 0", id="dilation"),
+        pytest.param({"precision": "int4"}, ValueError, "precision must .* got 'int4'", id="precision"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    x, codes, levels, bias, _ = make_case(3, "tensor", (4, 9, 6), 3)
+    arguments = {"x": x, "codes": codes, "levels": levels, "bias": bias, "kernel_size": 3}
+    with pytest.raises(error, match=message):
+        packed_conv2d(**(arguments | change))
