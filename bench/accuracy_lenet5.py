@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import bqnn
 from bqnn.atomic import write_atomically
@@ -103,7 +103,8 @@ def run_all(args: argparse.Namespace) -> None:
         with open(args.out / f"{name}.log", "w") as log:
             command = [sys.executable, __file__, "--data", str(args.data), "--out", str(args.out), "--one", *words]
             status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-        print(f"{time.strftime('%H:%M:%S')}  {name}: {'done' if status == 0 else f'failed, see {log.name}'}", flush=True)
+        outcome = "done" if status == 0 else f"failed, see {log.name}"
+        print(f"{time.strftime('%H:%M:%S')}  {name}: {outcome}", flush=True)
 
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = [(row, seed) for seed in range(args.seeds) for row in rows() if not args.only or row.name in args.only]
@@ -153,13 +154,11 @@ def collect(args: argparse.Namespace) -> tuple[list[dict[str, object]], bool]:
 def show(table: list[dict[str, object]]) -> None:
     print(f"{'row':<20}{'seeds':>6}{'test error %':>14}{'deviation':>11}{'at most':>9}{'near >=':>9}{'packed':>9}")
     for record in table:
-        def number(key: str, form: str) -> str:
-            return "-" if record[key] is None else format(record[key], form)
-
+        keys = ("test_error", "deviation", "limit", "smallest_near_share")
+        error, deviation, limit, near = ("-" if record[key] is None else f"{record[key]:.3f}" for key in keys)
         print(
-            f"{record['row']:<20}{record['seeds']:>6}{number('test_error', '.3f'):>14}{number('deviation', '.3f'):>11}"
-            f"{number('limit', '.3f'):>9}{number('smallest_near_share', '.3f'):>9}"
-            f"{'same' if record['packed_differs'] == 0 else record['packed_differs']:>9}"
+            f"{record['row']:<20}{record['seeds']:>6}{error:>14}{deviation:>11}{limit:>9}{near:>9}"
+            f"{record['packed_differs'] or 'same':>9}"
         )
 
 

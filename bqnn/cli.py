@@ -34,11 +34,14 @@ HELP = {
     "partition": "thresholds half-way between the levels, or learned",
     "granularity": "one codebook for a whole tensor, or for each output channel",
     "pretrain_epochs": "epochs of the full-precision phase",
-    "epochs": "epochs of the phase that follows, quantized unless the method is fpnn",
+    "deterministic_epochs": "epochs of the next phase, M-ary without Bayes (fpnn: full precision)",
+    "epochs": "epochs of the last phase, M-ary with a posterior (fpnn: full precision)",
     "batch_size": "images a step",
     "lr": "highest learning rate of the first phase",
-    "quantized_lr": "highest learning rate of the second phase",
+    "deterministic_lr": "highest learning rate of the second phase",
+    "bayes_lr": "highest learning rate of the last phase",
     "codebook_lr": "learning rate of levels and thresholds, as a factor",
+    "variance_lr": "learning rate of the posterior variances, as a factor",
     "weight_decay": "of weights that have no prior",
     "kl_warmup": "epochs over which the divergence from the prior is ramped in",
     "augment": "how training images are varied",
@@ -82,10 +85,10 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the command; ``command`` of what it returns is the function that does the work."""
     parser = argparse.ArgumentParser("bqnn", description="Bayesian M-ary quantized networks.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(command: Callable[[argparse.Namespace], None], name: str, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        sub = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         sub.set_defaults(command=command)
         sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's own number)")
         return sub
@@ -94,7 +97,9 @@ def make_parser() -> argparse.ArgumentParser:
     recipe = sub.add_argument_group("recipe")
     _add_recipe(recipe)
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
-    sub.add_argument("--init", type=Path, metavar="FILE", help=f"{WEIGHTS} of a full-precision run, for the first phase")
+    sub.add_argument(
+        "--init", type=Path, metavar="FILE", help=f"{WEIGHTS} of a full-precision run, for the first phase"
+    )
     exclusive = sub.add_mutually_exclusive_group()
     exclusive.add_argument("--resume", action="store_true", help="go on from the last checkpoint, with its recipe")
     exclusive.add_argument("--force", action="store_true", help="replace the run that is in DIR")
@@ -154,7 +159,9 @@ def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _add_data(sub: argparse.ArgumentParser, download: bool = False) -> None:
     root = os.environ.get("BQNN_DATA", "data")
-    sub.add_argument("--data-root", type=Path, default=Path(root), metavar="DIR", help="data sets (default: %(default)s)")
+    sub.add_argument(
+        "--data-root", type=Path, default=Path(root), metavar="DIR", help="data sets (default: %(default)s)"
+    )
     sub.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     if download:
         sub.add_argument("--download", action="store_true", help="let torchvision download a data set that is missing")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from bqnn import io, runs
-from bqnn.data import Splits, load_dataset
+from bqnn import io, models, runs
+from bqnn.data import load_dataset
+from bqnn.html import write_html
 from bqnn.report import report
 from bqnn.train import CHECKPOINT, METRICS, WEIGHTS, Recipe, Trainer, print_now
 
@@ -69,7 +69,7 @@ def evaluate(options: Namespace) -> None:
     else:
         net = io.load(path, precision=options.precision)
         if options.dataset is not None:
-            size = getattr(net, "factory", ("", {}))[1].get("image_size")
+            size = net.factory[1]["image_size"] if isinstance(net, models.Network) else None
             data = load_dataset(options.dataset, options.data_root, image_size=size)
         elif beside.exists():
             data = runs.load_data(runs.load_run(path.parent).recipe, options.data_root)
@@ -79,13 +79,14 @@ def evaluate(options: Namespace) -> None:
     split = runs.find_split(data, options.split)
     scores = runs.score_network(net.to(device), split, data, options.samples)
     print(f"{path}: {options.split} split of {data.name}, {scores['images']} images")
-    _print_scores("packed" if run is None else "quantized" if run.recipe.method == "bayes" else "full precision", scores)
+    _print_scores(
+        "packed" if run is None else "quantized" if run.recipe.method == "bayes" else "full precision", scores
+    )
     if "sampled" in scores:
         sampled = scores["sampled"]
         _print_scores(f"mean of {sampled['samples']} samples", sampled)
-        print(
-            f"{'':<22}entropy {sampled['entropy']:.4f} nats  mutual information {sampled['mutual_information']:.4f} nats"
-        )
+        information = f"mutual information {sampled['mutual_information']:.4f} nats"
+        print(f"{'':<22}entropy {sampled['entropy']:.4f} nats  {information}")
     if run is not None:
         runs.add_scores(run, options.split, scores)
 
@@ -131,8 +132,9 @@ def info(options: Namespace) -> None:
             f"{name:<{width}}{layer['kind']:<14}{shape:<20}{layer['num_levels']:>3}{codebooks:>11}"
             f"{layer['bits_per_weight']:>15.2f}{layer['bytes']:>10,}"
         )
-    in_layers, header = sum(layer["bytes"] for layer in layers.values()), content["header_bytes"]
-    others = content["bytes"] - in_layers - header
+    parts = {f"{name}.{part}".removeprefix(".") for name in layers for part in ("codes", "levels", "bias")}
+    others = sum(tensor["bytes"] for name, tensor in content["tensors"].items() if name not in parts)
+    header = content["header_bytes"]
     for text, size in (("other tensors", others), ("header", header), ("file", content["bytes"])):
         print(f"{text:<{width + 63}}{size:>10,}")
 

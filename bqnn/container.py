@@ -107,7 +107,11 @@ def parse(blob: bytes) -> Contents:
     if metadata.get("version") != VERSION:
         raise FormatError(f"the format version is {metadata.get('version')!r}; this bqnn reads {VERSION}")
     crc32 = metadata.pop("crc32", None)
-    if not isinstance(crc32, str) or not blob.startswith(_BEFORE_CRC + crc32[:_CRC_DIGITS].encode(), _LENGTH_BYTES):
+    if (
+        not isinstance(crc32, str)
+        or not crc32.isascii()
+        or not blob.startswith(_BEFORE_CRC + crc32[:_CRC_DIGITS].encode(), _LENGTH_BYTES)
+    ):
         raise FormatError("the header does not start with its CRC-32")
     blank = bytearray(blob[:header_bytes])
     blank[_CRC_START : _CRC_START + _CRC_DIGITS] = b"0" * _CRC_DIGITS

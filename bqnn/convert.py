@@ -17,11 +17,17 @@ Skip = Iterable[str | type[nn.Module] | nn.Module]
 
 
 def _bayes_linear(layer: nn.Linear, options: Mapping[str, Any]) -> BayesLinear:
-    like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    return BayesLinear(layer.in_features, layer.out_features, layer.bias is not None, **like, **options)
+    return BayesLinear(
+        layer.in_features,
+        layer.out_features,
+        layer.bias is not None,
+        device="meta",
+        dtype=layer.weight.dtype,
+        **options,
+    )
 
 
-def _bayes_conv2d(layer: nn.Conv2d, options: Mapping[str, Any]) -> BayesConv2d:
+def _bayes_conv2d(layer: Any, options: Mapping[str, Any]) -> BayesConv2d:
     return BayesConv2d(
         layer.in_channels,
         layer.out_channels,
@@ -32,7 +38,7 @@ def _bayes_conv2d(layer: nn.Conv2d, options: Mapping[str, Any]) -> BayesConv2d:
         layer.groups,
         layer.bias is not None,
         layer.padding_mode,
-        device=layer.weight.device,
+        device="meta",
         dtype=layer.weight.dtype,
         **options,
     )
@@ -115,7 +121,8 @@ def _convert_layer(name: str, layer: nn.Module, options: Mapping[str, Any]) -> B
     if getattr(layer, "parametrizations", None):
         raise ValueError(f"layer {name!r} has a parametrized weight; remove the parametrization first, or skip it")
     try:
-        bayes = CONVERTERS[type(layer)](layer, options)
+        # Made without data: the weights it would draw and the levels it would fit to them are thrown away.
+        bayes = CONVERTERS[type(layer)](layer, options).to_empty(device=layer.weight.device)
         bayes.load_state_dict(layer.state_dict())
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {name!r}: {error}") from error

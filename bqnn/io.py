@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn import container, models
+from bqnn.atomic import write_atomically
 from bqnn.container import Contents, FormatError
 from bqnn.layer_spec import build_layer, check_fits, check_spec, describe, tensor_name
 from bqnn.ops._packed import check_precision
@@ -47,7 +48,8 @@ def save(net: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     if alias:
         metadata["alias"] = alias
-    _write(Path(os.path.realpath(path)), container.to_bytes(tensors, metadata))
+    blob = container.to_bytes(tensors, metadata)
+    write_atomically(os.path.realpath(path), lambda temporary: Path(temporary).write_bytes(blob))
 
 
 def load(
@@ -95,7 +97,7 @@ def load(
 
 
 def info(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file holds, without building the network; the file is checked as by :func:`load`.
+    """What a file holds, without building the network; its bytes are checked as by :func:`load`, its values are not.
 
     Returns:
         ``version``; ``bytes`` of the file, the sum of ``header_bytes`` and those of the tensors; ``factory``;
@@ -116,7 +118,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     layers = {}
     for name, spec in metadata["layers"].items():
         parts = [sizes_with_alias.get(tensor_name(name, part), 0) for part in ("codes", "levels", "bias")]
-        weights = torch.Size(spec["shape"]).numel()
+        weights = math.prod(spec["shape"])
         layers[name] = {**spec, "bytes": sum(parts), "bits_per_weight": 8 * parts[0] / weights}
     return {
         "version": metadata["version"],
@@ -148,21 +150,6 @@ def _stored_tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         first_names[place] = name
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return tensors, alias
-
-
-def _write(path: Path, blob: bytes) -> None:
-    """Replaces ``path`` by a file with ``blob``: whoever reads it meanwhile, or after a crash, finds the old or the
-    new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager
@@ -224,7 +211,7 @@ def _replace(skeleton: nn.Module, layers: Mapping[str, PackedLayer], tensors: Ma
 
 
 def _fill(net: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, PackedLayer]) -> None:
-    """Gives every tensor of ``net`` outside ``layers`` its value; it takes the dtype that the file has."""
+    """Gives every tensor of ``net`` outside ``layers`` its value; of floating-point dtypes, the file's counts."""
     state = net.state_dict(keep_vars=True)
     if missing := sorted(set(state) - set(tensors)):
         raise FormatError(f"tensor {missing[0]!r} is missing ({len(missing)} of {len(state)} that the model has)")
@@ -238,8 +225,9 @@ def _fill(net: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, Pa
             raise ValueError(f"the state {name!r} of model must be a tensor, got {type(target).__name__}")
         if target.shape != value.shape:
             raise FormatError(f"tensor {name!r} has shape {list(value.shape)}; the model needs {list(target.shape)}")
-        if target.is_floating_point() != value.is_floating_point():
-            raise FormatError(f"tensor {name!r} is {value.dtype}; the model needs a dtype such as {target.dtype}")
+        both_floating = target.is_floating_point() and value.is_floating_point()
+        if target.dtype != value.dtype and not both_floating:
+            raise FormatError(f"tensor {name!r} is {value.dtype}; the model needs {target.dtype}")
     _materialise(net, state)
     state = net.state_dict(keep_vars=True)
     for name in others:

@@ -28,12 +28,13 @@ class BayesLayer(nn.Module):
     """What both layers share: the posterior, the codebook, the estimator and the divergence from the prior.
 
     Parameters of the module: ``weight`` (the means), ``log_sigma2`` (the weight's shape), ``bias``, ``raw_levels``
-    [G, M] and, for ``partition="learned"``, ``raw_thresholds`` [G, M - 1]. ``levels`` and ``thresholds`` are made of the
-    raw ones, in order by construction.
+    [G, M] and, for ``partition="learned"``, ``raw_thresholds`` [G, M - 1]. ``levels`` and ``thresholds`` are made of
+    the raw ones, in order by construction.
     """
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # nn.Parameter or None, as nn.Linear and nn.Conv2d declare it
+    raw_thresholds: nn.Parameter | None
     level_scale: Tensor
     prior_sigma2: Tensor
 
@@ -53,13 +54,13 @@ class BayesLayer(nn.Module):
         self.estimator, self.prior, self.quantize_mean = estimator, prior, quantize_mean
         self.sampling = False
         groups = 1 if granularity == "tensor" else self.weight.shape[0]
-        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        empty = self.weight.detach().new_empty
         self.log_sigma2 = nn.Parameter(torch.empty_like(self.weight))
-        self.raw_levels = nn.Parameter(torch.empty((groups, num_levels), **like))
-        raw_thresholds = nn.Parameter(torch.empty((groups, num_levels - 1), **like)) if partition == "learned" else None
+        self.raw_levels = nn.Parameter(empty((groups, num_levels)))
+        raw_thresholds = nn.Parameter(empty((groups, num_levels - 1))) if partition == "learned" else None
         self.register_parameter("raw_thresholds", raw_thresholds)
-        self.register_buffer("level_scale", torch.empty((groups, 1), **like))
-        self.register_buffer("prior_sigma2", torch.empty((), **like))
+        self.register_buffer("level_scale", empty((groups, 1)))
+        self.register_buffer("prior_sigma2", empty(()))
         if self.weight.device.type != "meta":
             self.fit_codebook_()
 
@@ -115,7 +116,12 @@ class BayesLayer(nn.Module):
             self.raw_thresholds.zero_()
         if thresholds is not None:
             self._set_thresholds(levels, thresholds)
-        narrowest = codebook.gaps(levels).amin(1).view(-1, *[1] * (self.weight.dim() - 1))
+        self.reset_variances_()
+
+    @torch.no_grad()
+    def reset_variances_(self) -> None:
+        """Starts the posterior deviations again, at a tenth of the narrowest gap between two levels of the codebook."""
+        narrowest = codebook.gaps(self.levels).amin(1).view(-1, *[1] * (self.weight.dim() - 1))
         self.log_sigma2.copy_((2.0 * (SIGMA_PER_GAP * narrowest).log()).expand_as(self.log_sigma2))
 
     def _set_thresholds(self, levels: Tensor, thresholds: Tensor) -> None:
@@ -276,7 +282,7 @@ class BayesConv2d(BayesLayer, nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Any = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,

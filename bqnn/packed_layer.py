@@ -158,8 +158,14 @@ class PackedLayer(nn.Module):
         self._renew()
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *messages: list[str]
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *messages)
+        try:
+            _check_values(self.codes, self.levels, math.prod(self.shape[1:]))
+        except ValueError as error:
+            messages[-1].append(prefix + str(error))
         self._renew()
 
 

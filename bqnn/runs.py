@@ -24,7 +24,7 @@ from bqnn.layers import bayes_layers
 from bqnn.pack import pack
 from bqnn.packed_layer import PackedLayer
 from bqnn.predict import predict
-from bqnn.train import CHECKPOINT, EVAL_BATCH, METRICS, SPLITS, WEIGHTS, Recipe, device_of, evaluate, quantize
+from bqnn.train import CHECKPOINT, EVAL_BATCH, METADATA, METRICS, SPLITS, WEIGHTS, Recipe, device_of, evaluate, quantize
 
 PRIOR_NAMES = {"spike_slab": "spike-and-slab", "gaussian": "Gaussian prior"}
 TIMING_REPEATS = 15
@@ -98,7 +98,7 @@ def load_factory(run: Run) -> tuple[str, dict[str, Any]]:
         raise FileNotFoundError(f"{run.folder} has no {WEIGHTS} yet; end the run with bqnn train --resume")
     try:
         with safe_open(path, "pt") as file:
-            name, arguments = json.loads((file.metadata() or {})["factory"])
+            name, arguments = json.loads((file.metadata() or {})[METADATA])["factory"]
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not what bqnn train writes: {error}") from error
     return name, arguments

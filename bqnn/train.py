@@ -1,4 +1,9 @@
-"""Training: a full-precision phase, then a Bayesian M-ary one, with a checkpoint an epoch that a kill can't break."""
+"""Training in phases, with a checkpoint an epoch that a kill can't break.
+
+First the full-precision network, then the M-ary one without Bayes, which settles what code each weight has, then the
+estimator of the recipe with its divergence, which makes the posterior and gathers the means at their levels.
+docs/recipe.md has the measurements that speak for this order.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,15 +44,25 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "granularity": GRANULARITIES,
     "augment": KINDS,
 }
+FULL_PRECISION, DETERMINISTIC, BAYES = range(3)  # the phases of a recipe
 EVAL_BATCH = 1000
 WARMUP = 0.1  # share of a phase's steps in which the learning rate rises
+METADATA = "run"  # what model.safetensors keeps recipe and factory under
 SPLITS = ("test", "validation")
 CHECKPOINT, WEIGHTS, METRICS = "checkpoint.pt", "model.safetensors", "metrics.json"
 
 
+class Phase(NamedTuple):
+    """A stretch of training with an optimizer and a learning-rate cycle of its own."""
+
+    name: str
+    epochs: int
+    lr: float
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a run depends on. The two phases together are the training; "fpnn" does both without quantizing."""
+    """Everything a run depends on. The phases together are the training; "fpnn" does all of them without quantizing."""
 
     model: str = "lenet5"
     dataset: str = "digits"
@@ -57,14 +72,17 @@ class Recipe:
     prior: str = "spike_slab"
     partition: str = "nearest"
     granularity: str = "tensor"
-    pretrain_epochs: int = 8
-    epochs: int = 12
+    pretrain_epochs: int = 6
+    deterministic_epochs: int = 8
+    epochs: int = 6
     batch_size: int = 128
-    lr: float = 2e-3
-    quantized_lr: float = 1e-3
+    lr: float = 4e-3
+    deterministic_lr: float = 3e-3
+    bayes_lr: float = 2e-3
     codebook_lr: float = 0.1
+    variance_lr: float = 3.0
     weight_decay: float = 0.0
-    kl_warmup: float = 4.0
+    kl_warmup: float = 2.0
     augment: str = "none"
     image_size: int | None = None
     validation: int | None = None
@@ -75,16 +93,32 @@ class Recipe:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         check_num_levels(self.num_levels)
-        for name in ("pretrain_epochs", "epochs"):
+        for name in ("pretrain_epochs", "deterministic_epochs", "epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("batch_size", "lr", "quantized_lr"):
+        for name in ("batch_size", "lr", "deterministic_lr", "bayes_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-    def phase(self, epoch: int) -> int:
-        """0 while the full-precision phase lasts, then 1."""
-        return int(epoch >= self.pretrain_epochs)
+    @property
+    def phases(self) -> tuple[Phase, Phase, Phase]:
+        return (
+            Phase("full precision", self.pretrain_epochs, self.lr),
+            Phase("deterministic", self.deterministic_epochs, self.deterministic_lr),
+            Phase("bayes", self.epochs, self.bayes_lr),
+        )
+
+    @property
+    def total_epochs(self) -> int:
+        return sum(phase.epochs for phase in self.phases)
+
+    def locate(self, epoch: int) -> tuple[int, int]:
+        """The phase that an epoch (from 0) belongs to, and the epochs of it that are done; at the end, the last one."""
+        for index, phase in enumerate(self.phases):
+            if epoch < phase.epochs:
+                return index, epoch
+            epoch -= phase.epochs
+        return index, phase.epochs
 
 
 def print_now(line: str) -> None:
@@ -92,18 +126,25 @@ def print_now(line: str) -> None:
     print(line, flush=True)
 
 
-def build_network(recipe: Recipe, data: Splits, phase: int = 1) -> nn.Module:
+def build_network(recipe: Recipe, data: Splits, phase: int = BAYES) -> nn.Module:
     """The network of a phase, freshly initialised."""
     sizes = {"in_channels": data.in_channels, "num_classes": data.num_classes, "image_size": data.image_size}
     return quantize(models.build(recipe.model, sizes), recipe, phase)
 
 
-def quantize(net: nn.Module, recipe: Recipe, phase: int = 1) -> nn.Module:
-    """``net`` as the recipe trains it in ``phase``: converted, or itself."""
-    if phase == 0 or recipe.method == "fpnn":
+def quantize(net: nn.Module, recipe: Recipe, phase: int = BAYES) -> nn.Module:
+    """``net`` as the recipe trains it in ``phase``: converted, if it is not yet, or itself at full precision."""
+    if phase == FULL_PRECISION or recipe.method == "fpnn":
         return net
-    options = {name: getattr(recipe, name) for name in ("estimator", "prior", "partition", "granularity")}
-    return convert(net, recipe.num_levels, **options)
+    layers = bayes_layers(net)
+    if not layers:
+        options = {name: getattr(recipe, name) for name in ("estimator", "prior", "partition", "granularity")}
+        net = convert(net, recipe.num_levels, **options)
+        layers = bayes_layers(net)
+    for layer in layers.values():
+        layer.estimator = "deterministic" if phase == DETERMINISTIC else recipe.estimator
+        layer.reset_variances_()
+    return net
 
 
 class Trainer:
@@ -146,16 +187,16 @@ class Trainer:
         self.scores: dict[str, Any] = {}  # what `bqnn eval` has added to metrics.json
         self.generator = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)
-        self._start_phase(build_network(recipe, self.data, phase=0))
+        self.net = build_network(recipe, self.data, FULL_PRECISION)
         if init is not None:
             self._load_init(init)
             self.epoch = recipe.pretrain_epochs
-        if self.epoch == recipe.pretrain_epochs:
-            self._start_phase(quantize(self.net, recipe))
+        self._start_phase(quantize(self.net, recipe, self.phase))
 
     @property
     def phase(self) -> int:
-        return self.recipe.phase(self.epoch)
+        """FULL_PRECISION, DETERMINISTIC or BAYES: the phase of the next epoch."""
+        return self.recipe.locate(self.epoch)[0]
 
     @property
     def drop_last(self) -> bool:
@@ -175,9 +216,14 @@ class Trainer:
     def _start_phase(self, net: nn.Module) -> None:
         recipe = self.recipe
         self.net = net.to(self.device)
-        epochs = (recipe.pretrain_epochs, recipe.epochs)[self.phase]
-        lr = (recipe.lr, recipe.quantized_lr)[self.phase]
-        groups = parameter_groups(self.net, lr, codebook_lr=recipe.codebook_lr, weight_decay=recipe.weight_decay)
+        _, epochs, lr = recipe.phases[self.phase]
+        groups = parameter_groups(
+            self.net,
+            lr,
+            codebook_lr=recipe.codebook_lr,
+            variance_lr=recipe.variance_lr,
+            weight_decay=recipe.weight_decay,
+        )
         self.optimizer = torch.optim.AdamW(groups)
         steps = max(1, epochs * self.steps_an_epoch)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -204,12 +250,12 @@ class Trainer:
             remove_leftovers(self.folder / name)
         if not self.history:
             self.save_checkpoint()
-        while self.epoch < self.recipe.pretrain_epochs + self.recipe.epochs:
-            record = self._run_epoch(progress)
+        while self.epoch < self.recipe.total_epochs:
+            record, phase = self._run_epoch(progress), self.phase
             self.history.append(record)
             self.epoch += 1
-            if self.epoch == self.recipe.pretrain_epochs:
-                self._start_phase(quantize(self.net, self.recipe))
+            if self.phase != phase:
+                self._start_phase(quantize(self.net, self.recipe, self.phase))
             self.save_checkpoint()
             log(describe(record))
         self.net.eval()
@@ -219,6 +265,7 @@ class Trainer:
 
     def _run_epoch(self, progress: bool) -> dict[str, Any]:
         recipe, started = self.recipe, time.perf_counter()
+        phase, done = recipe.locate(self.epoch)
         bayes = bool(bayes_layers(self.net))
         sums = torch.zeros(3, dtype=torch.float64)
         self.net.train()
@@ -228,8 +275,8 @@ class Trainer:
             x = augment(normalise(images, self.data.mean, self.data.std), self.generator, recipe.augment)
             output, labels = self.net(x.to(self.device)), labels.to(self.device)
             if bayes:
-                done = self.epoch - recipe.pretrain_epochs + step / self.steps_an_epoch
-                loss, nll, kl = elbo(output, labels, self.net, len(self.data.train), kl_warmup(done, recipe.kl_warmup))
+                weight = kl_warmup(done + step / self.steps_an_epoch, recipe.kl_warmup)
+                loss, nll, kl = elbo(output, labels, self.net, len(self.data.train), weight)
             else:
                 loss = nll = F.cross_entropy(output, labels)
                 kl = torch.zeros(())
@@ -240,7 +287,7 @@ class Trainer:
             sums += torch.stack([loss.detach(), nll.detach(), kl.detach().to(loss)]).double().cpu()
         loss_mean, nll_mean, kl_mean = (sums / self.steps_an_epoch).tolist()
         if not math.isfinite(loss_mean):
-            name = ("lr", "quantized_lr")[self.phase]
+            name = ("lr", "deterministic_lr", "bayes_lr")[phase]
             raise FloatingPointError(
                 f"the loss of epoch {self.epoch + 1} is {loss_mean}; a smaller {name} ({getattr(recipe, name)} now) "
                 "may help"
@@ -251,7 +298,7 @@ class Trainer:
         codebooks = report(self.net) if bayes else None
         return {
             "epoch": self.epoch + 1,
-            "phase": ("full precision", "quantized")[bayes],
+            "phase": recipe.phases[phase if bayes else FULL_PRECISION].name,
             "loss": loss_mean,
             "nll": nll_mean,
             "kl": kl_mean,
@@ -325,7 +372,8 @@ class Trainer:
 
     def _write_weights(self) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
-        metadata = {"recipe": json.dumps(asdict(self.recipe)), "factory": json.dumps(self.net.factory)}
+        # One entry: safetensors writes several in an order that changes from process to process.
+        metadata = {METADATA: json.dumps({"recipe": asdict(self.recipe), "factory": self.net.factory})}
         write_atomically(self.folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
 
     def _write_metrics(self) -> None:

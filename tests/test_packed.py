@@ -71,6 +71,7 @@ def test_linear_output(execution: str, bias: bool) -> None:
     assert packed(x.half()).dtype == torch.float16
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_conv2d_output(geometry: dict[str, Any], execution: str) -> None:
@@ -121,6 +122,14 @@ def test_loading_a_state_dict_replaces_the_dense_weight() -> None:
     assert not torch.allclose(packed(x), other(x))
     packed.load_state_dict(PackedLinear.from_bayes(other).state_dict())
     torch.testing.assert_close(packed(x), other(x), rtol=1e-5, atol=1e-6)
+
+
+def test_loading_a_wrong_state_dict_is_refused() -> None:
+    packed = PackedLinear.from_bayes(make_linear())
+    state = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    state["levels"] = state["levels"].flip(1)
+    with pytest.raises(RuntimeError, match="levels must be finite and strictly increasing"):
+        packed.load_state_dict(state)
 
 
 def test_casts_keep_the_levels() -> None:

@@ -1,7 +1,7 @@
 """The moment-matched product, for a linear layer and a convolution alike.
 
-y = x * E + sqrt(x^2 * V) eps + bias, where E and V are the mean and the variance of the weight that reaches the product:
-of Q(w) ("categorical"), of the Gaussian w itself ("gaussian"), or Q(mu) with the Gaussian's variance
+y = x * E + sqrt(x^2 * V) eps + bias, where E and V are the mean and the variance of the weight that reaches the
+product: of Q(w) ("categorical"), of the Gaussian w itself ("gaussian"), or Q(mu) with the Gaussian's variance
 ("straight_through").
 """
 

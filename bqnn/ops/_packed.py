@@ -44,9 +44,9 @@ def multiply(
 ) -> Tensor:
     """``product(x, weight, bias)`` with x's rows (first dimension) rounded as ``precision`` says, in x's dtype.
 
-    ``weight`` comes rounded by :func:`round_weight`. "fp32" and "bf16" multiply and add in x's dtype; "int8" does it in
-    ``accumulate``, in which float64 holds every sum of 8-bit integers times float32 levels to about 1e-16. Autocast
-    does not reach inside: the precision is the layer's own.
+    ``weight`` comes rounded by :func:`round_weight`. "fp32" and "bf16" multiply and add in x's dtype (on a GPU, in
+    ``accumulate``); "int8" does it in ``accumulate``, in which float64 holds every sum of 8-bit integers times float32
+    levels to about 1e-16. Autocast does not reach inside: the precision is the layer's own.
     """
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
@@ -58,7 +58,9 @@ def multiply(
         return y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2))
     if precision == "bf16":
         x = x.bfloat16().to(x.dtype)
-    return product(x, weight.to(x.dtype), bias)
+    # On a GPU a float32 product may be one of TF32 operands, which keep 10 bits.
+    dtype = accumulate if x.is_cuda else x.dtype
+    return product(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 def is_half(x: Tensor) -> bool:

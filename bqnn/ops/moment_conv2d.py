@@ -1,4 +1,4 @@
-"""moment_conv2d: a convolution with the mean and variance of its quantized Gaussian weight propagated to the output."""
+"""moment_conv2d: a convolution that propagates the mean and variance of its quantized Gaussian weight."""
 
 from __future__ import annotations
 

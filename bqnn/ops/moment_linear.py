@@ -1,4 +1,4 @@
-"""moment_linear: a linear layer with the mean and variance of its quantized Gaussian weight propagated to the output."""
+"""moment_linear: a linear layer that propagates the mean and variance of its quantized Gaussian weight."""
 
 from __future__ import annotations
 

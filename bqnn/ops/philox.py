@@ -34,8 +34,8 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # A 32 x 32 bit product wraps in int64, but its bits are right. Its low half is c1 or c3 of the next round, where
-        # only an exclusive or follows: the high half may stay on it until that is masked.
+        # A 32 x 32 bit product wraps in int64, but its bits are right. Its low half is c1 or c3 of the next round,
+        # where only an exclusive or follows: the high half may stay on it until that is masked.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(LOW_32)
         c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(LOW_32)
@@ -55,7 +55,7 @@ def random_words(seed: int, offset: int, first_call: int, calls: int, device: to
 def normals_from_words(words: Tensor) -> Tensor:
     """Box-Muller: int64 [4, n] words to float32 [n, 4] independent N(0, 1), in call order when flattened.
 
-    24 bits of a word make a uniform number that float32 holds exactly: u in (0, 1] for the radius, [0, 1) for the angle.
+    24 bits of a word make a uniform number that float32 holds exactly: in (0, 1] for the radius, [0, 1) for the angle.
     """
     bits = (words >> 8).to(torch.float32)
     radius = bits[0::2].add(1.0).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()

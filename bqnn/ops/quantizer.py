@@ -81,8 +81,8 @@ def pdf(z: Tensor) -> Tensor:
 def moments(weight: Tensor, log_sigma2: Tensor, levels: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """E[Q(w)] and Var[Q(w)] of w ~ N(mu, sigma^2), both in the weight's shape.
 
-    With P_j = P(w > t_j) and D_j = c_j - c_{j-1}: E = c_0 + sum_j D_j P_j, and the variance is the sum of the covariances
-    of the events w > t_j, D_j D_k P_max(j,k) (1 - P_min(j,k)): no term is negative, so nothing cancels.
+    With P_j = P(w > t_j) and D_j = c_j - c_{j-1}: E = c_0 + sum_j D_j P_j, and the variance is the sum of the
+    covariances of the events w > t_j, D_j D_k P_max(j,k) (1 - P_min(j,k)): no term is negative, so nothing cancels.
     """
     inv_sigma = (-0.5 * log_sigma2).exp()
     mean = column(levels, 0, weight).expand_as(weight)

@@ -1,0 +1,125 @@
+"""The demonstration: LeNet-5 on the digits at full precision and with three levels a weight, packed and tested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bqnn.data import normalise
+from bqnn.html import write_html
+from bqnn.report import report
+from bqnn.runs import (
+    add_scores,
+    clear_run,
+    find_split,
+    fpnn_bytes,
+    load_factory,
+    load_run,
+    measure_side_by_side,
+    save_packed,
+    score_network,
+)
+from bqnn.train import WEIGHTS, Recipe, Trainer, evaluate, print_now
+
+# Chosen on the validation split. Both networks go on from the same full-precision phase.
+RECIPE = Recipe(
+    model="lenet5",
+    dataset="digits",
+    num_levels=3,
+    augment="affine",
+    pretrain_epochs=30,
+    epochs=25,
+    lr=4e-3,
+    deterministic_epochs=20,
+    bayes_lr=2e-3,
+)
+BATCH = 256  # images of the pass that is timed
+FPNN_BITS = 32.0
+
+
+def run_demo(
+    out: str | Path,
+    recipe: Recipe = RECIPE,
+    progress: bool = False,
+    log: Callable[[str], object] = print_now,
+) -> dict[str, dict[str, float]]:
+    """Trains, packs, saves, loads and tests; prints a table and writes ``out``/report.html.
+
+    Returns:
+        for "fpnn" and "packed": ``accuracy`` (percent of the test images), ``bits`` a weight, ``bytes`` on disk, and
+        ``seconds``, the median test time of a batch.
+
+    Raises:
+        RuntimeError: the packed network decodes to other weights, or predicts another class, than the unpacked one.
+    """
+    out = Path(out)
+    fpnn = replace(recipe, method="fpnn")
+    log("Full precision, the phase that both networks begin with")
+    _train(replace(fpnn, deterministic_epochs=0, epochs=0), out / "start", None, progress, log)
+    start = out / "start" / WEIGHTS
+    log("\nFull precision, to its end (the FPNN)")
+    dense_trainer = _train(fpnn, out / "fpnn", start, progress, log)
+    log(f"\nBayesian, {recipe.num_levels} levels a weight")
+    trainer = _train(recipe, out / "bayes", start, progress, log)
+
+    dense, net, data = dense_trainer.net, trainer.net, trainer.data
+    file = out / "packed.safetensors"
+    packed = save_packed(net, file)
+    test = find_split(data, "test")
+    for folder, network in ((out / "fpnn", dense), (out / "bayes", net)):
+        add_scores(load_run(folder), "test", score_network(network, test, data))
+    score, packed_score = evaluate(net, test, data), evaluate(packed, test, data)
+    if not torch.equal(score.predictions, packed_score.predictions):
+        count = int((score.predictions != packed_score.predictions).sum())
+        raise RuntimeError(f"packed and unpacked network disagree on {count} of {len(test)} images")
+
+    x = normalise(test.images[:BATCH], data.mean, data.std)
+    seconds = measure_side_by_side([dense, packed], x)
+    codebooks = report(net)
+    bits = sum(layer.bits * layer.weights for layer in codebooks.layers) / codebooks.weights
+    runs = [load_run(out / "fpnn"), load_run(out / "bayes")]
+    dense_bytes = fpnn_bytes(*load_factory(runs[0]))
+    result = {
+        "fpnn": {
+            "accuracy": 100 - evaluate(dense, test, data).error,
+            "bits": FPNN_BITS,
+            "bytes": dense_bytes,
+            "seconds": seconds[0],
+        },
+        "packed": {
+            "accuracy": 100 - packed_score.error,
+            "bits": bits,
+            "bytes": file.stat().st_size,
+            "seconds": seconds[1],
+        },
+    }
+    log(f"\n{codebooks}\n")
+    log(format_table(result, recipe.num_levels, len(test), len(x)))
+    write_html(runs, out / "report.html")
+    log(f"packed and unpacked network agree on all {len(test)} test images\n{out / 'report.html'} is written")
+    return result
+
+
+def _train(recipe: Recipe, folder: Path, init: Path | None, progress: bool, log: Callable[[str], object]) -> Trainer:
+    clear_run(folder)
+    trainer = Trainer(recipe, folder, init=init)
+    trainer.run(progress, log)
+    return trainer
+
+
+def format_table(result: dict[str, dict[str, float]], num_levels: int, images: int, batch: int) -> str:
+    """What :func:`run_demo` returns, as text, the packed network against the full-precision one."""
+    dense = result["fpnn"]
+    lines = [
+        f"{'':<16}{'accuracy':>10}{'bits a weight':>15}{'bytes':>10}{'smaller':>10}{'ms a batch':>12}{'of FPNN':>9}"
+    ]
+    for name, row in zip(("FPNN", f"M = {num_levels}, packed"), result.values(), strict=True):
+        lines.append(
+            f"{name:<16}{row['accuracy']:>8.2f} %{row['bits']:>15.2f}{row['bytes']:>10,.0f}"
+            f"{dense['bytes'] / row['bytes']:>8.1f} x{1e3 * row['seconds']:>12.2f}"
+            f"{row['seconds'] / dense['seconds']:>9.2f}"
+        )
+    return "\n".join([*lines, f"({images} test images; a batch is {batch} images)"])

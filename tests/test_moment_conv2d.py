@@ -1,0 +1,242 @@
+"""moment_conv2d against sums over the cells of the partition, by numerical gradients, and against moment_linear."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bqnn import BackendError
+from bqnn.ops import moment_conv2d, moment_linear, sample_conv2d
+from bqnn.ops._moment import MODES
+from tests import formulas
+from tests.helpers import (
+    SEED,
+    Case,
+    assert_matches,
+    channels_last,
+    compare_layouts,
+    geometry_arguments,
+    make_case,
+    moment_product,
+    usable_backends,
+)
+from tests.shapes import CONV2D_GRID, GRANULARITIES, SMALL_CONV2D, SOME_M, Conv2dShape
+
+RUNS_ON = usable_backends("moment_conv2d")
+OFFSET = 2**32 - 2  # the calls of the noise cross into the counter's second word
+NAMES = ("x", "weight", "log_sigma2", "levels", "thresholds", "bias")
+# What a mode has a gradient for; the others get zeros.
+GRADIENTS = {
+    "categorical": NAMES,
+    "gaussian": ("x", "weight", "log_sigma2", "bias"),
+    "straight_through": ("x", "weight", "log_sigma2", "levels", "bias"),
+}
+LAYOUTS = [
+    pytest.param((), id="contiguous"),
+    pytest.param(("x",), id="x-channels-last"),
+    pytest.param(("weight", "log_sigma2"), id="weight-channels-last"),
+    pytest.param(("x", "weight", "log_sigma2"), id="channels-last"),
+]
+
+
+def run(
+    case: Case, mode: str = "categorical", backend: str | None = None, seed: int = SEED, offset: int = OFFSET
+) -> Tensor:
+    return moment_conv2d(*case.tensors(), torch.tensor(seed), offset, mode, **case.geometry, backend=backend)
+
+
+def formula_for(case: Case, mode: str) -> partial[Tensor]:
+    return partial(moment_product, noise=formulas.noise(SEED, OFFSET, case.output_shape), mode=mode)
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(("shape", "num_levels"), CONV2D_GRID)
+def test_values_and_gradients(
+    shape: Conv2dShape, num_levels: int, granularity: str, mode: str, runs_on: tuple[str, str]
+) -> None:
+    device, backend = runs_on
+    case = make_case(shape, num_levels, granularity)
+    assert_matches(partial(run, mode=mode, backend=backend), formula_for(case, mode), case, device, GRADIENTS[mode])
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_input_and_float32_weight(dtype: torch.dtype, mode: str, runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    case = make_case(SMALL_CONV2D, 5, "channel").to(x=dtype)
+    assert_matches(partial(run, mode=mode, backend=backend), formula_for(case, mode), case, device, GRADIENTS[mode])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("num_levels", SOME_M)
+def test_gradcheck(num_levels: int, granularity: str, mode: str) -> None:
+    shape = Conv2dShape(1, 2, 2, 3, 3, (2, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2)
+    case = make_case(shape, num_levels, granularity).to(torch.float64)
+    # The straight-through gradient of the weight is not the slope of the forward pass.
+    checked = [name for name in NAMES if not (mode == "straight_through" and name == "weight")]
+
+    def function(*tensors: Tensor) -> Tensor:
+        return run(replace(case, **dict(zip(checked, tensors, strict=True))), mode)
+
+    inputs = [getattr(case, name).clone().requires_grad_() for name in checked]
+    assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_kernel_of_one_pixel_is_a_linear_layer(mode: str, runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    case = make_case(Conv2dShape(3, 13, 7, 1, 1, (1, 1)), 3, "channel").to(device)
+    x, weight, log_sigma2, *rest = case.tensors()
+    flat = [tensor.flatten(1) for tensor in (x, weight, log_sigma2)]
+    expected = moment_linear(*flat, *rest, torch.tensor(SEED), OFFSET, mode, "reference")
+    torch.testing.assert_close(run(case, mode, backend).flatten(1), expected)
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("mode", ["categorical", "straight_through"])
+def test_without_variance_it_is_the_deterministic_layer(mode: str, runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    case = make_case(SMALL_CONV2D, 5, "channel").to(device)
+    case = replace(case, log_sigma2=torch.full_like(case.log_sigma2, -40.0))
+    x, weight, _, levels, thresholds, bias = case.tensors()
+    expected = sample_conv2d(x, weight, None, levels, thresholds, bias, **case.geometry)
+    torch.testing.assert_close(run(case, mode, backend), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_image_gives_the_bias_and_finite_gradients(mode: str, runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    case = make_case(SMALL_CONV2D, 3, "tensor")
+    case = replace(case, x=torch.cat([torch.zeros_like(case.x[:1]), case.x[1:]])).to(device).leaves()
+    y = run(case, mode, backend)
+    assert torch.equal(y[0], case.bias.view(-1, 1, 1).expand_as(y[0]))
+    y.square().sum().backward()
+    for name in GRADIENTS[mode]:
+        assert torch.isfinite(getattr(case, name).grad).all()
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+def test_seed_and_offset_choose_the_noise_of_the_outputs(runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    case = make_case(Conv2dShape(3, 2, 4, 3, 3, (3, 3), padding=(1, 1)), 3, "tensor").to(device)
+    case = replace(case, x=case.x[:1].expand(3, -1, -1, -1))
+    first = run(case, backend=backend)
+    assert torch.equal(run(case, backend=backend), first)
+    assert not torch.equal(run(case, backend=backend, seed=SEED + 1), first)
+    later = run(case, backend=backend, offset=OFFSET + 9)  # nine calls are the 4 x 3 x 3 outputs of an image
+    torch.testing.assert_close(later[:-1], first[1:])
+    assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("mode", MODES)
+def test_empty_batch(mode: str, runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    case = make_case(SMALL_CONV2D, 3, "tensor")
+    shape = case.output_shape
+    case = replace(case, x=case.x[:0]).to(device).leaves()
+    y = run(case, mode, backend)
+    assert y.shape == (0, *shape[1:])
+    y.sum().backward()
+    for name in GRADIENTS[mode]:
+        gradient = getattr(case, name).grad
+        assert gradient.shape == getattr(case, name).shape and not gradient.any()
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_strides_do_not_matter(granularity: str, mode: str, runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    case = make_case(SMALL_CONV2D, 3, granularity).to(device)
+    turned = {name: getattr(case, name).mT.contiguous().mT for name in ("x", "weight", "log_sigma2")}
+    others = [channels_last(case, names.values[0]) for names in LAYOUTS[1:]]
+    compare_layouts(partial(run, mode=mode, backend=backend), case, replace(case, **turned), *others)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout: tuple[str, ...], mode: str) -> None:
+    case, seed = channels_last(make_case(SMALL_CONV2D, 3, "channel"), layout), torch.tensor(SEED)
+    y = case.product(case.x, case.weight)
+    geometry = geometry_arguments(case)
+    leaves = [tensor.detach().requires_grad_() for tensor in case.tensors()]
+    torch.library.opcheck(torch.ops.bqnn.moment_conv2d.default, (*leaves, seed, 3, mode, *geometry))
+    arguments = (torch.randn_like(y), torch.randn_like(y), *case.tensors()[:5], mode, *geometry, True)
+    torch.library.opcheck(torch.ops.bqnn.moment_conv2d_backward.default, arguments)
+
+
+def test_opcheck_without_what_is_optional() -> None:
+    case, seed = make_case(SMALL_CONV2D, 3, "tensor"), torch.tensor(SEED)
+    tensors, geometry = case.tensors()[:5], geometry_arguments(case)
+    leaves = [tensors[0], *(tensor.clone().requires_grad_() for tensor in tensors[1:])]
+    torch.library.opcheck(torch.ops.bqnn.moment_conv2d.default, (*leaves, None, seed, 0, "categorical", *geometry))
+    upstream = torch.randn(case.output_shape)
+    arguments = (upstream, upstream, *tensors, "categorical", *geometry, False)
+    torch.library.opcheck(torch.ops.bqnn.moment_conv2d_backward.default, arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[::3])
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles(mode: str, layout: tuple[str, ...]) -> None:
+    case = channels_last(make_case(SMALL_CONV2D, 3, "tensor"), layout)
+    results = []
+    for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        leaves = [tensor.detach().requires_grad_() for tensor in case.tensors()]
+        y = function(Case(*leaves, case.geometry), mode)
+        y.square().sum().backward()
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda", "abacus"])
+def test_a_forced_backend_that_can_not_run_says_why(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(SMALL_CONV2D, 3, "tensor")
+    with pytest.raises(BackendError, match=rf"'{backend}' can not run bqnn::moment_conv2d: \w+ .*\w"):
+        run(case, backend=backend)
+    monkeypatch.setenv("BQNN_BACKEND", backend)
+    with pytest.raises(BackendError, match=rf"'{backend}' can not run bqnn::moment_conv2d: \w+ .*\w"):
+        run(case)
+
+
+SMALL = make_case(SMALL_CONV2D, 3, "tensor")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        pytest.param({"x": SMALL.x[:, :-1]}, ValueError, r"x must have the shape \[batch, 4, .*\[2, 3, 5, 7\]", id="x"),
+        pytest.param({"x": SMALL.x[0]}, ValueError, r"x must have the shape .*\[4, 5, 7\]", id="x-3d"),
+        pytest.param({"x": SMALL.x.long()}, TypeError, "x must be floating point.*int64", id="x-int"),
+        pytest.param({"weight": SMALL.weight.int()}, TypeError, "weight must be floating.*int32", id="weight-int"),
+        pytest.param({"weight": SMALL.weight[0]}, ValueError, "weight must have the shape", id="weight-3d"),
+        pytest.param({"log_sigma2": None}, TypeError, "log_sigma2 must be a tensor, got NoneType", id="sigma-none"),
+        pytest.param({"log_sigma2": SMALL.log_sigma2[:-1]}, ValueError, "log_sigma2 must have", id="sigma"),
+        pytest.param({"levels": SMALL.levels[0]}, ValueError, "levels must have the shape", id="levels"),
+        pytest.param({"thresholds": SMALL.thresholds[:, :1]}, ValueError, r"thresholds.*\[1, 1\]", id="thresholds"),
+        pytest.param({"bias": SMALL.bias[:-1]}, ValueError, r"bias must have the shape \[6\], got \[5\]", id="bias"),
+        pytest.param({"seed": None}, TypeError, "seed must be an int64 scalar tensor, got NoneType", id="seed"),
+        pytest.param({"mode": "median"}, ValueError, "mode must be one of categorical.*got 'median'", id="mode"),
+        pytest.param({"groups": 0}, ValueError, "groups must divide.*got 0", id="groups-0"),
+        pytest.param({"groups": 4}, ValueError, "groups must divide.*got 4 for 8 and 6", id="groups-4"),
+        # What a convolution of PyTorch refuses is refused with its message.
+        pytest.param({"stride": (0, 1)}, RuntimeError, "stride", id="stride"),
+        pytest.param({"dilation": (9, 1)}, RuntimeError, "Kernel size can't be greater", id="kernel-past-the-image"),
+    ],
+)
+def test_bad_input(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = dict(zip(NAMES, SMALL.tensors())) | {"seed": torch.tensor(SEED)} | SMALL.geometry
+    with pytest.raises(error, match=message):
+        moment_conv2d(**arguments | changes)
