@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KINDS = ("none", "affine", "crop_flip")
-ROTATION = math.radians(10.0)
-SCALE = 0.1
-SHEAR = 0.1
-SHIFT = 2 / 28  # of the image's width: 2 pixels of MNIST's 28
+# Chosen on MNIST's validation split; distortions 1.7 times as large left LeNet-5 underfitted after 20 epochs.
+ROTATION = math.radians(6.0)
+SCALE = 0.06
+SHEAR = 0.06
+SHIFT = 1.2 / 28  # of the image's width: 1.2 pixels of MNIST's 28
 CROP_PADDING = 4
 
 
@@ -24,8 +25,8 @@ def augment(images: Tensor, generator: torch.Generator | None, kind: str) -> Ten
         generator: where the random numbers come from, on its own device, so that a CPU generator gives the same ones
             for a batch on any device; None takes the default CPU generator. Its state, saved and set again, makes a
             resumed training see the same images.
-        kind: ``"none"`` returns ``images`` itself. ``"affine"``: each image turned by up to 10 degrees, scaled by 0.9
-            to 1.1, sheared by up to 0.1, shifted by up to 1/14 of its size (2 pixels of 28), bilinear; what comes in
+        kind: ``"none"`` returns ``images`` itself. ``"affine"``: each image turned by up to 6 degrees, scaled by 0.94
+            to 1.06, sheared by up to 0.06, shifted by up to 1.2 pixels in 28, bilinear; what comes in
             from outside has the image's background, the median of its border, a channel. ``"crop_flip"``: 4 zero
             pixels on every side, a crop of the old size, mirrored with probability 1/2 (He et al. 2016, section 4.2).
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bqnn.data import normalise
-from bqnn.html import write_html
+from bqnn.html import FPNN_BITS, write_html
 from bqnn.report import report
 from bqnn.runs import (
     add_scores,
@@ -37,7 +37,6 @@ RECIPE = Recipe(
     bayes_lr=2e-3,
 )
 BATCH = 256  # images of the pass that is timed
-FPNN_BITS = 32.0
 
 
 def run_demo(
@@ -79,7 +78,6 @@ def run_demo(
     x = normalise(test.images[:BATCH], data.mean, data.std)
     seconds = measure_side_by_side([dense, packed], x)
     codebooks = report(net)
-    bits = sum(layer.bits * layer.weights for layer in codebooks.layers) / codebooks.weights
     runs = [load_run(out / "fpnn"), load_run(out / "bayes")]
     dense_bytes = fpnn_bytes(*load_factory(runs[0]))
     result = {
@@ -91,7 +89,7 @@ def run_demo(
         },
         "packed": {
             "accuracy": 100 - packed_score.error,
-            "bits": bits,
+            "bits": codebooks.bits,
             "bytes": file.stat().st_size,
             "seconds": seconds[1],
         },

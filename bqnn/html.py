@@ -20,6 +20,7 @@ from bqnn.report import LayerReport, Report, report
 from bqnn.runs import Run, fpnn_bytes, load_factory, load_network, measure_side_by_side, save_packed
 
 BATCH = 256  # images of the pass that is timed
+FPNN_BITS = 32.0
 DASH = "–"
 
 STYLE = """
@@ -32,6 +33,7 @@ p, figcaption { color: var(--soft); max-width: 48rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child, .text { text-align: left; }
+td:first-child { white-space: normal; }
 thead th { font-weight: 600; vertical-align: bottom; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
 .figures svg { width: 100%; height: auto; font-family: system-ui, sans-serif; stroke-linejoin: round; }
@@ -120,8 +122,7 @@ def _summary(runs: Sequence[Run], titles: Sequence[str], networks: Sequence[_Net
         if network is None:
             rows.append([*row, *[DASH] * 5])
             continue
-        codebooks = network.codebooks
-        bits = sum(layer.bits * layer.weights for layer in codebooks.layers) / codebooks.weights if codebooks else 32.0
+        bits = network.codebooks.bits if network.codebooks else FPNN_BITS
         row += [f"{bits:.2f}", f"{network.nbytes:,}", f"{network.fpnn_bytes / network.nbytes:.1f} ×"]
         rows.append([*row, *(_times(network) if measure else (DASH, DASH))])
     head = ["run", "accuracy", "split", "bits a weight", "bytes on disk", "smaller", "test time", "of the FPNN's"]
@@ -192,8 +193,8 @@ def _curves(runs: Sequence[Run], titles: Sequence[str]) -> list[str]:
         "<h2>Training</h2>",
         f'<ul class="legend">{items}</ul>',
         f'<div class="figures">{"".join(drawn)}</div>',
-        "<p>Thin vertical lines: a phase of training begins. Quantization loss: the sum of (mean − its level)² over the "
-        "sum of mean². Near a level: within a tenth of the gap between levels.</p>",
+        "<p>Thin vertical lines: a phase of training begins. Quantization loss: the sum of (mean − its level)² over "
+        "the sum of mean². Near a level: within a tenth of the gap between levels.</p>",
     ]
 
 

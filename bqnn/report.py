@@ -56,6 +56,11 @@ class Report:
         return sum(layer.nbytes for layer in self.layers)
 
     @property
+    def bits(self) -> float:
+        """Bits a weight as packed, over all quantized layers; codebooks are not counted."""
+        return sum(layer.bits * layer.weights for layer in self.layers) / max(self.weights, 1)
+
+    @property
     def near_share(self) -> float | None:
         """The share of all means within a tenth of the gap of their level; None without Bayes layers."""
         known = [layer for layer in self.layers if layer.near_share is not None]

@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +91,19 @@ def load_factory(run: Run) -> tuple[str, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the run is not finished.
-        ValueError: its weights are not a file that training wrote.
+        ValueError: its weights are not a file that training wrote, or of another recipe than its metrics.json.
     """
     path = run.folder / WEIGHTS
     if not path.exists():
         raise FileNotFoundError(f"{run.folder} has no {WEIGHTS} yet; end the run with bqnn train --resume")
     try:
         with safe_open(path, "pt") as file:
-            name, arguments = json.loads((file.metadata() or {})[METADATA])["factory"]
+            metadata = json.loads((file.metadata() or {})[METADATA])
+        recipe, (name, arguments) = metadata["recipe"], metadata["factory"]
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not what bqnn train writes: {error}") from error
+    if recipe != asdict(run.recipe):
+        raise ValueError(f"{path} is of another recipe than {METRICS} beside it")
     return name, arguments
 
 
@@ -112,7 +115,7 @@ def load_network(run: Run) -> nn.Module:
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"{run.folder / WEIGHTS} does not fit the recipe in {METRICS}: {error}") from error
+        raise ValueError(f"{run.folder / WEIGHTS} does not fit its recipe: {error}") from error
     return net.eval()
 
 

@@ -85,6 +85,7 @@ def test_totals_weigh_layers_by_their_weights() -> None:
     assert total.weights == 12
     assert total.near_share == pytest.approx(9 / 12)
     assert total.quantization_loss == pytest.approx(3 * 0.16 / (6 + 3 * 0.16), rel=1e-5)
+    assert total.bits == pytest.approx((9 * 8 / 3 + 3 * 8) / 12)  # a byte a channel: of three weights, of one
     assert total.nbytes == sum(layer.nbytes for layer in total.layers) == (3 + 12) + (3 + 12)
 
 

@@ -55,7 +55,7 @@ def one_thread() -> Any:
 def processes() -> Any:
     """Starts processes that have imported what a run needs, so that a kill falls into the run itself."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bqnn.cli", "sklearn.datasets"])
+    context.set_forkserver_preload(["bqnn.cli", "sklearn.datasets", "torch._dynamo"])
     return context
 
 
@@ -212,8 +212,8 @@ def test_a_run_that_has_ended_resumes_to_the_same_files(tmp_path: Path) -> None:
     "changes, name",
     [
         pytest.param({"lr": 1e30}, "lr", id="full-precision"),
-        pytest.param({"deterministic_lr": 1e5, "pretrain_epochs": 1}, "deterministic_lr", id="deterministic"),
-        pytest.param({"bayes_lr": 1e5, "pretrain_epochs": 1, "deterministic_epochs": 0}, "bayes_lr", id="bayes"),
+        pytest.param({"deterministic_lr": 1e30, "pretrain_epochs": 1}, "deterministic_lr", id="deterministic"),
+        pytest.param({"bayes_lr": 1e30, "pretrain_epochs": 1, "deterministic_epochs": 0}, "bayes_lr", id="bayes"),
     ],
 )
 def test_a_loss_that_is_not_finite_raises(tmp_path: Path, changes: dict[str, Any], name: str) -> None:
