@@ -2,10 +2,10 @@
 
     python bench/accuracy_lenet5.py [--seeds 3] [--jobs 2] [--only fpnn moment-3] [--update]
 
-Every run is a folder under --out and is not done again while it is there, so that the command can be stopped and called
-again. Runs are trained as the README recommends; choices were made on the validation split, and the test images are
-looked at here, once, by the trained network. The figures that a row must meet stand beside it: the exit status is 1
-when one is missed. --update writes bench/results/.
+Every run is a folder under --out and is not done again while it is there, so that the command can be stopped and
+called again. Runs are trained as the README recommends, on all 60,000 training images: every choice was made before,
+with 5,000 of them held out. The test images are looked at here, once, by the trained network. The figures that a row
+must meet stand beside it: the exit status is 1 when one is missed. --update writes bench/results/.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ class Row:
 
 
 def rows() -> list[Row]:
-    moment = LENET5_MNIST
+    moment = replace(LENET5_MNIST, validation=0)
+    single = replace(moment, deterministic_epochs=moment.deterministic_epochs + moment.epochs, epochs=0)
     limits = {2: 0.95, 3: 0.75, 4: 0.70, 5: 0.70, 8: 0.70, 16: 0.70}
-    table = [Row("fpnn", replace(moment, method="fpnn"))]
+    table = [Row("fpnn", replace(single, method="fpnn"))]
     table += [Row(f"moment-{m}", replace(moment, num_levels=m), limit) for m, limit in limits.items()]
-    table.append(Row("deterministic-3", replace(moment, estimator="deterministic"), 0.70))
+    table.append(Row("deterministic-3", replace(single, estimator="deterministic"), 0.70))
     table.append(Row("moment-3-gaussian", replace(moment, prior="gaussian")))
     table += [Row(f"{name}-3", replace(moment, estimator=name)) for name in ("sample", "local")]
     return table
@@ -89,7 +90,7 @@ def run(row: Row, seed: int, data: Path, out: Path) -> None:
 
 def pretrain(seed: int, data: Path, out: Path) -> None:
     """The full-precision phase, which all rows of a seed share."""
-    recipe = replace(LENET5_MNIST, method="fpnn", epochs=0, seed=seed)
+    recipe = replace(LENET5_MNIST, method="fpnn", validation=0, deterministic_epochs=0, epochs=0, seed=seed)
     trainer = Trainer(recipe, out / f"pretrained-seed{seed}", data_root=data)
     trainer.resume()
     trainer.run(progress=False)

@@ -10,6 +10,7 @@ import torch
 
 from bqnn.data import normalise
 from bqnn.html import FPNN_BITS, write_html
+from bqnn.recipes import LENET5_DIGITS
 from bqnn.report import report
 from bqnn.runs import (
     add_scores,
@@ -24,24 +25,12 @@ from bqnn.runs import (
 )
 from bqnn.train import WEIGHTS, Recipe, Trainer, evaluate, print_now
 
-# Chosen on the validation split. Both networks go on from the same full-precision phase.
-RECIPE = Recipe(
-    model="lenet5",
-    dataset="digits",
-    num_levels=3,
-    augment="affine",
-    pretrain_epochs=30,
-    epochs=25,
-    lr=4e-3,
-    deterministic_epochs=20,
-    bayes_lr=2e-3,
-)
 BATCH = 256  # images of the pass that is timed
 
 
 def run_demo(
     out: str | Path,
-    recipe: Recipe = RECIPE,
+    recipe: Recipe = LENET5_DIGITS,
     progress: bool = False,
     log: Callable[[str], object] = print_now,
 ) -> dict[str, dict[str, float]]:
