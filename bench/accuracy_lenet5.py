@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 
 import bqnn
 from bqnn.atomic import write_atomically
-from bqnn.recipes import LENET5_MNIST
-from bqnn.train import Recipe, Trainer, evaluate
+from bqnn.evaluate import evaluate
+from bqnn.recipe import LENET5_MNIST, Recipe
+from bqnn.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "accuracy_lenet5.json"

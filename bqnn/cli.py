@@ -19,7 +19,8 @@ from bqnn._version import __version__
 from bqnn.data import NAMES
 from bqnn.dispatch import BackendError
 from bqnn.ops._packed import PRECISIONS
-from bqnn.train import CHOICES, SPLITS, WEIGHTS, Recipe
+from bqnn.recipe import CHOICES, Recipe
+from bqnn.train import SPLITS, WEIGHTS
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130  # exit statuses; 130 is what a shell reports for Ctrl-C
 

@@ -13,8 +13,9 @@ import torch
 from bqnn import io, models, runs
 from bqnn.data import load_dataset
 from bqnn.html import write_html
+from bqnn.recipe import Recipe
 from bqnn.report import report
-from bqnn.train import CHECKPOINT, METRICS, WEIGHTS, Recipe, Trainer, print_now
+from bqnn.train import CHECKPOINT, METRICS, WEIGHTS, Trainer, print_now
 
 PACKED = "packed.safetensors"
 

@@ -122,7 +122,7 @@ def _convert_layer(name: str, layer: nn.Module, options: Mapping[str, Any]) -> B
         raise ValueError(f"layer {name!r} has a parametrized weight; remove the parametrization first, or skip it")
     try:
         # Made without data: the weights it would draw and the levels it would fit to them are thrown away.
-        bayes = CONVERTERS[type(layer)](layer, options).to_empty(device=layer.weight.device)
+        bayes = CONVERTERS[type(layer)](layer, options).to_empty(device=next(layer.parameters()).device)
         bayes.load_state_dict(layer.state_dict())
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {name!r}: {error}") from error

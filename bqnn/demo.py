@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from bqnn.data import normalise
+from bqnn.evaluate import evaluate
 from bqnn.html import FPNN_BITS, write_html
-from bqnn.recipes import LENET5_DIGITS
+from bqnn.recipe import LENET5_DIGITS, Recipe
 from bqnn.report import report
 from bqnn.runs import (
     add_scores,
@@ -23,7 +24,7 @@ from bqnn.runs import (
     save_packed,
     score_network,
 )
-from bqnn.train import WEIGHTS, Recipe, Trainer, evaluate, print_now
+from bqnn.train import WEIGHTS, Trainer, print_now
 
 BATCH = 256  # images of the pass that is timed
 

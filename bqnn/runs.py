@@ -20,11 +20,13 @@ from bqnn import io, models
 from bqnn.atomic import write_atomically
 from bqnn.calibration import expected_calibration_error
 from bqnn.data import Split, Splits, batches, load_dataset, normalise
+from bqnn.evaluate import EVAL_BATCH, device_of, evaluate
 from bqnn.layers import bayes_layers
 from bqnn.pack import pack
 from bqnn.packed_layer import PackedLayer
 from bqnn.predict import predict
-from bqnn.train import CHECKPOINT, EVAL_BATCH, METADATA, METRICS, SPLITS, WEIGHTS, Recipe, device_of, evaluate, quantize
+from bqnn.recipe import Recipe
+from bqnn.train import CHECKPOINT, METADATA, METRICS, SPLITS, WEIGHTS, quantize
 
 PRIOR_NAMES = {"spike_slab": "spike-and-slab", "gaussian": "Gaussian prior"}
 TIMING_REPEATS = 15

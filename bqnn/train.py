@@ -11,9 +11,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,104 +24,23 @@ from tqdm import tqdm
 
 from bqnn import models
 from bqnn.atomic import remove_leftovers, write_atomically
-from bqnn.augment import KINDS, augment
+from bqnn.augment import augment
 from bqnn.batchnorm import refresh_batchnorm
 from bqnn.convert import convert
-from bqnn.data import Split, Splits, batches, load_dataset, normalise
+from bqnn.data import Splits, batches, load_dataset, normalise
 from bqnn.elbo import elbo, kl_warmup, parameter_groups
-from bqnn.layers import ESTIMATORS, GRANULARITIES, PARTITIONS, PRIORS, bayes_layers
-from bqnn.ops._check import check_num_levels
+from bqnn.evaluate import EVAL_BATCH, evaluate
+from bqnn.layers import bayes_layers
+from bqnn.recipe import BAYES, DETERMINISTIC, FULL_PRECISION, Recipe
 from bqnn.report import report
 
-METHODS = ("bayes", "fpnn")
-# What each field of a recipe may be; `bqnn train` offers the same.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model": models.NAMES,
-    "method": METHODS,
-    "estimator": ESTIMATORS,
-    "prior": PRIORS,
-    "partition": PARTITIONS,
-    "granularity": GRANULARITIES,
-    "augment": KINDS,
-}
-FULL_PRECISION, DETERMINISTIC, BAYES = range(3)  # the phases of a recipe
 # Of AdamW. A mean that has left a threshold has the small, steady gradient of the divergence alone: with a long memory
 # of the likelihood's large one it would hardly move.
 BETAS = ((0.9, 0.999), (0.9, 0.999), (0.9, 0.99))
-EVAL_BATCH = 1000
 WARMUP = 0.1  # share of a phase's steps in which the learning rate rises
 METADATA = "run"  # what model.safetensors keeps recipe and factory under
 SPLITS = ("test", "validation")
 CHECKPOINT, WEIGHTS, METRICS = "checkpoint.pt", "model.safetensors", "metrics.json"
-
-
-class Phase(NamedTuple):
-    """A stretch of training with an optimizer and a learning-rate cycle of its own."""
-
-    name: str
-    epochs: int
-    lr: float
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything a run depends on. The phases together are the training; "fpnn" does all of them without quantizing."""
-
-    model: str = "lenet5"
-    dataset: str = "digits"
-    method: str = "bayes"
-    num_levels: int = 3
-    estimator: str = "moment"
-    prior: str = "spike_slab"
-    partition: str = "nearest"
-    granularity: str = "tensor"
-    pretrain_epochs: int = 6
-    deterministic_epochs: int = 10
-    epochs: int = 4
-    batch_size: int = 128
-    lr: float = 4e-3
-    deterministic_lr: float = 3e-3
-    bayes_lr: float = 5e-3
-    codebook_lr: float = 0.1
-    variance_lr: float = 0.3
-    weight_decay: float = 0.0
-    kl_warmup: float = 1.0
-    augment: str = "none"
-    image_size: int | None = None
-    validation: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        check_num_levels(self.num_levels)
-        for name in ("pretrain_epochs", "deterministic_epochs", "epochs"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("batch_size", "lr", "deterministic_lr", "bayes_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-
-    @property
-    def phases(self) -> tuple[Phase, Phase, Phase]:
-        return (
-            Phase("full precision", self.pretrain_epochs, self.lr),
-            Phase("deterministic", self.deterministic_epochs, self.deterministic_lr),
-            Phase("bayes", self.epochs, self.bayes_lr),
-        )
-
-    @property
-    def total_epochs(self) -> int:
-        return sum(phase.epochs for phase in self.phases)
-
-    def locate(self, epoch: int) -> tuple[int, int]:
-        """The phase that an epoch (from 0) belongs to, and the epochs of it that are done; at the end, the last one."""
-        for index, phase in enumerate(self.phases):
-            if epoch < phase.epochs:
-                return index, epoch
-            epoch -= phase.epochs
-        return index, phase.epochs
 
 
 def print_now(line: str) -> None:
@@ -382,36 +301,6 @@ class Trainer:
     def _write_metrics(self) -> None:
         text = json.dumps({"recipe": asdict(self.recipe), "history": self.history, **self.scores}, indent=1)
         write_atomically(self.folder / METRICS, lambda path: Path(path).write_text(text))
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a network does on a split."""
-
-    error: float  # percent of the images
-    nll: float  # nats an image
-    predictions: Tensor  # int64 [N]
-    logits: Tensor  # float32 [N, classes]
-
-
-def device_of(net: nn.Module) -> torch.device:
-    """Where a network's tensors are; the CPU for one that has none."""
-    return next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
-
-
-@torch.no_grad()
-def evaluate(net: Callable[[Tensor], Tensor], split: Split, data: Splits, batch_size: int = EVAL_BATCH) -> Score:
-    """Error and negative log likelihood of a classifier on a split; a module is put into evaluation mode."""
-    device = torch.device("cpu")
-    if isinstance(net, nn.Module):
-        device = device_of(net.eval())
-    outputs = [
-        net(normalise(images, data.mean, data.std).to(device)).float().cpu() for images, _ in batches(split, batch_size)
-    ]
-    logits = torch.cat(outputs)
-    predictions = logits.argmax(1)
-    error = (predictions != split.labels).double().mean().item() * 100.0
-    return Score(error, F.cross_entropy(logits, split.labels).item(), predictions, logits)
 
 
 def describe(record: dict[str, Any]) -> str:

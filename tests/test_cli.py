@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 
 import bqnn
 from bqnn import cli, runs
-from bqnn.train import CHECKPOINT, METRICS, WEIGHTS, Recipe, Trainer
+from bqnn.data import normalise
+from bqnn.recipe import Recipe
+from bqnn.train import CHECKPOINT, METRICS, WEIGHTS, Trainer
 
 EPOCHS = ["--pretrain-epochs", "1", "--deterministic-epochs", "1", "--epochs", "1"]
 SHORT = [*EPOCHS, "--validation", "1260", "--quiet"]
@@ -229,7 +231,7 @@ def test_eval_of_a_run(run: Any, folder: Path) -> None:
     assert numbers(line) == pytest.approx(expected, abs=0.005)
     data = runs.load_data(Recipe(), "data")
     net = runs.load_network(runs.load_run(folder / "bayes"))
-    logits = net(bqnn.train.normalise(data.test.images, data.mean, data.std)).detach()
+    logits = net(normalise(data.test.images, data.mean, data.std)).detach()
     assert score["error"] == pytest.approx(100 * float((logits.argmax(1) != data.test.labels).double().mean()))
     assert score["nll"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, data.test.labels)), rel=1e-4)
 

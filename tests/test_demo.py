@@ -11,7 +11,7 @@ import torch
 import bqnn
 from bqnn import cli, demo, io
 from bqnn.demo import format_table, run_demo
-from bqnn.recipes import LENET5_DIGITS
+from bqnn.recipe import LENET5_DIGITS
 from bqnn.runs import load_run
 
 SHORT = replace(LENET5_DIGITS, pretrain_epochs=2, deterministic_epochs=1, epochs=1)

@@ -16,10 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import bqnn.train
 from bqnn import cli
+from bqnn.data import Split, load_dataset
+from bqnn.evaluate import evaluate
 from bqnn.layers import bayes_layers
-from bqnn.train import CHECKPOINT, METRICS, WEIGHTS, Recipe, Trainer, evaluate
+from bqnn.recipe import Recipe
+from bqnn.train import CHECKPOINT, METRICS, WEIGHTS, Trainer
 
 # 177 training images: three steps an epoch.
 SMALL = Recipe(pretrain_epochs=2, deterministic_epochs=1, epochs=2, batch_size=64, validation=1260, kl_warmup=1.0)
@@ -336,8 +338,8 @@ def test_a_recipe_that_can_not_be_is_refused_at_once(changes: dict[str, Any], er
 
 
 def test_evaluate_by_hand() -> None:
-    data = bqnn.train.load_dataset("digits")
-    split = bqnn.train.Split(data.test.images[:4], torch.tensor([0, 1, 2, 2]))
+    data = load_dataset("digits")
+    split = Split(data.test.images[:4], torch.tensor([0, 1, 2, 2]))
     logits = torch.zeros(4, 10)
     logits[range(4), [0, 1, 2, 3]] = 2.0
     score = evaluate(lambda x: logits[: len(x)], split, data)
