@@ -96,5 +96,11 @@ class Recipe:
 # Chosen on the validation split, by the measurements in docs/recipe.md.
 LENET5_MNIST = Recipe(model="lenet5", dataset="mnist", augment="affine")
 LENET5_DIGITS = Recipe(
-    model="lenet5", dataset="digits", augment="affine", pretrain_epochs=30, deterministic_epochs=20, epochs=20
+    model="lenet5",
+    dataset="digits",
+    augment="affine",
+    pretrain_epochs=30,
+    deterministic_epochs=20,
+    epochs=20,
+    bayes_lr=1e-2,
 )
