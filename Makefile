@@ -8,7 +8,7 @@ UNPACK := ../shared/data/unpack.py
 export BQNN_DATA ?= $(CURDIR)/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo test lint unit bench clean
+.PHONY: help setup data demo test lint unit bench accuracy clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ unit: setup data  ## pytest, two processes of one thread each
 
 bench: setup data  ## pytest-benchmark on bench/
 	$(VENV)/bin/pytest bench $(ARGS)
+
+accuracy: setup data  ## train LeNet-5 on MNIST for the table of the README; over an hour, goes on where it stopped
+	$(VENV)/bin/python -m bench.accuracy_lenet5 --data "$(BQNN_DATA)" $(ARGS)
 
 clean:  ## remove what builds, tests and tools left; .venv and data stay
 	rm -rf build dist bqnn.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,6 +1,6 @@
 """MNIST accuracy of LeNet-5: full precision against M-ary, each row the mean of several seeds.
 
-    python bench/accuracy_lenet5.py [--seeds 3] [--jobs 2] [--only fpnn moment-3] [--update]
+    python -m bench.accuracy_lenet5 [--seeds 3] [--jobs 2] [--only fpnn moment-3] [--update]
 
 Every run is a folder under --out and is not done again while it is there, so that the command can be stopped and
 called again. Runs are trained as the README recommends, on all 60,000 training images: every choice was made before,
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 import bqnn
+from bench.machine import describe_machine
 from bqnn.atomic import write_atomically
 from bqnn.evaluate import evaluate
 from bqnn.recipe import LENET5_MNIST, Recipe
@@ -103,7 +103,17 @@ def run_all(args: argparse.Namespace) -> None:
     def start(*words: str) -> None:
         name = "-".join(words[:2])
         with open(args.out / f"{name}.log", "w") as log:
-            command = [sys.executable, __file__, "--data", str(args.data), "--out", str(args.out), "--one", *words]
+            command = [
+                sys.executable,
+                "-m",
+                "bench.accuracy_lenet5",
+                "--data",
+                str(args.data),
+                "--out",
+                str(args.out),
+                "--one",
+                *words,
+            ]
             status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
         outcome = "done" if status == 0 else f"failed, see {log.name}"
         print(f"{time.strftime('%H:%M:%S')}  {name}: {outcome}", flush=True)
@@ -186,8 +196,7 @@ def main() -> None:
     table, met = collect(args)
     show(table)
     if args.update:
-        machine = {"machine": platform.machine(), "torch": torch.__version__, "bqnn": bqnn.__version__}
-        RESULTS.write_text(json.dumps({**machine, "table": table}, indent=1))
+        RESULTS.write_text(json.dumps({"machine": describe_machine(), "table": table}, indent=1) + "\n")
     sys.exit(0 if met else 1)
 
 

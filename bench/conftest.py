@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 
+from bench.machine import describe_machine
+
 BASELINE = "fpnn fp32"
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Records what the times depend on besides the machine."""
-    import torch
-
-    machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
+    machine_info.update(describe_machine())
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
