@@ -114,7 +114,7 @@ def run_all(args: argparse.Namespace) -> None:
                 "--one",
                 *words,
             ]
-            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
         outcome = "done" if status == 0 else f"failed, see {log.name}"
         print(f"{time.strftime('%H:%M:%S')}  {name}: {outcome}", flush=True)
 
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="write bench/results/")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.data, args.out = args.data.resolve(), args.out.resolve()
     if args.one:
         torch.set_num_threads(1)
         name, seed = args.one[0], int(args.one[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -25,28 +26,35 @@ def refresh_batchnorm(net: nn.Module, batches: Iterable[Tensor], limit: int = 20
         ``net``.
 
     Raises:
-        ValueError: the network has a BatchNorm and there is no batch.
+        ValueError: the network has a BatchNorm and there is no batch. Statistics are then as before, as they are where
+            the network itself fails.
     """
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return net
     modes = {module: module.training for module in net.modules()}
     momenta = [norm.momentum for norm in norms]
+    before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
     net.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-        norm.train()
-    seen = 0
-    for x in batches:
-        if seen == limit:
-            break
-        net(x)
-        seen += 1
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, mode in modes.items():
-        module.training = mode
-    if seen == 0:
-        raise ValueError("batches must hold at least one batch of inputs, got none")
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+            norm.train()
+        seen = 0
+        for x in itertools.islice(batches, limit):
+            net(x)
+            seen += 1
+        if seen == 0:
+            raise ValueError("batches must hold at least one batch of inputs, got none")
+    except BaseException:
+        for norm, buffers in zip(norms, before, strict=True):
+            for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
     return net

@@ -10,7 +10,9 @@ from bqnn.ops._check import check_floating, check_num_levels
 
 LLOYD_ITERATIONS = 50
 TAU_PER_GAP = 0.375  # the published window, tau = 0.075 at a gap of 0.2 between levels
-MIN_SCALE = 1e-8
+MIN_SCALE = 1e-6
+MIN_GAP = 1e-4  # between two levels, in units of their size and spread: float32 tells them apart, windows have a width
+MARGIN = 1e-3  # of a gap, that a learned threshold keeps from both its levels
 
 
 def gaps(levels: Tensor) -> Tensor:
@@ -39,13 +41,14 @@ def lloyd_max(values: Tensor, num_levels: int) -> Tensor:
     if not torch.isfinite(values).all():
         raise ValueError("values must be finite, got NaN or infinity")
     ordered = values.detach().double().sort(dim=1).values
-    levels = torch.stack([_lloyd_max_row(row, num_levels) for row in ordered])
+    levels = torch.stack([_lloyd_max_row(row, num_levels, torch.finfo(values.dtype).eps) for row in ordered])
     return levels.to(values.dtype)
 
 
-def _lloyd_max_row(ordered: Tensor, num_levels: int) -> Tensor:
+def _lloyd_max_row(ordered: Tensor, num_levels: int, eps: float) -> Tensor:
     total = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
-    spread = max((ordered[-1] - ordered[0]).item(), MIN_SCALE)
+    closest = 2.0 * max(eps, MIN_GAP) * ordered.abs().max().item()
+    spread = max((ordered[-1] - ordered[0]).item(), 2.0 * num_levels * closest, MIN_SCALE)
     evenly = ordered.mean() + spread * torch.linspace(-0.5, 0.5, num_levels, dtype=ordered.dtype, device=ordered.device)
     quantile = (torch.arange(num_levels, device=ordered.device) + 0.5) / num_levels * ordered.numel()
     levels = ordered[quantile.long()]
@@ -58,32 +61,39 @@ def _lloyd_max_row(ordered: Tensor, num_levels: int) -> Tensor:
         if torch.equal(updated, levels):
             break
         levels = updated
-    # In single precision, levels closer than this could become one.
-    return levels if (levels[1:] - levels[:-1] > 1e-5 * spread).all() else evenly
+    return levels if (levels[1:] - levels[:-1] > closest + 2.0 * MIN_GAP * spread).all() else evenly
+
+
+def smallest_gap(levels: Tensor, scale: Tensor) -> Tensor:
+    """What two neighbouring levels are always apart, [G, 1]; see :func:`levels_from_raw`."""
+    return MIN_GAP * (scale + levels[:, :1].abs())
 
 
 def levels_from_raw(raw: Tensor, scale: Tensor) -> Tensor:
-    """scale * (first, first + softplus(gap_1), ...): increasing whatever the parameters are, [G, M] -> [G, M].
+    """scale * (first, first + smallest + softplus(gap_1), ...): increasing whatever the raw values are, [G, M] each.
 
     ``scale`` [G, 1] is the spread of the weights when the codebook was fitted, so that an optimizer's step moves first
     value and gaps alike, in wide layers and narrow ones.
     """
-    increments = torch.cat([raw[:, :1], F.softplus(raw[:, 1:])], dim=1)
+    first = raw[:, :1]
+    increments = torch.cat([first, MIN_GAP * (1.0 + first.abs()) + F.softplus(raw[:, 1:])], dim=1)
     return scale * increments.cumsum(1)
 
 
 def raw_from_levels(levels: Tensor, scale: Tensor) -> Tensor:
     """The inverse of :func:`levels_from_raw`."""
     relative = levels / scale
-    steps = relative[:, 1:] - relative[:, :-1]
+    steps = relative[:, 1:] - relative[:, :-1] - MIN_GAP * (1.0 + relative[:, :1].abs())
     return torch.cat([relative[:, :1], steps + torch.log(-torch.expm1(-steps))], dim=1)
 
 
 def thresholds_from_raw(raw: Tensor, levels: Tensor) -> Tensor:
-    """t_j at the share sigmoid(raw_j) of the way from c_{j-1} to c_j: increasing, and each level in its own cell."""
-    return levels[:, :-1] + torch.sigmoid(raw) * (levels[:, 1:] - levels[:, :-1])
+    """t_j at a share of the way from c_{j-1} to c_j, sigmoid(raw_j) but for a margin: each level in its own cell."""
+    share = MARGIN + (1.0 - 2.0 * MARGIN) * torch.sigmoid(raw)
+    return levels[:, :-1] + share * (levels[:, 1:] - levels[:, :-1])
 
 
 def raw_from_thresholds(thresholds: Tensor, levels: Tensor) -> Tensor:
     """The inverse of :func:`thresholds_from_raw`."""
-    return torch.logit((thresholds - levels[:, :-1]) / (levels[:, 1:] - levels[:, :-1]))
+    share = (thresholds - levels[:, :-1]) / (levels[:, 1:] - levels[:, :-1])
+    return torch.logit((share - MARGIN) / (1.0 - 2.0 * MARGIN))

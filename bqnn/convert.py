@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from bqnn.layers import BayesConv2d, BayesLayer, BayesLinear
 
@@ -60,7 +61,7 @@ def convert(
     **options: Any,
 ) -> nn.Module:
     """A copy of ``net`` with every nn.Linear and nn.Conv2d a Bayes layer; see :func:`convert_`."""
-    return convert_(copy.deepcopy(net), num_levels, skip=_copied_skip(net, skip), overrides=overrides, **options)
+    return convert_(copy.deepcopy(net), num_levels, skip=_by_name(net, skip), overrides=overrides, **options)
 
 
 def convert_(
@@ -88,69 +89,88 @@ def convert_(
         the network; ``net`` itself, changed, unless it is a layer.
 
     Raises:
-        ValueError: a name in ``skip`` or ``overrides`` that no module has, no layer to convert, or an option out of
-            its range.
+        TypeError, ValueError: a name in ``skip`` or ``overrides`` that no module has, no layer to convert, a layer with
+            a parametrized weight, or an option out of its range; the network is then as it was.
     """
     overrides = dict(overrides or {})
-    skip = list(skip)
-    names = {name for name, _ in net.named_modules(remove_duplicate=False)}
-    for argument, given in (("skip", [entry for entry in skip if isinstance(entry, str)]), ("overrides", overrides)):
-        if unknown := sorted(set(given) - names):
-            raise ValueError(f"{argument} names modules that the network does not have: {', '.join(unknown)}")
-    replaced: dict[nn.Module, nn.Module] = {}
-    for name, module in list(net.named_modules(remove_duplicate=False)):
-        if type(module) not in CONVERTERS or _is_skipped(name, module, skip):
-            continue
-        if module not in replaced:
-            replaced[module] = _convert_layer(
-                name, module, {"num_levels": num_levels, **options, **overrides.pop(name, {})}
-            )
-        overrides.pop(name, None)
-        if name:
-            parent, _, attribute = name.rpartition(".")
-            setattr(net.get_submodule(parent), attribute, replaced[module])
-    if not replaced:
+    names = _names(net)
+    skipped = _skipped(names, skip)
+    known = {name for all_names in names.values() for name in all_names}
+    if unknown := sorted(set(overrides) - known):
+        raise ValueError(f"overrides names modules that the network does not have: {', '.join(unknown)}")
+    layers = {m: own for m, own in names.items() if m not in skipped and _is_convertible(own[0], m)}
+    if not layers:
         raise ValueError("net has no nn.Linear or nn.Conv2d to convert (or all are skipped)")
-    if overrides:
-        raise ValueError(f"overrides names modules that are not converted: {', '.join(sorted(overrides))}")
-    _log.info("converted %d layers", len(replaced))
-    return replaced.get(net, net)
+    if unused := sorted(set(overrides) - {name for own_names in layers.values() for name in own_names}):
+        raise ValueError(f"overrides names modules that are not converted: {', '.join(unused)}")
+    replacements = {}
+    for layer, own_names in layers.items():
+        own = {option: value for name in own_names for option, value in overrides.get(name, {}).items()}
+        replacements[layer] = _convert_layer(own_names[0], layer, {"num_levels": num_levels, **options, **own})
+    # Only now, with nothing left that could fail.
+    for layer, own_names in layers.items():
+        for name in filter(None, own_names):
+            parent, _, attribute = name.rpartition(".")
+            setattr(net.get_submodule(parent), attribute, replacements[layer])
+    _log.info("converted %d layers", len(replacements))
+    return replacements.get(net, net)
+
+
+def _names(net: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module of a network and all its names: a shared one has several, the network itself ""."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in net.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def _skipped(names: Mapping[nn.Module, list[str]], skip: Skip) -> set[nn.Module]:
+    """The modules that ``skip`` stands for, with all that is inside them."""
+    if isinstance(skip, str):
+        raise TypeError(f"skip must be a list of names, types or modules, got the string {skip!r}")
+    entries = list(skip)
+    by_name = {name: module for module, all_names in names.items() for name in all_names}
+    if unknown := sorted(entry for entry in entries if isinstance(entry, str) and entry not in by_name):
+        raise ValueError(f"skip names modules that the network does not have: {', '.join(unknown)}")
+    found: set[nn.Module] = set()
+    for entry in entries:
+        if isinstance(entry, type):
+            roots = [module for module in names if isinstance(module, entry)]
+        elif isinstance(entry, str):
+            roots = [by_name[entry]]
+        elif entry in names:
+            roots = [entry]
+        else:
+            raise ValueError(f"skip holds a module that is not in the network: {type(entry).__name__}")
+        found.update(module for root in roots for module in root.modules())
+    return found
+
+
+def _is_convertible(name: str, layer: nn.Module) -> bool:
+    """Whether a layer is one of :data:`CONVERTERS`; ValueError for one whose weight is not a plain parameter."""
+    computed = is_parametrized(layer) and isinstance(layer, (nn.Linear, nn.Conv2d))
+    if computed or (type(layer) in CONVERTERS and "weight" not in layer._parameters):
+        raise ValueError(f"layer {name!r} has a parametrized weight; remove the parametrization first, or skip it")
+    return type(layer) in CONVERTERS
 
 
 def _convert_layer(name: str, layer: nn.Module, options: Mapping[str, Any]) -> BayesLayer:
-    if getattr(layer, "parametrizations", None):
-        raise ValueError(f"layer {name!r} has a parametrized weight; remove the parametrization first, or skip it")
     try:
         # Made without data: the weights it would draw and the levels it would fit to them are thrown away.
-        bayes = CONVERTERS[type(layer)](layer, options).to_empty(device=next(layer.parameters()).device)
-        bayes.load_state_dict(layer.state_dict())
+        bayes = CONVERTERS[type(layer)](layer, options)
+        device = next(layer.parameters()).device
+        if device.type != "meta":
+            bayes.to_empty(device=device).load_state_dict(layer.state_dict())
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {name!r}: {error}") from error
+    for own_name, parameter in layer.named_parameters():
+        bayes.get_parameter(own_name).requires_grad_(parameter.requires_grad)
     return bayes.train(layer.training)
 
 
-def _is_skipped(name: str, module: nn.Module, skip: Iterable[str | type[nn.Module] | nn.Module]) -> bool:
-    for entry in skip:
-        if isinstance(entry, str):
-            if name == entry or name.startswith(entry + "."):
-                return True
-        elif isinstance(entry, type):
-            if isinstance(module, entry):
-                return True
-        elif module is entry or module in entry.modules():
-            return True
-    return False
-
-
-def _copied_skip(net: nn.Module, skip: Skip) -> list[str | type[nn.Module]]:
-    """``skip`` with modules as names, which a copy of the network has too."""
-    names = {module: name for name, module in net.named_modules()}
-    result: list[str | type[nn.Module]] = []
-    for entry in skip:
-        if isinstance(entry, nn.Module):
-            if entry not in names:
-                raise ValueError(f"skip holds a module that is not in the network: {type(entry).__name__}")
-            result.append(names[entry])
-        else:
-            result.append(entry)
-    return result
+def _by_name(net: nn.Module, skip: Skip) -> Skip:
+    """``skip`` with names for modules, which a copy of the network has too."""
+    if isinstance(skip, str):
+        return skip
+    names = _names(net)
+    return [names[entry][0] if isinstance(entry, nn.Module) and entry in names else entry for entry in skip]

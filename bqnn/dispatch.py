@@ -34,6 +34,7 @@ class BackendError(RuntimeError):
 def register(op: str, backend: str, implementation: Callable[..., Any]) -> None:
     """Makes ``implementation`` what ``backend`` runs for ``op``; called once, by the op's own module."""
     _implementations.setdefault(op, {})[backend] = implementation
+    _choose.cache_clear()
 
 
 def status(op: str, backend: str, device_type: str) -> Status:

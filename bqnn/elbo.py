@@ -56,7 +56,7 @@ def elbo(
     """
     if dataset_size < 1:
         raise ValueError(f"dataset_size must be at least 1, got {dataset_size}")
-    if kl_weight < 0.0:
+    if not kl_weight >= 0.0:
         raise ValueError(f"kl_weight must be at least 0, got {kl_weight}")
     likelihood, kl = nll(output, target), kl_divergence(net)
     return Elbo(likelihood + kl_weight * kl / dataset_size, likelihood, kl)
@@ -82,12 +82,13 @@ def parameter_groups(
         groups for any torch optimizer, each with a ``name``, lr and weight_decay.
     """
     bayes = list(bayes_layers(net).values())
+    means = list({id(layer.weight): layer.weight for layer in bayes}.values())  # one may be tied between layers
     codebook = [p for layer in bayes for p in (layer.raw_levels, layer.raw_thresholds) if p is not None]
     variance = [layer.log_sigma2 for layer in bayes]
-    taken = {id(p) for p in (*codebook, *variance, *(layer.weight for layer in bayes))}
+    taken = {id(p) for p in (*codebook, *variance, *means)}
     others = [p for p in net.parameters() if id(p) not in taken]
     groups = [
-        {"name": "means", "params": [layer.weight for layer in bayes], "lr": lr, "weight_decay": 0.0},
+        {"name": "means", "params": means, "lr": lr, "weight_decay": 0.0},
         {"name": "variances", "params": variance, "lr": lr * variance_lr, "weight_decay": 0.0},
         {"name": "codebooks", "params": codebook, "lr": lr * codebook_lr, "weight_decay": 0.0},
         {"name": "weights", "params": [p for p in others if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},

@@ -107,15 +107,21 @@ class BayesLayer(nn.Module):
         check_floating("levels", levels)
         if levels.shape != self.raw_levels.shape:
             raise ValueError(f"levels must have the shape {list(self.raw_levels.shape)}, got {list(levels.shape)}")
-        if not (torch.isfinite(levels).all() and (levels[:, 1:] > levels[:, :-1]).all()):
-            raise ValueError(f"levels must be finite and strictly increasing in each row, got {levels.tolist()}")
         levels = levels.to(self.raw_levels)
-        self.level_scale.copy_((levels - levels.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt())
-        self.raw_levels.copy_(codebook.raw_from_levels(levels, self.level_scale))
+        scale = (levels - levels.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt()
+        steps = levels[:, 1:] - levels[:, :-1]
+        if not (torch.isfinite(levels).all() and (steps > codebook.smallest_gap(levels, scale)).all()):
+            raise ValueError(
+                "levels must be finite and strictly increasing in each row, by more than "
+                f"{codebook.MIN_GAP:g} of their size, got {levels.tolist()}"
+            )
+        raw_thresholds = None if thresholds is None else self._raw_thresholds_of(levels, thresholds)
+        self.level_scale.copy_(scale)
+        self.raw_levels.copy_(codebook.raw_from_levels(levels, scale))
         if self.raw_thresholds is not None:
-            self.raw_thresholds.zero_()
-        if thresholds is not None:
-            self._set_thresholds(levels, thresholds)
+            self.raw_thresholds.copy_(
+                torch.zeros_like(self.raw_thresholds) if raw_thresholds is None else raw_thresholds
+            )
         self.reset_variances_()
 
     @torch.no_grad()
@@ -124,16 +130,20 @@ class BayesLayer(nn.Module):
         narrowest = codebook.gaps(self.levels).amin(1).view(-1, *[1] * (self.weight.dim() - 1))
         self.log_sigma2.copy_((2.0 * (SIGMA_PER_GAP * narrowest).log()).expand_as(self.log_sigma2))
 
-    def _set_thresholds(self, levels: Tensor, thresholds: Tensor) -> None:
+    def _raw_thresholds_of(self, levels: Tensor, thresholds: Tensor) -> Tensor:
         if self.raw_thresholds is None:
             raise ValueError('thresholds can be set only with partition="learned", got partition="nearest"')
         if thresholds.shape != self.raw_thresholds.shape:
             raise ValueError(
                 f"thresholds must have the shape {list(self.raw_thresholds.shape)}, got {list(thresholds.shape)}"
             )
-        if not ((thresholds > levels[:, :-1]) & (thresholds < levels[:, 1:])).all():
-            raise ValueError(f"thresholds must lie between neighbouring levels, got {thresholds.tolist()}")
-        self.raw_thresholds.copy_(codebook.raw_from_thresholds(thresholds.to(levels), levels))
+        raw = codebook.raw_from_thresholds(thresholds.to(levels), levels)
+        if not torch.isfinite(raw).all():
+            raise ValueError(
+                f"thresholds must lie between neighbouring levels, {codebook.MARGIN:g} of the gap away from both, "
+                f"got {thresholds.tolist()}"
+            )
+        return raw
 
     def codes(self) -> Tensor:
         """The code of every mean: uint8 in the weight's shape.
@@ -194,6 +204,10 @@ class BayesLayer(nn.Module):
         return moment(
             x, self.weight, self.log_sigma2, levels, thresholds, self.bias, fresh_seed(), mode=mode, **geometry
         )
+
+    def _evaluation_parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Q(mu) and bias in x's dtype."""
+        return self.quantized_weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Also takes the state of an nn.Linear or nn.Conv2d: the codebook is then fitted to its weight."""
@@ -258,7 +272,7 @@ class BayesLinear(BayesLayer, nn.Linear):
         check_linear_input(x, self.in_features)
         if self.training or self.sampling:
             return self._product(x, ops.sample_linear, ops.moment_linear, {})
-        return F.linear(x, self.quantized_weight().to(x.dtype), self.bias)
+        return F.linear(x, *self._evaluation_parameters(x))
 
 
 class BayesConv2d(BayesLayer, nn.Conv2d):
@@ -304,7 +318,7 @@ class BayesConv2d(BayesLayer, nn.Conv2d):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         check_conv2d_input(x, self.in_channels, self.out_channels, self.groups)
         if not (self.training or self.sampling):
-            return self._conv_forward(x, self.quantized_weight().to(x.dtype), self.bias)
+            return self._conv_forward(x, *self._evaluation_parameters(x))
         x, padding = explicit_padding(x, self)
         geometry = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
         return self._product(x, ops.sample_conv2d, ops.moment_conv2d, geometry)

@@ -129,9 +129,15 @@ WEIGHT, THRESHOLDS = torch.zeros(7, 13), torch.tensor([[-0.5, 0.5]])
         pytest.param(WEIGHT, [[0.5]], TypeError, "thresholds must be a tensor.*list", id="list"),
         pytest.param(WEIGHT, THRESHOLDS[0], ValueError, r"thresholds must have the shape.*\[2\]", id="vector"),
         pytest.param(WEIGHT, THRESHOLDS[0, 0], ValueError, r"thresholds must have the shape", id="scalar"),
-        pytest.param(WEIGHT, THRESHOLDS.expand(2, 2), ValueError, r"\[1 or 7, 2\], got \[2, 2\]", id="groups"),
-        pytest.param(WEIGHT, THRESHOLDS[:, :0], ValueError, "num_levels must be from 2 to 16, got 1", id="M1"),
-        pytest.param(WEIGHT, torch.arange(16.0)[None], ValueError, "num_levels must be.*got 17", id="M17"),
+        pytest.param(
+            WEIGHT,
+            THRESHOLDS.expand(2, 2),
+            ValueError,
+            r"thresholds must have the shape \[1 or 7, 1 to 15\], got \[2, 2\]",
+            id="groups",
+        ),
+        pytest.param(WEIGHT, THRESHOLDS[:, :0], ValueError, r"thresholds .* 1 to 15\], got \[1, 0\]", id="M1"),
+        pytest.param(WEIGHT, torch.arange(16.0)[None], ValueError, r"thresholds .*15\], got \[1, 16\]", id="M17"),
         pytest.param(WEIGHT, THRESHOLDS.to("meta"), ValueError, "thresholds is on meta.*cpu", id="device"),
     ],
 )

@@ -143,7 +143,7 @@ def test_raw_levels_and_thresholds_round_trip(num_levels: int, dtype: torch.dtyp
     torch.testing.assert_close(codebook.thresholds_from_raw(raw, levels), thresholds, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("gap", [1e-6, 1e-3, 1.0, 50.0, 1000.0])
+@pytest.mark.parametrize("gap", [1e-3, 1.0, 50.0, 1000.0])
 def test_wide_and_narrow_gaps_round_trip(gap: float) -> None:
     levels = torch.tensor([[0.0, gap, 2.0 * gap]])
     raw = codebook.raw_from_levels(levels, torch.ones(1, 1))

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bqnn import BayesConv2d, BayesLinear
+from bqnn import BayesConv2d, BayesLinear, codebook
 from bqnn.codebook import lloyd_max
+from bqnn.ops import spike_slab_kl
 from tests import formulas
 from tests.shapes import EVERY_M, GRANULARITIES
 
@@ -206,11 +207,14 @@ def test_set_levels(granularity: str) -> None:
 
 
 @pytest.mark.parametrize("levels", [[-0.2, 0.0, 0.2], [0.0, 0.1, 0.3], [-0.7, -0.1, 0.0]], ids=str)
-def test_a_level_set_to_zero_is_exactly_zero(levels: list[float]) -> None:
-    """The slab of the prior is centred at zero where zero is a level."""
+def test_the_slab_is_centred_at_a_level_set_to_zero(levels: list[float]) -> None:
+    """Whatever raw parameters round it to."""
     layer = make("linear")
-    layer.set_levels_(torch.tensor([levels]))
-    assert layer.levels[0, levels.index(0.0)].item() == 0.0
+    exact = torch.tensor([levels])
+    layer.set_levels_(exact)
+    assert abs(layer.levels[0, levels.index(0.0)].item()) <= 1e-7
+    divergence = spike_slab_kl(layer.weight, layer.log_sigma2, exact, codebook.TAU_PER_GAP * codebook.gaps(exact))
+    torch.testing.assert_close(layer.kl_divergence(), divergence, rtol=1e-4, atol=0.0)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 MIN_LEVELS, MAX_LEVELS = 2, 16
+_WEIGHT_SHAPES = {None: "[channels, ...]", 2: "[out, in]", 4: "[out, in / groups, height, width]"}
 
 
 def check_num_levels(num_levels: int) -> None:
@@ -23,14 +25,41 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
-def check_codebook(name: str, codebook: Tensor, weight: Tensor, num_levels: int, columns: int) -> None:
-    """Raises unless ``codebook`` is a floating-point [1 or N, columns] tensor on the weight's device."""
+def check_weight(weight: Tensor, dimensions: int | None = None) -> None:
+    """Raises unless ``weight`` is floating point, with ``dimensions`` dimensions (None: at least one)."""
+    check_floating("weight", weight)
+    if weight.dim() == 0 or dimensions not in (None, weight.dim()):
+        raise ValueError(f"weight must have the shape {_WEIGHT_SHAPES[dimensions]}, got {list(weight.shape)}")
+
+
+def check_levels(name: str, levels: Tensor, weight: Tensor) -> None:
+    """Raises unless ``levels``, or what goes with each level, is floating point [1 or N, M], on the weight's device."""
+    _check_codebook(name, levels, weight, MIN_LEVELS, MAX_LEVELS)
+
+
+def check_thresholds(thresholds: Tensor, weight: Tensor, levels: Tensor | None = None) -> None:
+    """Raises unless ``thresholds`` is floating point [1 or N, M - 1], with the M of ``levels`` if given."""
+    between = (MIN_LEVELS, MAX_LEVELS) if levels is None else (levels.shape[1], levels.shape[1])
+    _check_codebook("thresholds", thresholds, weight, *(m - 1 for m in between))
+
+
+def _check_codebook(name: str, codebook: Tensor, weight: Tensor, least: int, most: int) -> None:
     check_floating(name, codebook)
-    check_num_levels(num_levels)
     channels = weight.shape[0]
-    if codebook.dim() != 2 or codebook.shape[0] not in (1, channels) or codebook.shape[1] != columns:
+    if codebook.dim() != 2 or codebook.shape[0] not in (1, channels) or not least <= codebook.shape[1] <= most:
+        columns = f"{least} to {most}" if least < most else f"{least}"
         raise ValueError(f"{name} must have the shape [1 or {channels}, {columns}], got {list(codebook.shape)}")
     check_device(name, codebook, weight)
+
+
+def check_seed(seed: Tensor) -> None:
+    """Raises unless ``seed`` is an int64 scalar tensor."""
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed must be an int64 scalar tensor, got {type(seed).__name__}")
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must be an int64 scalar tensor, got {seed.dtype}")
+    if seed.dim() != 0:
+        raise ValueError(f"seed must be an int64 scalar tensor, got the shape {list(seed.shape)}")
 
 
 def check_same_shape(name: str, tensor: Tensor, weight: Tensor) -> None:

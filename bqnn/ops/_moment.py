@@ -2,18 +2,20 @@
 
 y = x * E + sqrt(x^2 * V) eps + bias, where E and V are the mean and the variance of the weight that reaches the
 product: of Q(w) ("categorical"), of the Gaussian w itself ("gaussian"), or Q(mu) with the Gaussian's variance
-("straight_through").
+("straight_through"). moment_linear and moment_conv2d are this with the one product or the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bqnn.ops import quantizer
-from bqnn.ops._check import check_codebook, check_same_shape
+from bqnn.ops._check import check_levels, check_same_shape, check_seed, check_thresholds, check_weight
+from bqnn.ops._register import register_op
 from bqnn.ops.philox import normal
 from bqnn.ops.product import Product
 
@@ -57,24 +59,26 @@ def moment_product(
     log_sigma2: Tensor,
     levels: Tensor,
     thresholds: Tensor,
+    bias: Tensor | None,
     seed: Tensor,
     offset: int,
     mode: str,
 ) -> tuple[Tensor, Tensor]:
-    """y without bias, and eps / (2 std) = dy/dVar[y], all that the backward pass needs of noise and deviation.
+    """y, and eps / (2 std) = dy/dVar[y], all that the backward pass needs of noise and deviation.
 
     The noise of an output is Philox's at its index in row-major order. Where the variance is 0, so is its gradient.
     """
     mean, variance = weight_moments(weight, log_sigma2, levels, thresholds, mode)
-    y = product.forward(x, mean.to(x.dtype))
-    std = product.forward(x * x, variance.to(x.dtype)).clamp_(min=0.0).sqrt_()
+    y = product.forward(x, mean.to(x.dtype).contiguous())
+    std = product.forward(x * x, variance.to(x.dtype).contiguous()).clamp_(min=0.0).sqrt_()
     noise = normal(seed, offset, y.shape, y.device, y.dtype)
     slope = torch.where(std > 0.0, 0.5 * noise / std, 0.0)
-    return torch.addcmul(y, std, noise), slope
+    return product.add_bias(torch.addcmul(y, std, noise), bias), slope
 
 
 def moment_product_backward(
     product: Product,
+    input_gradient: bool,
     grad: Tensor,
     slope: Tensor,
     x: Tensor,
@@ -83,56 +87,98 @@ def moment_product_backward(
     levels: Tensor,
     thresholds: Tensor,
     mode: str,
-    input_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for x (empty if not asked for), weight, log_sigma2, levels and thresholds."""
+    """Gradients for x (empty if not asked for), weight, log_sigma2, levels and thresholds, the last four contiguous."""
     mean, variance = weight_moments(weight, log_sigma2, levels, thresholds, mode)
-    grad_x, grad_mean = product.backward(grad, x, mean.to(x.dtype), input_gradient)
-    grad_square, grad_variance = product.backward(grad * slope, x * x, variance.to(x.dtype), input_gradient)
+    mean, variance = mean.to(x.dtype).contiguous(), variance.to(x.dtype).contiguous()
+    grad_x, grad_mean = product.backward(grad, x, mean, input_gradient)
+    grad_square, grad_variance = product.backward(grad * slope, x * x, variance, input_gradient)
     if input_gradient:
         grad_x = torch.addcmul(grad_x, x, grad_square, value=2.0)
     grad_mean, grad_variance = grad_mean.to(weight.dtype), grad_variance.to(weight.dtype)
     gradients = weight_moments_backward(grad_mean, grad_variance, weight, log_sigma2, levels, thresholds, mode)
-    return grad_x, *gradients
+    by_weight, by_log_sigma2, by_levels, by_thresholds = (gradient.contiguous() for gradient in gradients)
+    return grad_x, by_weight, by_log_sigma2, by_levels, by_thresholds
 
 
-def fake_backward(
-    product: Product,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    levels: Tensor,
-    thresholds: Tensor,
-    input_gradient: bool,
+def _fake(product: Product, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    y = product.forward(x, weight.to(x.dtype).contiguous())
+    return y, torch.empty_like(y)
+
+
+def _fake_backward(
+    product: Product, input_gradient: bool, grad: Tensor, slope: Tensor, x: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The shapes and strides of :func:`moment_product_backward`'s results."""
-    return (
-        product.backward(grad, x, weight.to(x.dtype), input_gradient)[0],
-        torch.empty_like(weight),
-        torch.empty_like(weight),
-        torch.empty_like(levels),
-        torch.empty_like(thresholds),
+    grad_x, _ = product.backward(grad, x, weight.to(x.dtype).contiguous(), input_gradient)
+    log_sigma2, levels, thresholds, _ = rest
+    by_weight, by_log_sigma2, by_levels, by_thresholds = (
+        tensor.new_empty(tensor.shape) for tensor in (weight, log_sigma2, levels, thresholds)
+    )
+    return grad_x, by_weight, by_log_sigma2, by_levels, by_thresholds
+
+
+def register(name: str, product_of: Callable[..., Product], geometry: str = "") -> None:
+    """Registers ``bqnn::<name>`` and ``bqnn::<name>_backward``.
+
+    Args:
+        product_of: makes the product of the geometry's values.
+        geometry: the part of the schema that describes them.
+    """
+    tensors, count, count_backward = "Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds", 9, 8
+    geometry = geometry and f", {geometry}"
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, log_sigma2, levels, thresholds, _, _, _, ctx.mode = inputs[:count]
+        ctx.save_for_backward(output[1], x, weight, log_sigma2, levels, thresholds)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.geometry, ctx.backend = inputs[count:-1], inputs[-1]
+
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        grad_x, *by_parameters = getattr(torch.ops.bqnn, f"{name}_backward")(
+            grad, *ctx.saved_tensors, ctx.mode, *ctx.geometry, wants_x, ctx.backend
+        )
+        grad_bias = product_of(*ctx.geometry).bias_gradient(grad) if wants_bias else None
+        gradients = (grad_x if wants_x else None, *by_parameters, grad_bias)
+        return gradients + (None,) * (len(ctx.needs_input_grad) - len(gradients))
+
+    register_op(
+        f"{name}_backward",
+        f"(Tensor grad, Tensor slope, Tensor x, {tensors}, str mode{geometry}, bool input_gradient,"
+        " str? backend=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        lambda *args: moment_product_backward(product_of(*args[count_backward:-1]), args[-1], *args[:count_backward]),
+        lambda *args, backend=None: _fake_backward(
+            product_of(*args[count_backward:-1]), args[-1], *args[:count_backward]
+        ),
+    )
+    register_op(
+        name,
+        f"(Tensor x, {tensors}, Tensor? bias, Tensor seed, int offset, str mode{geometry}, str? backend=None)"
+        " -> (Tensor, Tensor)",
+        lambda *args: moment_product(product_of(*args[count:]), *args[:count]),
+        lambda *args, backend=None: _fake(product_of(*args[count:]), *args[:count]),
+        setup_context,
+        backward,
     )
 
 
-def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keeps x, parameters, and the one tensor of the output's size."""
-    x, weight, log_sigma2, levels, thresholds, _, _, _, mode = inputs[:9]
-    ctx.save_for_backward(output[1], x, weight, log_sigma2, levels, thresholds)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.mode, ctx.rest = mode, inputs[9:]
-
-
 def check_moment(
-    weight: Tensor, log_sigma2: Tensor, levels: Tensor, thresholds: Tensor, seed: Tensor, mode: str
+    weight: Tensor,
+    dimensions: int,
+    log_sigma2: Tensor,
+    levels: Tensor,
+    thresholds: Tensor,
+    seed: Tensor,
+    mode: str,
 ) -> None:
-    """Checks what moment_linear and moment_conv2d take alike."""
-    num_levels = levels.shape[-1]
-    check_codebook("levels", levels, weight, num_levels, num_levels)
-    check_codebook("thresholds", thresholds, weight, num_levels, num_levels - 1)
+    """Checks what both ops take alike; the weight has ``dimensions`` dimensions."""
+    check_weight(weight, dimensions)
+    check_levels("levels", levels, weight)
+    check_thresholds(thresholds, weight, levels)
     check_same_shape("log_sigma2", log_sigma2, weight)
-    if not isinstance(seed, Tensor):
-        raise TypeError(f"seed must be an int64 scalar tensor, got {type(seed).__name__}")
+    check_seed(seed)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")

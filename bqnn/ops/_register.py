@@ -22,9 +22,13 @@ def register_op(
 
     ``reference`` takes the arguments of the signature without ``backend``, which every signature ends with, and is
     registered as the backend "reference". The first tensor argument's device chooses the backend. ``setup_context``
-    and ``backward`` are those of :func:`torch.library.register_autograd`.
+    and ``backward`` are those of :func:`torch.library.register_autograd`; an op without them has no gradient, and
+    says so when one is asked for.
     """
     qualified = f"bqnn::{name}"
+
+    def no_backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError(f"{qualified} has no gradient")
 
     def run(*args: Any) -> Any:
         filled = (*args, *defaults[len(args) :])
@@ -36,5 +40,4 @@ def register_op(
     dispatch.register(name, "reference", reference)
     torch.library.impl(qualified, "CompositeExplicitAutograd", run)
     torch.library.register_fake(qualified, fake)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    torch.library.register_autograd(qualified, backward or no_backward, setup_context=setup_context)

@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from bqnn.ops import quantizer
-from bqnn.ops._check import check_codebook, check_floating
+from bqnn.ops._check import check_thresholds, check_weight
 from bqnn.ops._register import register_op
 from bqnn.packing import pack_codes, packed_width
 
 
 def assign_codes_reference(weight: Tensor, thresholds: Tensor, packed: bool) -> Tensor:
     codes = quantizer.assign(weight, thresholds)
-    return pack_codes(codes.flatten(1), thresholds.shape[1] + 1) if packed else codes
+    return pack_codes(codes.flatten(1), int(thresholds.shape[1]) + 1) if packed else codes
 
 
 def _fake(weight: Tensor, thresholds: Tensor, packed: bool = False, backend: str | None = None) -> Tensor:
     if not packed:
         return torch.empty_like(weight, dtype=torch.uint8)
     columns = weight[0].numel()
-    return weight.new_empty((weight.shape[0], packed_width(columns, thresholds.shape[1] + 1)), dtype=torch.uint8)
+    return weight.new_empty((weight.shape[0], packed_width(columns, int(thresholds.shape[1]) + 1)), dtype=torch.uint8)
 
 
 register_op(
@@ -45,6 +45,6 @@ def assign_codes(weight: Tensor, thresholds: Tensor, packed: bool = False, backe
     Raises:
         TypeError, ValueError: an argument of the wrong dtype or shape.
     """
-    check_floating("weight", weight)
-    check_codebook("thresholds", thresholds, weight, num_levels=thresholds.shape[-1] + 1, columns=thresholds.shape[-1])
+    check_weight(weight)
+    check_thresholds(thresholds, weight)
     return torch.ops.bqnn.assign_codes(weight, thresholds, packed, backend)

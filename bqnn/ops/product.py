@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Product(Protocol):
-    """A product y = x * w that is linear in x and in w."""
+    """A product y = x * w, linear in x and in w, and the bias that is added to it."""
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
@@ -18,8 +18,12 @@ class Product(Protocol):
         """The gradients for x (empty unless asked for) and weight."""
         ...
 
+    def add_bias(self, y: Tensor, bias: Tensor | None) -> Tensor: ...
 
-class LinearProduct:
+    def bias_gradient(self, grad: Tensor) -> Tensor: ...
+
+
+class LinearProduct(NamedTuple):
     """x [..., K], weight [N, K] -> [..., N]."""
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -28,6 +32,12 @@ class LinearProduct:
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, input_gradient: bool) -> tuple[Tensor, Tensor]:
         rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         return grad @ weight if input_gradient else x.new_empty(0), rows.t() @ inputs
+
+    def add_bias(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
 class Conv2dProduct(NamedTuple):
@@ -48,3 +58,12 @@ class Conv2dProduct(NamedTuple):
             grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
         )
         return grad_x if input_gradient else x.new_empty(0), grad_weight
+
+    def add_bias(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        return grad.sum((0, 2, 3))
+
+
+CONV2D_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"  # a Conv2dProduct's fields, in a schema

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bqnn.ops._check import check_codebook, check_floating, check_same_shape
+from bqnn.ops._check import check_levels, check_same_shape, check_weight
 from bqnn.ops._register import register_op
 from bqnn.ops.quantizer import assign, column, look_up, midpoints, sum_to_groups
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695  # Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14
 LOG_ALPHA_LIMIT = 10.0  # log alpha is clipped to +- this; outside, the approximation is flat and has no gradient
+ZERO_TO_TAU = 1e-3  # a level is 0 where it is this close to it, in units of its window: parameters round
 TINY = 1e-30  # keeps log(distance^2) finite where a mean lies on a level
 
 
@@ -56,7 +57,7 @@ def _mixture(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor) ->
     windows = [
         (distance.square() * (-0.5 / column(tau, m, weight).square())).exp() for m, distance in enumerate(distances)
     ]
-    slab_level = _slab_level(weight, levels)
+    slab_level = _slab_level(weight, levels, tau)
     return _Mixture(
         windows,
         torch.stack(windows).sum(0),
@@ -66,9 +67,9 @@ def _mixture(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor) ->
     )
 
 
-def _slab_level(weight: Tensor, levels: Tensor) -> Tensor:
+def _slab_level(weight: Tensor, levels: Tensor, tau: Tensor) -> Tensor:
     """The code of the level that the slab is centred at: of the level 0, else of the nearest; uint8."""
-    zero = levels == 0.0
+    zero = levels.abs() < ZERO_TO_TAU * tau
     nearest = assign(weight, midpoints(levels))
     has_zero = column(zero.any(1, keepdim=True), 0, weight)
     level_zero = zero.to(torch.uint8).argmax(1, keepdim=True).to(torch.uint8)
@@ -113,7 +114,9 @@ def spike_slab_kl_backward_reference(
         grad_log_sigma2 += part * spike_by_log_sigma2
         grad_weight += by_distance
         grad_levels.append(-sum_to_groups(by_distance, levels.shape[0]))
-    return grad * grad_weight, grad * grad_log_sigma2, grad * torch.stack(grad_levels, dim=1)
+    gradients = (grad_weight, grad_log_sigma2, torch.stack(grad_levels, dim=1))
+    by_weight, by_log_sigma2, by_levels = ((grad * gradient).contiguous() for gradient in gradients)
+    return by_weight, by_log_sigma2, by_levels
 
 
 def _fake(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor, backend: str | None = None) -> Tensor:
@@ -123,7 +126,7 @@ def _fake(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor, backe
 def _fake_backward(
     grad: Tensor, weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(levels)
+    return weight.new_empty(weight.shape), weight.new_empty(weight.shape), levels.new_empty(levels.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -175,10 +178,10 @@ def spike_slab_kl(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device.
     """
-    check_floating("weight", weight)
+    check_weight(weight)
     check_same_shape("log_sigma2", log_sigma2, weight)
-    check_codebook("levels", levels, weight, levels.shape[-1], levels.shape[-1])
-    check_codebook("tau", tau, weight, levels.shape[-1], levels.shape[-1])
+    check_levels("levels", levels, weight)
+    check_levels("tau", tau, weight)
     if tau.shape != levels.shape:
         raise ValueError(f"tau must have the shape of levels {list(levels.shape)}, got {list(tau.shape)}")
     return torch.ops.bqnn.spike_slab_kl(weight, log_sigma2, levels, tau, backend)
