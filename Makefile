@@ -44,5 +44,5 @@ accuracy: setup data  ## train LeNet-5 on MNIST for the table of the README; ove
 	$(VENV)/bin/python -m bench.accuracy_lenet5 --data "$(BQNN_DATA)" $(ARGS)
 
 clean:  ## remove what builds, tests and tools left; .venv and data stay
-	rm -rf build dist bqnn.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist bqnn.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -25,7 +25,7 @@ setup(
         "scikit-learn>=1.4",  # the digits data set and the area under a ROC curve
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"],
         "dev": ["ruff>=0.12", "mypy>=1.15"],
     },
     entry_points={"console_scripts": ["bqnn = bqnn.cli:main"]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.utils import prune
 import bqnn
 from bqnn import BayesConv2d, BayesLinear, convert, convert_
 from bqnn.layers import bayes_layers
+from bqnn.packed_layer import PackedLayer
 
 
 class Block(nn.Module):
@@ -312,11 +314,10 @@ def test_a_pretrained_network_starts_from_its_quantized_self() -> None:
     assert errors[2] < 0.15
 
 
-def test_resnet18_trains_one_step() -> None:
+def test_resnet18_trains_packs_saves_and_loads(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = convert(torchvision.models.resnet18(weights=None, num_classes=5), skip=["fc"])
-    assert len(bayes_layers(net)) == 20
-    assert type(net.fc) is nn.Linear
+    net = convert(torchvision.models.resnet18(weights=None, num_classes=5))
+    assert len(bayes_layers(net)) == 21
     optimizer = torch.optim.SGD(bqnn.parameter_groups(net, 0.01))
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     terms = bqnn.elbo(net(torch.randn(2, 3, 64, 64)), torch.tensor([1, 4]), net, dataset_size=50_000)
@@ -325,4 +326,16 @@ def test_resnet18_trains_one_step() -> None:
     for name, parameter in net.named_parameters():
         assert torch.isfinite(parameter).all(), name
         assert not torch.equal(parameter, before[name]), name
-    assert torch.isfinite(net.eval()(torch.randn(2, 3, 64, 64))).all()
+
+    path, x = tmp_path / "resnet18.safetensors", torch.randn(2, 3, 64, 64)
+    bqnn.save(bqnn.pack(net), path)
+    dense = torchvision.models.resnet18(weights=None, num_classes=5).eval()
+    loaded = bqnn.load(path, model=dense, execution="packed")
+    state = {name: tensor for name, tensor in loaded.state_dict().items() if name in dense.state_dict()}
+    decoded = {f"{name}.weight": m.decode() for name, m in loaded.named_modules() if isinstance(m, PackedLayer)}
+    assert len(decoded) == 21
+    dense.load_state_dict({**state, **decoded})
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), dense(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loaded(x), net.eval()(x), rtol=1e-4, atol=1e-5)
+    assert path.stat().st_size < 11_200_000 * 4 / 13
