@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -22,3 +23,10 @@ def unwritten_memory_is_nan() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BQNN_BACKEND", raising=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_compiled_before() -> None:
+    """Each file starts without compiled code: Dynamo gives up on a function that others have had compiled too often."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
