@@ -11,10 +11,13 @@ setup(
     name="bqnn",
     version=runpy.run_path(str(ROOT / "bqnn" / "_version.py"))["__version__"],
     description="Bayesian asymmetric M-ary quantized networks for PyTorch",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["bqnn", "bqnn.*"]),
+    package_data={"bqnn": ["py.typed"]},
     install_requires=[
         "torch>=2.10",
         "torchvision",  # each release asks for its own torch
@@ -22,7 +25,7 @@ setup(
         "safetensors>=0.4.3",
         "tqdm>=4.66",
         "matplotlib>=3.8",
-        "scikit-learn>=1.4",  # the digits data set and the area under a ROC curve
+        "scikit-learn>=1.4",  # the digits data set
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"],
