@@ -129,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = add(commands.info, "info", "say what a packed file holds")
     sub.add_argument("file", type=Path, metavar="FILE")
 
-    sub = add(commands.demo, "demo", "train, pack and test LeNet-5 on the digits, in about a minute")
+    sub = add(commands.demo, "demo", "train, pack and test LeNet-5 on the digits, in half a minute")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="(%(default)s)")
     return parser
 

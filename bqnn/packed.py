@@ -65,8 +65,9 @@ class PackedLinear(PackedLayer):
         return packed_linear(x, self.codes, self.levels, self.bias, self.precision)
 
     def run_dense(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features) if self.precision == "int8" else x
-        y = multiply(F.linear, rows, self._dense(), self.bias, self.precision, x.dtype)
+        if self.precision != "int8":
+            return multiply(F.linear, x, self._dense(), self.bias, self.precision, x.dtype)
+        y = multiply(F.linear, x.reshape(-1, self.in_features), self._dense(), self.bias, self.precision, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

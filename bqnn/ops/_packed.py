@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +50,10 @@ def multiply(
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return multiply(product, x, weight, bias, precision, accumulate)
+    # On a GPU a float32 product may be one of TF32 operands, which keep 10 bits.
+    dtype = accumulate if x.is_cuda else x.dtype
+    if precision == "fp32" and x.dtype == weight.dtype == dtype and (bias is None or bias.dtype == dtype):
+        return product(x, weight, bias)  # nothing to convert: a small layer is as fast as nn.Linear
     bias = None if bias is None else bias.to(x.dtype)
     if precision == "int8":
         q, scale = quantize_rows(x)
@@ -58,19 +61,12 @@ def multiply(
         return y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2))
     if precision == "bf16":
         x = x.bfloat16().to(x.dtype)
-    # On a GPU a float32 product may be one of TF32 operands, which keep 10 bits.
-    dtype = accumulate if x.is_cuda else x.dtype
     return product(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 def is_half(x: Tensor) -> bool:
     """Whether ``x`` is float16 or bfloat16: such activations are computed in float32, and the output rounded."""
     return x.dtype in (torch.float16, torch.bfloat16)
-
-
-def no_backward(ctx: Any, *gradients: Tensor) -> Any:
-    """The backward of the packed ops, which are for inference."""
-    raise NotImplementedError("packed layers have no gradient: train the network before bqnn.pack")
 
 
 def check_precision(precision: str) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn.ops._check import check_conv2d_input
-from bqnn.ops._packed import check_packed, decode, is_half, multiply, no_backward, pair, round_weight
+from bqnn.ops._packed import check_packed, decode, is_half, multiply, pair, round_weight
 from bqnn.ops._register import register_op
 
 
@@ -79,7 +79,6 @@ register_op(
     "int[2] dilation, int groups, str precision, str? backend=None) -> Tensor",
     packed_conv2d_reference,
     packed_conv2d_fake,
-    backward=no_backward,
 )
 
 

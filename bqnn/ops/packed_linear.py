@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn.ops._check import check_linear_input
-from bqnn.ops._packed import check_packed, decode, is_half, multiply, no_backward, round_weight
+from bqnn.ops._packed import check_packed, decode, is_half, multiply, round_weight
 from bqnn.ops._register import register_op
 
 
@@ -38,7 +38,6 @@ register_op(
     "(Tensor x, Tensor codes, Tensor levels, Tensor? bias, str precision, str? backend=None) -> Tensor",
     packed_linear_reference,
     packed_linear_fake,
-    backward=no_backward,
 )
 
 
