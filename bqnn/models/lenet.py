@@ -84,8 +84,7 @@ def lenet5_caffe(in_channels: int = 1, num_classes: int = 10, image_size: int = 
     """The LeNet of Caffe's MNIST example: conv 20 - pool - conv 50 - pool - 500 - num_classes.
 
     Both convolutions are 5x5 without padding, the pools 2x2 maxima; the only nonlinearity besides the pools is the ReLU
-    after the first full layer; no BatchNorm. This is the LeNet-5 of Achterhold et al. 2018 and of Chien and Chang 2023.
-    Square images of 16 pixels or more.
+    after the first full layer; no BatchNorm. Square images of 16 pixels or more.
 
     Raises:
         ValueError: an argument is no positive integer, or ``image_size`` is under 16.

@@ -32,7 +32,7 @@ register_op(
 
 
 def assign_codes(weight: Tensor, thresholds: Tensor, packed: bool = False, backend: str | None = None) -> Tensor:
-    """The code #{j : w > t_j} of every weight (Chien and Chang 2023, the partition of section 4).
+    """The code #{j : w > t_j} of every weight (the partition of Chien and Chang 2023).
 
     Args:
         weight: floating point [N, ...].

@@ -162,7 +162,7 @@ def spike_slab_kl(
 
     Per weight sum_m Omega_m F(mu - c_m, sigma) + (1 - sum_m Omega_m) F(mu - c_slab, sigma), with the Gaussian windows
     Omega_m = exp(-(mu - c_m)^2 / (2 tau_m^2)), scaled down where they sum to more than 1, and F the log-uniform
-    divergence of Molchanov et al. 2017 (Achterhold et al. 2018, section 3; Chien and Chang 2023). The slab is centred
+    divergence of Molchanov et al. 2017 (Achterhold et al. 2018; Chien and Chang 2023). The slab is centred
     at the level 0 where a codebook has one, else at the level nearest to the mean.
 
     Differentiable in weight, log_sigma2 and levels; tau is a constant.
