@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bqnn.modes import evaluating
+
 
 @torch.no_grad()
 def refresh_batchnorm(net: nn.Module, batches: Iterable[Tensor], limit: int = 20) -> nn.Module:
@@ -32,19 +34,11 @@ def refresh_batchnorm(net: nn.Module, batches: Iterable[Tensor], limit: int = 20
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return net
-    modes = {module: module.training for module in net.modules()}
     momenta = [norm.momentum for norm in norms]
     before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
-    net.eval()
     try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a cumulative average
-            norm.train()
-        seen = 0
-        for x in itertools.islice(batches, limit):
-            net(x)
-            seen += 1
+        with evaluating(net):
+            seen = _average(net, norms, itertools.islice(batches, limit))
         if seen == 0:
             raise ValueError("batches must hold at least one batch of inputs, got none")
     except BaseException:
@@ -55,6 +49,17 @@ def refresh_batchnorm(net: nn.Module, batches: Iterable[Tensor], limit: int = 20
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
     return net
+
+
+def _average(net: nn.Module, norms: list[_BatchNorm], batches: Iterable[Tensor]) -> int:
+    """Lets ``norms`` alone train, on cumulative averages; returns the number of batches."""
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    seen = 0
+    for x in batches:
+        net(x)
+        seen += 1
+    return seen

@@ -64,9 +64,9 @@ def _lloyd_max_row(ordered: Tensor, num_levels: int, eps: float) -> Tensor:
     return levels if (levels[1:] - levels[:-1] > closest + 2.0 * MIN_GAP * spread).all() else evenly
 
 
-def smallest_gap(levels: Tensor, scale: Tensor) -> Tensor:
-    """What two neighbouring levels are always apart, [G, 1]; see :func:`levels_from_raw`."""
-    return MIN_GAP * (scale + levels[:, :1].abs())
+def smallest_gap(first: Tensor, scale: Tensor | float) -> Tensor:
+    """What two neighbouring levels of a codebook that starts at ``first`` [G, 1] are always apart, [G, 1]."""
+    return MIN_GAP * (scale + first.abs())
 
 
 def levels_from_raw(raw: Tensor, scale: Tensor) -> Tensor:
@@ -76,14 +76,14 @@ def levels_from_raw(raw: Tensor, scale: Tensor) -> Tensor:
     value and gaps alike, in wide layers and narrow ones.
     """
     first = raw[:, :1]
-    increments = torch.cat([first, MIN_GAP * (1.0 + first.abs()) + F.softplus(raw[:, 1:])], dim=1)
+    increments = torch.cat([first, smallest_gap(first, 1.0) + F.softplus(raw[:, 1:])], dim=1)
     return scale * increments.cumsum(1)
 
 
 def raw_from_levels(levels: Tensor, scale: Tensor) -> Tensor:
     """The inverse of :func:`levels_from_raw`."""
     relative = levels / scale
-    steps = relative[:, 1:] - relative[:, :-1] - MIN_GAP * (1.0 + relative[:, :1].abs())
+    steps = relative[:, 1:] - relative[:, :-1] - smallest_gap(relative[:, :1], 1.0)
     return torch.cat([relative[:, :1], steps + torch.log(-torch.expm1(-steps))], dim=1)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from bqnn.data import normalise
 from bqnn.evaluate import evaluate
-from bqnn.html import FPNN_BITS, write_html
+from bqnn.html import BATCH, FPNN_BITS, write_html
 from bqnn.recipe import LENET5_DIGITS, Recipe
 from bqnn.report import report
 from bqnn.runs import (
@@ -25,8 +25,6 @@ from bqnn.runs import (
     score_network,
 )
 from bqnn.train import WEIGHTS, Trainer, print_now
-
-BATCH = 256  # images of the pass that is timed
 
 
 def run_demo(
@@ -58,8 +56,9 @@ def run_demo(
     file = out / "packed.safetensors"
     packed = save_packed(net, file)
     test = find_split(data, "test")
-    for folder, network in ((out / "fpnn", dense), (out / "bayes", net)):
-        add_scores(load_run(folder), "test", score_network(network, test, data))
+    dense_scores = score_network(dense, test, data)
+    for folder, scores in ((out / "fpnn", dense_scores), (out / "bayes", score_network(net, test, data))):
+        add_scores(load_run(folder), "test", scores)
     score, packed_score = evaluate(net, test, data), evaluate(packed, test, data)
     if not torch.equal(score.predictions, packed_score.predictions):
         count = int((score.predictions != packed_score.predictions).sum())
@@ -72,7 +71,7 @@ def run_demo(
     dense_bytes = fpnn_bytes(*load_factory(runs[0]))
     result = {
         "fpnn": {
-            "accuracy": 100 - evaluate(dense, test, data).error,
+            "accuracy": 100 - dense_scores["error"],
             "bits": FPNN_BITS,
             "bytes": dense_bytes,
             "seconds": seconds[0],

@@ -110,7 +110,7 @@ class BayesLayer(nn.Module):
         levels = levels.to(self.raw_levels)
         scale = (levels - levels.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt()
         steps = levels[:, 1:] - levels[:, :-1]
-        if not (torch.isfinite(levels).all() and (steps > codebook.smallest_gap(levels, scale)).all()):
+        if not (torch.isfinite(levels).all() and (steps > codebook.smallest_gap(levels[:, :1], scale)).all()):
             raise ValueError(
                 "levels must be finite and strictly increasing in each row, by more than "
                 f"{codebook.MIN_GAP:g} of their size, got {levels.tolist()}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.layers import bayes_layers, sampling
+from bqnn.modes import evaluating
 
 
 class Prediction(NamedTuple):
@@ -39,17 +40,12 @@ def predict(net: nn.Module, x: Tensor, samples: int = 1) -> Prediction:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if samples > 1 and all(layer.estimator == "deterministic" for layer in bayes_layers(net).values()):
         raise ValueError(f"net has no Bayes layer with a posterior to draw {samples} samples from; use samples=1")
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
+    with evaluating(net):
         if samples == 1:
             probs = net(x).softmax(-1)
             return Prediction(probs, _entropy(probs), torch.zeros_like(probs[..., 0]))
         with sampling(net):
             draws = torch.stack([net(x).softmax(-1) for _ in range(samples)])
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     probs = draws.mean(0)
     entropy = _entropy(probs)
     return Prediction(probs, entropy, (entropy - _entropy(draws).mean(0)).clamp(min=0.0))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bqnn.ops._check import MAX_LEVELS, MIN_LEVELS, check_bias, check_device, check_floating
+from bqnn.ops._check import check_bias, check_device, check_floating, check_levels
 from bqnn.packing import packed_width, unpack_codes
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -97,19 +97,14 @@ def check_weight(codes: Tensor, levels: Tensor, bias: Tensor | None, columns: in
         raise TypeError(f"levels must be torch.float32, got {levels.dtype}")
     if codes.dim() != 2:
         raise ValueError(f"codes must have the shape [channels, bytes], got {list(codes.shape)}")
-    channels = codes.shape[0]
-    if levels.dim() != 2 or levels.shape[0] not in (1, channels) or not MIN_LEVELS <= levels.shape[1] <= MAX_LEVELS:
-        raise ValueError(
-            f"levels must have the shape [1 or {channels}, {MIN_LEVELS} to {MAX_LEVELS}], got {list(levels.shape)}"
-        )
+    check_levels("levels", levels, codes)
     width = packed_width(columns, levels.shape[1])
     if codes.shape[1] != width:
         raise ValueError(
             f"codes must have {width} bytes a channel for {columns} weights of {levels.shape[1]} levels, "
             f"got {codes.shape[1]}"
         )
-    check_device("levels", levels, codes)
-    check_bias(bias, channels, codes)
+    check_bias(bias, codes.shape[0], codes)
 
 
 def check_packed(x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, columns: int, precision: str) -> None:
