@@ -15,9 +15,12 @@ help:  ## this list
 
 setup: $(STAMP)  ## make .venv with the pinned versions and the package, editable
 
-$(STAMP): setup.py pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[test,dev]"
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+
+$(STAMP): $(SOURCES)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt setuptools torch  # what the extension is built with
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[test,dev]"
 	touch $@
 
 data:  ## put MNIST and CIFAR-10 into $BQNN_DATA (default: data/)

@@ -1,11 +1,85 @@
-"""Package metadata; everything else that is configured stands in pyproject.toml."""
+"""Package metadata and the build of the extension; everything else that is configured stands in pyproject.toml.
 
+What is built:
+
+    BQNN_CPU=0      no extension: every op runs on the plain PyTorch reference
+    BQNN_CPU=1      the CPU kernels of csrc/; the installation fails where they do not compile
+    unset           the CPU kernels where torch and a C++ compiler are at hand, else the reference; says which and why
+"""
+
+import os
+import platform
 import runpy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+TORCH_ABI = "0x020a000000000000"  # torch 2.10, the oldest whose stable ABI the bindings use
+PYTHON_ABI = "0x030A0000"  # Python 3.10
+
+
+def say(message: str) -> None:
+    print(f"bqnn: {message}", file=sys.stderr)
+
+
+def cpu_extensions() -> list[Extension]:
+    if os.environ.get("BQNN_CPU") == "0":
+        say("CPU kernels skipped: BQNN_CPU=0")
+        return []
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError:
+        if os.environ.get("BQNN_CPU") == "1":
+            raise
+        say("CPU kernels skipped: torch is not in the build environment (pip install --no-build-isolation)")
+        return []
+    sources = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    return [
+        Extension(
+            "bqnn._C",
+            sources,
+            depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")],
+            include_dirs=[str(ROOT / "csrc"), *include_paths()],
+            library_dirs=library_paths(),
+            libraries=["torch_cpu", "c10"],
+            define_macros=[("TORCH_TARGET_VERSION", TORCH_ABI), ("Py_LIMITED_API", PYTHON_ABI)],
+            # Without contraction an expression has one value whatever the instruction set.
+            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-g0", "-Wall"],
+            py_limited_api=True,
+        )
+    ]
+
+
+class BuildOrSkip(build_ext):
+    """Builds the extension; where that fails and was not demanded, says why and installs without it."""
+
+    def build_extensions(self) -> None:
+        compile_one = self.compiler.compile
+
+        def compile_all(sources: list[str], *args: Any, **kwargs: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: compile_one([source], *args, **kwargs), sources)
+                return [name for names in objects for name in names]
+
+        self.compiler.compile = compile_all
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            if os.environ.get("BQNN_CPU") == "1":
+                raise
+            say(f"CPU kernels skipped, the plain PyTorch reference will run instead: {error}")
+            ext.optional = True
+        else:
+            say(f"CPU kernels built for {platform.machine()}")
+
 
 setup(
     name="bqnn",
@@ -16,6 +90,9 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
+    ext_modules=cpu_extensions(),
+    cmdclass={"build_ext": BuildOrSkip},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     packages=find_packages(include=["bqnn", "bqnn.*"]),
     package_data={"bqnn": ["py.typed"]},
     install_requires=[

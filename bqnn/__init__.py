@@ -5,6 +5,7 @@ from bqnn.batchnorm import refresh_batchnorm
 from bqnn.convert import convert, convert_
 from bqnn.dispatch import BackendError, backends
 from bqnn.elbo import Elbo, elbo, kl_divergence, kl_warmup, parameter_groups
+from bqnn.extension import cpu_isa
 from bqnn.io import FormatError, info, load, save
 from bqnn.layers import BayesConv2d, BayesLinear, sampling
 from bqnn.pack import pack
@@ -27,6 +28,7 @@ __all__ = [
     "backends",
     "convert",
     "convert_",
+    "cpu_isa",
     "elbo",
     "explain_speed",
     "info",

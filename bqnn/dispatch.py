@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bqnn import extension
+
 ORDER = ("cuda", "triton", "cpu", "reference")
 
 _log = logging.getLogger("bqnn")
@@ -45,6 +47,8 @@ def status(op: str, backend: str, device_type: str) -> Status:
         return Status(False, "not installed")
     if backend == "cpu" and device_type != "cpu":
         return Status(False, f"it runs on the CPU and the tensors are on {device_type}")
+    if backend == "cpu" and extension.MISSING:
+        return Status(False, extension.MISSING)
     if backend in ("cuda", "triton") and device_type != "cuda":
         return Status(False, f"it runs on a GPU and the tensors are on {device_type}")
     return Status(True, "")
