@@ -5,13 +5,15 @@ Importing it registers the ops ``torch.ops.bqnn_cpu.*``, which the backend "cpu"
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 MISSING = ""
 """Why there is no extension; empty where there is one."""
 
 try:
-    import bqnn._C  # noqa: F401
+    importlib.import_module("bqnn._C")
 except ImportError as error:
     MISSING = f"the compiled extension is not here ({error}); install with a C++ compiler to have it"
 
