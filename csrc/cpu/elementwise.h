@@ -4,14 +4,16 @@
 // table; the function that calls it, with threads and sums over blocks, is <op>.cpp.
 #pragma once
 
-#include <cstdint>
-
+#include "assign_codes.h"
 #include "isa.h"
+#include "spike_slab_kl.h"
 
 namespace bqnn {
 
 struct Elementwise {
-  int lanes;
+  AssignCodesKernel assign_codes;
+  SpikeSlabKlFwdKernel spike_slab_kl_fwd;
+  SpikeSlabKlBwdKernel spike_slab_kl_bwd;
 };
 
 // The table of an instruction set; amx has no elementwise instructions of its own and takes avx512's.

@@ -3,6 +3,11 @@
 
 #include "vec.h"
 
+#include "assign_codes_kernel.h"
+#include "spike_slab_kl_kernel.h"
+
 extern const Elementwise kElementwise = {
-    kLanes,
+    assign_codes_kernel,
+    spike_slab_kl_fwd_kernel,
+    spike_slab_kl_bwd_kernel,
 };
