@@ -34,20 +34,39 @@ void spike_slab_kl_backward(const Parallel& parallel, Isa isa, const SpikeSlabKl
 
 // --- what a kernel is given: weights of one codebook that lie in a row ------------------------------------------
 
+constexpr int kMaxLevels = 16;
+
+// A codebook in the form that kernels want.
+struct SpikeSlabKlCodebook {
+  int num_levels;
+  float level[kMaxLevels];
+  float upper[kMaxLevels];         // the slab is centred at level m for weights in (upper[m - 1], upper[m]]
+  float exponent[kMaxLevels];      // the window is 2^(exponent * distance^2)
+  float inverse_tau2[kMaxLevels];  // 1 / tau^2
+};
+
+// The divergence F from the log-uniform prior as a function of a = distance^2 / sigma^2, which is clipped, and dF/da:
+// polynomials in t = x - 3/2 for a = x 2^n, 1 <= x < 2, a piece for each n. Column n & 31 is that of the piece n; the
+// polynomial of F is to be taken as it is, that of dF/da times 2^-n.
+struct LogUniformKl {
+  static constexpr int kPieces = 32, kValueTerms = 8, kSlopeTerms = 10;
+  float low, high;  // a is clipped to this
+  float value[kValueTerms][kPieces];
+  float slope[kSlopeTerms][kPieces];
+};
+
 struct SpikeSlabKlBlock {
+  const LogUniformKl* divergence;
   const float* weight;      // [count]
   const float* log_sigma2;  // [count]
   int64_t count;
-  const float* levels;  // [num_levels]
-  const float* tau;     // [num_levels]
-  int num_levels;
 };
 
 // Returns the block's sum.
-using SpikeSlabKlFwdKernel = double (*)(const SpikeSlabKlBlock& block);
+using SpikeSlabKlFwdKernel = double (*)(const SpikeSlabKlCodebook& codebook, const SpikeSlabKlBlock& block);
 
 // Writes grad_weight and grad_log_sigma2, [count], and the block's sums of the levels' gradients, [num_levels].
-using SpikeSlabKlBwdKernel = void (*)(const SpikeSlabKlBlock& block, float grad, float* grad_weight,
-                                      float* grad_log_sigma2, double* grad_levels);
+using SpikeSlabKlBwdKernel = void (*)(const SpikeSlabKlCodebook& codebook, const SpikeSlabKlBlock& block, float grad,
+                                      float* grad_weight, float* grad_log_sigma2, double* grad_levels);
 
 }  // namespace bqnn

@@ -3,8 +3,6 @@
 // The slab's divergence is that of the spike at the level it is centred at, so that everything is a sum over levels,
 // kl = sum_m part_m F(mu - c_m), with part_m the spike's share and, at the slab's level, the slab's as well.
 
-constexpr int kMaxLevels = 16;
-
 // Sums go lane by lane over 16 lanes whatever the vector's length, and are emptied into a double, lane after lane, often
 // enough for float32: the same bits on every instruction set.
 constexpr int kSumLanes = 16, kSumVectors = kSumLanes / kLanes;
@@ -31,38 +29,6 @@ BQNN_INLINE Mask first_lanes(int count) {
   return index < count;
 }
 
-// A codebook in the form that the kernels want.
-struct Prior {
-  int num_levels;
-  float level[kMaxLevels];
-  float upper[kMaxLevels];    // the slab is centred at level m for weights in (upper[m - 1], upper[m]]
-  float exponent[kMaxLevels];  // the window is 2^(exponent * distance^2)
-  float inverse_tau2[kMaxLevels];
-};
-
-BQNN_INLINE Prior make_prior(const SpikeSlabKlBlock& block) {
-  constexpr float kZeroToTau = 1e-3f;
-  Prior prior;
-  prior.num_levels = block.num_levels;
-  int zero = -1;
-  for (int m = block.num_levels - 1; m >= 0; --m) {
-    const float level = block.levels[m], tau = block.tau[m];
-    prior.level[m] = level;
-    prior.inverse_tau2[m] = 1.0f / (tau * tau);
-    prior.exponent[m] = -0.5f * 1.44269504f * prior.inverse_tau2[m];
-    if (__builtin_fabsf(level) < kZeroToTau * tau) zero = m;
-  }
-  for (int m = 0; m < block.num_levels; ++m) {
-    const bool last = m == block.num_levels - 1;
-    if (zero >= 0) {
-      prior.upper[m] = m < zero ? -__builtin_inff() : __builtin_inff();
-    } else {
-      prior.upper[m] = last ? __builtin_inff() : 0.5f * (block.levels[m + 1] + block.levels[m]);
-    }
-  }
-  return prior;
-}
-
 // How a weight's divergence is shared out among the levels.
 struct Shares {
   Float window[kMaxLevels];  // Omega_m
@@ -71,64 +37,60 @@ struct Shares {
   Float slab;
 };
 
-BQNN_INLINE Shares make_shares(const Prior& prior, Float weight) {
+BQNN_INLINE Shares make_shares(const SpikeSlabKlCodebook& codebook, Float weight, Float log_sigma2) {
   constexpr float kNegligible = -58.0f;  // 2^-58 is nothing beside the shares' sum, 1
   Shares shares;
   shares.total = Float{};
-  for (int m = 0; m < prior.num_levels; ++m) {
-    const Float distance = weight - prior.level[m];
-    const Float exponent = distance * distance * prior.exponent[m];
+  for (int m = 0; m < codebook.num_levels; ++m) {
+    const Float distance = weight - codebook.level[m];
+    const Float exponent = distance * distance * codebook.exponent[m];
     const Float window = exp2_in_range(max(broadcast(kNegligible), exponent));
     shares.window[m] = keep(~(exponent < kNegligible), window);
     shares.total += shares.window[m];
   }
-  shares.scale = 1.0f / max(broadcast(1.0f), shares.total);
+  // A log_sigma2 that is NaN makes everything NaN, and so does a weight.
+  shares.scale = select(log_sigma2 == log_sigma2, 1.0f / max(broadcast(1.0f), shares.total), log_sigma2);
   shares.slab = max(Float{}, 1.0f - shares.total);
   return shares;
 }
 
-// F(d, sigma) and its slopes. With a = 1 / alpha = d^2 / sigma^2 and e = exp(-k2) a^k3 the sigmoid is 1 / (1 + e), and
-//   F = k1 e / (1 + e) + log(1 + a) / 2,    -dF/dlog_sigma2 = k1 k3 e / (1 + e)^2 + a / (1 + a) / 2.
+// F(d, sigma) and its slopes, which are 0 where log alpha is clipped.
 struct Divergence {
   Float value, by_distance, by_log_sigma2;
 };
 
 template <bool kSlopes>
-BQNN_INLINE Divergence diverge(Float distance, Float inverse_sigma2) {
-  constexpr float kK1 = 0.63576f, kK2 = 1.87320f, kK3 = 1.48695f, kLog2e = 1.44269504f;
-  constexpr float kTiny = 1e-30f;                                 // keeps 0 out of the logarithm
-  constexpr float kLow = 4.53999298e-5f, kHigh = 22026.4658f;  // exp(-10), exp(10): log alpha is clipped
+BQNN_INLINE Divergence diverge(const LogUniformKl& table, Float distance, Float inverse_sigma2) {
+  constexpr float kTiny = 1e-30f;  // keeps a level's own place off the singularity of log alpha
+  constexpr int32_t kMantissa = 0x007FFFFF, kOne = 0x3F800000;
   const Float raw = (kTiny + distance * distance) * inverse_sigma2;
-  const Float a = clamp(raw, kLow, kHigh);
-  const Float e = exp2_in_range((kK3 * kLog2e) * log_in_range(a) - kK2 * kLog2e);
-  const Float one_a = 1.0f + a, one_e = 1.0f + e;
-  // One division for 1 / (1 + a), 1 / (1 + e) and 1 / a.
-  const Float both = one_a * one_e, inverse = 1.0f / (kSlopes ? both * a : both);
-  const Float inverse_both = kSlopes ? inverse * a : inverse;
-  const Float by_a = inverse_both * one_e, by_e = inverse_both * one_a;
-  const Float lost = a - (one_a - 1.0f);  // by rounding 1 + a, to be made good where a is small
+  const Float a = clamp(raw, table.low, table.high);
+  // a = (t + 3/2) 2^n
+  const Int bits = as_int(a), piece = (bits >> 23) - 127;
+  const Float t = as_float((bits & kMantissa) | kOne) - 1.5f;
   Divergence f;
-  f.value = kK1 * e * by_e + 0.5f * (log_in_range(one_a) + lost * by_a);
+  f.value = piecewise(t, piece, table.value);
   if (kSlopes) {
-    const Float slope = (kK1 * kK3) * e * (by_e * by_e) + 0.5f * a * by_a;
-    const Mask free = ~((raw < kLow) | (raw > kHigh));
-    f.by_log_sigma2 = keep(free, -slope);
-    f.by_distance = keep(free, 2.0f * slope * distance * inverse_sigma2 * (inverse * both));
+    const Mask free = ~((raw < table.low) | (raw > table.high));
+    const Float by_a = keep(free, piecewise(t, piece, table.slope) * power_of_two(-piece));
+    f.by_log_sigma2 = -(by_a * a);
+    f.by_distance = by_a * keep(free, 2.0f * distance * inverse_sigma2);
   }
   return f;
 }
 
-BQNN_INLINE Float divergence_of(const Prior& prior, Float weight, Float log_sigma2) {
-  const Shares shares = make_shares(prior, weight);
+BQNN_INLINE Float divergence_of(const SpikeSlabKlCodebook& codebook, const LogUniformKl& table, Float weight,
+                                Float log_sigma2) {
+  const Shares shares = make_shares(codebook, weight, log_sigma2);
   const Float inverse_sigma2 = exp(-log_sigma2);
   Float kl = {};
   Mask above_lower = ~Mask{};
-  for (int m = 0; m < prior.num_levels; ++m) {
-    const Mask above_upper = weight > prior.upper[m];
+  for (int m = 0; m < codebook.num_levels; ++m) {
+    const Mask above_upper = weight > codebook.upper[m];
     const Float part = shares.scale * shares.window[m] + keep(above_lower & ~above_upper, shares.slab);
     above_lower = above_upper;
     if (!any(part != 0.0f)) continue;
-    kl += part * diverge<false>(weight - prior.level[m], inverse_sigma2).value;
+    kl += part * diverge<false>(table, weight - codebook.level[m], inverse_sigma2).value;
   }
   return kl;
 }
@@ -137,73 +99,78 @@ struct Gradients {
   Float weight, log_sigma2, distance[kMaxLevels];
 };
 
-BQNN_INLINE Gradients gradients_of(const Prior& prior, Float weight, Float log_sigma2) {
-  const Shares shares = make_shares(prior, weight);
+BQNN_INLINE void gradients_of(const SpikeSlabKlCodebook& codebook, const LogUniformKl& table, Float weight,
+                              Float log_sigma2, Gradients* gradients) {
+  const Shares shares = make_shares(codebook, weight, log_sigma2);
   const Float inverse_sigma2 = exp(-log_sigma2);
-  Gradients gradients;
-  gradients.weight = gradients.log_sigma2 = Float{};
-  Float values[kMaxLevels], kl = {}, slab_value = {};
+  Float values[kMaxLevels], kl = {}, slab_value = {}, by_log_sigma2 = {}, by_weight = {};
   uint32_t present = 0;  // a bit for each level
   Mask above_lower = ~Mask{};
-  for (int m = 0; m < prior.num_levels; ++m) {
-    const Mask above_upper = weight > prior.upper[m], in_slab = above_lower & ~above_upper;
+  for (int m = 0; m < codebook.num_levels; ++m) {
+    const Mask above_upper = weight > codebook.upper[m], in_slab = above_lower & ~above_upper;
     const Float part = shares.scale * shares.window[m] + keep(in_slab, shares.slab);
     above_lower = above_upper;
-    gradients.distance[m] = Float{};
+    gradients->distance[m] = Float{};
     if (!any((part != 0.0f) | in_slab)) continue;
     present |= 1u << m;
-    const Divergence f = diverge<true>(weight - prior.level[m], inverse_sigma2);
+    const Divergence f = diverge<true>(table, weight - codebook.level[m], inverse_sigma2);
     values[m] = f.value;
     slab_value = select(in_slab, f.value, slab_value);
     kl += part * f.value;
-    gradients.log_sigma2 += part * f.by_log_sigma2;
-    gradients.distance[m] = part * f.by_distance;
+    by_log_sigma2 += part * f.by_log_sigma2;
+    gradients->distance[m] = part * f.by_distance;
   }
   // A window that grows takes from the slab, or from the other windows where they overlap to more than 1.
   const Float rest = select(shares.total > 1.0f, kl, slab_value);
-  for (int m = 0; m < prior.num_levels; ++m) {
+  for (int m = 0; m < codebook.num_levels; ++m) {
     if (!(present >> m & 1u)) continue;
     const Float by_window = shares.scale * (values[m] - rest);
-    gradients.distance[m] -= by_window * shares.window[m] * (weight - prior.level[m]) * prior.inverse_tau2[m];
-    gradients.weight += gradients.distance[m];
+    gradients->distance[m] -= by_window * shares.window[m] * (weight - codebook.level[m]) * codebook.inverse_tau2[m];
+    by_weight += gradients->distance[m];
   }
-  return gradients;
+  gradients->weight = by_weight;
+  gradients->log_sigma2 = by_log_sigma2;
 }
 
-static double spike_slab_kl_fwd_kernel(const SpikeSlabKlBlock& block) {
-  const Prior prior = make_prior(block);
+// Calls step(i, lanes) for vectors that start at i in [first, last), the last one perhaps with fewer lanes.
+template <class Step>
+BQNN_INLINE void for_vectors(int64_t first, int64_t last, const Step& step) {
+  int64_t i = first;
+  for (; i + kLanes <= last; i += kLanes) step(i, kLanes);
+  if (i < last) step(i, static_cast<int>(last - i));
+}
+
+static double spike_slab_kl_fwd_kernel(const SpikeSlabKlCodebook& codebook, const SpikeSlabKlBlock& block) {
   double total = 0.0;
   for (int64_t first = 0; first < block.count; first += kEmptyAfter) {
     const int64_t last = block.count - first < kEmptyAfter ? block.count : first + kEmptyAfter;
     Sum sum = {};
-    for (int64_t i = first; i < last; i += kLanes) {
-      const int lanes = last - i < kLanes ? static_cast<int>(last - i) : kLanes;
+    for_vectors(first, last, [&](int64_t i, int lanes) __attribute__((always_inline)) {
       const Float weight = load_first(block.weight + i, lanes), log_sigma2 = load_first(block.log_sigma2 + i, lanes);
-      sum.lanes[i / kLanes % kSumVectors] += keep(first_lanes(lanes), divergence_of(prior, weight, log_sigma2));
-    }
+      const Float kl = divergence_of(codebook, *block.divergence, weight, log_sigma2);
+      sum.lanes[i / kLanes % kSumVectors] += keep(first_lanes(lanes), kl);
+    });
     total += empty(&sum);
   }
   return total;
 }
 
-static void spike_slab_kl_bwd_kernel(const SpikeSlabKlBlock& block, float grad, float* grad_weight,
-                                     float* grad_log_sigma2, double* grad_levels) {
-  const Prior prior = make_prior(block);
-  for (int m = 0; m < prior.num_levels; ++m) grad_levels[m] = 0.0;
+static void spike_slab_kl_bwd_kernel(const SpikeSlabKlCodebook& codebook, const SpikeSlabKlBlock& block, float grad,
+                                     float* grad_weight, float* grad_log_sigma2, double* grad_levels) {
+  for (int m = 0; m < codebook.num_levels; ++m) grad_levels[m] = 0.0;
   for (int64_t first = 0; first < block.count; first += kEmptyAfter) {
     const int64_t last = block.count - first < kEmptyAfter ? block.count : first + kEmptyAfter;
     Sum sums[kMaxLevels] = {};
-    for (int64_t i = first; i < last; i += kLanes) {
-      const int lanes = last - i < kLanes ? static_cast<int>(last - i) : kLanes;
+    for_vectors(first, last, [&](int64_t i, int lanes) __attribute__((always_inline)) {
       const Float weight = load_first(block.weight + i, lanes), log_sigma2 = load_first(block.log_sigma2 + i, lanes);
-      const Gradients gradients = gradients_of(prior, weight, log_sigma2);
+      Gradients gradients;
+      gradients_of(codebook, *block.divergence, weight, log_sigma2, &gradients);
       store_first(grad_weight + i, grad * gradients.weight, lanes);
       store_first(grad_log_sigma2 + i, grad * gradients.log_sigma2, lanes);
-      const Mask valid = first_lanes(lanes);
-      for (int m = 0; m < prior.num_levels; ++m) {
-        sums[m].lanes[i / kLanes % kSumVectors] += keep(valid, gradients.distance[m]);
+      for (int m = 0; m < codebook.num_levels; ++m) {
+        sums[m].lanes[i / kLanes % kSumVectors] += keep(first_lanes(lanes), gradients.distance[m]);
       }
-    }
-    for (int m = 0; m < prior.num_levels; ++m) grad_levels[m] -= static_cast<double>(grad) * empty(&sums[m]);
+    });
+    for (int m = 0; m < codebook.num_levels; ++m) grad_levels[m] -= static_cast<double>(grad) * empty(&sums[m]);
   }
 }

@@ -46,8 +46,21 @@ BQNN_INLINE Float select(Mask mask, Float yes, Float no) { return mask ? yes : n
 BQNN_INLINE Int select(Mask mask, Int yes, Int no) { return mask ? yes : no; }
 
 // As MAXPS and MINPS: where one of the two is NaN, the second.
-BQNN_INLINE Float max(Float a, Float b) { return a > b ? a : b; }
-BQNN_INLINE Float min(Float a, Float b) { return a < b ? a : b; }
+BQNN_INLINE Float max(Float a, Float b) {
+#if BQNN_LANES == 16
+  return (Float)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);  // GCC 12 makes two instructions of a > b ? a : b
+#else
+  return a > b ? a : b;
+#endif
+}
+
+BQNN_INLINE Float min(Float a, Float b) {
+#if BQNN_LANES == 16
+  return (Float)_mm512_maskz_min_ps(0xFFFF, (__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // NaN stays NaN.
 BQNN_INLINE Float clamp(Float x, float low, float high) { return min(broadcast(high), max(broadcast(low), x)); }
@@ -102,6 +115,27 @@ template <int N>
 BQNN_INLINE Float polynomial(Float x, const float (&c)[N]) {
   Float y = broadcast(c[N - 1]);
   for (int i = N - 2; i >= 0; --i) y = y * x + c[i];
+  return y;
+}
+
+// table[index mod 32], lane by lane.
+BQNN_INLINE Float look_up(const float (&table)[32], Int index) {
+#if BQNN_LANES == 16
+  return (Float)_mm512_permutex2var_ps((__m512)load(table), (__m512i)index, (__m512)load(table + 16));
+#elif BQNN_LANES == 8
+  return (Float)_mm256_i32gather_ps(table, (__m256i)(index & 31), 4);
+#else
+  Float x = {};
+  for (int i = 0; i < kLanes; ++i) x[i] = table[index[i] & 31];
+  return x;
+#endif
+}
+
+// The polynomial whose coefficients, c[0] + c[1] x + ..., stand in column `piece` mod 32.
+template <int N>
+BQNN_INLINE Float piecewise(Float x, Int piece, const float (&c)[N][32]) {
+  Float y = look_up(c[N - 1], piece);
+  for (int i = N - 2; i >= 0; --i) y = y * x + look_up(c[i], piece);
   return y;
 }
 
