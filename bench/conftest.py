@@ -18,6 +18,7 @@ from bench.summary import Group, Measured, write_summary
 
 REPLAY = Replay()
 MODULES = pytest.StashKey[dict[str, Any]]()
+RACE = pytest.StashKey[dict[tuple[Any, ...], "Race"]]()
 Failure = (Exception, pytest.skip.Exception)
 
 
@@ -30,6 +31,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     raced = [item for item in items if "race" in getattr(item, "fixturenames", ())]
     for item in raced:
         item.add_marker(pytest.mark.benchmark(timer=REPLAY))
+    first: dict[Any, int] = {}
+    for number, item in enumerate(items):
+        first.setdefault(_group_key(item), number)
+    # The variants of a group are raced together, so they stand together.
+    items.sort(key=lambda item: first[_group_key(item)])
     config.stash[MODULES] = {item.nodeid.split("::")[0]: item.module for item in raced}  # type: ignore[attr-defined]
 
 
@@ -61,17 +67,17 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Callable[.
     The first test of a group times all that were selected; the others report what is theirs.
     """
 
+    stash = request.config.stash.setdefault(RACE, {})
+
     def run(make: Callable[..., Group]) -> None:
         params = dict(request.node.callspec.params)
         variant = params.pop("variant")
-        key = (request.node.function, tuple(params.values()))
-        cached = getattr(request.session, "_bqnn_race", None)
-        if cached is None or cached[0] != key:
-            request.session._bqnn_race = None  # the group before is freed before this one is made
-            variants = [item.callspec.params["variant"] for item in request.session.items if _key(item) == key]
-            cached = (key, Race(make(**params), variants, not benchmark.disabled))
-            request.session._bqnn_race = cached
-        found: Race = cached[1]
+        key = _group_key(request.node)
+        if key not in stash:
+            stash.clear()  # the group before is freed before this one is made
+            variants = [item.callspec.params["variant"] for item in request.session.items if _group_key(item) == key]
+            stash[key] = Race(make(**params), variants, not benchmark.disabled)
+        found = stash[key]
         benchmark.group = found.name
         if variant in found.failures:
             raise found.failures[variant]
@@ -83,11 +89,11 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Callable[.
     return run
 
 
-def _key(item: Any) -> tuple[Any, tuple[Any, ...]] | None:
-    if not hasattr(item, "callspec"):
-        return None
-    params = {name: value for name, value in item.callspec.params.items() if name != "variant"}
-    return item.function, tuple(params.values())
+def _group_key(item: Any) -> tuple[Any, ...]:
+    """The same for all variants of a group; for a test that takes no part in this, its own."""
+    if "race" not in getattr(item, "fixturenames", ()):
+        return (item.nodeid,)
+    return item.function, *(value for name, value in item.callspec.params.items() if name != "variant")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

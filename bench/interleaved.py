@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Mapping
 
 LEAST_ROUNDS = 15
-BURST_SECONDS = 0.002  # a visit repeats a shorter call until this much is timed
-SETTLE_SECONDS = 0.002  # and runs it untimed for this long before
 PAUSE_SECONDS = 0.003  # between visits: the idle threads of one library spin before they sleep
+SETTLE_SECONDS = 0.006  # of untimed calls: long enough to have the largest weights in the last cache again
+BURST_SECONDS = 0.006  # of timed calls, where one takes less
+LONG_SECONDS = 0.020  # a call that takes longer has settled before it ends
 
 
 def interleaved_seconds(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
@@ -23,7 +24,7 @@ def interleaved_seconds(calls: Mapping[str, Callable[[], object]], budget: float
     Args:
         budget: seconds that all rounds together may take; there are at least :data:`LEAST_ROUNDS` whatever it says.
     """
-    repeats = {name: max(1, round(BURST_SECONDS / _estimate(call))) for name, call in calls.items()}
+    estimates = {name: _estimate(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     shuffle = random.Random(0).shuffle
@@ -35,7 +36,7 @@ def interleaved_seconds(calls: Mapping[str, Callable[[], object]], budget: float
         while rounds < LEAST_ROUNDS or time.perf_counter() < end:
             shuffle(order)
             for name in order:
-                times[name].append(_visit(calls[name], repeats[name]))
+                times[name].append(_visit(calls[name], estimates[name]))
             rounds += 1
     finally:
         gc.enable()
@@ -51,11 +52,12 @@ def _estimate(call: Callable[[], object]) -> float:
     return min(times)
 
 
-def _visit(call: Callable[[], object], repeats: int) -> float:
+def _visit(call: Callable[[], object], estimate: float) -> float:
     time.sleep(PAUSE_SECONDS)
     settled = time.perf_counter() + SETTLE_SECONDS
-    while time.perf_counter() < settled:
+    while estimate < LONG_SECONDS and time.perf_counter() < settled:
         call()
+    repeats = max(1, round(BURST_SECONDS / estimate))
     start = time.perf_counter()
     for _ in range(repeats):
         call()

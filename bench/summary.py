@@ -53,6 +53,11 @@ def times_faster(group: dict[str, float], ours: Iterable[str], rivals: Iterable[
     return min(theirs) / min(mine) if mine and theirs else None
 
 
+def fastest(group: dict[str, float], names: Iterable[str]) -> str:
+    """The fastest of ``names`` in ``group``."""
+    return min((name for name in names if name in group), key=group.__getitem__)
+
+
 def write_summary(reporter: Any, module: ModuleType, rows: list[Measured]) -> None:
     """Writes all of it for the groups of one bench module.
 
