@@ -70,6 +70,10 @@ OURS = ours(PRECISIONS, "nchw", "nhwc") + ours(PRECISIONS[1:], "bf16-nhwc")
 OURS += [f"{precision} auto nchw" for precision in PRECISIONS]
 
 
+def group_name(shape: ConvShape, batch: int) -> str:
+    return f"packed_conv2d {shape.id}, batch {batch}"
+
+
 @lru_cache(maxsize=1)
 def weight(shape: ConvShape) -> Weight:
     return random_weight(shape.weight_shape, NUM_LEVELS)
@@ -87,7 +91,7 @@ class Conv2dGroup:
     """One layer at one batch."""
 
     def __init__(self, shape: ConvShape, batch: int) -> None:
-        self.name = f"packed_conv2d {shape.id}, batch {batch}"
+        self.name = group_name(shape, batch)
         self.budget = BUDGET
         self._shape, self._batch = shape, batch
         generator = torch.Generator().manual_seed(batch)
@@ -152,7 +156,7 @@ def claims(medians: Medians) -> Iterator[Claim]:
     """The figures asked for, and what was measured, with the variant that counted."""
     for shape, least in ASKED_BEST.items():
         for batch in BATCHES:
-            group = f"packed_conv2d {shape.id}, batch {batch}"
+            group = group_name(shape, batch)
             floats, half = ours(PRECISIONS[1:], "nchw", "nhwc"), ours(PRECISIONS[1:], "bf16-nhwc")
             for text, asked, mine, theirs in (
                 ("torch fp32", ASKED_FP32, ours(("fp32",), "nchw", "nhwc"), BASELINES),

@@ -53,6 +53,10 @@ RIVALS = ["torch fp32", "torch fp32 compiled", "torch bf16", "torch dynamic int8
 RIVALS += [f"ORT int{bits} level {level}" for bits in (4, 2) for level in (0, 4)]
 
 
+def group_name(shape: tuple[int, int], batch: int) -> str:
+    return f"packed_linear {shape[0]}x{shape[1]}, batch {batch}"
+
+
 @lru_cache(maxsize=2)
 def weight(shape: tuple[int, int], num_levels: int) -> Weight:
     return random_weight(shape, num_levels)
@@ -70,7 +74,7 @@ class LinearGroup:
     """One shape (outputs, inputs) at one batch."""
 
     def __init__(self, shape: tuple[int, int], batch: int) -> None:
-        self.name = f"packed_linear {shape[0]}x{shape[1]}, batch {batch}"
+        self.name = group_name(shape, batch)
         self.budget = BUDGET.get(shape, ODD_BUDGET)
         self._shape, self._batch = shape, batch
         self._x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch))
@@ -136,10 +140,10 @@ def cases(shapes: tuple[tuple[int, int], ...], batches: tuple[int, ...], variant
     ]
 
 
-@pytest.mark.parametrize(
-    "shape, batch, variant",
-    cases((LARGE,), LARGE_BATCHES, RIVALS + OURS_LARGE) + cases(ODD, ODD_BATCHES, list(BASELINES) + OURS),
-)
+CASES = cases((LARGE,), LARGE_BATCHES, RIVALS + OURS_LARGE) + cases(ODD, ODD_BATCHES, list(BASELINES) + OURS)
+
+
+@pytest.mark.parametrize("shape, batch, variant", CASES)
 def test_packed_linear(race: Any, shape: tuple[int, int], batch: int, variant: str) -> None:
     race(LinearGroup)
 
@@ -154,7 +158,7 @@ def claims(medians: Medians) -> Iterator[Claim]:
 
     for num_levels, share in ((3, 1.0), (16, ASKED_AT_M16)):
         for batch in LARGE_BATCHES:
-            group = f"packed_linear {LARGE[0]}x{LARGE[1]}, batch {batch}"
+            group = group_name(LARGE, batch)
             for precision in PRECISIONS:
                 mine = ours(num_levels, ("packed",), (precision,))
                 yield from claim(f"M{num_levels} {precision}", share * ASKED[precision][batch], mine, ["torch fp32"])
@@ -162,7 +166,7 @@ def claims(medians: Medians) -> Iterator[Claim]:
             yield from claim(f"M{num_levels} best over best rival", share * ASKED_OVER_RIVALS, best, RIVALS)
     for shape in ODD:
         for batch in ODD_BATCHES:
-            group = f"packed_linear {shape[0]}x{shape[1]}, batch {batch}"
+            group = group_name(shape, batch)
             for execution in ("packed", "auto"):
                 yield from claim(f"fp32 {execution}", ASKED_ODD, [f"M3 fp32 {execution}"], ["torch fp32"])
                 yield from claim(f"best {execution}", ASKED_ODD, ours(3, (execution,)), ["torch fp32"])

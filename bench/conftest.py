@@ -10,16 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
-from bench.interleaved import Replay, interleaved_seconds
+from bench.interleaved import Race, Replay
 from bench.machine import describe_machine
 from bench.summary import Group, Measured, write_summary
 
 REPLAY = Replay()
 MODULES = pytest.StashKey[dict[str, Any]]()
-RACE = pytest.StashKey[dict[tuple[Any, ...], "Race"]]()
-Failure = (Exception, pytest.skip.Exception)
+RACE = pytest.StashKey[dict[tuple[Any, ...], Race]]()
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -37,27 +35,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # The variants of a group are raced together, so they stand together.
     items.sort(key=lambda item: first[_group_key(item)])
     config.stash[MODULES] = {item.nodeid.split("::")[0]: item.module for item in raced}  # type: ignore[attr-defined]
-
-
-class Race:
-    """The selected variants of one group: made, checked, and those that are right timed against each other."""
-
-    def __init__(self, group: Group, variants: list[str], timed: bool) -> None:
-        self.name = group.name
-        self.failures: dict[str, BaseException] = {}
-        self.infos: dict[str, dict[str, Any]] = {}
-        calls: dict[str, Callable[[], object]] = {}
-        for variant in variants:
-            try:
-                call = group.call(variant)
-                with torch.inference_mode():
-                    output = call()
-                self.infos[variant] = group.check(variant, output)
-                calls[variant] = call
-            except Failure as failure:
-                self.failures[variant] = failure
-        with torch.inference_mode():
-            self.seconds = interleaved_seconds(calls, group.budget) if timed and calls else {}
 
 
 @pytest.fixture

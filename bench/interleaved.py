@@ -10,6 +10,13 @@ import gc
 import random
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from bench.machine import Elsewhere
+from bench.summary import Group
 
 LEAST_ROUNDS = 15
 PAUSE_SECONDS = 0.003  # between visits: the idle threads of one library spin before they sleep
@@ -81,3 +88,29 @@ class Replay:
             self._now += self._seconds.pop()
         self._running = not self._running
         return self._now
+
+
+class Race:
+    """The selected variants of one group: made, checked, and those that are right timed against each other."""
+
+    def __init__(self, group: Group, variants: list[str], timed: bool) -> None:
+        self.name = group.name
+        self.failures: dict[str, BaseException] = {}
+        self.infos: dict[str, dict[str, Any]] = {}
+        calls: dict[str, Callable[[], object]] = {}
+        for variant in variants:
+            try:
+                call = group.call(variant)
+                with torch.inference_mode():
+                    output = call()
+                self.infos[variant] = group.check(variant, output)
+                calls[variant] = call
+            except (Exception, pytest.skip.Exception) as failure:
+                self.failures[variant] = failure
+        elsewhere = Elsewhere()
+        with torch.inference_mode():
+            self.seconds = interleaved_seconds(calls, group.budget) if timed and calls else {}
+        if self.seconds:
+            share = elsewhere.share()
+            for info in self.infos.values():
+                info["elsewhere"] = share

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +33,31 @@ def _cpuinfo() -> dict[str, str]:
     lines = path.read_text().splitlines() if path.exists() else []
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     return {key.strip(): value.strip() for key, value in fields.items()}
+
+
+class Elsewhere:
+    """How much of the cores something else than this process takes, since this was made."""
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def share(self) -> float | None:
+        """0..1, of all cores; None where the system does not tell. Time that a host gives to other guests counts."""
+        if self._start is None:
+            return None
+        others, total = (now - before for now, before in zip(self._read() or (0.0, 0.0), self._start))
+        return min(max(others / total, 0.0), 1.0) if total > 0 else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float] | None:
+        """Seconds of all cores that were neither idle nor this process's, and all seconds of all cores."""
+        path = Path("/proc/stat")
+        if not path.exists():
+            return None
+        user, nice, system, idle, wait, irq, soft_irq, steal, *_ = map(int, path.read_text().split()[1:11])
+        busy = user + nice + system + irq + soft_irq + steal
+        tick = os.sysconf("SC_CLK_TCK")
+        return busy / tick - time.process_time(), (busy + idle + wait) / tick
 
 
 class Limits(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from bench.machine import known_limits
 
 CELL, NAME = 19, 34
+DISTURBED = 0.03  # the share of the cores that may go elsewhere before a group's ratios are in doubt
 
 
 class Group(Protocol):
@@ -75,6 +76,11 @@ def write_summary(reporter: Any, module: ModuleType, rows: list[Measured]) -> No
             reporter.write_line(line)
         for line in _shares(members):
             reporter.write_line(line)
+        disturbed = {
+            row.group: row.info["elsewhere"] for row in members if (row.info.get("elsewhere") or 0) > DISTURBED
+        }
+        for group, share in disturbed.items():
+            reporter.write_line(f"NOT ALONE: something else took {share:.0%} of the cores during {group}", red=True)
     claims = list(module.claims(_medians(rows))) if hasattr(module, "claims") else []
     if claims:
         met = sum(claim.measured >= claim.asked for claim in claims)
