@@ -99,7 +99,7 @@ def _measure(op: str, num_levels: int, precision: str, channels: int, execution:
 
 @cache
 def _measure_call(op: str, num_levels: int, precision: str, execution: str, threads: int) -> float:
-    return _time(_probe(op, num_levels, precision, 1, execution), _probe_input(op, 1, 1), repeats=51)
+    return _time(_probe(op, num_levels, precision, 1, execution), _probe_input(op, 1, 1), repeats=201)
 
 
 def _time(layer: PackedLayer, x: Tensor, repeats: int = 7) -> float:
