@@ -12,6 +12,12 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,fma,amx-tile,amx-bf16,amx-int8")
 
 namespace bqnn {
+
+namespace avx512 {
+void linear(const LinearCall& call, const Parallel& parallel);
+void conv2d(const Conv2dCall& call, const Parallel& parallel);
+}  // namespace avx512
+
 namespace amx {
 
 #include "packed_tile.h"
@@ -403,8 +409,21 @@ struct Bf16Operand {
     return fits_bf16(low) && fits_bf16(high);
   }
 
+  // Writes n activations next to each other.
+  template <class X>
+  static bool pack_run(const X* x, int64_t n, float lift, float factor, char* to, int64_t part) {
+    bool fits = true;
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) fits &= pack_step(x + i, 32, lift, factor, to + 2 * i, part);
+    for (; i < n; i += 16) {
+      const __m512 v = load_activations(x + i, first_lanes(n - i));
+      fits &= pack_square(&v, 1, static_cast<int>(n - i < 16 ? n - i : 16), lift, factor, to + 2 * i, 0, part);
+    }
+    return fits;
+  }
+
   // The 16 x 16 values v, positions by activations, go to `to`, `row` bytes from position to position, n of them each.
-  static bool pack_square(const __m512 v[16], int positions, int n, float, float, char* to, int64_t row, int64_t part) {
+  static bool pack_square(const __m512* v, int positions, int n, float, float, char* to, int64_t row, int64_t part) {
     bool fits = true;
     const __mmask16 lanes = first_lanes(n);
     for (int i = 0; i < positions; ++i) {
@@ -476,7 +495,18 @@ struct Int8Operand {
     return true;
   }
 
-  static bool pack_square(const __m512 v[16], int positions, int n, float lift, float factor, char* to, int64_t row,
+  template <class X>
+  static bool pack_run(const X* x, int64_t n, float lift, float factor, char* to, int64_t part) {
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) pack_step(x + i, 64, lift, factor, to + i, part);
+    for (; i < n; i += 16) {
+      const __m512 v = load_activations(x + i, first_lanes(n - i));
+      pack_square(&v, 1, static_cast<int>(n - i < 16 ? n - i : 16), lift, factor, to + i, 0, part);
+    }
+    return true;
+  }
+
+  static bool pack_square(const __m512* v, int positions, int n, float lift, float factor, char* to, int64_t row,
                           int64_t) {
     const __m512 l = _mm512_set1_ps(lift), f = _mm512_set1_ps(factor);
     for (int i = 0; i < positions; ++i) _mm_mask_storeu_epi8(to + i * row, first_lanes(n), quantize(v[i], l, f));
@@ -486,16 +516,22 @@ struct Int8Operand {
 
 #include "packed_linear.h"
 
+#include "packed_conv2d.h"
 
 void linear(const LinearCall& call, const Parallel& parallel) {
   const Precision precision = call.weight->precision;
-  if (precision == Precision::int8) {
-    run_linear<Int8Operand>(call, parallel);
-  } else if (precision == Precision::bf16) {
-    run_linear<Bf16Operand<1>>(call, parallel);
-  } else {
-    run_linear<Bf16Operand<3>>(call, parallel);
-  }
+  const bool done = precision == Precision::int8   ? run_linear<Int8Operand>(call, parallel)
+                    : precision == Precision::bf16 ? run_linear<Bf16Operand<1>>(call, parallel)
+                                                   : run_linear<Bf16Operand<3>>(call, parallel);
+  if (!done) avx512::linear(call, parallel);
+}
+
+void conv2d(const Conv2dCall& call, const Parallel& parallel) {
+  const Precision precision = call.weight->precision;
+  const bool done = precision == Precision::int8   ? run_conv2d<Int8Operand>(call, parallel)
+                    : precision == Precision::bf16 ? run_conv2d<Bf16Operand<1>>(call, parallel)
+                                                   : run_conv2d<Bf16Operand<3>>(call, parallel);
+  if (!done) avx512::conv2d(call, parallel);
 }
 
 }  // namespace amx
