@@ -76,12 +76,21 @@ void spike_slab_kl_backward_op(Tensor grad, Tensor weight, Tensor log_sigma2, Te
                           grad_levels.mutable_data_ptr<float>()});
 }
 
-// A new output. A large one is fresh memory from the system: in huge pages it costs a fraction of the page faults.
-Tensor new_output(const Tensor& like, const std::vector<int64_t>& size, bool channels_last) {
-  namespace headeronly = torch::headeronly;
-  Tensor out = torch::stable::empty(size, like.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
-                                    channels_last ? headeronly::MemoryFormat::ChannelsLast
-                                                  : headeronly::MemoryFormat::Contiguous);
+// A new output of four dimensions at most. A large one is fresh memory from the system: in huge pages it costs a
+// fraction of the page faults. (torch::stable::empty goes through the dispatcher, which a small layer would notice.)
+Tensor new_output(bool half, const std::vector<int64_t>& size, bool channels_last) {
+  std::vector<int64_t> stride(size.size());
+  int64_t next = 1;
+  if (channels_last) {
+    stride = {size[1] * size[2] * size[3], 1, size[1] * size[3], size[1]};
+  } else {
+    for (size_t i = size.size(); i-- > 0; next *= size[i]) stride[i] = next;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
+                                                  half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32(),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor out(handle);
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + kHuge - 1) / kHuge * kHuge;
@@ -145,7 +154,7 @@ Tensor packed_linear_op(Tensor x, Tensor layout_tensor, std::optional<Tensor> bi
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
   size.back() = layout.channels;
-  Tensor y = torch::stable::new_empty(x, size);
+  Tensor y = new_output(half, size, false);
   const std::optional<Tensor> floats = float_bias(bias, layout);
   const LinearCall call{&layout, x.const_data_ptr(), y.mutable_data_ptr(), data_of(floats), x.numel() / layout.columns, half};
   if (call.rows > 0) packed_kernels(isa()).linear(call, torch_threads());
@@ -170,7 +179,7 @@ Tensor packed_conv2d_op(Tensor x, Tensor layout_tensor, std::optional<Tensor> bi
   for (int i = 0; i < 2; ++i)
     size[2 + i] = (x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) / stride[i] + 1;
   STD_TORCH_CHECK(size[2] > 0 && size[3] > 0, "x must be large enough for the kernel");
-  Tensor y = new_output(x, size, channels_last);
+  Tensor y = new_output(half, size, channels_last);
   const std::optional<Tensor> floats = float_bias(bias, layout);
   const Conv2dCall call{&layout,
                         x.const_data_ptr(),

@@ -26,21 +26,21 @@ namespace amx {
 
 constexpr int64_t kTileBytes = 1024;
 
-// Tiles 0..3 hold products, 4 and 5 activations, 6 and 7 weights. GCC 12 does not tell its optimiser that ldtilecfg
-// reads the whole structure: volatile keeps the stores.
+// Tiles 0..3 hold products, the next two (three, for the parts of a float32) activations, the rest weights. GCC 12 does
+// not tell its optimiser that ldtilecfg reads the whole structure: volatile keeps the stores.
+template <int kParts>
 struct TileConfig {
   explicit TileConfig(int rows) {
     alignas(64) volatile uint8_t config[64] = {};
     config[0] = 1;
     for (int t = 0; t < 8; ++t) {
       config[16 + 2 * t] = 64;
-      config[48 + t] = static_cast<uint8_t>(t < 6 ? rows : 16);
+      config[48 + t] = static_cast<uint8_t>(t < (kParts == 3 ? 7 : 6) ? rows : 16);
     }
     _tile_loadconfig(const_cast<const uint8_t*>(config));
   }
   ~TileConfig() { _tile_release(); }
 };
-
 
 #define BQNN_LOAD(tile, base, stride) _tile_loadd(tile, base, static_cast<size_t>(stride))
 
@@ -303,28 +303,39 @@ inline void stream_amx(const PackedLayout& layout, int64_t first_block, const St
     for (int64_t step = 0; step < steps; ++step) {
       if (step + 1 < steps) decode(step + 1);
       const char* slot = ring + step % kRing * kSlot;
-      const auto row = [&](int part) {
-        const char* b = slot + part * kTileBytes;
-        BQNN_LOAD(6, b, 64);
-        BQNN_DOT(0, 4, 6);
-        if constexpr (kBlocks == 4) {
-          BQNN_LOAD(7, b + kParts * kTileBytes, 64);
-          BQNN_DOT(1, 4, 7);
-          BQNN_LOAD(6, b + 2 * kParts * kTileBytes, 64);
-          BQNN_DOT(2, 4, 6);
-          BQNN_LOAD(7, b + 3 * kParts * kTileBytes, 64);
-          BQNN_DOT(3, 4, 7);
-        }
-      };
       const char* a = strip.tile[0] + step * strip.step;
       BQNN_LOAD(4, a, strip.row);
-      row(0);
-      if constexpr (kParts == 3) {
-        row(1), row(2);
-        BQNN_LOAD(4, a + strip.part, strip.row);
-        row(0), row(1);
-        BQNN_LOAD(4, a + 2 * strip.part, strip.row);
-        row(0);
+      if constexpr (kParts == 1) {
+        BQNN_LOAD(6, slot, 64);
+        BQNN_DOT(0, 4, 6);
+        if constexpr (kBlocks == 4) {
+          BQNN_LOAD(7, slot + kTileBytes, 64);
+          BQNN_DOT(1, 4, 7);
+          BQNN_LOAD(6, slot + 2 * kTileBytes, 64);
+          BQNN_DOT(2, 4, 6);
+          BQNN_LOAD(7, slot + 3 * kTileBytes, 64);
+          BQNN_DOT(3, 4, 7);
+        }
+      } else {
+        BQNN_LOAD(5, a + strip.part, strip.row);
+        BQNN_LOAD(6, a + 2 * strip.part, strip.row);
+#define BQNN_PARTS(block)                                            \
+  BQNN_LOAD(7, slot + (3 * block + 2) * kTileBytes, 64);             \
+  BQNN_DOT(block, 4, 7);                                             \
+  BQNN_LOAD(7, slot + (3 * block + 1) * kTileBytes, 64);             \
+  BQNN_DOT(block, 4, 7);                                             \
+  BQNN_DOT(block, 5, 7);                                             \
+  BQNN_LOAD(7, slot + 3 * block * kTileBytes, 64);                   \
+  BQNN_DOT(block, 6, 7);                                             \
+  BQNN_DOT(block, 5, 7);                                             \
+  BQNN_DOT(block, 4, 7)
+        BQNN_PARTS(0);
+        if constexpr (kBlocks == 4) {
+          BQNN_PARTS(1);
+          BQNN_PARTS(2);
+          BQNN_PARTS(3);
+        }
+#undef BQNN_PARTS
       }
     }
     char* c = static_cast<char*>(out);
@@ -352,7 +363,7 @@ struct Bf16Operand {
   static constexpr int kElement = 2;         // bytes of an activation
   static constexpr bool kTiledRows = true;   // a linear layer's activations are packed tile by tile
   static constexpr bool kInt8 = false;
-  using Thread = TileConfig;
+  using Thread = TileConfig<kParts>;
 
   // Decodes a step of 32 weights: a tile a part.
   template <int kBits, bool kShared>
@@ -447,7 +458,7 @@ struct Int8Operand {
   static constexpr int kElement = 1;
   static constexpr bool kTiledRows = true;
   static constexpr bool kInt8 = true;
-  using Thread = TileConfig;
+  using Thread = TileConfig<kParts>;
 
   // Decodes a step of 64 weights: one tile.
   template <int kBits, bool kShared>

@@ -75,9 +75,9 @@ inline bool run_linear_of(const LinearCall& call, const Parallel& parallel) {
   const int64_t channel_tasks = (layout.blocks + kWidth / kBlock - 1) / (kWidth / kBlock);
   const int64_t chunk = rows_of_task<Op>(layout, rows, channel_tasks, parallel.threads);
   const int64_t row_tasks = (rows + chunk - 1) / chunk, chunk_tiles = chunk / kTile;
-  // A task below some 30 microseconds isn't worth another thread.
+  // Tasks below some ten microseconds are not worth another thread.
   const int64_t work = ((chunk < rows ? chunk : rows) + 16) * kWidth * layout.padded;
-  parallel_for(parallel, channel_tasks * row_tasks, 1 + (int64_t{1} << 24) / work, [&](int64_t begin, int64_t end) {
+  parallel_for(parallel, channel_tasks * row_tasks, 1 + (int64_t{1} << 22) / work, [&](int64_t begin, int64_t end) {
     typename Op::Thread thread(rows < kTile ? static_cast<int>(rows) : kTile);
     const int64_t panel_stride = Op::panel_bytes(kChunk<Op>);
     char* panel = scratch(Scratch::panel, static_cast<size_t>(2 * panel_stride));
