@@ -20,7 +20,7 @@ struct Codebook {
   bool shared;
   int levels;
   uint32_t mask;                                // of a code
-  alignas(64) uint32_t entries[kMaxLevels][16];  // [0][code] of a shared one, [code][channel] else
+  alignas(64) uint32_t entries[kTable][kBlock];  // [0][code] of a shared one, [code][channel] else
 };
 
 template <class Op>
