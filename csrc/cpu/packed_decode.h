@@ -17,15 +17,15 @@ BQNN_INLINE float round_to_bf16(float x) {
 
 // The levels of a block of channels, as 32 bits each: floats, or integers where the lanes hold several.
 struct Codebook {
-  bool shared;
   int levels;
-  uint32_t mask;                                // of a code
-  alignas(64) uint32_t entries[kTable][16];  // [0][code] of a shared one, [code][channel] else
+  alignas(64) uint32_t entries[kTable][kBlock];  // [0][code] of a shared one, [code][channel] else
 };
 
 template <class Op>
 inline uint32_t level_of(const PackedLayout& layout, int64_t index) {
-  if constexpr (Op::kInt8 && Op::kUnit > 1) return static_cast<uint32_t>(int32_t{layout.int8_table()[index]});
+  // Where a lane holds four integers, one instruction decodes them: bytes all over a lane.
+  if constexpr (Op::kUnit == 4) return 0x01010101u * static_cast<uint8_t>(layout.int8_table()[index]);
+  if constexpr (Op::kUnit == 2) return static_cast<uint32_t>(int32_t{layout.int8_table()[index]});
   float level = Op::kInt8 ? static_cast<float>(layout.int8_table()[index]) : layout.level_table()[index];
   if (layout.precision == Precision::bf16) level = round_to_bf16(level);
   uint32_t bits;
@@ -35,10 +35,13 @@ inline uint32_t level_of(const PackedLayout& layout, int64_t index) {
 
 template <class Op>
 inline void read_codebook(const PackedLayout& layout, int64_t group, int64_t block, Codebook* book) {
-  book->shared = layout.codebooks == 1;
   book->levels = layout.num_levels;
-  book->mask = (1u << layout.bits) - 1;
-  if (book->shared) {
+  if (layout.codebooks == 1) {
+    if constexpr (Op::kUnit == 4) {
+      for (int i = 0; i < kBlock * 4; i += kTable)
+        __builtin_memcpy(reinterpret_cast<char*>(book->entries[0]) + i, layout.int8_table(), kTable);
+      return;
+    }
     for (int i = 0; i < kTable; ++i) book->entries[0][i] = level_of<Op>(layout, i);
     return;
   }
@@ -47,15 +50,35 @@ inline void read_codebook(const PackedLayout& layout, int64_t group, int64_t blo
     for (int i = 0; i < kBlock; ++i) book->entries[m][i] = level_of<Op>(layout, (channel + i) * kTable + m);
 }
 
-// The levels of the codes in the low bits of vector `part` of a block; the bits above may be anything.
+// std::integral_constant without the header.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Calls f(bits, shared) with both as compile-time constants.
+template <class F>
+inline void with_codes_of(const PackedLayout& layout, const F& f) {
+  const auto with_bits = [&](auto shared) {
+    if (layout.bits == 1) return f(Constant<1>{}, shared);
+    if (layout.bits == 2) return f(Constant<2>{}, shared);
+    return f(Constant<4>{}, shared);
+  };
+  if (layout.codebooks == 1) return with_bits(Constant<1>{});
+  return with_bits(Constant<0>{});
+}
+
+// The levels of the codes in the low bits of each lane of vector `part` of a block; the bits above may be anything.
+template <int kBits, bool kShared>
 BQNN_INLINE UInt look_up(const Codebook& book, UInt word, int part) {
-  if (book.shared) {
+  if constexpr (kShared) {
     const uint32_t* table = book.entries[0];  // repeated with the period of the code
 #if BQNN_LANES == 16
     // GCC 12 warns of the one without a mask.
     return (UInt)_mm512_maskz_permutexvar_epi32(0xFFFF, (__m512i)word, (__m512i)load_lanes(table));
 #elif BQNN_LANES == 8
     const __m256i low = _mm256_permutevar8x32_epi32((__m256i)load_lanes(table), (__m256i)word);
+    if constexpr (kBits < 4) return (UInt)low;
     const __m256i high = _mm256_permutevar8x32_epi32((__m256i)load_lanes(table + 8), (__m256i)word);
     return (UInt)_mm256_blendv_ps((__m256)low, (__m256)high, (__m256)(word << 28));
 #else
@@ -64,43 +87,70 @@ BQNN_INLINE UInt look_up(const Codebook& book, UInt word, int part) {
     return value;
 #endif
   }
-  const Int code = (Int)(word & book.mask);
+  const Int code = (Int)(word & ((1u << kBits) - 1));
   UInt value = load_lanes(book.entries[0] + part * kLanes);
-  for (int m = 1; m < book.levels; ++m) value = code >= m ? load_lanes(book.entries[m] + part * kLanes) : value;
+  const int levels = kBits == 1 ? 2 : book.levels;
+  for (int m = 1; m < levels; ++m) {
+    const Mask at_least = code >= m;
+    value = at_least ? load_lanes(book.entries[m] + part * kLanes) : value;
+  }
   return value;
 }
 
-// One lane of K: the kUnit weights from the `first` one of a word.
-template <class Op>
-BQNN_INLINE UInt look_up_lane(const Codebook& book, UInt word, int bits, int first, int part) {
+// One lane of K: the kUnit weights of a word from the `first` one on.
+template <class Op, int kBits, bool kShared>
+BQNN_INLINE UInt look_up_lane(const Codebook& book, UInt word, int first, int part) {
   constexpr int kUnit = Op::kInt8 ? 4 : 2;  // of the layout
+#if BQNN_LANES == 16
+  if constexpr (Op::kInt8) {
+    const UInt codes = word >> (first / kUnit * kBits);  // in the low bits of every byte
+    if constexpr (kShared)
+      return (UInt)_mm512_maskz_permutexvar_epi8(~0ull, (__m512i)codes, (__m512i)load_lanes(book.entries[0]));
+    const __m512i code = (__m512i)(codes & (0x01010101u * ((1u << kBits) - 1)));
+    __m512i value = (__m512i)load_lanes(book.entries[0]);
+    for (int m = 1; m < book.levels; ++m)
+      value = _mm512_mask_mov_epi8(value, _mm512_cmpge_epu8_mask(code, _mm512_set1_epi8(static_cast<char>(m))),
+                                   (__m512i)load_lanes(book.entries[m]));
+    return (UInt)value;
+  }
+#endif
   UInt value = {};
+#pragma GCC unroll 4
   for (int j = 0; j < Op::kUnit; ++j) {
     const int i = first + j;
-    UInt level = look_up(book, word >> (i % kUnit * (32 / kUnit) + i / kUnit * bits), part);
+    UInt level = look_up<kBits, kShared>(book, word >> (i % kUnit * (32 / kUnit) + i / kUnit * kBits), part);
     if (Op::kUnit > 1) level = (level & (0xFFFFFFFFu >> (32 - 32 / Op::kUnit))) << (j * (32 / Op::kUnit));
     value |= level;
   }
   return value;
 }
 
-// Decodes `weights` weights of a block into lanes `stride` 32-bit numbers apart; what the last lane holds beyond them
-// is 0.
-template <class Op>
-__attribute__((noinline)) void decode(const Codebook& book, int bits, const uint32_t* words, int64_t weights,
-                                      uint32_t* panel, int64_t stride) {
-  const int in_word = 32 / bits;
-  uint32_t* to = panel;
-  for (int64_t k = 0; k < weights; k += in_word, words += kBlock) {
-    for (int first = 0; first < in_word && k + first < weights; first += Op::kUnit, to += stride) {
-      for (int part = 0; part < kParts; ++part) {
-        const UInt value = look_up_lane<Op>(book, load_lanes(words + part * kLanes), bits, first, part);
-        __builtin_memcpy(to + part * kLanes, &value, sizeof value);
+template <class Op, int kBits, bool kShared>
+__attribute__((noinline)) void decode_words(const Codebook& book, const uint32_t* words, int64_t weights,
+                                            uint32_t* panel, int64_t stride) {
+  constexpr int kWord = 32 / kBits;
+  for (int64_t k = 0; k < weights; k += kWord, words += kBlock, panel += kWord / Op::kUnit * stride) {
+    for (int part = 0; part < kParts; ++part) {
+      const UInt word = load_lanes(words + part * kLanes);
+#pragma GCC unroll 32
+      for (int first = 0; first < kWord; first += Op::kUnit) {
+        const UInt value = look_up_lane<Op, kBits, kShared>(book, word, first, part);
+        __builtin_memcpy(panel + first / Op::kUnit * stride + part * kLanes, &value, sizeof value);
       }
     }
   }
+}
+
+// Decodes `weights` weights of a block, and up to the end of the last word, into lanes `stride` 32-bit numbers apart;
+// beyond the last weight its lane holds 0.
+template <class Op>
+inline void decode(const PackedLayout& layout, const Codebook& book, const uint32_t* words, int64_t weights,
+                   uint32_t* panel, int64_t stride) {
+  with_codes_of(layout, [&](auto bits, auto shared) {
+    decode_words<Op, bits.value, shared.value != 0>(book, words, weights, panel, stride);
+  });
   if (const int rest = static_cast<int>(weights % Op::kUnit)) {
     const uint32_t keep = (1u << (rest * (32 / Op::kUnit))) - 1;
-    for (int i = 0; i < kBlock; ++i) to[i - stride] &= keep;
+    for (int i = 0; i < kBlock; ++i) panel[weights / Op::kUnit * stride + i] &= keep;
   }
 }

@@ -81,3 +81,13 @@ struct Int8Operand {
   static BQNN_INLINE UInt add(UInt product, Sum sum) { return product + (UInt)to_int(sum); }
 #endif
 };
+
+#if BQNN_LANES == 16
+// Signed 8-bit activations, for kernels that have the weights as vpdpbusd's unsigned operand.
+struct SignedOperand {
+  using Element = int8_t;
+  using Product = int32_t;
+  static constexpr bool kInt8 = true;
+  static constexpr int kUnit = 4, kZero = 0;
+};
+#endif

@@ -82,7 +82,7 @@ __attribute__((noinline)) void multiply_strip(const PackedLayout& layout, int64_
       if (weights > (kChunk - used) * Op::kUnit) weights = (kChunk - used) * Op::kUnit;
       const int64_t word = (segment * layout.padded + at) / layout.word_weights();
       for (int b = 0; b < blocks; ++b)
-        decode<Op>(book[b], layout.bits, layout.block(group, first_block + b) + word * kBlock, weights,
+        decode<Op>(layout, book[b], layout.block(group, first_block + b) + word * kBlock, weights,
                    panel + (used * blocks + b) * kBlock, blocks * kBlock);
       pieces[num_pieces++] = {offset[segment] + at * static_cast<int64_t>(sizeof(typename Op::Element)),
                               (weights + Op::kUnit - 1) / Op::kUnit, used};

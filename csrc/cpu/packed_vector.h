@@ -17,7 +17,14 @@
 
 #include "packed_vector_conv2d.h"
 
+#if BQNN_LANES == 16
+#include "packed_few_rows.h"
+#endif
+
 void linear(const LinearCall& call, const Parallel& parallel) {
+#if BQNN_LANES == 16
+  if (call.half ? run_few_rows<Bf16>(call, parallel) : run_few_rows<float>(call, parallel)) return;
+#endif
   const bool int8 = call.weight->precision == Precision::int8;
   if (call.half)
     (int8 ? run_linear<Int8Operand, Bf16> : run_linear<FloatOperand, Bf16>)(call, parallel);

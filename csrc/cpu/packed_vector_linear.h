@@ -28,12 +28,14 @@ void run_linear(const LinearCall& call, const Parallel& parallel) {
   const int64_t rows = call.rows, columns = layout.columns, channels = layout.channels;
   if (rows == 0) return;
   const bool bf16 = layout.precision == Precision::bf16;
-  // Float activations are multiplied where they are; others are packed. The last lane reads beyond a row's end.
+  // Float activations are multiplied where they are, unless their rows would meet in a few sets of the caches; others
+  // are packed. The last lane reads beyond a row's end.
   const char* activations = static_cast<const char*>(call.x);
   int64_t row_bytes = columns * static_cast<int64_t>(sizeof(Element));
   auto* scales = reinterpret_cast<float*>(scratch(Scratch::scales, static_cast<size_t>(rows) * sizeof(float)));
-  if (Op::kInt8 || bf16 || call.half) {
+  if (Op::kInt8 || bf16 || call.half || (row_bytes % 1024 == 0 && rows > kTile)) {
     row_bytes = (row_bytes + 63) / 64 * 64;
+    if (row_bytes % 1024 == 0) row_bytes += 64;
     char* packed = scratch(Scratch::activations, static_cast<size_t>(rows * row_bytes));
     parallel_for(parallel, rows, 1 + (1 << 16) / columns, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
