@@ -14,12 +14,12 @@
 #include <thread>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
-
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+
+// Read by the sanitizers' libraries: abort, so that the case is printed.
+extern "C" [[gnu::used]] inline const char* __asan_default_options() { return "abort_on_error=1"; }
+extern "C" [[gnu::used]] inline const char* __ubsan_default_options() { return "abort_on_error=1:print_stacktrace=1"; }
 
 namespace bqnn::cases {
 
@@ -122,10 +122,16 @@ inline Parallel std_threads(int threads) {
   return {run, threads};
 }
 
-// The instruction sets of this machine, scalar first.
+// The instruction sets of this machine, up to the one that BQNN_CPU_ISA names; scalar first.
 inline std::vector<Isa> isas() {
+  Isa best;
+  const char* error = nullptr;
+  if (!chosen_isa(&best, &error)) {
+    std::fprintf(stderr, "%s\n", error);
+    std::exit(2);
+  }
   std::vector<Isa> found;
-  for (int i = 0; i <= static_cast<int>(best_isa()); ++i) found.push_back(static_cast<Isa>(i));
+  for (int i = 0; i <= static_cast<int>(best); ++i) found.push_back(static_cast<Isa>(i));
   return found;
 }
 
@@ -139,16 +145,17 @@ inline void print_repeat() {
 
 inline void print_repeat_at_death() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_set_death_callback(print_repeat);
+  constexpr int kSignals[] = {SIGABRT};  // the others are the sanitizer's, which then aborts
 #else
-  for (const int signal : {SIGSEGV, SIGFPE, SIGILL, SIGABRT, SIGBUS}) {
+  constexpr int kSignals[] = {SIGSEGV, SIGFPE, SIGILL, SIGABRT, SIGBUS};
+#endif
+  for (const int signal : kSignals) {
     std::signal(signal, [](int number) {
       std::signal(number, SIG_DFL);
       print_repeat();  // not for signal handlers, but the process is lost anyway
       std::raise(number);
     });
   }
-#endif
 }
 
 // Calls `run(seed, number)` for each case; it returns what is wrong with the case, or nothing. Stops at the first that

@@ -28,10 +28,10 @@ struct Case {
 
 Case draw_case(Random* random) {
   Case c{};
-  c.rows = random->size(70);
-  c.columns = random->size(300);
+  c.rows = random->size(40);
+  c.columns = random->size(150);
   // Blocks have 4096 weights; a task has at least four of them.
-  if (random->chance(3)) c.rows = random->between(1, 4), c.columns = random->between(4000, 40000);
+  if (random->chance(3)) c.rows = random->between(1, 4), c.columns = random->between(4000, 20000);
   if (random->chance(2)) c.rows = 0;
   c.per_row = random->chance(50);
   c.num_levels = static_cast<int>(random->between(2, 16));
