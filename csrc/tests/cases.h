@@ -3,6 +3,12 @@
 // A case is a function of the seed and its number alone, so that a failing one can be run again by its number.
 #pragma once
 
+#if !defined(__SANITIZE_ADDRESS__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <csignal>
@@ -62,47 +68,55 @@ class Random {
   uint64_t state_;
 };
 
-// `count` elements that start `shift` elements into memory of exactly their size, so that AddressSanitizer sees a read
-// or write beyond them; without it, bytes around them that have to stay as they are. Everything is 0xFF, NaN, at first.
+// `count` elements, all bytes 0xFF at first, which is NaN. A read or write beyond them is seen by AddressSanitizer;
+// without it they end where a page ends that nobody may touch, so that no instruction can hide one from us, and what
+// lies before them has to stay as it is.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count, int64_t shift = 0) : count_(count), shift_(count ? shift : 0) {
+  explicit Buffer(int64_t count) : count_(count) {
     if (count == 0) return;  // an empty tensor may have no memory
-    bytes_ = 2 * kGuard + static_cast<size_t>(shift_ + count) * sizeof(T);
-    memory_ = static_cast<unsigned char*>(std::malloc(bytes_));
-    if (memory_ == nullptr) std::abort();
-    std::memset(memory_, 0xFF, bytes_);
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+#if defined(__SANITIZE_ADDRESS__)
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, bytes) != 0) std::abort();
+    memory_ = static_cast<unsigned char*>(memory);
+    begin_ = 0;
+#else
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), inside = (bytes + page - 1) / page * page;
+    mapped_ = inside + page;
+    void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) std::abort();
+    memory_ = static_cast<unsigned char*>(memory);
+    if (mprotect(memory_ + inside, page, PROT_NONE) != 0) std::abort();
+    begin_ = inside - bytes;
+#endif
+    std::memset(memory_, 0xFF, begin_ + bytes);
   }
+#if defined(__SANITIZE_ADDRESS__)
   ~Buffer() { std::free(memory_); }
+#else
+  ~Buffer() { if (memory_) munmap(memory_, mapped_); }
+#endif
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
-  T* data() const { return memory_ ? reinterpret_cast<T*>(memory_ + kGuard) + shift_ : nullptr; }
+  T* data() const { return memory_ ? reinterpret_cast<T*>(memory_ + begin_) : nullptr; }
   int64_t size() const { return count_; }
   T& operator[](int64_t i) const { return data()[i]; }
 
   bool equals(const Buffer& other) const {
     return count_ == other.count_ && (count_ == 0 || std::memcmp(data(), other.data(), count_ * sizeof(T)) == 0);
   }
-  // Whether nothing was written beyond the elements.
+  // Whether nothing was written before the elements.
   bool intact() const {
-    const size_t begin = kGuard + shift_ * sizeof(T), end = begin + count_ * sizeof(T);
-    for (size_t i = 0; i < bytes_; ++i) {
-      if ((i < begin || i >= end) && memory_[i] != 0xFF) return false;
-    }
-    return true;
+    return std::all_of(memory_, memory_ + begin_, [](unsigned char byte) { return byte == 0xFF; });
   }
 
  private:
-#if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t kGuard = 0;
-#else
-  static constexpr size_t kGuard = 64;
-#endif
-  int64_t count_, shift_;
-  size_t bytes_ = 0;
+  int64_t count_;
   unsigned char* memory_ = nullptr;
+  size_t begin_ = 0, mapped_ = 0;
 };
 
 // New threads in each call, which find their scratch memory empty.

@@ -1,7 +1,5 @@
 // Draws weights and codebooks, and compares the elementwise kernels of every instruction set of this machine with the
 // scalar ones, bit for bit; codes with a plain loop as well. The number of threads must not change a bit.
-#include <algorithm>
-
 #include "cases.h"
 #include "cpu/assign_codes.h"
 #include "cpu/spike_slab_kl.h"
@@ -13,7 +11,6 @@ struct Case {
   int64_t rows, columns;
   bool per_row;
   int num_levels, threads;
-  int64_t shift;  // elements between the start of allocated memory and the tensors
 
   int64_t weights() const { return rows * columns; }
   int64_t codebooks() const { return per_row ? rows : 1; }
@@ -36,7 +33,6 @@ Case draw_case(Random* random) {
   c.per_row = random->chance(50);
   c.num_levels = static_cast<int>(random->between(2, 16));
   c.threads = static_cast<int>(random->between(1, 3));
-  c.shift = random->between(0, 3);
   return c;
 }
 
@@ -44,8 +40,8 @@ struct Operands {
   Buffer<float> weight, log_sigma2, levels, thresholds, tau;
 
   explicit Operands(const Case& c)
-      : weight(c.weights(), c.shift),
-        log_sigma2(c.weights(), c.shift),
+      : weight(c.weights()),
+        log_sigma2(c.weights()),
         levels(c.codebooks() * c.num_levels),
         thresholds(c.codebooks() * (c.num_levels - 1)),
         tau(c.codebooks() * c.num_levels) {}
@@ -95,8 +91,8 @@ struct Results {
       : codes(c.weights()),
         packed(packed_bytes),
         kl(1),
-        grad_weight(c.weights(), c.shift),
-        grad_log_sigma2(c.weights(), c.shift),
+        grad_weight(c.weights()),
+        grad_log_sigma2(c.weights()),
         grad_levels(c.codebooks() * c.num_levels) {}
 
   bool intact() const {
@@ -185,7 +181,7 @@ std::string run_case(uint64_t seed, uint64_t number) {
     run_kernels(c, o, isa, c.threads, found);
     wrong = difference(scalar, found);
     if (!wrong.empty()) return c.text() + ": " + isa_name(isa) + ": " + wrong;
-    if (!scalar.intact() || !found.intact()) return c.text() + ": " + isa_name(isa) + ": wrote beyond an output";
+    if (!scalar.intact() || !found.intact()) return c.text() + ": " + isa_name(isa) + ": wrote before an output";
   }
   return "";
 }
