@@ -10,8 +10,13 @@ inline __m512 load_activations(const Bf16* x, __mmask16 mask) {
 }
 
 inline void store_activations(float* y, __m512 value, __mmask16 mask) { _mm512_mask_storeu_ps(y, mask, value); }
+// To nearest, ties to even; the conversion instruction would take a denormal number for zero.
 inline void store_activations(Bf16* y, __m512 value, __mmask16 mask) {
-  _mm256_mask_storeu_epi16(y, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+  const __m512i bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
+  _mm256_mask_storeu_epi16(y, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
 }
 
 inline __m512 magnitude(__m512 x) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF))); }

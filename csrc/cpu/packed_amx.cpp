@@ -55,7 +55,9 @@ enum class Kind { bf16, s8 };
   } while (0)
 
 
-// One 16- or 32-row by 16-, 32- or 64-channel product over all steps of a run.
+// One 16- or 32-row by 16-, 32- or 64-channel product over all steps of a run. Of the nine products of three parts with
+// three, the six above 2^-24 of the whole are added, in one order whatever the shape: a result does not depend on how the
+// rows of a batch are cut into tasks.
 template <Kind kind, int kParts, int kTiles, int kBlocks>
 __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t stride, int64_t step_stride,
                                               int64_t part_stride, const Run& run, const char* panel,
@@ -113,8 +115,8 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t 
           load_a(0), load_b(2), square();
           load_b(1), square();
           load_a(1), square();
-          load_b(0), square();
-          load_a(2), square();
+          load_a(2), load_b(0), square();
+          load_a(1), square();
           load_a(0), square();
         }
       } else if constexpr (kTiles == 1) {
@@ -135,12 +137,17 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t 
           }
         };
         BQNN_LOAD(4, a(0, 0), stride);
-        row(0);
-        if constexpr (kParts == 3) {
-          row(1), row(2);
+        if constexpr (kParts == 1) {
+          row(0);
+        } else {
+          row(2), row(1);
           BQNN_LOAD(4, a(0, 1), stride);
-          row(0), row(1);
+          row(1);
           BQNN_LOAD(4, a(0, 2), stride);
+          row(0);
+          BQNN_LOAD(4, a(0, 1), stride);
+          row(0);
+          BQNN_LOAD(4, a(0, 0), stride);
           row(0);
         }
       } else {  // one block of channels
@@ -158,14 +165,16 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t 
             BQNN_DOT(3, 5, 6);
           }
         };
-        BQNN_LOAD(6, b0, 64);
-        column(0);
-        if constexpr (kParts == 3) {
-          column(1), column(2);
-          BQNN_LOAD(6, b0 + kTileBytes, 64);
-          column(0), column(1);
+        if constexpr (kParts == 1) {
+          BQNN_LOAD(6, b0, 64);
+          column(0);
+        } else {
           BQNN_LOAD(6, b0 + 2 * kTileBytes, 64);
           column(0);
+          BQNN_LOAD(6, b0 + kTileBytes, 64);
+          column(0), column(1);
+          BQNN_LOAD(6, b0, 64);
+          column(2), column(1), column(0);
         }
       }
       b0 += kParts * kTileBytes, b1 += kParts * kTileBytes, b2 += kParts * kTileBytes, b3 += kParts * kTileBytes;
@@ -529,7 +538,17 @@ struct Int8Operand {
 
 #include "packed_conv2d.h"
 
+// Measured: up to so many rows a tile is too empty, and the vector kernels, which read the words once for all rows
+// without writing decoded ones, are faster; and 16 channels do not repay splitting float32 activations into parts.
+bool better_on_vectors(const LinearCall& call) {
+  const PackedLayout& layout = *call.weight;
+  if (layout.precision == Precision::fp32 && layout.blocks == 1) return true;
+  const int64_t few = layout.precision == Precision::int8 ? 4 : layout.precision == Precision::fp32 ? 3 : 1;
+  return layout.codebooks == 1 && call.rows <= few;
+}
+
 void linear(const LinearCall& call, const Parallel& parallel) {
+  if (better_on_vectors(call)) return avx512::linear(call, parallel);
   const Precision precision = call.weight->precision;
   const bool done = precision == Precision::int8   ? run_linear<Int8Operand>(call, parallel)
                     : precision == Precision::bf16 ? run_linear<Bf16Operand<1>>(call, parallel)

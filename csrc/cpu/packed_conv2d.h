@@ -173,6 +173,7 @@ template <class Op, class X>
 inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
   constexpr int64_t kTaskTiles = 64;  // of a task: its products stay in the L2 cache
   const PackedLayout& layout = *call.weight;
+  if (call.images == 0) return true;
   ConvPlan plan;
   int64_t* offsets = reinterpret_cast<int64_t*>(scratch(Scratch::tables, static_cast<size_t>(layout.segments) * 8));
   plan_conv2d<Op>(call, offsets, &plan);

@@ -60,6 +60,7 @@ inline bool run_linear_of(const LinearCall& call, const Parallel& parallel) {
   constexpr int64_t kStep = 64 / Op::kElement;
   const PackedLayout& layout = *call.weight;
   const int64_t rows = call.rows, channels = layout.channels, steps = layout.padded / kStep;
+  if (rows == 0) return true;
   const int64_t tiles = (rows + kTile - 1) / kTile, part = tiles * steps * 1024;
   char* activations = scratch(Scratch::activations, static_cast<size_t>(part * Op::kParts));
   float* scales = reinterpret_cast<float*>(scratch(Scratch::scales, static_cast<size_t>(rows) * sizeof(float)));
@@ -67,7 +68,7 @@ inline bool run_linear_of(const LinearCall& call, const Parallel& parallel) {
   X* y = static_cast<X*>(call.y);
 
   bool fits = true;
-  parallel_for(parallel, rows, 1 + (1 << 16) / layout.columns, [&](int64_t begin, int64_t end) {
+  parallel_for(parallel, rows, 1 + (1 << 14) / layout.columns, [&](int64_t begin, int64_t end) {
     if (!pack_rows<Op>(layout, x, begin, end, tiles, activations, part, scales)) __atomic_store_n(&fits, false, __ATOMIC_RELAXED);
   });
   if (!fits) return false;
