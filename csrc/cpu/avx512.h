@@ -150,31 +150,26 @@ struct Int8Decoder {
   }
 };
 
-// Outputs of `n` channels: a float product plus the bias, or an integer one times the channel's step and the row's
-// scale plus the bias, each operation rounded by itself.
-template <class Y>
-inline void finish(const float* product, int64_t n, const float* bias, const float*, float, Y* y) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 lanes = first_lanes(n - i);
-    __m512 value = _mm512_maskz_loadu_ps(lanes, product + i);
-    if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, bias + i));
-    store_activations(y + i, value, lanes);
-  }
-}
-
-template <class Y>
-inline void finish(const int32_t* product, int64_t n, const float* bias, const float* step, float scale, Y* y) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 lanes = first_lanes(n - i);
-    __m512 value = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(lanes, product + i));
-    value = _mm512_mul_ps(_mm512_mul_ps(value, _mm512_maskz_loadu_ps(lanes, step + i)), _mm512_set1_ps(scale));
-    if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, bias + i));
-    store_activations(y + i, value, lanes);
-  }
-}
-
 inline __m512 load_products(const float* product) { return _mm512_loadu_ps(product); }
 inline __m512 load_products(const int32_t* product) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(product)); }
+
+// Outputs of n channels at `positions` positions, products kWidth apart and outputs `stride`: a float product plus the
+// bias, or an integer one times the channel's step and the row's scale plus the bias, each operation rounded by itself.
+template <class P, class Y>
+inline void finish_row(const P* product, int64_t positions, int64_t n, const float* bias, const float* step, float scale,
+                       Y* y, int64_t stride) {
+  for (int64_t c = 0; c < n; c += 16) {
+    const __mmask16 lanes = first_lanes(n - c);
+    const __m512 factor = step ? _mm512_maskz_loadu_ps(lanes, step + c) : _mm512_setzero_ps();
+    const __m512 offset = bias ? _mm512_maskz_loadu_ps(lanes, bias + c) : _mm512_setzero_ps();
+    for (int64_t i = 0; i < positions; ++i) {
+      __m512 value = load_products(product + i * kWidth + c);
+      if (step) value = _mm512_mul_ps(_mm512_mul_ps(value, factor), _mm512_set1_ps(scale));
+      if (bias) value = _mm512_add_ps(value, offset);
+      store_activations(y + i * stride + c, value, lanes);
+    }
+  }
+}
 
 // Rows become columns.
 inline void transpose(__m512 v[16]) {

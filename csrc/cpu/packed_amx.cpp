@@ -434,6 +434,16 @@ struct Bf16Operand {
   static bool pack_run(const X* x, int64_t n, float lift, float factor, char* to, int64_t part) {
     bool fits = true;
     int64_t i = 0;
+    if constexpr (kParts == 1 && sizeof(X) == 2) {  // nothing to convert
+      const __m512i infinity = _mm512_set1_epi16(0x7F80), sign = _mm512_set1_epi16(static_cast<short>(0x8000));
+      for (; i < n; i += 32) {
+        const __mmask32 lanes = n - i >= 32 ? 0xFFFFFFFFu : (1u << (n - i)) - 1;
+        const __m512i v = _mm512_maskz_loadu_epi16(lanes, x + i);
+        fits &= _mm512_cmpge_epu16_mask(_mm512_andnot_si512(sign, v), infinity) == 0;
+        _mm512_mask_storeu_epi16(to + 2 * i, lanes, v);
+      }
+      return fits;
+    }
     for (; i + 32 <= n; i += 32) fits &= pack_step(x + i, 32, lift, factor, to + 2 * i, part);
     for (; i < n; i += 16) {
       const __m512 v = load_activations(x + i, first_lanes(n - i));

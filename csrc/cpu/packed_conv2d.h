@@ -8,23 +8,22 @@
 struct ConvPlan {
   int64_t padded_w, pixel, plane;      // pixels in a padded row; bytes of a pixel, and of a group's padded image
   int64_t lines, line_tiles, pitch;    // tiles of a line; positions from an output row to the next
-  int64_t line_step, tile_step;        // bytes from line to line and from tile to tile
   int64_t steps;                       // of a segment
   int64_t image, part;                 // bytes of all groups of an image, of all images of a part
-
+  const int64_t *offset, *tile;        // [segments], [tiles]: bytes from a position's first activation to a segment's,
+                                       // and from an image to a tile's first activation
   int64_t tiles() const { return lines * line_tiles; }
-  int64_t tile_at(int64_t tile) const { return tile / line_tiles * line_step + tile % line_tiles * tile_step; }
 };
 
 template <class Op>
-inline void plan_conv2d(const Conv2dCall& call, int64_t* offsets, ConvPlan* plan) {
+inline ConvPlan plan_conv2d(const Conv2dCall& call) {
   const PackedLayout& layout = *call.weight;
-  ConvPlan& p = *plan;
+  ConvPlan p;
   p.padded_w = call.width + 2 * call.padding_w;
   p.pixel = layout.inputs * Op::kElement;
   const int64_t padded_h = call.height + 2 * call.padding_h;
   // The last tile and the last step of a segment read beyond the image.
-  const int64_t beyond = kTile * call.stride_w * p.pixel + 128;
+  const int64_t beyond = (kTile * call.stride_w + 2 * call.padding_w) * p.pixel + 128;
   p.plane = (padded_h * p.padded_w * p.pixel + beyond + 63) / 64 * 64;
   p.image = layout.groups * p.plane;
   const int64_t flat = ((call.out_height - 1) * p.padded_w + call.out_width + kTile - 1) / kTile;
@@ -34,12 +33,19 @@ inline void plan_conv2d(const Conv2dCall& call, int64_t* offsets, ConvPlan* plan
   } else {
     p.lines = call.out_height, p.line_tiles = (call.out_width + kTile - 1) / kTile, p.pitch = p.line_tiles * kTile;
   }
-  p.line_step = call.stride_h * p.padded_w * p.pixel;
-  p.tile_step = kTile * call.stride_w * p.pixel;
   p.steps = layout.padded * Op::kElement / 64;
+  auto* offset = reinterpret_cast<int64_t*>(
+      scratch(Scratch::tables, static_cast<size_t>(layout.segments + p.tiles()) * sizeof(int64_t)));
+  auto* tile = offset + layout.segments;
   const int columns = layout.segments / layout.kernel_h;  // 1, or kernel_w where dilation sets them apart
   for (int s = 0; s < layout.segments; ++s)
-    offsets[s] = (s / columns * call.dilation_h * p.padded_w + s % columns * layout.dilation_w) * p.pixel;
+    offset[s] = (s / columns * call.dilation_h * p.padded_w + s % columns * layout.dilation_w) * p.pixel;
+  for (int64_t line = 0; line < p.lines; ++line)
+    for (int64_t t = 0; t < p.line_tiles; ++t)
+      tile[line * p.line_tiles + t] = (line * call.stride_h * p.padded_w + t * kTile * call.stride_w) * p.pixel;
+  p.offset = offset;
+  p.tile = tile;
+  return p;
 }
 
 // Packs row h of an image, of every group; false where a number does not fit.
@@ -52,9 +58,11 @@ inline bool pack_pixels(const Conv2dCall& call, const ConvPlan& plan, const X* i
   bool fits = true;
   for (int64_t g = 0; g < groups; ++g) {
     char* row = to + g * plan.plane + (h + call.padding_h) * row_bytes;
-    for (int part = 0; part < Op::kParts; ++part) {
-      __builtin_memset(row + part * plan.part, 0, static_cast<size_t>(left));
-      __builtin_memset(row + part * plan.part + row_bytes - left, 0, static_cast<size_t>(left));
+    // The zeros on the left, and on the right those of this row with the next one's on the left.
+    for (int part = 0; part < Op::kParts && left > 0; ++part) {
+      char* at = row + part * plan.part;
+      if (h == 0) __builtin_memset(at, 0, static_cast<size_t>(left));
+      __builtin_memset(at + row_bytes - left, 0, static_cast<size_t>(2 * left));
     }
     row += left;
     if (call.channels_last) {
@@ -110,8 +118,8 @@ inline void finish_pixels(const Conv2dCall& call, const ConvPlan& plan, const ty
     const int64_t to = last - origin < call.out_width ? last - origin : call.out_width;
     const auto* row = products + (origin - first) * kWidth;
     if (call.channels_last) {
-      for (int64_t w = from; w < to; ++w)
-        finish(row + w * kWidth, width, bias, step, scale, image + (h * call.out_width + w) * layout.channels + channel);
+      finish_row(row + from * kWidth, to - from, width, bias, step, scale,
+                 image + (h * call.out_width + from) * layout.channels + channel, layout.channels);
       continue;
     }
     for (int64_t w = from; w < to; w += 16) {
@@ -134,11 +142,21 @@ inline void finish_pixels(const Conv2dCall& call, const ConvPlan& plan, const ty
   }
 }
 
+// Brings the next images towards the core while the present ones are multiplied: a slice with every few tiles.
+struct Ahead {
+  const char *at, *end;
+  int64_t slice;
+
+  void fetch() {
+    for (const char* stop = at + slice < end ? at + slice : end; at < stop; at += 64) _mm_prefetch(at, _MM_HINT_T1);
+  }
+};
+
 // 64 channels from `block` on of a group, at the tiles [first, last) of `images` packed images.
 template <class Op, class Y>
-inline void multiply_pixels(const Conv2dCall& call, const ConvPlan& plan, const int64_t* offsets, const char* packed,
+inline void multiply_pixels(const Conv2dCall& call, const ConvPlan& plan, const char* packed,
                             const float* scales, int64_t images, int64_t group, int64_t block, int64_t first,
-                            int64_t last, Y* y) {
+                            int64_t last, Y* y, Ahead* ahead) {
   using Product = typename Op::Product;
   const PackedLayout& layout = *call.weight;
   const int64_t span = last - first, count = images * span;
@@ -148,15 +166,19 @@ inline void multiply_pixels(const Conv2dCall& call, const ConvPlan& plan, const 
   Product* products =
       reinterpret_cast<Product*>(scratch(Scratch::products, static_cast<size_t>(count * kTile) * kWidth * sizeof(Product)));
   const int together = blocks == 1 ? 1 : 2, apart = blocks == 1 ? 4 : 2;
-  const Run run{layout.segments, plan.steps, layout.segment, offsets};
+  const Run run{layout.segments, plan.steps, layout.segment, plan.offset};
   for (int b = 0; b < blocks; b += together) {
     const int wide = blocks - b < together ? blocks - b : together;
     for (int i = 0; i < wide; ++i) Op::decode(layout, group, block + b + i, 0, all_steps, panel + i * panel_stride);
+    int64_t image = 0, at = first;  // of the next tile
     for (int64_t t = 0; t < count; t += apart) {
       const int high = static_cast<int>(count - t < apart ? count - t : apart);
       const char* tile[kMaxTiles];
-      for (int i = 0; i < high; ++i)
-        tile[i] = packed + (t + i) / span * plan.image + group * plan.plane + plan.tile_at(first + (t + i) % span);
+      for (int i = 0; i < high; ++i) {
+        tile[i] = packed + image * plan.image + group * plan.plane + plan.tile[at];
+        if (++at == last) at = first, ++image;
+      }
+      ahead->fetch();
       const Strip strip{tile, call.stride_w * plan.pixel, 64, plan.part};
       Op::multiply(high, wide, high * kTile, strip, run, panel, panel_stride,
                    products + t * kTile * kWidth + b * kBlock, false);
@@ -174,9 +196,7 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
   constexpr int64_t kTaskTiles = 64;  // of a task: its products stay in the L2 cache
   const PackedLayout& layout = *call.weight;
   if (call.images == 0) return true;
-  ConvPlan plan;
-  int64_t* offsets = reinterpret_cast<int64_t*>(scratch(Scratch::tables, static_cast<size_t>(layout.segments) * 8));
-  plan_conv2d<Op>(call, offsets, &plan);
+  ConvPlan plan = plan_conv2d<Op>(call);
   const int64_t tiles = plan.tiles(), size = call.height * call.width;
   const int64_t image_in = layout.inputs * layout.groups * size, image_out = layout.channels * call.out_height * call.out_width;
   const int64_t channel_tasks = (layout.blocks + kWidth / kBlock - 1) / (kWidth / kBlock);
@@ -209,11 +229,15 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
           for (int64_t h = 0; h < call.height; ++h)
             if (!pack_pixels<Op>(call, plan, x + (first + i) * image_in, h, scale, packed + i * plan.image)) misfit();
         }
+        const X* next = x + (first + images) * image_in;
+        const int64_t coming = chunk + 1 < end ? (call.images - first - images < together ? call.images - first - images : together) : 0;
+        Ahead ahead{reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next + coming * image_in), 0};
+        ahead.slice = (ahead.end - ahead.at) / (images * tiles / 4 * layout.groups * ((layout.blocks + 1) / 2) + 1) + 64;
         for (int64_t g = 0; g < layout.groups; ++g)
           for (int64_t block = 0; block < layout.blocks; block += kWidth / kBlock)
             for (int64_t t = 0; t < tiles; t += kTaskTiles)
-              multiply_pixels<Op>(call, plan, offsets, packed, scales, images, g, block, t,
-                                  tiles - t < kTaskTiles ? tiles : t + kTaskTiles, y + first * image_out);
+              multiply_pixels<Op>(call, plan, packed, scales, images, g, block, t,
+                                  tiles - t < kTaskTiles ? tiles : t + kTaskTiles, y + first * image_out, &ahead);
       }
     });
     return fits;
@@ -243,11 +267,12 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
   const int64_t spans = (tiles + span - 1) / span, tasks = call.images * layout.groups * channel_tasks * spans;
   parallel_for(parallel, tasks, 1 + (int64_t{1} << 22) * spans / work, [&](int64_t begin, int64_t end) {
     typename Op::Thread thread(kTile);
+    Ahead nothing{};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t t = task % spans * span, block = task / spans % channel_tasks * (kWidth / kBlock);
       const int64_t g = task / (spans * channel_tasks) % layout.groups, i = task / (spans * channel_tasks * layout.groups);
-      multiply_pixels<Op>(call, plan, offsets, packed + i * plan.image, scales + i, 1, g, block, t,
-                          tiles - t < span ? tiles : t + span, y + i * image_out);
+      multiply_pixels<Op>(call, plan, packed + i * plan.image, scales + i, 1, g, block, t,
+                          tiles - t < span ? tiles : t + span, y + i * image_out, &nothing);
     }
   });
   return true;

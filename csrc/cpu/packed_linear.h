@@ -120,9 +120,9 @@ inline bool run_linear_of(const LinearCall& call, const Parallel& parallel) {
       const int64_t width = channels - channel < kWidth ? channels - channel : kWidth;
       const int64_t first_row = first_tile * kTile, last_row = first_row + count * kTile;
       for (int64_t row = first_row; row < last_row && row < rows; ++row)
-        finish(products + (row - first_row) * kWidth, width, call.bias ? call.bias + channel : nullptr,
-               Op::kInt8 ? layout.int8_scales() + channel : nullptr, Op::kInt8 ? scales[row] : 1.0f,
-               y + row * channels + channel);
+        finish_row(products + (row - first_row) * kWidth, 1, width, call.bias ? call.bias + channel : nullptr,
+                   Op::kInt8 ? layout.int8_scales() + channel : nullptr, Op::kInt8 ? scales[row] : 1.0f,
+                   y + row * channels + channel, channels);
     }
   });
   return true;
