@@ -7,11 +7,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "cpu/elementwise.h"
 #include "cpu/isa.h"
+#include "cpu/noise.h"
 #include "cpu/parallel.h"
+#include "cpu/weights.h"
 
 using torch::stable::Tensor;
 
@@ -37,10 +41,167 @@ Isa isa() {
 
 int64_t cpu_isa() { return static_cast<int64_t>(isa()); }
 
+// --- tensors: what Python hands in is checked there; here, what would read or write past an end --------------------
+
+using torch::headeronly::ScalarType;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(std::string("bqnn_cpu: ") + what);
+}
+
+float* floats(const Tensor& tensor) {
+  require(tensor.scalar_type() == ScalarType::Float, "a float32 tensor is needed");
+  require(tensor.is_contiguous(), "a contiguous tensor is needed");
+  return static_cast<float*>(tensor.data_ptr());
+}
+
+float* floats(const std::optional<Tensor>& tensor) { return tensor ? floats(*tensor) : nullptr; }
+
+// The elements of a tensor of `count` that lie side by side, in whatever order.
+Elements elements(const Tensor& tensor, int64_t count) {
+  const bool bfloat16 = tensor.scalar_type() == ScalarType::BFloat16;
+  require(bfloat16 || tensor.scalar_type() == ScalarType::Float, "a float32 or bfloat16 tensor is needed");
+  require(tensor.numel() == count, "tensors of one size are needed");
+  return {tensor.data_ptr(), bfloat16};
+}
+
+Noise noise(const std::optional<Tensor>& seed, int64_t offset) {
+  if (!seed) return {};
+  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr())), static_cast<uint64_t>(offset)};
+}
+
+// A linear layer's tensor is one row; an image's is [batch, channels, pixels].
+PlaneShape plane_shape(const Tensor& tensor) {
+  if (tensor.dim() != 4) return {1, 1, tensor.numel()};
+  return {tensor.size(0), tensor.size(1), tensor.size(2) * tensor.size(3)};
+}
+
+bool is_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 4) return false;
+  const int order[] = {1, 3, 2, 0};
+  int64_t expected = 1;
+  for (int d : order) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
+    expected *= tensor.size(d);
+  }
+  return true;
+}
+
+Plane plane(const Tensor& tensor, const PlaneShape& shape) {
+  const bool planar = tensor.is_contiguous();
+  require(planar || is_channels_last(tensor), "a contiguous or channels-last tensor is needed");
+  return {elements(tensor, shape.batch * shape.channels * shape.pixels), !planar};
+}
+
+Posterior posterior(const Tensor& weight, const std::optional<Tensor>& log_sigma2, const Tensor& levels,
+                    const Tensor& thresholds) {
+  const int64_t groups = levels.size(0), num_levels = levels.size(1);
+  require(num_levels >= 2 && num_levels <= kMaxLevels, "2 to 16 levels are needed");
+  require(thresholds.size(0) == groups && thresholds.size(1) == num_levels - 1, "thresholds between levels are needed");
+  require(groups == 1 || groups == weight.size(0), "one codebook, or one a channel, is needed");
+  require(!log_sigma2 || log_sigma2->numel() == weight.numel(), "tensors of one size are needed");
+  return {floats(weight), floats(log_sigma2), floats(levels),
+          floats(thresholds), weight.numel(), groups, static_cast<int>(num_levels)};
+}
+
+// One function for each op, of its name.
+namespace op {
+
+// --- noise --------------------------------------------------------------------------------------------------------
+
+void random_words(int64_t seed, int64_t first, Tensor out) {
+  require(out.scalar_type() == ScalarType::Int && out.is_contiguous() && out.numel() % 4 == 0, "int32 words are needed");
+  elementwise(isa()).random_words(static_cast<uint64_t>(seed), static_cast<uint64_t>(first), out.numel() / 4,
+                                  static_cast<uint32_t*>(out.data_ptr()));
+}
+
+void add_noise(Tensor mean, Tensor variance, Tensor seed, int64_t offset) {
+  const PlaneShape shape = plane_shape(mean);
+  bqnn::add_noise(isa(), torch_threads(), shape, plane(mean, shape), plane(variance, shape), noise(seed, offset));
+}
+
+void noise_gradient(Tensor grad, Tensor variance, Tensor seed, int64_t offset, Tensor out) {
+  const PlaneShape shape = plane_shape(grad);
+  bqnn::noise_gradient(isa(), torch_threads(), shape, plane(grad, shape), plane(variance, shape), noise(seed, offset),
+                 plane(out, shape));
+}
+
+void square(Tensor x, Tensor out) {
+  const PlaneShape shape = plane_shape(x);
+  bqnn::square(isa(), torch_threads(), shape, plane(x, shape), plane(out, shape));
+}
+
+void add_square_gradient(Tensor grad, Tensor x, Tensor grad_square) {
+  const PlaneShape shape = plane_shape(grad);
+  bqnn::add_square_gradient(isa(), torch_threads(), shape, plane(grad, shape), plane(x, shape), plane(grad_square, shape));
+}
+
+// --- weights ------------------------------------------------------------------------------------------------------
+
+void sample(Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
+            std::optional<Tensor> seed, int64_t offset, Tensor quantized) {
+  const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
+  require(quantized.numel() == q.weights, "tensors of one size are needed");
+  bqnn::sample(isa(), torch_threads(), q, noise(seed, offset), floats(quantized));
+}
+
+void sample_backward(Tensor grad, Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
+                     std::optional<Tensor> seed, int64_t offset, std::optional<Tensor> grad_log_sigma2,
+                     Tensor grad_levels) {
+  const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
+  require(grad.numel() == q.weights && grad_levels.numel() == levels.numel(), "tensors of one size are needed");
+  require(!log_sigma2 || (grad_log_sigma2 && grad_log_sigma2->numel() == q.weights), "tensors of one size are needed");
+  bqnn::sample_backward(isa(), torch_threads(), q, noise(seed, offset), floats(grad), floats(grad_log_sigma2),
+                  floats(grad_levels));
+}
+
+void moments(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds, int64_t mode,
+             std::optional<Tensor> mean, Tensor variance) {
+  const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
+  require(mode == static_cast<int64_t>(Moments::gaussian) || (mean && mean->numel() == q.weights),
+          "tensors of one size are needed");
+  require(variance.is_contiguous(), "a contiguous tensor is needed");
+  bqnn::moments(isa(), torch_threads(), q, static_cast<Moments>(mode), floats(mean), elements(variance, q.weights));
+}
+
+void moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,
+                      Tensor thresholds, int64_t mode, std::optional<Tensor> grad_weight, Tensor grad_log_sigma2,
+                      Tensor grad_levels, Tensor grad_thresholds) {
+  const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
+  require(grad_mean.numel() == q.weights && grad_log_sigma2.numel() == q.weights &&
+              grad_levels.numel() == levels.numel() && grad_thresholds.numel() == thresholds.numel(),
+          "tensors of one size are needed");
+  require(mode != static_cast<int64_t>(Moments::categorical) || (grad_weight && grad_weight->numel() == q.weights),
+          "tensors of one size are needed");
+  require(grad_variance.is_contiguous(), "a contiguous tensor is needed");
+  bqnn::moments_backward(isa(), torch_threads(), q, static_cast<Moments>(mode), floats(grad_mean),
+                   elements(grad_variance, q.weights), floats(grad_weight), floats(grad_log_sigma2),
+                   floats(grad_levels), floats(grad_thresholds));
+}
+
+}  // namespace op
 }  // namespace
 
 STABLE_TORCH_LIBRARY(bqnn_cpu, m) {
   m.def("isa() -> int");
+  m.def("random_words(int seed, int first, Tensor(a!) out) -> ()");
+  m.def("add_noise(Tensor(a!) mean, Tensor variance, Tensor seed, int offset) -> ()");
+  m.def("noise_gradient(Tensor grad, Tensor variance, Tensor seed, int offset, Tensor(a!) out) -> ()");
+  m.def("square(Tensor x, Tensor(a!) out) -> ()");
+  m.def("add_square_gradient(Tensor(a!) grad, Tensor x, Tensor grad_square) -> ()");
+  m.def(
+      "sample(Tensor weight, Tensor? log_sigma2, Tensor levels, Tensor thresholds, Tensor? seed, int offset,"
+      " Tensor(a!) quantized) -> ()");
+  m.def(
+      "sample_backward(Tensor grad, Tensor weight, Tensor? log_sigma2, Tensor levels, Tensor thresholds, Tensor? seed,"
+      " int offset, Tensor(a!)? grad_log_sigma2, Tensor(b!) grad_levels) -> ()");
+  m.def(
+      "moments(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds, int mode, Tensor(a!)? mean,"
+      " Tensor(b!) variance) -> ()");
+  m.def(
+      "moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,"
+      " Tensor thresholds, int mode, Tensor(a!)? grad_weight, Tensor(b!) grad_log_sigma2, Tensor(c!) grad_levels,"
+      " Tensor(d!) grad_thresholds) -> ()");
   // ops
 }
 
@@ -49,6 +210,15 @@ STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CPU, m) {
+  m.impl("random_words", TORCH_BOX(&op::random_words));
+  m.impl("add_noise", TORCH_BOX(&op::add_noise));
+  m.impl("noise_gradient", TORCH_BOX(&op::noise_gradient));
+  m.impl("square", TORCH_BOX(&op::square));
+  m.impl("add_square_gradient", TORCH_BOX(&op::add_square_gradient));
+  m.impl("sample", TORCH_BOX(&op::sample));
+  m.impl("sample_backward", TORCH_BOX(&op::sample_backward));
+  m.impl("moments", TORCH_BOX(&op::moments));
+  m.impl("moments_backward", TORCH_BOX(&op::moments_backward));
 }
 
 }  // namespace bqnn

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bqnn.ops import _sample
+from bqnn.ops import _sample, _sample_cpu
 from bqnn.ops._check import check_bias, check_conv2d_input
 from bqnn.ops.product import CONV2D_GEOMETRY, Conv2dProduct
 
 _sample.register("sample_conv2d", Conv2dProduct, CONV2D_GEOMETRY)
+_sample_cpu.register("sample_conv2d", Conv2dProduct)
 
 
 def sample_conv2d(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bqnn.ops import _sample
+from bqnn.ops import _sample, _sample_cpu
 from bqnn.ops._check import check_bias, check_linear_input
 from bqnn.ops.product import LinearProduct
 
 _sample.register("sample_linear", LinearProduct)
+_sample_cpu.register("sample_linear", LinearProduct)
 
 
 def sample_linear(

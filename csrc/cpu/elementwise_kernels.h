@@ -3,6 +3,23 @@
 
 #include "vec.h"
 
+#include "bfloat16_kernel.h"
+#include "philox_kernel.h"
+#include "noise_kernel.h"
+#include "sample_kernel.h"
+#include "moment_kernel.h"
+
 extern const Elementwise kElementwise = {
     kLanes,
+    random_words,
+    add_noise_tile,
+    noise_gradient_tile,
+    square_tile,
+    add_square_gradient_tile,
+    sample_block,
+    sample_backward_block,
+    categorical_block,
+    gaussian_block,
+    categorical_backward_block,
+    gaussian_backward_block,
 };

@@ -1,0 +1,35 @@
+"""What the CPU backends of the training ops share: what their kernels serve, and in which form they take tensors."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from bqnn.extension import cpu_isa
+
+kernels = torch.ops.bqnn_cpu
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these: float32, every one of them."""
+    return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether bfloat16 products are faster than float32 ones: where there are tiles for them."""
+    return cpu_isa() == "amx"
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, in an order of elements that the kernels know: row-major, or channels-last."""
+    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        return tensor
+    return tensor.contiguous()
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """An image's tensor, or a convolution's weight, in channels-last order; any other one as it is."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
