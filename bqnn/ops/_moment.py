@@ -17,7 +17,7 @@ from bqnn.ops import quantizer
 from bqnn.ops._check import check_levels, check_same_shape, check_seed, check_thresholds, check_weight
 from bqnn.ops._register import register_op
 from bqnn.ops.philox import normal
-from bqnn.ops.product import Product, bind
+from bqnn.ops.product import Product, bind, channels_last
 
 MODES = ("categorical", "gaussian", "straight_through")
 FORWARD, BACKWARD = 10, 11  # arguments of the two ops before the geometry
@@ -54,9 +54,9 @@ def weight_moments_backward(
 
 
 def output_variance(product: Product, x: Tensor, variance: Tensor, coarse: bool) -> Tensor:
-    """Var[y] = x^2 * V in x's dtype, or rounded to bfloat16; never negative."""
+    """Var[y] = x^2 * V, never negative: in x's dtype, or rounded to bfloat16 and an image's channels-last."""
     y = product.forward(x * x, variance.to(x.dtype).contiguous()).clamp_(min=0.0)
-    return y.to(torch.bfloat16) if coarse else y
+    return channels_last(y.to(torch.bfloat16)) if coarse else y
 
 
 def moment_product(
@@ -120,7 +120,7 @@ def moment_product_backward(
 def _fake(product: Product, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     coarse = rest[-1]
     y = product.forward(x, weight.to(x.dtype).contiguous())
-    return y, torch.empty_like(y, dtype=torch.bfloat16) if coarse else y.new_empty(0)
+    return y, channels_last(torch.empty_like(y, dtype=torch.bfloat16)) if coarse else y.new_empty(0)
 
 
 def _fake_backward(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bqnn import dispatch
 from bqnn.ops import _moment
-from bqnn.ops._cpu import channels_last, dense, kernels, multiplies_bfloat16, serves
-from bqnn.ops.product import Product, bind
+from bqnn.ops._cpu import dense, kernels, multiplies_bfloat16, serves
+from bqnn.ops.product import Product, bind, channels_last
 
 
 def _moment_product(
@@ -38,7 +38,7 @@ def _moment_product(
     y = dense(product.forward(x, mean, bias))
     y_variance = dense(product.forward(_square(x, fast), variance))
     if coarse:
-        y_variance = y_variance.bfloat16()
+        y_variance = channels_last(y_variance.bfloat16())
     kernels.add_noise(y, y_variance, seed, offset)
     return y, y_variance if coarse else y.new_empty(0)
 

@@ -69,3 +69,8 @@ CONV2D_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"  
 def bind(function: Callable[..., Any], product_of: Callable[..., Product], count: int) -> Callable[..., Any]:
     """``function(product, *arguments)`` as an op calls it: with ``count`` arguments, then the product's geometry."""
     return lambda *args, **_: function(product_of(*args[count:]), *args[:count])
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """An image's tensor, or a convolution's weight, in channels-last order; any other one as it is."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
