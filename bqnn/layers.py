@@ -39,7 +39,14 @@ class BayesLayer(nn.Module):
     prior_sigma2: Tensor
 
     def _init_bayes(
-        self, num_levels: int, granularity: str, partition: str, estimator: str, prior: str, quantize_mean: bool
+        self,
+        num_levels: int,
+        granularity: str,
+        partition: str,
+        estimator: str,
+        prior: str,
+        quantize_mean: bool,
+        coarse_variance: bool,
     ) -> None:
         check_num_levels(num_levels)
         for name, value, choices in (
@@ -51,7 +58,8 @@ class BayesLayer(nn.Module):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         self.num_levels, self.granularity, self.partition = num_levels, granularity, partition
-        self.estimator, self.prior, self.quantize_mean = estimator, prior, quantize_mean
+        self.estimator, self.prior = estimator, prior
+        self.quantize_mean, self.coarse_variance = quantize_mean, coarse_variance
         self.sampling = False
         groups = 1 if granularity == "tensor" else self.weight.shape[0]
         empty = self.weight.detach().new_empty
@@ -201,9 +209,9 @@ class BayesLayer(nn.Module):
         else:
             # Outside training it is the quantized network whose uncertainty is asked for.
             mode = "straight_through" if self.quantize_mean or not self.training else "gaussian"
-        return moment(
-            x, self.weight, self.log_sigma2, levels, thresholds, self.bias, fresh_seed(), mode=mode, **geometry
-        )
+        options = {"mode": mode, "coarse_variance": self.coarse_variance}
+        tensors = (x, self.weight, self.log_sigma2, levels, thresholds, self.bias, fresh_seed())
+        return moment(*tensors, **options, **geometry)
 
     def _evaluation_parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Q(mu) and bias in x's dtype."""
@@ -244,6 +252,8 @@ class BayesLinear(BayesLayer, nn.Linear):
         estimator: "moment", "sample", "local" or "deterministic"; how the likelihood sees the weight in training.
         prior: "spike_slab" or "gaussian".
         quantize_mean: for "local": the mean path sees Q(mu), straight-through, instead of mu.
+        coarse_variance: for "moment" and "local": the variances of the outputs are rounded to bfloat16, which changes
+            the noise by a thousandth of itself and saves time and memory; see :func:`bqnn.ops.moment_linear`.
 
     Raises:
         TypeError, ValueError: an argument out of its range; a wrong x in the forward pass.
@@ -263,9 +273,10 @@ class BayesLinear(BayesLayer, nn.Linear):
         estimator: str = "moment",
         prior: str = "spike_slab",
         quantize_mean: bool = False,
+        coarse_variance: bool = True,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._init_bayes(num_levels, granularity, partition, estimator, prior, quantize_mean)
+        self._init_bayes(num_levels, granularity, partition, estimator, prior, quantize_mean, coarse_variance)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -280,7 +291,7 @@ class BayesConv2d(BayesLayer, nn.Conv2d):
 
     Args:
         in_channels ... dtype: as nn.Conv2d takes them, string padding and padding modes included.
-        num_levels ... quantize_mean: as :class:`BayesLinear` takes them; "channel" is one codebook an output channel.
+        num_levels ... coarse_variance: as :class:`BayesLinear` takes them; "channel" is one codebook an output channel.
 
     Raises:
         TypeError, ValueError: an argument out of its range; a wrong x in the forward pass.
@@ -306,11 +317,12 @@ class BayesConv2d(BayesLayer, nn.Conv2d):
         estimator: str = "moment",
         prior: str = "spike_slab",
         quantize_mean: bool = False,
+        coarse_variance: bool = True,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        self._init_bayes(num_levels, granularity, partition, estimator, prior, quantize_mean)
+        self._init_bayes(num_levels, granularity, partition, estimator, prior, quantize_mean, coarse_variance)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, N, H', W'], or without the batch dimension."""
