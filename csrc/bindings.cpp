@@ -11,10 +11,12 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/assign_codes.h"
 #include "cpu/elementwise.h"
 #include "cpu/isa.h"
 #include "cpu/noise.h"
 #include "cpu/parallel.h"
+#include "cpu/spike_slab_kl.h"
 #include "cpu/weights.h"
 
 using torch::stable::Tensor;
@@ -104,67 +106,64 @@ Posterior posterior(const Tensor& weight, const std::optional<Tensor>& log_sigma
           floats(thresholds), weight.numel(), groups, static_cast<int>(num_levels)};
 }
 
-// One function for each op, of its name.
-namespace op {
-
 // --- noise --------------------------------------------------------------------------------------------------------
 
-void random_words(int64_t seed, int64_t first, Tensor out) {
+void random_words_op(int64_t seed, int64_t first, Tensor out) {
   require(out.scalar_type() == ScalarType::Int && out.is_contiguous() && out.numel() % 4 == 0, "int32 words are needed");
   elementwise(isa()).random_words(static_cast<uint64_t>(seed), static_cast<uint64_t>(first), out.numel() / 4,
                                   static_cast<uint32_t*>(out.data_ptr()));
 }
 
-void add_noise(Tensor mean, Tensor variance, Tensor seed, int64_t offset) {
+void add_noise_op(Tensor mean, Tensor variance, Tensor seed, int64_t offset) {
   const PlaneShape shape = plane_shape(mean);
-  bqnn::add_noise(isa(), torch_threads(), shape, plane(mean, shape), plane(variance, shape), noise(seed, offset));
+  add_noise(torch_threads(), isa(), shape, plane(mean, shape), plane(variance, shape), noise(seed, offset));
 }
 
-void noise_gradient(Tensor grad, Tensor variance, Tensor seed, int64_t offset, Tensor out) {
+void noise_gradient_op(Tensor grad, Tensor variance, Tensor seed, int64_t offset, Tensor out) {
   const PlaneShape shape = plane_shape(grad);
-  bqnn::noise_gradient(isa(), torch_threads(), shape, plane(grad, shape), plane(variance, shape), noise(seed, offset),
+  noise_gradient(torch_threads(), isa(), shape, plane(grad, shape), plane(variance, shape), noise(seed, offset),
                  plane(out, shape));
 }
 
-void square(Tensor x, Tensor out) {
+void square_op(Tensor x, Tensor out) {
   const PlaneShape shape = plane_shape(x);
-  bqnn::square(isa(), torch_threads(), shape, plane(x, shape), plane(out, shape));
+  square(torch_threads(), isa(), shape, plane(x, shape), plane(out, shape));
 }
 
-void add_square_gradient(Tensor grad, Tensor x, Tensor grad_square) {
+void add_square_gradient_op(Tensor grad, Tensor x, Tensor grad_square) {
   const PlaneShape shape = plane_shape(grad);
-  bqnn::add_square_gradient(isa(), torch_threads(), shape, plane(grad, shape), plane(x, shape), plane(grad_square, shape));
+  add_square_gradient(torch_threads(), isa(), shape, plane(grad, shape), plane(x, shape), plane(grad_square, shape));
 }
 
 // --- weights ------------------------------------------------------------------------------------------------------
 
-void sample(Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
+void sample_op(Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
             std::optional<Tensor> seed, int64_t offset, Tensor quantized) {
   const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
   require(quantized.numel() == q.weights, "tensors of one size are needed");
-  bqnn::sample(isa(), torch_threads(), q, noise(seed, offset), floats(quantized));
+  sample(torch_threads(), isa(), q, noise(seed, offset), floats(quantized));
 }
 
-void sample_backward(Tensor grad, Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
+void sample_backward_op(Tensor grad, Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
                      std::optional<Tensor> seed, int64_t offset, std::optional<Tensor> grad_log_sigma2,
                      Tensor grad_levels) {
   const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
   require(grad.numel() == q.weights && grad_levels.numel() == levels.numel(), "tensors of one size are needed");
   require(!log_sigma2 || (grad_log_sigma2 && grad_log_sigma2->numel() == q.weights), "tensors of one size are needed");
-  bqnn::sample_backward(isa(), torch_threads(), q, noise(seed, offset), floats(grad), floats(grad_log_sigma2),
+  sample_backward(torch_threads(), isa(), q, noise(seed, offset), floats(grad), floats(grad_log_sigma2),
                   floats(grad_levels));
 }
 
-void moments(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds, int64_t mode,
+void moments_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds, int64_t mode,
              std::optional<Tensor> mean, Tensor variance) {
   const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
   require(mode == static_cast<int64_t>(Moments::gaussian) || (mean && mean->numel() == q.weights),
           "tensors of one size are needed");
   require(variance.is_contiguous(), "a contiguous tensor is needed");
-  bqnn::moments(isa(), torch_threads(), q, static_cast<Moments>(mode), floats(mean), elements(variance, q.weights));
+  moments(torch_threads(), isa(), q, static_cast<Moments>(mode), floats(mean), elements(variance, q.weights));
 }
 
-void moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,
+void moments_backward_op(Tensor grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,
                       Tensor thresholds, int64_t mode, std::optional<Tensor> grad_weight, Tensor grad_log_sigma2,
                       Tensor grad_levels, Tensor grad_thresholds) {
   const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
@@ -174,12 +173,43 @@ void moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor weight, Ten
   require(mode != static_cast<int64_t>(Moments::categorical) || (grad_weight && grad_weight->numel() == q.weights),
           "tensors of one size are needed");
   require(grad_variance.is_contiguous(), "a contiguous tensor is needed");
-  bqnn::moments_backward(isa(), torch_threads(), q, static_cast<Moments>(mode), floats(grad_mean),
+  moments_backward(torch_threads(), isa(), q, static_cast<Moments>(mode), floats(grad_mean),
                    elements(grad_variance, q.weights), floats(grad_weight), floats(grad_log_sigma2),
                    floats(grad_levels), floats(grad_thresholds));
 }
 
-}  // namespace op
+// --- assign_codes and spike_slab_kl -------------------------------------------------------------------------------
+
+// The backends in bqnn/ops hand in contiguous tensors, float32 but for codes, of the shapes that the ops check.
+
+int64_t columns_of(const Tensor& weight) { return weight.size(0) ? weight.numel() / weight.size(0) : 0; }
+
+void assign_codes_op(Tensor weight, Tensor thresholds, bool packed, Tensor out) {
+  const AssignCodes weights{weight.const_data_ptr<float>(), thresholds.const_data_ptr<float>(),
+                            weight.size(0),                 columns_of(weight),
+                            thresholds.size(0) > 1,         static_cast<int>(thresholds.size(1)) + 1};
+  (packed ? assign_codes_packed : assign_codes)(torch_threads(), isa(), weights, out.mutable_data_ptr<uint8_t>());
+}
+
+SpikeSlabKl make_prior(const Tensor& weight, const Tensor& log_sigma2, const Tensor& levels, const Tensor& tau) {
+  return {weight.const_data_ptr<float>(), log_sigma2.const_data_ptr<float>(), levels.const_data_ptr<float>(),
+          tau.const_data_ptr<float>(),    weight.size(0),                     columns_of(weight),
+          levels.size(0) > 1,             static_cast<int>(levels.size(1))};
+}
+
+void spike_slab_kl_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau, Tensor out) {
+  *out.mutable_data_ptr<float>() =
+      spike_slab_kl(torch_threads(), isa(), make_prior(weight, log_sigma2, levels, tau));
+}
+
+void spike_slab_kl_backward_op(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau,
+                               Tensor grad_weight, Tensor grad_log_sigma2, Tensor grad_levels) {
+  spike_slab_kl_backward(torch_threads(), isa(), make_prior(weight, log_sigma2, levels, tau),
+                         *grad.const_data_ptr<float>(),
+                         {grad_weight.mutable_data_ptr<float>(), grad_log_sigma2.mutable_data_ptr<float>(),
+                          grad_levels.mutable_data_ptr<float>()});
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(bqnn_cpu, m) {
@@ -202,7 +232,11 @@ STABLE_TORCH_LIBRARY(bqnn_cpu, m) {
       "moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,"
       " Tensor thresholds, int mode, Tensor(a!)? grad_weight, Tensor(b!) grad_log_sigma2, Tensor(c!) grad_levels,"
       " Tensor(d!) grad_thresholds) -> ()");
-  // ops
+  m.def("assign_codes(Tensor weight, Tensor thresholds, bool packed, Tensor(a!) out) -> ()");
+  m.def("spike_slab_kl(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau, Tensor(a!) out) -> ()");
+  m.def(
+      "spike_slab_kl_backward(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau,"
+      " Tensor(a!) grad_weight, Tensor(b!) grad_log_sigma2, Tensor(c!) grad_levels) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CompositeExplicitAutograd, m) {
@@ -210,15 +244,18 @@ STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CPU, m) {
-  m.impl("random_words", TORCH_BOX(&op::random_words));
-  m.impl("add_noise", TORCH_BOX(&op::add_noise));
-  m.impl("noise_gradient", TORCH_BOX(&op::noise_gradient));
-  m.impl("square", TORCH_BOX(&op::square));
-  m.impl("add_square_gradient", TORCH_BOX(&op::add_square_gradient));
-  m.impl("sample", TORCH_BOX(&op::sample));
-  m.impl("sample_backward", TORCH_BOX(&op::sample_backward));
-  m.impl("moments", TORCH_BOX(&op::moments));
-  m.impl("moments_backward", TORCH_BOX(&op::moments_backward));
+  m.impl("random_words", TORCH_BOX(&random_words_op));
+  m.impl("add_noise", TORCH_BOX(&add_noise_op));
+  m.impl("noise_gradient", TORCH_BOX(&noise_gradient_op));
+  m.impl("square", TORCH_BOX(&square_op));
+  m.impl("add_square_gradient", TORCH_BOX(&add_square_gradient_op));
+  m.impl("sample", TORCH_BOX(&sample_op));
+  m.impl("sample_backward", TORCH_BOX(&sample_backward_op));
+  m.impl("moments", TORCH_BOX(&moments_op));
+  m.impl("moments_backward", TORCH_BOX(&moments_backward_op));
+  m.impl("assign_codes", TORCH_BOX(&assign_codes_op));
+  m.impl("spike_slab_kl", TORCH_BOX(&spike_slab_kl_op));
+  m.impl("spike_slab_kl_backward", TORCH_BOX(&spike_slab_kl_backward_op));
 }
 
 }  // namespace bqnn

@@ -1,4 +1,4 @@
-"""What the CPU backends of the training ops share: what their kernels serve, and in which form they take tensors."""
+"""What the backends "cpu" of the ops share."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from bqnn.extension import cpu_isa
 kernels = torch.ops.bqnn_cpu
 
 
-def serves(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these: float32, every one of them."""
+def all_float32(*tensors: Tensor | None) -> bool:
+    """Whether the kernels serve these tensors; the reference takes the others."""
     return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bqnn import dispatch
 from bqnn.ops import _moment
-from bqnn.ops._cpu import dense, kernels, multiplies_bfloat16, serves
+from bqnn.ops._cpu import all_float32, dense, kernels, multiplies_bfloat16
 from bqnn.ops.product import Product, bind, channels_last
 
 
@@ -31,7 +31,7 @@ def _moment_product(
     coarse: bool,
 ) -> tuple[Tensor, Tensor]:
     posterior = (weight, log_sigma2, levels, thresholds)
-    if not serves(x, *posterior, bias):
+    if not all_float32(x, *posterior, bias):
         return _moment.moment_product(product, x, *posterior, bias, seed, offset, mode, coarse)
     fast = coarse and multiplies_bfloat16()
     mean, variance = _weight_moments(*posterior, mode, fast)
@@ -58,7 +58,7 @@ def _moment_product_backward(
     input_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     posterior = (weight, log_sigma2, levels, thresholds)
-    if not serves(grad, x, *posterior):
+    if not all_float32(grad, x, *posterior):
         arguments = (seed, offset, mode, input_gradient)
         return _moment.moment_product_backward(product, grad, saved, x, *posterior, *arguments)
     fast = saved is not None and multiplies_bfloat16()

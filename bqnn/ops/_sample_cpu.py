@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bqnn import dispatch
 from bqnn.ops import _sample
-from bqnn.ops._cpu import kernels, serves
+from bqnn.ops._cpu import all_float32, kernels
 from bqnn.ops.product import Product, bind
 
 
@@ -24,7 +24,7 @@ def _sampled_product(
     seed: Tensor | None,
     offset: int,
 ) -> Tensor:
-    if not serves(x, weight, log_sigma2, levels, thresholds, bias):
+    if not all_float32(x, weight, log_sigma2, levels, thresholds, bias):
         return _sample.sampled_product(product, x, weight, log_sigma2, levels, thresholds, bias, seed, offset)
     posterior = _contiguous(weight, log_sigma2, levels, thresholds)
     quantized = torch.empty_like(posterior[0])
@@ -44,7 +44,7 @@ def _sampled_product_backward(
     offset: int,
     input_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not serves(grad, x, weight, log_sigma2, levels, thresholds):
+    if not all_float32(grad, x, weight, log_sigma2, levels, thresholds):
         return _sample.sampled_product_backward(
             product, grad, x, weight, log_sigma2, levels, thresholds, seed, offset, input_gradient
         )

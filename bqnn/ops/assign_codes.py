@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from bqnn import dispatch
 from bqnn.ops import quantizer
 from bqnn.ops._check import check_thresholds, check_weight
+from bqnn.ops._cpu import all_float32
 from bqnn.ops._register import register_op
 from bqnn.packing import pack_codes, packed_width
 
@@ -14,6 +18,19 @@ from bqnn.packing import pack_codes, packed_width
 def assign_codes_reference(weight: Tensor, thresholds: Tensor, packed: bool) -> Tensor:
     codes = quantizer.assign(weight, thresholds)
     return pack_codes(codes.flatten(1), int(thresholds.shape[1]) + 1) if packed else codes
+
+
+def assign_codes_cpu(weight: Tensor, thresholds: Tensor, packed: bool) -> Tensor:
+    if not all_float32(weight, thresholds):
+        return assign_codes_reference(weight, thresholds, packed)
+    shape = tuple(weight.shape)
+    if packed:
+        shape = (shape[0], packed_width(math.prod(shape[1:]), int(thresholds.shape[1]) + 1))
+    codes = weight.new_empty(shape, dtype=torch.uint8)
+    torch.ops.bqnn_cpu.assign_codes(weight.contiguous(), thresholds.contiguous(), packed, codes)
+    if packed or weight.is_contiguous():
+        return codes
+    return torch.empty_like(weight, dtype=torch.uint8).copy_(codes)
 
 
 def _fake(weight: Tensor, thresholds: Tensor, packed: bool = False, backend: str | None = None) -> Tensor:
@@ -29,6 +46,7 @@ register_op(
     assign_codes_reference,
     _fake,
 )
+dispatch.register("assign_codes", "cpu", assign_codes_cpu)
 
 
 def assign_codes(weight: Tensor, thresholds: Tensor, packed: bool = False, backend: str | None = None) -> Tensor:

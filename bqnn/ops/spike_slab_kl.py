@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bqnn import dispatch
 from bqnn.ops._check import check_levels, check_same_shape, check_weight
+from bqnn.ops._cpu import all_float32
 from bqnn.ops._register import register_op
 from bqnn.ops.quantizer import assign, column, look_up, midpoints, sum_to_groups
 
@@ -119,6 +121,26 @@ def spike_slab_kl_backward_reference(
     return by_weight, by_log_sigma2, by_levels
 
 
+def spike_slab_kl_cpu(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor) -> Tensor:
+    tensors = weight, log_sigma2, levels, tau
+    if not all_float32(*tensors):
+        return spike_slab_kl_reference(*tensors)
+    out = weight.new_empty(())
+    torch.ops.bqnn_cpu.spike_slab_kl(*(tensor.contiguous() for tensor in tensors), out)
+    return out
+
+
+def spike_slab_kl_backward_cpu(
+    grad: Tensor, weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = grad, weight, log_sigma2, levels, tau
+    if not all_float32(*tensors):
+        return spike_slab_kl_backward_reference(*tensors)
+    gradients = weight.new_empty(weight.shape), weight.new_empty(weight.shape), levels.new_empty(levels.shape)
+    torch.ops.bqnn_cpu.spike_slab_kl_backward(*(tensor.contiguous() for tensor in tensors), *gradients)
+    return gradients
+
+
 def _fake(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor, backend: str | None = None) -> Tensor:
     return weight.new_empty(())
 
@@ -153,6 +175,8 @@ register_op(
     _setup_context,
     _backward,
 )
+dispatch.register("spike_slab_kl", "cpu", spike_slab_kl_cpu)
+dispatch.register("spike_slab_kl_backward", "cpu", spike_slab_kl_backward_cpu)
 
 
 def spike_slab_kl(

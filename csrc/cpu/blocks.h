@@ -5,16 +5,12 @@
 #include <vector>
 
 #include "parallel.h"
+#include "weights.h"
 
 namespace bqnn {
 
 constexpr int64_t kBlock = 2048;    // weights; sums within a block are float32, of blocks double
 constexpr int64_t kBlockGrain = 2;  // blocks that are worth a thread
-
-// Weights [first, first + count), which share codebook `group`.
-struct Block {
-  int64_t group, first, count;
-};
 
 struct Blocks {
   int64_t groups, columns, per_group;

@@ -4,16 +4,18 @@
 // table; the function that calls it, with threads and sums over blocks, is <op>.cpp.
 #pragma once
 
-#include <cstdint>
-
+#include "assign_codes.h"
 #include "isa.h"
 #include "noise.h"
+#include "spike_slab_kl.h"
 #include "weights.h"
 
 namespace bqnn {
 
 struct Elementwise {
-  int lanes;
+  AssignCodesKernel assign_codes;
+  SpikeSlabKlFwdKernel spike_slab_kl_fwd;
+  SpikeSlabKlBwdKernel spike_slab_kl_bwd;
   void (*random_words)(uint64_t seed, uint64_t first, int64_t calls, uint32_t* out);
   void (*add_noise_tile)(const PlaneShape&, const Tile&, const Plane& mean, const Plane& variance, const Noise&);
   void (*noise_gradient_tile)(const PlaneShape&, const Tile&, const Plane& grad, const Plane& variance, const Noise&,

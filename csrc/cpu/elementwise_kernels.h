@@ -3,14 +3,20 @@
 
 #include "vec.h"
 
+#include "assign_codes_kernel.h"
 #include "bfloat16_kernel.h"
 #include "philox_kernel.h"
+#include "spike_slab_kl_kernel.h"
+
 #include "noise_kernel.h"
 #include "sample_kernel.h"
+
 #include "moment_kernel.h"
 
 extern const Elementwise kElementwise = {
-    kLanes,
+    assign_codes_kernel,
+    spike_slab_kl_fwd_kernel,
+    spike_slab_kl_bwd_kernel,
     random_words,
     add_noise_tile,
     noise_gradient_tile,

@@ -30,14 +30,14 @@ bool planar(const Plane& a, const Plane& b) { return !a.interleaved && !b.interl
 
 }  // namespace
 
-void add_noise(Isa isa, const Parallel& parallel, const PlaneShape& shape, Plane mean, Plane variance, Noise noise) {
+void add_noise(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane mean, Plane variance, Noise noise) {
   const auto kernel = elementwise(isa).add_noise_tile;
   for_each_tile(parallel, shape, planar(mean, variance), [&](const PlaneShape& shape, const Tile& tile) {
     kernel(shape, tile, mean, variance, noise);
   });
 }
 
-void noise_gradient(Isa isa, const Parallel& parallel, const PlaneShape& shape, Plane grad, Plane variance, Noise noise,
+void noise_gradient(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane grad, Plane variance, Noise noise,
                     Plane out) {
   const auto kernel = elementwise(isa).noise_gradient_tile;
   const bool flat = planar(grad, variance) && !out.interleaved;
@@ -46,14 +46,14 @@ void noise_gradient(Isa isa, const Parallel& parallel, const PlaneShape& shape, 
   });
 }
 
-void square(Isa isa, const Parallel& parallel, const PlaneShape& shape, Plane x, Plane out) {
+void square(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane x, Plane out) {
   const auto kernel = elementwise(isa).square_tile;
   const bool flat = x.interleaved == out.interleaved;
   if (flat) x.interleaved = out.interleaved = false;
   for_each_tile(parallel, shape, flat, [&](const PlaneShape& shape, const Tile& tile) { kernel(shape, tile, x, out); });
 }
 
-void add_square_gradient(Isa isa, const Parallel& parallel, const PlaneShape& shape, Plane grad, Plane x,
+void add_square_gradient(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane grad, Plane x,
                          Plane grad_square) {
   const auto kernel = elementwise(isa).add_square_gradient_tile;
   const bool flat = grad.interleaved == x.interleaved && x.interleaved == grad_square.interleaved;

@@ -39,17 +39,17 @@ struct Tile {
 };
 
 // mean += sqrt(max(variance, 0)) * noise.
-void add_noise(Isa isa, const Parallel& parallel, const PlaneShape& shape, Plane mean, Plane variance, Noise noise);
+void add_noise(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane mean, Plane variance, Noise noise);
 
 // out = grad * noise / (2 sqrt(variance)), the gradient for the variance; 0 where the variance is not positive.
-void noise_gradient(Isa isa, const Parallel& parallel, const PlaneShape& shape, Plane grad, Plane variance, Noise noise,
+void noise_gradient(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane grad, Plane variance, Noise noise,
                     Plane out);
 
 // out = x * x.
-void square(Isa isa, const Parallel& parallel, const PlaneShape& shape, Plane x, Plane out);
+void square(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane x, Plane out);
 
 // grad += 2 x * grad_square.
-void add_square_gradient(Isa isa, const Parallel& parallel, const PlaneShape& shape, Plane grad, Plane x,
+void add_square_gradient(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane grad, Plane x,
                          Plane grad_square);
 
 }  // namespace bqnn

@@ -46,8 +46,21 @@ BQNN_INLINE Float select(Mask mask, Float yes, Float no) { return mask ? yes : n
 BQNN_INLINE Int select(Mask mask, Int yes, Int no) { return mask ? yes : no; }
 
 // As MAXPS and MINPS: where one of the two is NaN, the second.
-BQNN_INLINE Float max(Float a, Float b) { return a > b ? a : b; }
-BQNN_INLINE Float min(Float a, Float b) { return a < b ? a : b; }
+BQNN_INLINE Float max(Float a, Float b) {
+#if BQNN_LANES == 16
+  return (Float)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);  // GCC 12 makes two instructions of a > b ? a : b
+#else
+  return a > b ? a : b;
+#endif
+}
+
+BQNN_INLINE Float min(Float a, Float b) {
+#if BQNN_LANES == 16
+  return (Float)_mm512_maskz_min_ps(0xFFFF, (__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // NaN stays NaN.
 BQNN_INLINE Float clamp(Float x, float low, float high) { return min(broadcast(high), max(broadcast(low), x)); }
@@ -105,18 +118,44 @@ BQNN_INLINE Float polynomial(Float x, const float (&c)[N]) {
   return y;
 }
 
+// table[index mod 32], lane by lane.
+BQNN_INLINE Float look_up(const float (&table)[32], Int index) {
+#if BQNN_LANES == 16
+  return (Float)_mm512_permutex2var_ps((__m512)load(table), (__m512i)index, (__m512)load(table + 16));
+#elif BQNN_LANES == 8
+  return (Float)_mm256_i32gather_ps(table, (__m256i)(index & 31), 4);
+#else
+  Float x = {};
+  for (int i = 0; i < kLanes; ++i) x[i] = table[index[i] & 31];
+  return x;
+#endif
+}
+
+// The polynomial whose coefficients, c[0] + c[1] x + ..., stand in column `piece` mod 32.
+template <int N>
+BQNN_INLINE Float piecewise(Float x, Int piece, const float (&c)[N][32]) {
+  Float y = look_up(c[N - 1], piece);
+  for (int i = N - 2; i >= 0; --i) y = y * x + look_up(c[i], piece);
+  return y;
+}
+
 // 2^n for -126 <= n <= 127.
 BQNN_INLINE Float power_of_two(Int n) { return as_float((n + 127) << 23); }
 
+constexpr float kLn2High = 0x1.62ep-1f, kLn2Low = 0x1.0bfbe8p-15f;  // n * kLn2High is exact for |n| < 2^11
+
+// exp(r) for |r| <= log(2) / 2.
+BQNN_INLINE Float exp_reduced(Float r) {
+  constexpr float kExp[] = {0.5f, 0.16666512f, 0.041666187f, 0.008369599f, 0.0013951717f};
+  return 1.0f + (r + r * r * polynomial(r, kExp));
+}
+
 // exp(x + small), |small| < 0.1; the sum is not rounded, so that the argument can be more precise than a float.
 BQNN_INLINE Float exp_sum(Float x, Float small) {
-  constexpr float kLn2High = 0x1.62ep-1f, kLn2Low = 0x1.0bfbe8p-15f;  // n * kLn2High is exact
-  constexpr float kExp[] = {0.5f, 0.16666512f, 0.041666187f, 0.008369599f, 0.0013951717f};
   // Beyond, the result is 0 or infinity all the same.
   x = clamp(x, -110.0f, 100.0f);
   const Float n = round(x * 1.44269504f);
-  const Float r = ((x - n * kLn2High) - n * kLn2Low) + small;
-  const Float y = 1.0f + (r + r * r * polynomial(r, kExp));
+  const Float y = exp_reduced(((x - n * kLn2High) - n * kLn2Low) + small);
   // Two factors, since 2^n may be infinite or denormal where the product is not.
   const Int whole = to_int(n), half = whole >> 1;
   return y * power_of_two(half) * power_of_two(whole - half);
@@ -124,19 +163,28 @@ BQNN_INLINE Float exp_sum(Float x, Float small) {
 
 BQNN_INLINE Float exp(Float x) { return exp_sum(x, Float{}); }
 
-// log(0) = -inf, NaN for negative numbers.
-BQNN_INLINE Float log(Float x) {
-  constexpr float kLn2High = 0x1.62ep-1f, kLn2Low = 0x1.0bfbe8p-15f;
-  constexpr float kLog[] = {0.3333333f,   -0.25000823f, 0.20001227f, -0.16623357f,
+// 2^x for -126 <= x <= 127 or NaN.
+BQNN_INLINE Float exp2_in_range(Float x) {
+  const Float n = round(x);
+  return exp_reduced((x - n) * 0.693147181f) * power_of_two(to_int(n));
+}
+
+// log(x 2^exponent) for x that is positive, finite and no denormal number.
+BQNN_INLINE Float log_in_range(Float x, Int exponent = Int{}) {
+  constexpr float kLog[] = {0.3333333f,  -0.25000823f, 0.20001227f, -0.16623357f,
                             0.14201762f, -0.13160194f, 0.1276155f,  -0.0763443f};
-  const Mask denormal = x < 0x1p-126f;
-  const Float normal = select(denormal, x * 0x1p23f, x);
   // The mantissa in [sqrt(1/2), sqrt(2)), and what is left as a power of two.
-  const Int bits = as_int(normal), shifted = bits - 0x3F3504F3;
-  const Float n = to_float((shifted >> 23) - (denormal & 23));
+  const Int shifted = as_int(x) - 0x3F3504F3;
+  const Float n = to_float((shifted >> 23) + exponent);
   const Float f = as_float((shifted & 0x007FFFFF) + 0x3F3504F3) - 1.0f;
   const Float square = f * f;
-  const Float y = f + (f * square * polynomial(f, kLog) - 0.5f * square + n * kLn2Low) + n * kLn2High;
+  return f + (f * square * polynomial(f, kLog) - 0.5f * square + n * kLn2Low) + n * kLn2High;
+}
+
+// log(0) = -inf, NaN for negative numbers.
+BQNN_INLINE Float log(Float x) {
+  const Mask denormal = x < 0x1p-126f;
+  const Float y = log_in_range(select(denormal, x * 0x1p23f, x), denormal & -23);
   const Float limit = select(x == 0.0f, broadcast(-__builtin_inff()), broadcast(__builtin_nanf("")));
   return select(x > 0.0f, select(x < __builtin_inff(), y, x), limit);
 }

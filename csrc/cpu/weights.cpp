@@ -1,5 +1,6 @@
 #include "weights.h"
 
+#include "blocks.h"
 #include "elementwise.h"
 
 namespace bqnn {
@@ -14,26 +15,26 @@ void for_each_block(const Parallel& parallel, const Posterior& q, const F& body)
 }
 
 // The sums of grad over the cells of mu.
-void sum_over_cells(Isa isa, const Parallel& parallel, Posterior q, const float* grad, float* grad_levels) {
+void sum_over_cells(const Parallel& parallel, Isa isa, Posterior q, const float* grad, float* grad_levels) {
   q.log_sigma2 = nullptr;
-  sample_backward(isa, parallel, q, Noise{}, grad, nullptr, grad_levels);
+  sample_backward(parallel, isa, q, Noise{}, grad, nullptr, grad_levels);
 }
 
 }  // namespace
 
-void sample(Isa isa, const Parallel& parallel, const Posterior& q, Noise noise, float* quantized) {
+void sample(const Parallel& parallel, Isa isa, const Posterior& q, Noise noise, float* quantized) {
   const auto kernel = elementwise(isa).sample_block;
   for_each_block(parallel, q, [&](const Block& block) { kernel(q, noise, block, quantized); });
 }
 
-void sample_backward(Isa isa, const Parallel& parallel, const Posterior& q, Noise noise, const float* grad,
+void sample_backward(const Parallel& parallel, Isa isa, const Posterior& q, Noise noise, const float* grad,
                      float* grad_log_sigma2, float* grad_levels) {
   const auto kernel = elementwise(isa).sample_backward_block;
   sum_over_blocks(parallel, Blocks(q.weights, q.groups), q.num_levels, grad_levels,
                   [&](const Block& block, double* sums) { kernel(q, noise, block, grad, grad_log_sigma2, sums); });
 }
 
-void moments(Isa isa, const Parallel& parallel, const Posterior& q, Moments mode, float* mean, Elements variance) {
+void moments(const Parallel& parallel, Isa isa, const Posterior& q, Moments mode, float* mean, Elements variance) {
   const Elementwise& table = elementwise(isa);
   const auto kernel = mode == Moments::categorical ? table.categorical_block : table.gaussian_block;
   for_each_block(parallel, q, [&](const Block& block) {
@@ -41,7 +42,7 @@ void moments(Isa isa, const Parallel& parallel, const Posterior& q, Moments mode
   });
 }
 
-void moments_backward(Isa isa, const Parallel& parallel, const Posterior& q, Moments mode, const float* grad_mean,
+void moments_backward(const Parallel& parallel, Isa isa, const Posterior& q, Moments mode, const float* grad_mean,
                       Elements grad_variance, float* grad_weight, float* grad_log_sigma2, float* grad_levels,
                       float* grad_thresholds) {
   const Elementwise& table = elementwise(isa);
@@ -49,7 +50,7 @@ void moments_backward(Isa isa, const Parallel& parallel, const Posterior& q, Mom
     for_each_block(parallel, q, [&](const Block& block) {
       table.gaussian_backward_block(q, block, grad_variance, grad_log_sigma2);
     });
-    if (mode == Moments::straight_through) sum_over_cells(isa, parallel, q, grad_mean, grad_levels);
+    if (mode == Moments::straight_through) sum_over_cells(parallel, isa, q, grad_mean, grad_levels);
     return;
   }
   const int levels = q.num_levels, width = 2 * levels - 1;

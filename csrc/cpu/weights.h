@@ -3,14 +3,12 @@
 
 #include <cstdint>
 
-#include "blocks.h"
+#include "codebook.h"
 #include "isa.h"
 #include "noise.h"
 #include "parallel.h"
 
 namespace bqnn {
-
-constexpr int kMaxLevels = 16;
 
 // The posterior of a layer and its codebooks; all contiguous.
 struct Posterior {
@@ -22,23 +20,28 @@ struct Posterior {
   int num_levels;
 };
 
+// Weights [first, first + count), which share codebook `group`.
+struct Block {
+  int64_t group, first, count;
+};
+
 // How the moments of a weight are taken; the order of MODES in bqnn/ops/_moment.py.
 enum class Moments { categorical, gaussian, straight_through };
 
 // quantized [weights] = Q(mu + sigma * noise).
-void sample(Isa isa, const Parallel& parallel, const Posterior& posterior, Noise noise, float* quantized);
+void sample(const Parallel& parallel, Isa isa, const Posterior& posterior, Noise noise, float* quantized);
 
 // The straight-through gradients: log_sigma2's (null without one) and the levels' from the one of the quantized weight.
-void sample_backward(Isa isa, const Parallel& parallel, const Posterior& posterior, Noise noise, const float* grad,
+void sample_backward(const Parallel& parallel, Isa isa, const Posterior& posterior, Noise noise, const float* grad,
                      float* grad_log_sigma2, float* grad_levels);
 
 // mean and variance [weights]; a Gaussian's mean, the weight itself, is not written.
-void moments(Isa isa, const Parallel& parallel, const Posterior& posterior, Moments mode, float* mean,
+void moments(const Parallel& parallel, Isa isa, const Posterior& posterior, Moments mode, float* mean,
              Elements variance);
 
 // The gradients of moments(); where mode is not categorical, mu's is grad_mean itself and the thresholds have none, and
 // a Gaussian's levels have none: these are not written.
-void moments_backward(Isa isa, const Parallel& parallel, const Posterior& posterior, Moments mode,
+void moments_backward(const Parallel& parallel, Isa isa, const Posterior& posterior, Moments mode,
                       const float* grad_mean, Elements grad_variance, float* grad_weight, float* grad_log_sigma2,
                       float* grad_levels, float* grad_thresholds);
 

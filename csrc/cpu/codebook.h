@@ -1,0 +1,8 @@
+// The bound on what a codebook holds.
+#pragma once
+
+namespace bqnn {
+
+constexpr int kMaxLevels = 16;
+
+}  // namespace bqnn
