@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bqnn import codebook, ops
 from bqnn.ops import quantizer
 from bqnn.ops._check import check_conv2d_input, check_floating, check_linear_input, check_num_levels
+from bqnn.ops.codebook_from_raw import codebook_from_raw
 from bqnn.ops.philox import fresh_seed
 from bqnn.padding import explicit_padding
 
@@ -75,17 +76,16 @@ class BayesLayer(nn.Module):
     @property
     def levels(self) -> Tensor:
         """c_0 < ... < c_{M-1} of each codebook: [1 or out channels, M]."""
-        return codebook.levels_from_raw(self.raw_levels, self.level_scale)
+        return self._codebook()[0]
 
     @property
     def thresholds(self) -> Tensor:
         """t_1 < ... < t_{M-1} of each codebook: [1 or out channels, M - 1]."""
-        return self._thresholds_between(self.levels)
+        return self._codebook()[1]
 
-    def _thresholds_between(self, levels: Tensor) -> Tensor:
-        if self.raw_thresholds is None:
-            return quantizer.midpoints(levels)
-        return codebook.thresholds_from_raw(self.raw_thresholds, levels)
+    def _codebook(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels, thresholds, and the widths of the prior's windows."""
+        return codebook_from_raw(self.raw_levels, self.level_scale, self.raw_thresholds)
 
     @torch.no_grad()
     def fit_codebook_(self) -> None:
@@ -165,7 +165,8 @@ class BayesLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """Q(mu), in the weight's shape and dtype; no gradient is recorded."""
         with torch.no_grad():
-            return quantizer.look_up(self.levels, ops.assign_codes(self.weight, self.thresholds))
+            levels, thresholds, _ = self._codebook()
+            return quantizer.look_up(levels, ops.assign_codes(self.weight, thresholds))
 
     def check_parameters(self) -> None:
         """Raises ValueError for a parameter with NaN or infinity, or a log_sigma2 out of range; names it."""
@@ -188,8 +189,7 @@ class BayesLayer(nn.Module):
         if self.prior == "gaussian":
             ratio = self.log_sigma2 - self.prior_sigma2.log()
             return 0.5 * (self.weight.square() / self.prior_sigma2 + ratio.exp() - ratio - 1.0).sum()
-        levels = self.levels
-        tau = codebook.TAU_PER_GAP * codebook.gaps(levels.detach())
+        levels, _, tau = self._codebook()
         return ops.spike_slab_kl(self.weight, self.log_sigma2, levels, tau)
 
     def _product(
@@ -198,8 +198,7 @@ class BayesLayer(nn.Module):
         """The layer's product while it trains or samples: one op, chosen by the estimator."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        levels = self.levels
-        thresholds = self._thresholds_between(levels)
+        levels, thresholds, _ = self._codebook()
         if self.estimator in ("sample", "deterministic"):
             random = self.estimator == "sample"
             log_sigma2, seed = (self.log_sigma2, fresh_seed()) if random else (None, None)

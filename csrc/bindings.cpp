@@ -12,6 +12,7 @@
 #include <string>
 
 #include "cpu/assign_codes.h"
+#include "cpu/codebook.h"
 #include "cpu/elementwise.h"
 #include "cpu/isa.h"
 #include "cpu/noise.h"
@@ -178,6 +179,37 @@ void moments_backward_op(Tensor grad_mean, Tensor grad_variance, Tensor weight, 
                    floats(grad_levels), floats(grad_thresholds));
 }
 
+// --- codebooks ----------------------------------------------------------------------------------------------------
+
+RawCodebook raw_codebook(const Tensor& levels, const Tensor& scale, const std::optional<Tensor>& thresholds) {
+  const int64_t groups = levels.size(0), num_levels = levels.size(1);
+  require(num_levels >= 2 && num_levels <= kMaxLevels, "2 to 16 levels are needed");
+  require(scale.numel() == groups, "a scale for each codebook is needed");
+  require(!thresholds || thresholds->numel() == groups * (num_levels - 1), "thresholds between levels are needed");
+  return {floats(levels), floats(scale), floats(thresholds), groups, static_cast<int>(num_levels)};
+}
+
+void codebook_from_raw_op(Tensor raw_levels, Tensor scale, std::optional<Tensor> raw_thresholds, Tensor levels,
+                          Tensor thresholds, Tensor tau) {
+  const RawCodebook raw = raw_codebook(raw_levels, scale, raw_thresholds);
+  require(levels.numel() == raw_levels.numel() && tau.numel() == raw_levels.numel() &&
+              thresholds.numel() == raw.groups * (raw.num_levels - 1),
+          "tensors of one size are needed");
+  codebook_from_raw(raw, floats(levels), floats(thresholds), floats(tau));
+}
+
+void codebook_from_raw_backward_op(Tensor grad_levels, Tensor grad_thresholds, Tensor raw_levels, Tensor scale,
+                                   std::optional<Tensor> raw_thresholds, Tensor grad_raw_levels,
+                                   Tensor grad_raw_thresholds) {
+  const RawCodebook raw = raw_codebook(raw_levels, scale, raw_thresholds);
+  const int64_t cuts = raw.groups * (raw.num_levels - 1);
+  require(grad_levels.numel() == raw_levels.numel() && grad_raw_levels.numel() == raw_levels.numel() &&
+              grad_thresholds.numel() == cuts && grad_raw_thresholds.numel() == (raw_thresholds ? cuts : 0),
+          "tensors of one size are needed");
+  codebook_from_raw_backward(raw, floats(grad_levels), floats(grad_thresholds), floats(grad_raw_levels),
+                             floats(grad_raw_thresholds));
+}
+
 // --- assign_codes and spike_slab_kl -------------------------------------------------------------------------------
 
 // The backends in bqnn/ops hand in contiguous tensors, float32 but for codes, of the shapes that the ops check.
@@ -232,6 +264,12 @@ STABLE_TORCH_LIBRARY(bqnn_cpu, m) {
       "moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,"
       " Tensor thresholds, int mode, Tensor(a!)? grad_weight, Tensor(b!) grad_log_sigma2, Tensor(c!) grad_levels,"
       " Tensor(d!) grad_thresholds) -> ()");
+  m.def(
+      "codebook_from_raw(Tensor raw_levels, Tensor scale, Tensor? raw_thresholds, Tensor(a!) levels,"
+      " Tensor(b!) thresholds, Tensor(c!) tau) -> ()");
+  m.def(
+      "codebook_from_raw_backward(Tensor grad_levels, Tensor grad_thresholds, Tensor raw_levels, Tensor scale,"
+      " Tensor? raw_thresholds, Tensor(a!) grad_raw_levels, Tensor(b!) grad_raw_thresholds) -> ()");
   m.def("assign_codes(Tensor weight, Tensor thresholds, bool packed, Tensor(a!) out) -> ()");
   m.def("spike_slab_kl(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau, Tensor(a!) out) -> ()");
   m.def(
@@ -253,6 +291,8 @@ STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CPU, m) {
   m.impl("sample_backward", TORCH_BOX(&sample_backward_op));
   m.impl("moments", TORCH_BOX(&moments_op));
   m.impl("moments_backward", TORCH_BOX(&moments_backward_op));
+  m.impl("codebook_from_raw", TORCH_BOX(&codebook_from_raw_op));
+  m.impl("codebook_from_raw_backward", TORCH_BOX(&codebook_from_raw_backward_op));
   m.impl("assign_codes", TORCH_BOX(&assign_codes_op));
   m.impl("spike_slab_kl", TORCH_BOX(&spike_slab_kl_op));
   m.impl("spike_slab_kl_backward", TORCH_BOX(&spike_slab_kl_backward_op));

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bqnn.ops import quantizer
 from bqnn.ops._check import check_levels, check_same_shape, check_seed, check_thresholds, check_weight
-from bqnn.ops._register import register_op
+from bqnn.ops._register import call, register_op
 from bqnn.ops.philox import normal
 from bqnn.ops.product import Product, bind, channels_last
 
@@ -155,8 +155,8 @@ def register(name: str, product_of: Callable[..., Product], geometry: str = "") 
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-        grad_x, *by_parameters = getattr(torch.ops.bqnn, f"{name}_backward")(
-            grad, *ctx.saved_tensors, ctx.offset, ctx.mode, wants_x, *ctx.geometry, ctx.backend
+        grad_x, *by_parameters = call(
+            f"{name}_backward", grad, *ctx.saved_tensors, ctx.offset, ctx.mode, wants_x, *ctx.geometry, ctx.backend
         )
         grad_bias = product_of(*ctx.geometry).bias_gradient(grad) if wants_bias else None
         gradients = (grad_x if wants_x else None, *by_parameters, grad_bias)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bqnn.ops import quantizer
 from bqnn.ops._check import check_levels, check_same_shape, check_seed, check_thresholds, check_weight
-from bqnn.ops._register import register_op
+from bqnn.ops._register import call, register_op
 from bqnn.ops.product import Product, bind
 
 FORWARD, BACKWARD = 8, 9  # arguments of the two ops before the geometry
@@ -97,8 +97,8 @@ def register(name: str, product_of: Callable[..., Product], geometry: str = "") 
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         wants_x, _, wants_log_sigma2, _, _, wants_bias, *_ = ctx.needs_input_grad
-        grad_x, grad_weight, grad_log_sigma2, grad_levels = getattr(torch.ops.bqnn, f"{name}_backward")(
-            grad, *ctx.saved_tensors, ctx.offset, wants_x, *ctx.geometry, ctx.backend
+        grad_x, grad_weight, grad_log_sigma2, grad_levels = call(
+            f"{name}_backward", grad, *ctx.saved_tensors, ctx.offset, wants_x, *ctx.geometry, ctx.backend
         )
         grad_x = grad_x if wants_x else None
         grad_log_sigma2 = grad_log_sigma2 if wants_log_sigma2 else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bqnn.ops import _moment, _moment_cpu
 from bqnn.ops._check import check_bias, check_conv2d_input
+from bqnn.ops._register import call
 from bqnn.ops.product import CONV2D_GEOMETRY, Conv2dProduct
 
 _moment.register("moment_conv2d", Conv2dProduct, CONV2D_GEOMETRY)
@@ -53,7 +53,8 @@ def moment_conv2d(
     _moment.check_moment(weight, 4, log_sigma2, levels, thresholds, seed, mode)
     check_conv2d_input(x, weight.shape[1] * groups, weight.shape[0], groups)
     check_bias(bias, weight.shape[0], x)
-    y, _ = torch.ops.bqnn.moment_conv2d(
+    y, _ = call(
+        "moment_conv2d",
         x,
         weight,
         log_sigma2,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bqnn.ops import _moment, _moment_cpu
 from bqnn.ops._check import check_bias, check_linear_input
+from bqnn.ops._register import call
 from bqnn.ops.product import LinearProduct
 
 _moment.register("moment_linear", LinearProduct)
@@ -54,7 +54,7 @@ def moment_linear(
     _moment.check_moment(weight, 2, log_sigma2, levels, thresholds, seed, mode)
     check_linear_input(x, weight.shape[1])
     check_bias(bias, weight.shape[0], x)
-    y, _ = torch.ops.bqnn.moment_linear(
-        x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode, coarse_variance, backend
+    y, _ = call(
+        "moment_linear", x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode, coarse_variance, backend
     )
     return y
