@@ -46,11 +46,7 @@ def register_op(
         filled = (*args, *defaults[len(args) :])
         return dispatch.implementation(name, args[0].device, filled[-1])(*filled[:-1])
 
-    function = None
-    if backward is not None:
-        methods: dict[str, Any] = {"forward": run, "setup_context": setup_context, "backward": backward}
-        function = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in methods.items()})
-    _eager[name] = _Eager(run, function)
+    _eager[name] = _Eager(run, _function(name, run, setup_context, backward) if setup_context and backward else None)
     torch.library.define(qualified, signature)
     # The dispatcher leaves out trailing arguments that have their default value.
     defaults = [argument.default_value for argument in getattr(torch.ops.bqnn, name).default._schema.arguments]
@@ -58,6 +54,19 @@ def register_op(
     torch.library.impl(qualified, "CompositeExplicitAutograd", run)
     torch.library.register_fake(qualified, fake)
     torch.library.register_autograd(qualified, backward or no_backward, setup_context=setup_context)
+
+
+def _function(
+    name: str, run: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *args: Any) -> Any:
+        # A setup_context of its own would have torch look up the signature of `forward` in every call.
+        output = run(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods)
 
 
 def call(name: str, *args: Any) -> Any:
