@@ -219,14 +219,14 @@ int64_t columns_of(const Tensor& weight) { return weight.size(0) ? weight.numel(
 void assign_codes_op(Tensor weight, Tensor thresholds, bool packed, Tensor out) {
   const AssignCodes weights{weight.const_data_ptr<float>(), thresholds.const_data_ptr<float>(),
                             weight.size(0),                 columns_of(weight),
-                            thresholds.size(0) > 1,         static_cast<int>(thresholds.size(1)) + 1};
+                            thresholds.size(0) != 1,        static_cast<int>(thresholds.size(1)) + 1};
   (packed ? assign_codes_packed : assign_codes)(torch_threads(), isa(), weights, out.mutable_data_ptr<uint8_t>());
 }
 
 SpikeSlabKl make_prior(const Tensor& weight, const Tensor& log_sigma2, const Tensor& levels, const Tensor& tau) {
   return {weight.const_data_ptr<float>(), log_sigma2.const_data_ptr<float>(), levels.const_data_ptr<float>(),
           tau.const_data_ptr<float>(),    weight.size(0),                     columns_of(weight),
-          levels.size(0) > 1,             static_cast<int>(levels.size(1))};
+          levels.size(0) != 1,            static_cast<int>(levels.size(1))};
 }
 
 void spike_slab_kl_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau, Tensor out) {

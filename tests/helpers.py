@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bqnn import dispatch
+from bqnn import dispatch, extension
 from tests import formulas
 from tests.shapes import Conv2dShape, LinearShape
 
@@ -28,6 +33,31 @@ def usable_backends(op: str) -> list[Any]:
         for backend in dispatch.ORDER
         if dispatch.status(op, backend, device).usable
     ]
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A checksum of the tensors' values, bit by bit but for the sign of zero."""
+    checksum = hashlib.sha256()
+    for tensor in tensors:
+        checksum.update((tensor.detach() + 0).contiguous().numpy().tobytes())
+    return checksum.hexdigest()
+
+
+def lower_isas() -> list[str]:
+    """The instruction sets below the best one that kernels can be made to use here; none without the extension."""
+    best = extension.cpu_isa()
+    return [] if best == "none" else list(extension.ISAS[: extension.ISAS.index(best)])
+
+
+def run_on_isa(isa: str, module: str, function: str) -> str:
+    """What ``module.function()`` returns, a word, in a process whose kernels use ``isa``."""
+    script = f"import {module} as m, bqnn; assert bqnn.cpu_isa() == {isa!r}; print(m.{function}())"
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "BQNN_CPU_ISA": isa, "PYTHONPATH": root}
+    output = subprocess.run(
+        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return output.stdout.split()[-1]
 
 
 @dataclass

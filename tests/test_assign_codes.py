@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torch import Tensor
 
 from bqnn import BackendError
+from bqnn.dispatch import status
 from bqnn.ops import assign_codes
-from bqnn.packing import pack_codes, unpack_codes
+from bqnn.packing import pack_codes, packed_width, unpack_codes
 from tests import formulas
-from tests.helpers import make_case, usable_backends
+from tests.helpers import digest, lower_isas, make_case, run_on_isa, usable_backends
 from tests.shapes import (
     CONV2D_GRID,
     EVERY_M,
@@ -80,6 +85,57 @@ def test_strides_do_not_matter(packed: bool, granularity: str, runs_on: tuple[st
     transposed = case.weight.to(device).flatten(1).t().contiguous().t()
     matrix = assign_codes(transposed, thresholds.t().contiguous().t(), packed, backend)
     assert torch.equal(matrix.flatten(1), expected.flatten(1))
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 3, 2, 2)], ids=str)
+def test_no_weights(shape: tuple[int, ...], granularity: str, runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    groups = shape[0] if granularity == "channel" else 1
+    weight, thresholds = torch.empty(shape, device=device), torch.zeros(groups, 1, device=device)
+    assert assign_codes(weight, thresholds, False, backend).shape == shape
+    packed = assign_codes(weight, thresholds, True, backend)
+    assert packed.shape == (shape[0], packed_width(math.prod(shape[1:]), 2))
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+def test_the_ends_of_the_number_line(runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    weight = torch.tensor([[math.nan, -math.inf, -0.0, 0.0, 1e-45, math.inf]], device=device)
+    codes = assign_codes(weight, torch.zeros(1, 1, device=device), False, backend)
+    assert codes.tolist() == [[0, 0, 0, 0, 1, 1]]
+
+
+def cpu_results() -> Iterator[Tensor]:
+    """Codes and bytes from the CPU kernels: rows longer than what is packed at a time, and shorter than a vector."""
+    for shape in (LinearShape(1, 129, 341), LinearShape(1, 20, 4231), LinearShape(1, 7, 13), SMALL_CONV2D):
+        for num_levels in range(2, 17):
+            for granularity in GRANULARITIES:
+                case = make_case(shape, num_levels, granularity)
+                for packed in (False, True):
+                    yield assign_codes(case.weight, case.thresholds, packed, "cpu")
+
+
+def cpu_digest() -> str:
+    return digest(cpu_results())
+
+
+@pytest.mark.parametrize("isa", lower_isas())
+def test_every_instruction_set_gives_the_same_codes(isa: str) -> None:
+    assert run_on_isa(isa, "tests.test_assign_codes", "cpu_digest") == cpu_digest()
+
+
+@pytest.mark.skipif(not status("assign_codes", "cpu", "cpu").usable, reason="no CPU kernels")
+def test_threads_do_not_change_a_code() -> None:
+    threads, digests = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            digests.append(cpu_digest())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(digests)) == 1
 
 
 def test_no_gradient_is_recorded() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,19 @@ import torch
 from torch import Tensor
 
 from bqnn import BackendError
+from bqnn.dispatch import status
 from bqnn.ops import spike_slab_kl
 from tests import formulas
-from tests.helpers import Case, channels_last, error, make_case, usable_backends
+from tests.helpers import (
+    Case,
+    channels_last,
+    digest,
+    error,
+    lower_isas,
+    make_case,
+    run_on_isa,
+    usable_backends,
+)
 from tests.shapes import (
     CONV2D_GRID,
     EVERY_M,
@@ -174,6 +185,69 @@ def test_strides_do_not_matter(granularity: str, runs_on: tuple[str, str]) -> No
         spike_slab_kl(*leaves, tau, backend).backward()
         for name, leaf in zip(GRADIENTS, leaves, strict=True):
             torch.testing.assert_close(leaf.grad, getattr(expected, name).grad, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("argument", ["weight", "log_sigma2", "levels"])
+@pytest.mark.parametrize("zero", ZERO)
+def test_nan_is_not_hidden(zero: bool, argument: str, runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    case, tau = make_prior(LinearShape(1, 3, 37), 3, "channel", 0.375, zero)
+    getattr(case, argument)[1, 2] = math.nan
+    case = case.to(device).leaves()
+    value = run(case, tau.to(device), backend)
+    value.backward()
+    assert value.isnan()
+    assert case.weight.grad[1, 2].isnan() and case.log_sigma2.grad[1, 2].isnan()
+    assert case.weight.grad[0].isfinite().all() and case.weight.grad[2].isfinite().all()
+
+
+@pytest.mark.parametrize("runs_on", RUNS_ON)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 3, 2, 2)], ids=str)
+def test_no_weights(shape: tuple[int, ...], granularity: str, runs_on: tuple[str, str]) -> None:
+    device, backend = runs_on
+    groups = shape[0] if granularity == "channel" else 1
+    levels = torch.linspace(-1.0, 1.0, 3, device=device).repeat(groups, 1).requires_grad_()
+    weight, log_sigma2 = (torch.empty(shape, device=device).requires_grad_() for _ in range(2))
+    value = spike_slab_kl(weight, log_sigma2, levels, torch.full_like(levels, 0.3), backend)
+    value.backward()
+    assert value.item() == 0.0
+    assert weight.grad.shape == shape and torch.equal(levels.grad, torch.zeros_like(levels))
+
+
+def cpu_results() -> Iterator[Tensor]:
+    """Value and gradients from the CPU kernels: rows longer than a block, shorter than a vector, and overlaps."""
+    for shape in (LinearShape(1, 129, 341), LinearShape(1, 3, 4231), LinearShape(1, 7, 13), SMALL_CONV2D):
+        for num_levels in (2, 3, 16):
+            for granularity in GRANULARITIES:
+                for width in (0.15, 0.375, 1.5):
+                    case, tau = make_prior(shape, num_levels, granularity, width, zero=width == 0.375)
+                    case = case.leaves()
+                    value = run(case, tau, "cpu")
+                    value.backward()
+                    yield from (value, *(getattr(case, name).grad for name in GRADIENTS))
+
+
+def cpu_digest() -> str:
+    return digest(cpu_results())
+
+
+@pytest.mark.parametrize("isa", lower_isas())
+def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
+    assert run_on_isa(isa, "tests.test_spike_slab_kl", "cpu_digest") == cpu_digest()
+
+
+@pytest.mark.skipif(not status("spike_slab_kl", "cpu", "cpu").usable, reason="no CPU kernels")
+def test_threads_do_not_change_a_bit() -> None:
+    threads, digests = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            digests.append(cpu_digest())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(digests)) == 1
 
 
 def test_upstream_gradient_scales_and_tau_gets_none() -> None:

@@ -11,29 +11,39 @@ namespace {
 constexpr int64_t kGrain = 1 << 16;  // weights that are worth a thread
 constexpr int64_t kBytes = 512;      // packed bytes made at a time: their codes stay in the first cache
 
-// Codes as digits of base M: d of them a byte, the first the least significant.
-struct Digits {
-  int count;
-  uint64_t factor;
+constexpr int kMaxDigits = 8;
 
-  explicit Digits(int num_levels) : count(1), factor(1) {
-    // With byte i of a word a code, byte d - 1 of word * factor is sum_i code_i M^i, for a factor that has M^i in byte
-    // d - 1 - i. No byte below carries into it, since each is such a sum over fewer codes, at most M^d - 1 <= 255.
-    for (uint64_t power = num_levels; power * num_levels <= 256; power *= num_levels) {
-      factor = factor << 8 | power;
-      ++count;
-    }
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first code has to be a word's lowest byte");
+
+// Makes `bytes` bytes of kDigits codes each, the first the least significant digit; may read sizeof(Word) bytes from
+// any byte's first code on.
+template <int kDigits, class Word>
+void pack(const uint8_t* codes, int num_levels, int64_t bytes, uint8_t* packed) {
+  // Byte kDigits - 1 of word * factor is sum_i code_i M^i, for a factor that has M^i in byte kDigits - 1 - i. No byte
+  // below carries into it, since each is such a sum over fewer codes, and none is above M^kDigits - 1 <= 255.
+  Word factor = 0;
+  for (int i = 0, power = 1; i < kDigits; ++i, power *= num_levels) factor = static_cast<Word>(factor << 8 | power);
+  for (int64_t i = 0; i < bytes; ++i) {
+    Word word;
+    std::memcpy(&word, codes + i * kDigits, sizeof word);
+    packed[i] = static_cast<uint8_t>(static_cast<Word>(word * factor) >> 8 * (kDigits - 1));
   }
+}
+
+using Pack = void (*)(const uint8_t*, int, int64_t, uint8_t*);
+
+struct Packing {
+  int digits;
+  Pack pack;
 };
 
-// codes: [8 more than digits.count * bytes may hold], little-endian words are read from every byte's first code.
-void pack(const Digits& digits, const uint8_t* codes, int64_t bytes, uint8_t* packed) {
-  const int shift = 8 * (digits.count - 1);
-  for (int64_t i = 0; i < bytes; ++i) {
-    uint64_t word;
-    std::memcpy(&word, codes + i * digits.count, sizeof word);
-    packed[i] = static_cast<uint8_t>(word * digits.factor >> shift);
-  }
+// d = floor(8 / log2 M) digits.
+Packing packing(int num_levels) {
+  if (num_levels == 2) return {8, pack<8, uint64_t>};
+  if (num_levels == 3) return {5, pack<5, uint64_t>};
+  if (num_levels == 4) return {4, pack<4, uint32_t>};
+  if (num_levels <= 6) return {3, pack<3, uint32_t>};
+  return {2, pack<2, uint16_t>};
 }
 
 }  // namespace
@@ -58,21 +68,22 @@ void assign_codes(const Parallel& parallel, Isa isa, const AssignCodes& weights,
 
 void assign_codes_packed(const Parallel& parallel, Isa isa, const AssignCodes& weights, uint8_t* packed) {
   const auto kernel = elementwise(isa).assign_codes;
-  const Digits digits(weights.num_levels);
+  const auto [digits, pack] = packing(weights.num_levels);
   const int cuts = weights.num_levels - 1;
-  const int64_t width = (weights.columns + digits.count - 1) / digits.count;
+  const int64_t width = (weights.columns + digits - 1) / digits;
   const int64_t chunks = (width + kBytes - 1) / kBytes;  // of a row
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::clamp<int64_t>(weights.columns, 1, kBytes * digits.count));
-  parallel_for(parallel, weights.rows * chunks, grain, [&](int64_t begin, int64_t end) {
-    uint8_t codes[8 * kBytes + 16];
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::clamp<int64_t>(weights.columns, 1, kBytes * digits));
+  parallel_for(parallel, weights.rows * chunks, grain, [&, digits = digits, pack = pack](int64_t begin, int64_t end) {
+    uint8_t codes[kMaxDigits * kBytes + 2 * sizeof(uint64_t)];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t row = chunk / chunks, byte = chunk % chunks * kBytes, first = byte * digits.count;
+      const int64_t row = chunk / chunks, byte = chunk % chunks * kBytes, first = byte * digits;
       const int64_t bytes = std::min(kBytes, width - byte);
-      const int64_t count = std::min(bytes * digits.count, weights.columns - first);
+      const int64_t count = std::min(bytes * digits, weights.columns - first);
       const float* thresholds = weights.thresholds + (weights.per_row ? row * cuts : 0);
       kernel(weights.weight + row * weights.columns + first, count, thresholds, cuts, codes);
-      std::memset(codes + count, 0, 16);  // the digits that pad a row's last byte, and what the last word reads beyond
-      pack(digits, codes, bytes, packed + row * width + byte);
+      // The digits that pad a row's last byte, and what its word holds beyond them.
+      std::memset(codes + count, 0, 2 * sizeof(uint64_t));
+      pack(codes, weights.num_levels, bytes, packed + row * width + byte);
     }
   });
 }

@@ -1,7 +1,7 @@
 // The kernels that treat a weight's elements one by one: a table of them for each instruction set.
 //
-// How to add a kernel: <op>_kernel.h holds it, in terms of vec.h; elementwise_kernels.h includes it and puts it into the
-// table; the function that calls it, with threads and sums over blocks, is <op>.cpp.
+// How to add a kernel: <op>_kernel.h holds it, in terms of vec.h; elementwise_kernels.h includes it and puts it into
+// the table; the function that calls it, with threads and sums over blocks, is <op>.cpp.
 #pragma once
 
 #include "assign_codes.h"

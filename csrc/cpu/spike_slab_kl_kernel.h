@@ -3,8 +3,8 @@
 // The slab's divergence is that of the spike at the level it is centred at, so that everything is a sum over levels,
 // kl = sum_m part_m F(mu - c_m), with part_m the spike's share and, at the slab's level, the slab's as well.
 
-// Sums go lane by lane over 16 lanes whatever the vector's length, and are emptied into a double, lane after lane, often
-// enough for float32: the same bits on every instruction set.
+// Sums go lane by lane over 16 lanes whatever the vector's length, and are emptied into a double, lane after lane,
+// often enough for float32: the same bits on every instruction set.
 constexpr int kSumLanes = 16, kSumVectors = kSumLanes / kLanes;
 constexpr int64_t kEmptyAfter = 1024;  // weights
 

@@ -108,7 +108,7 @@ BQNN_INLINE Float sqrt(Float x) {
 #endif
 }
 
-// --- functions, to a few units in the last place: exp and log 1, log1p 2, erfc 4 -----------
+// --- functions, to a few units in the last place: exp and log 1, log1p 2, erfc 5 -----------
 
 // c[0] + c[1] x + ... by Horner's rule.
 template <int N>
