@@ -81,8 +81,8 @@ inline void add_noise_tile(const PlaneShape& shape, const Tile& tile, const Plan
   load_tile(variance, shape, tile, v);
   tile_noise(noise, shape, tile, epsilon);
   for (int64_t i = 0; i < tile.rows * tile.columns; i += kLanes) {
-    const Float std = sqrt(max(Float{}, load(v + i)));
-    store(y + i, load(y + i) + std * load(epsilon + i));
+    const Float variance = max(Float{}, load(v + i));
+    store(y + i, load(y + i) + variance * inverse_sqrt(variance) * load(epsilon + i));
   }
   store_tile(mean, shape, tile, y);
 }
@@ -94,9 +94,8 @@ inline void noise_gradient_tile(const PlaneShape& shape, const Tile& tile, const
   load_tile(variance, shape, tile, v);
   tile_noise(noise, shape, tile, epsilon);
   for (int64_t i = 0; i < tile.rows * tile.columns; i += kLanes) {
-    const Float std = sqrt(max(Float{}, load(v + i)));
-    const Float slope = select(std > 0.0f, 0.5f * load(epsilon + i) / std, Float{});
-    store(g + i, load(g + i) * slope);
+    const Float variance = load(v + i), slope = 0.5f * load(epsilon + i) * inverse_sqrt(variance);
+    store(g + i, load(g + i) * select(variance > 0.0f, slope, Float{}));
   }
   store_tile(out, shape, tile, g);
 }

@@ -68,14 +68,13 @@ BQNN_INLINE void store_calls(const V (&number)[4], void* out) {
   __builtin_memcpy(out, rows, sizeof rows);
 }
 
-// The 4 kLanes normal numbers of the calls from `first`, in order. Box-Muller: 24 bits of a word are a number that a
-// float holds exactly, in (0, 1] for the radius and in [0, 1) turns for the angle.
-BQNN_INLINE void normals_of_calls(uint64_t first, uint64_t seed, float* out) {
-  const Words words = philox_words(first, seed);
+// The 4 kLanes normal numbers of kLanes calls, in order. Box-Muller: 24 bits of a word are a number that a float holds
+// exactly, in (0, 1] for the radius and in [0, 1) turns for the angle.
+BQNN_INLINE void store_normals(const Words& words, float* out) {
   Float number[4];
   for (int pair = 0; pair < 2; ++pair) {
     const Float a = to_float((Int)(words.word[2 * pair] >> 8)), b = to_float((Int)(words.word[2 * pair + 1] >> 8));
-    const Float radius = sqrt(-2.0f * log((a + 1.0f) * 0x1p-24f));
+    const Float square = -2.0f * log_in_range((a + 1.0f) * 0x1p-24f), radius = square * inverse_sqrt(square);
     Float sin, cos;
     sincos_turns(b * 0x1p-24f, &sin, &cos);
     number[2 * pair] = radius * cos;
@@ -86,24 +85,30 @@ BQNN_INLINE void normals_of_calls(uint64_t first, uint64_t seed, float* out) {
 
 // The normal numbers of the elements [first, first + count) of a tensor.
 inline void fill_normals(const Noise& noise, int64_t first, int64_t count, float* out) {
-  constexpr int kNumbers = 4 * kLanes;
+  constexpr int kNumbers = 4 * kLanes, kAtOnce = 8;
   uint64_t call = noise.offset + (uint64_t)(first / 4);
   int64_t skip = first % 4;
   while (count > 0) {
-    if (skip == 0 && count >= kNumbers) {
-      normals_of_calls(call, noise.seed, out);
-      out += kNumbers;
-      count -= kNumbers;
-    } else {
+    // Words and normals have loops of their own: each is one long chain, and several of a kind run side by side.
+    Words words[kAtOnce];
+    const int64_t left = (skip + count + kNumbers - 1) / kNumbers, vectors = left < kAtOnce ? left : kAtOnce;
+    for (int64_t i = 0; i < vectors; ++i) words[i] = philox_words(call + (uint64_t)(i * kLanes), noise.seed);
+    for (int64_t i = 0; i < vectors; ++i) {
+      if (skip == 0 && count >= kNumbers) {
+        store_normals(words[i], out);
+        out += kNumbers;
+        count -= kNumbers;
+        continue;
+      }
       float numbers[kNumbers];
-      normals_of_calls(call, noise.seed, numbers);
+      store_normals(words[i], numbers);
       const int64_t taken = kNumbers - skip < count ? kNumbers - skip : count;
       __builtin_memcpy(out, numbers + skip, (size_t)taken * sizeof(float));
       out += taken;
       count -= taken;
       skip = 0;
     }
-    call += kLanes;
+    call += (uint64_t)(vectors * kLanes);
   }
 }
 
