@@ -20,6 +20,7 @@ from bqnn.ops.philox import normal
 from bqnn.ops.product import Product, bind, channels_last
 
 MODES = ("categorical", "gaussian", "straight_through")
+WIDE = 4  # channels
 FORWARD, BACKWARD = 10, 11  # arguments of the two ops before the geometry
 
 
@@ -54,9 +55,19 @@ def weight_moments_backward(
 
 
 def output_variance(product: Product, x: Tensor, variance: Tensor, coarse: bool) -> Tensor:
-    """Var[y] = x^2 * V, never negative: in x's dtype, or rounded to bfloat16 and an image's channels-last."""
+    """Var[y] = x^2 * V, never negative: in x's dtype, or rounded to bfloat16."""
     y = product.forward(x * x, variance.to(x.dtype).contiguous()).clamp_(min=0.0)
-    return channels_last(y.to(torch.bfloat16)) if coarse else y
+    return coarse_order(x, y.to(torch.bfloat16)) if coarse else y
+
+
+def is_wide(x: Tensor) -> bool:
+    """Whether a product gains from bfloat16, and a convolution from channels-last order; not with few channels."""
+    return x.dim() != 4 or x.shape[1] >= WIDE
+
+
+def coarse_order(x: Tensor, variance: Tensor) -> Tensor:
+    """A coarse variance in the memory format that it is kept in."""
+    return channels_last(variance) if is_wide(x) else variance
 
 
 def moment_product(
@@ -120,7 +131,7 @@ def moment_product_backward(
 def _fake(product: Product, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     coarse = rest[-1]
     y = product.forward(x, weight.to(x.dtype).contiguous())
-    return y, channels_last(torch.empty_like(y, dtype=torch.bfloat16)) if coarse else y.new_empty(0)
+    return y, coarse_order(x, torch.empty_like(y, dtype=torch.bfloat16)) if coarse else y.new_empty(0)
 
 
 def _fake_backward(

@@ -33,12 +33,12 @@ def _moment_product(
     posterior = (weight, log_sigma2, levels, thresholds)
     if not all_float32(x, *posterior, bias):
         return _moment.moment_product(product, x, *posterior, bias, seed, offset, mode, coarse)
-    fast = coarse and multiplies_bfloat16()
+    fast = coarse and multiplies_bfloat16() and _moment.is_wide(x)
     mean, variance = _weight_moments(*posterior, mode, fast)
     y = dense(product.forward(x, mean, bias))
     y_variance = dense(product.forward(_square(x, fast), variance))
     if coarse:
-        y_variance = channels_last(y_variance.bfloat16())
+        y_variance = _moment.coarse_order(x, y_variance.bfloat16())
     kernels.add_noise(y, y_variance, seed, offset)
     return y, y_variance if coarse else y.new_empty(0)
 
@@ -61,7 +61,7 @@ def _moment_product_backward(
     if not all_float32(grad, x, *posterior):
         arguments = (seed, offset, mode, input_gradient)
         return _moment.moment_product_backward(product, grad, saved, x, *posterior, *arguments)
-    fast = saved is not None and multiplies_bfloat16()
+    fast = saved is not None and multiplies_bfloat16() and _moment.is_wide(x)
     grad = dense(grad)
     mean, variance = _weight_moments(*posterior, mode, fast)
     square = _square(x, fast)
