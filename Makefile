@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+RIVALS := $(VENV)/.installed-bench
 UNPACK := ../shared/data/unpack.py
 
 export BQNN_DATA ?= $(CURDIR)/data
@@ -40,8 +41,12 @@ lint: setup  ## ruff and mypy
 unit: setup data  ## pytest, two processes of one thread each
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --benchmark-disable $(ARGS)
 
-bench: setup data  ## pytest-benchmark on bench/
-	$(VENV)/bin/pytest bench $(ARGS)
+bench: $(RIVALS) data  ## pytest-benchmark on bench/, about 10 minutes; ARGS="-k lenet5" for a part
+	$(VENV)/bin/pytest bench -q --benchmark-quiet $(ARGS)
+
+$(RIVALS): $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[bench]"
+	touch $@
 
 accuracy: setup data  ## train LeNet-5 on MNIST for the table of the README; over an hour, goes on where it stopped
 	$(VENV)/bin/python -m bench.accuracy_lenet5 --data "$(BQNN_DATA)" $(ARGS)

@@ -106,6 +106,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"],
+        "bench": ["onnx>=1.17", "onnxruntime>=1.23"],  # a rival
         "dev": ["ruff>=0.12", "mypy>=1.15"],
     },
     entry_points={"console_scripts": ["bqnn = bqnn.cli:main"]},

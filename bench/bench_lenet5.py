@@ -1,8 +1,6 @@
 """Test time of LeNet-5: packed, M = 3, against the full-precision network, eager, in bf16 and compiled.
 
-    make bench
-
-Weights are random, inputs too; the packed network's logits are compared with the unpacked quantized one's before any
+Weights are random, inputs too; a packed network's logits are compared with the unpacked quantized one's before any
 time is taken.
 """
 
@@ -16,45 +14,62 @@ import torch
 from torch import Tensor, nn
 
 import bqnn
+from bench.packed import PRECISIONS, check_rival
 from bqnn.models import lenet5
 
 BATCHES = (1, 8, 64, 512)
-ROUNDS, WARMUP = 30, 5
+BUDGET = 4.0
+
+BASELINES = ("fpnn fp32",)
+FPNN = ["fpnn fp32", "fpnn bf16", "fpnn compiled"]
+PACKED = [f"{precision} {execution}" for execution in ("auto", "packed") for precision in PRECISIONS]
+VARIANTS = [*FPNN, "quantized, unpacked", *PACKED]
+
+# Relative errors of the logits: rounding activations and weights of five layers costs percents.
+ALLOWED = {"fp32": 1e-4, "bf16": 2e-2, "int8": 5e-2}
 
 
-def _fpnn() -> nn.Module:
+def fpnn() -> nn.Module:
     torch.manual_seed(0)
     return lenet5().eval()
 
 
-def _packed(execution: str) -> nn.Module:
-    bayes = bqnn.convert(_fpnn(), 3).eval()
-    small = bqnn.pack(bayes, execution=execution)
-    x = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        torch.testing.assert_close(small(x), bayes(x), rtol=1e-4, atol=1e-4)
-    return small
+def quantized() -> nn.Module:
+    return bqnn.convert(fpnn(), 3).eval()
 
 
-def _compiled() -> Callable[[Tensor], Tensor]:
-    return torch.compile(_fpnn())
+class LeNet5Group:
+    """One batch of random images."""
+
+    def __init__(self, batch: int) -> None:
+        self.name = f"lenet5, batch {batch}"
+        self.budget = BUDGET
+        self._x = torch.randn(batch, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+
+    def call(self, variant: str) -> Callable[[], Tensor]:
+        x = self._x
+        if variant == "fpnn bf16":
+            net, x = fpnn().bfloat16(), x.bfloat16()
+        elif variant == "fpnn compiled":
+            torch._dynamo.reset()
+            net = torch.compile(fpnn(), dynamic=False)
+        elif variant == "fpnn fp32":
+            net = fpnn()
+        elif variant in PACKED:
+            precision, execution = variant.split()
+            net = bqnn.pack(quantized(), precision=precision, execution=execution)
+        else:
+            net = quantized()
+        return lambda: net(x)
+
+    def check(self, variant: str, output: Tensor) -> dict[str, Any]:
+        with torch.no_grad():
+            expected = (fpnn() if variant in FPNN else quantized())(self._x)
+        precision = next((name for name in ALLOWED if name in variant), "fp32")
+        return check_rival(variant, output, expected.double(), ALLOWED[precision])
 
 
-VARIANTS: dict[str, Callable[[], Any]] = {
-    "fpnn fp32": _fpnn,
-    "fpnn bf16": lambda: _fpnn().bfloat16(),
-    "fpnn compiled": _compiled,
-    "quantized, unpacked": lambda: bqnn.convert(_fpnn(), 3).eval(),
-    "packed auto": lambda: _packed("auto"),
-    "packed, codes only": lambda: _packed("packed"),
-}
-
-
-@pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: f"B{batch}")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_lenet5(benchmark: Any, variant: str, batch: int) -> None:
-    net = VARIANTS[variant]()
-    x = torch.randn(batch, 1, 28, 28, dtype=torch.bfloat16 if "bf16" in variant else torch.float32)
-    benchmark.group = f"lenet5, batch {batch}"
-    with torch.inference_mode():
-        benchmark.pedantic(net, (x,), rounds=ROUNDS, warmup_rounds=WARMUP, iterations=max(1, 64 // batch))
+@pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: f"B{batch}")
+def test_lenet5(race: Any, variant: str, batch: int) -> None:
+    race(LeNet5Group)

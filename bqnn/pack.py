@@ -20,8 +20,8 @@ def pack(net: nn.Module, precision: str = "fp32", execution: str = "auto") -> nn
     Args:
         net: a network that bqnn.convert made, or a single Bayes layer.
         precision: "fp32", "bf16" or "int8" (bqnn.ops.packed_linear says what each computes).
-        execution: "packed" keeps the weight as codes only; "dense" decodes it once and keeps it; "auto" takes, for
-            each call, the one that bqnn.speed expects to be faster.
+        execution: "packed" keeps the weight as codes, and as the layout of them that a kernel reads; "dense" decodes it
+            once and keeps it; "auto" takes, for each call, the one that bqnn.speed expects to be faster.
 
     Raises:
         ValueError: ``net`` has no Bayes layer; a parameter of one is not finite or out of range (the message names the

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from bqnn.ops._check import check_conv2d_input, check_linear_input
 from bqnn.ops._packed import multiply, pair
+from bqnn.ops._packed_layout import make_layout
 from bqnn.ops.packed_conv2d import output_size, packed_conv2d
 from bqnn.ops.packed_linear import packed_linear
 from bqnn.packed_layer import PackedLayer
 from bqnn.packing import pack_codes
-from bqnn.padding import explicit_padding
+from bqnn.padding import explicit_padding, symmetric_padding
 
 if TYPE_CHECKING:
     from bqnn.layers import BayesConv2d, BayesLinear
@@ -62,7 +63,7 @@ class PackedLinear(PackedLayer):
         return math.prod(x.shape[:-1])
 
     def run_packed(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.codes, self.levels, self.bias, self.precision)
+        return packed_linear(x, self.codes, self.levels, self.bias, self.precision, self._layout_for(x))
 
     def run_dense(self, x: Tensor) -> Tensor:
         if self.precision != "int8":
@@ -76,9 +77,18 @@ class PackedLinear(PackedLayer):
     def _check_input(self, x: Tensor) -> None:
         check_linear_input(x, self.in_features)
 
+    def _make_layout(self) -> Tensor:
+        return make_layout(self.codes, self.levels, self.in_features, self.precision)
+
+    def _run_direct(self, x: Tensor) -> Tensor:
+        # nn.Module looks for a buffer in three places; here is where it is.
+        return torch.ops.bqnn_cpu.packed_linear.default(x, self._layout, self._buffers["bias"])
+
 
 class PackedConv2d(PackedLayer):
     """A two-dimensional convolution with a packed weight [out_channels, in_channels / groups, kh, kw].
+
+    Its input is [B, in_channels, H, W] and its output [B, out_channels, H', W'], or both without the batch dimension.
 
     Args:
         in_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as nn.Conv2d takes them.
@@ -127,6 +137,7 @@ class PackedConv2d(PackedLayer):
             raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
         if padding == "same" and self.stride != (1, 1):
             raise ValueError(f"stride must be 1 with padding='same', got {self.stride}")
+        self._zeros = symmetric_padding(self)
 
     @classmethod
     def from_bayes(cls, layer: BayesConv2d, precision: str = "fp32", execution: str = "auto") -> PackedConv2d:
@@ -152,9 +163,10 @@ class PackedConv2d(PackedLayer):
         return x.shape[0] * math.prod(size)
 
     def run_packed(self, x: Tensor) -> Tensor:
+        layout = self._layout_for(x)
         x, padding = explicit_padding(x, self)
         geometry = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
-        return packed_conv2d(x, self.codes, self.levels, self.bias, *geometry, self.precision)
+        return packed_conv2d(x, self.codes, self.levels, self.bias, *geometry, self.precision, layout)
 
     def run_dense(self, x: Tensor) -> Tensor:
         x, padding = explicit_padding(x, self)
@@ -164,12 +176,6 @@ class PackedConv2d(PackedLayer):
 
         return multiply(convolve, x, self._dense(), self.bias, self.precision, x.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] -> [B, out_channels, H', W'], or both without the batch dimension."""
-        if isinstance(x, Tensor) and x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        return super().forward(x)
-
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
         defaults = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
@@ -178,6 +184,23 @@ class PackedConv2d(PackedLayer):
 
     def _check_input(self, x: Tensor) -> None:
         check_conv2d_input(x, self.in_channels, self.out_channels, self.groups)
+
+    def _make_layout(self) -> Tensor:
+        columns = math.prod(self.shape[1:])
+        geometry = (self.kernel_size, self.dilation[1], self.groups)
+        return make_layout(self.codes, self.levels, columns, self.precision, *geometry)
+
+    def _takes_direct_calls(self) -> bool:
+        return self._zeros is not None and super()._takes_direct_calls()
+
+    def _run_direct(self, x: Tensor) -> Tensor:
+        bias = self._buffers["bias"]
+        return torch.ops.bqnn_cpu.packed_conv2d.default(x, self._layout, bias, self.stride, self._zeros, self.dilation)
+
+    def _run_checked(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor) and x.dim() == 3:  # without the batch dimension, as nn.Conv2d takes it too
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        return super()._run_checked(x)
 
 
 def _packed_tensors(layer: BayesLinear | BayesConv2d) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,8 +1,8 @@
-"""What the packed layers share: buffers, the decoded weight, and the choice between two ways to run.
+"""What the packed layers share: buffers, what is made of them once, and the choice between two ways to run.
 
-Each runs in one of two ways, with the same result up to the order of summation: "packed" calls the packed op and keeps
-nothing else in memory; "dense" multiplies with the weight, decoded once and kept. "auto" takes, call by call, the one
-that bqnn.speed expects to be faster.
+Each runs in one of two ways, with the same result up to the order of summation: "packed" calls the packed op and keeps,
+beside the codes, at most the layout that a backend makes of them; "dense" multiplies with the weight, decoded once and
+kept. "auto" takes, call by call, the one that bqnn.speed expects to be faster.
 """
 
 from __future__ import annotations
@@ -14,25 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bqnn.ops._packed import check_precision, check_weight, decode, is_half, round_weight
+from bqnn import dispatch
+from bqnn.ops._int8 import integer_limit
+from bqnn.ops._packed import DenseWeight, check_precision, check_weight, decode, decode_rounded, is_half
 from bqnn.packing import find_bad_byte
-from bqnn.speed import packed_row_limit
+from bqnn.speed import ALWAYS, NEVER, packed_rows
 
 EXECUTIONS = ("auto", "packed", "dense")
+
+# A layer remembers the shapes that the kernel takes as they are; with more than so many it starts again.
+MAX_DIRECT_SHAPES = 64
 
 
 class PackedLayer(nn.Module):
     """What the packed layers share.
 
     Buffers: ``codes`` uint8 [N, packed_width(K, M)], ``levels`` float32 [1 or N, M], ``bias`` [N] or None. ``levels``
-    stays float32 when the module is cast. To change a buffer in place leaves the decoded weight stale; load_state_dict
-    and every conversion drop it.
+    stays float32 when the module is cast. To change a buffer in place leaves the decoded weight and the layout stale;
+    load_state_dict and every conversion drop them. That is also when the backend is chosen: a later change of
+    BQNN_BACKEND may leave alone what the layer has run before.
     """
 
     op: str
     codes: Tensor
     levels: Tensor
     bias: Tensor | None
+    _dense_weight: DenseWeight | None
+    _layout: Tensor | None
+    _direct_shapes: set[torch.Size]
 
     def __init__(
         self,
@@ -47,10 +56,11 @@ class PackedLayer(nn.Module):
         check_precision(precision)
         columns = math.prod(shape[1:])
         check_weight(codes, levels, bias, columns)
+        if precision == "int8":
+            integer_limit(columns, levels.shape[1])
         _check_values(codes, levels, columns)
         self.shape = shape
         self._precision = precision
-        self._dense_weight: Tensor | None = None
         for name, tensor in (("codes", codes), ("levels", levels), ("bias", bias)):
             self.register_buffer(name, None if tensor is None else tensor.detach())
         self.execution = execution
@@ -83,7 +93,7 @@ class PackedLayer(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, levels and bias; a decoded weight, where one is kept, is not counted."""
+        """Bytes of codes, levels and bias. A decoded weight and a layout, where they are kept, are not counted."""
         return sum(tensor.nbytes for tensor in (self.codes, self.levels, self.bias) if tensor is not None)
 
     def decode(self) -> Tensor:
@@ -104,9 +114,10 @@ class PackedLayer(nn.Module):
 
     def execution_for(self, x: Tensor) -> str:
         """ "packed" or "dense": what :meth:`forward` does with ``x``."""
-        if self._row_limit in (0, math.inf):
-            return "packed" if self._row_limit else "dense"
-        return "packed" if self.rows(x) <= self._row_limit else "dense"
+        first, last = self._packed_rows
+        if self._packed_rows in (ALWAYS, NEVER):
+            return "packed" if last else "dense"
+        return "packed" if first <= self.rows(x) <= last else "dense"
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for ``x``, in x's dtype; float16 and bfloat16 are computed in float32.
@@ -114,13 +125,16 @@ class PackedLayer(nn.Module):
         Raises:
             TypeError, ValueError: ``x`` has a wrong dtype or shape.
         """
-        self._check_input(x)
-        if is_half(x):
-            return self.forward(x.float()).to(x.dtype)
-        # An exported program holds the codes, not a weight that tracing would have to store in the module.
-        if torch.compiler.is_exporting() or self.execution_for(x) == "packed":
-            return self.run_packed(x)
-        return self.run_dense(x)
+        if (
+            not torch.compiler.is_dynamo_compiling()
+            and type(x) is Tensor  # no subclass: such a tensor may have no data
+            and x.shape in self._direct_shapes
+            and x.dtype is torch.float32
+            and x.is_cpu
+            and not (x.requires_grad and torch.is_grad_enabled())
+        ):
+            return self._run_direct(x)
+        return self._run_checked(x)
 
     def extra_repr(self) -> str:
         return (
@@ -129,26 +143,76 @@ class PackedLayer(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dense_weight": None}
+        return {**self.__dict__, "_dense_weight": None, "_layout": None, "_direct_shapes": set()}
 
     def _check_input(self, x: Tensor) -> None:
         raise NotImplementedError
 
-    def _dense(self) -> Tensor:
-        if self._dense_weight is None:
+    def _make_layout(self) -> Tensor:
+        """The cpu backend's layout of codes and levels."""
+        raise NotImplementedError
+
+    def _takes_direct_calls(self) -> bool:
+        """Whether the kernel can take what the layer is given as it is."""
+        return self.bias is None or (self.bias.dtype == torch.float32 and self.bias.is_contiguous())
+
+    def _run_direct(self, x: Tensor) -> Tensor:
+        """The kernel on an ``x`` that has been through every check in a call before."""
+        raise NotImplementedError
+
+    def _run_checked(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        if is_half(x):
+            return self.forward(x.float()).to(x.dtype)
+        # An exported program holds the codes, not a weight that tracing would have to store in the module.
+        if not torch.compiler.is_exporting() and self.execution_for(x) == "dense":
+            return self.run_dense(x)
+        y = self.run_packed(x)
+        if not torch.compiler.is_compiling() and self._layout_for(x) is not None and self._takes_direct_calls():
+            if len(self._direct_shapes) >= MAX_DIRECT_SHAPES:
+                self._direct_shapes.clear()
+            self._direct_shapes.add(x.shape)
+        return y
+
+    def _layout_for(self, x: Tensor) -> Tensor | None:
+        """The layout, made in the first call; None where the backend that runs ``x`` wants none."""
+        if torch.compiler.is_exporting() or type(x) is not Tensor or x.dtype != torch.float32 or not x.is_cpu:
+            return None
+        return self._layout if self._prepare_layout() else None
+
+    def _prepare_layout(self) -> bool:
+        """Whether the cpu backend runs the op; makes the layout for it."""
+        if dispatch.choose(self.op, self.codes.device) != "cpu":
+            return False
+        if self._layout is None:
             # An inference tensor, made in a first call under inference_mode, could not serve later calls outside it.
             with torch.inference_mode(False), torch.no_grad():
-                self._dense_weight = round_weight(self.decode(), self.precision)
+                self._layout = self._make_layout()
+        return True
+
+    # While torch.compile traces, that method is run and not itself traced; the graph then takes the layout as an input.
+    # This is all that torch.compiler.assume_constant_result does, but that one imports the compiler.
+    _prepare_layout._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _dense(self) -> DenseWeight:
+        if self._dense_weight is None:
+            with torch.inference_mode(False), torch.no_grad():
+                columns = math.prod(self.shape[1:])
+                values, scale = decode_rounded(self.codes, self.levels, columns, self.precision)
+                self._dense_weight = DenseWeight(values.view(self.shape), scale)
         return self._dense_weight
 
     def _renew(self) -> None:
-        """Drops the decoded weight and chooses again, for the present device."""
+        """Drops what was made of the buffers and chooses again, for the present device, backend and threads."""
         self._dense_weight = None
-        self._row_limit: float = 0 if self._execution == "dense" else math.inf
+        self._layout = None
+        self._direct_shapes = set()
+        self._packed_rows = ALWAYS if self._execution == "packed" else NEVER
         if self._execution == "auto":
-            columns = math.prod(self.shape[1:])
             n_bytes = self.codes.nbytes + self.levels.nbytes
-            self._row_limit = packed_row_limit(self.op, self.codes.device, self.shape[0], columns, n_bytes)
+            self._packed_rows = packed_rows(
+                self.op, self.codes.device, self.shape, self.num_levels, self.precision, n_bytes
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         levels = self.levels

@@ -1,16 +1,16 @@
 """Never slower: the expected time of a packed layer and of its dense product, the choice between them, and a check.
 
-The model is a roofline. A pass over a layer costs one call plus the longer of moving its bytes and doing its
-operations, at rates measured once a process and device.
+With the cpu backend, expected times are measured ones of small layers (bqnn.rates). Otherwise the model is a roofline:
+a pass over a layer costs one call plus the longer of moving its bytes and doing its operations, at rates measured once
+a process and device.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-import statistics
-import time
-from collections.abc import Callable
 from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bqnn import dispatch
+from bqnn.ops._packed_layout import layout_name
 from bqnn.packing import digits_per_byte
+from bqnn.rates import cpu_rates, median_seconds
 
 if TYPE_CHECKING:
     from bqnn.packed_layer import PackedLayer
@@ -27,8 +29,21 @@ if TYPE_CHECKING:
 # (int64 each time), the level (float32).
 REFERENCE_DECODE_BYTES = 32
 
-# Batches beyond this many rows are never bound by the bytes of the weight.
-MAX_ROWS = 1 << 16
+# The numbers of rows at which packed and dense are compared; beyond the last, the last decides.
+COMPARED_ROWS = tuple(1 << exponent for exponent in range(17))
+
+# The packed op is taken where it is expected to need this share of the dense time or less: measurements scatter.
+CLEARLY_FASTER = 0.9
+
+
+class RowRange(NamedTuple):
+    """From how many to how many rows (output positions times batch) a layer runs packed, both included."""
+
+    first: float
+    last: float
+
+
+ALWAYS, NEVER = RowRange(0, math.inf), RowRange(math.inf, 0)
 
 
 class Roofline(NamedTuple):
@@ -46,6 +61,9 @@ class Roofline(NamedTuple):
 class LayerWork(NamedTuple):
     """One pass over a layer: its weight is [channels, columns], each of ``rows`` output positions takes all of it."""
 
+    op: str
+    num_levels: int
+    precision: str
     channels: int
     columns: int
     rows: int
@@ -55,56 +73,60 @@ class LayerWork(NamedTuple):
     """Bytes of codes and levels."""
 
     def dense_seconds(self, machine: Roofline) -> float:
-        """Expected seconds of the product with the decoded float32 weight."""
+        """Expected seconds of the product with the decoded float32 weight, by the roofline."""
         weights = self.channels * self.columns
         return machine.seconds(4 * (weights + self.activations), 2 * self.rows * weights)
 
     def packed_seconds(self, machine: Roofline, backend: str) -> float:
-        """Expected seconds of the packed op: a kernel reads the codes instead of the weight; the reference decodes
-        the whole weight and then does what dense does."""
+        """Expected seconds of the packed op, by the roofline: a kernel reads the codes instead of the weight; the
+        reference decodes the whole weight and then does what dense does."""
         weights = self.channels * self.columns
         if backend == "reference":
             return machine.seconds(REFERENCE_DECODE_BYTES * weights, weights) + self.dense_seconds(machine)
         return machine.seconds(self.packed_bytes + 4 * self.activations, 2 * self.rows * weights)
 
+    def expected_seconds(self, device: torch.device, backend: str) -> tuple[float, float]:
+        """Expected seconds of the packed op on ``backend``, and of the dense product."""
+        if backend != "cpu":
+            machine = roofline(device)
+            return self.packed_seconds(machine, backend), self.dense_seconds(machine)
+        weights = self.channels * self.columns
+        packed, dense = (
+            cpu_rates(self.op, self.num_levels, self.precision, weights, execution).seconds(weights, self.rows)
+            for execution in ("packed", "dense")
+        )
+        return packed, dense
 
-def packed_row_limit(op: str, device: torch.device, channels: int, columns: int, packed_bytes: int) -> float:
-    """Up to how many rows (output positions times batch) the packed ``op`` is expected to beat the dense product.
 
-    0 where it never does, as with the reference; a power of two; or infinity, also where no backend can run ``op``, so
-    that the call itself says why.
+def packed_rows(
+    op: str, device: torch.device, shape: tuple[int, ...], num_levels: int, precision: str, packed_bytes: int
+) -> RowRange:
+    """For how many rows the packed ``op`` is expected to beat the dense product, for a weight of ``shape``.
+
+    Returns:
+        NEVER, as with the reference; ALWAYS, also where no backend can run ``op``, so that the call itself says why; or
+        what is between. Where packed wins in more than one range, the one of most doublings counts.
     """
     try:
         backend = dispatch.choose(op, device)
     except dispatch.BackendError:
-        return math.inf
+        return ALWAYS
     if backend == "reference":
-        return 0  # It decodes first and is then the dense product: no rate has to be measured to know.
-    machine, limit, rows = roofline(device), 0, 1
-    while rows <= MAX_ROWS:
-        work = LayerWork(channels, columns, rows, rows * (channels + columns), packed_bytes)
-        if work.packed_seconds(machine, backend) >= work.dense_seconds(machine):
-            return limit
-        limit, rows = rows, 2 * rows
-    return math.inf
+        return NEVER  # It decodes first and is then the dense product: no rate has to be measured to know.
+    channels, columns = shape[0], math.prod(shape[1:])
 
+    def wins(rows: int) -> bool:
+        activations = rows * (channels + columns)
+        work = LayerWork(op, num_levels, precision, channels, columns, rows, activations, packed_bytes)
+        packed, dense = work.expected_seconds(device, backend)
+        return packed <= CLEARLY_FASTER * dense
 
-def median_seconds(call: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
-    """The median of ``repeats`` timed calls after two that are not timed; a GPU is synchronised around each."""
-
-    def synchronise() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    times = []
-    for repeat in range(repeats + 2):
-        synchronise()
-        start = time.perf_counter()
-        call()
-        synchronise()
-        if repeat >= 2:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    runs = [list(rows) for won, rows in groupby(COMPARED_ROWS, wins) if won]
+    if not runs:
+        return NEVER
+    longest = max(runs, key=len)
+    first = 0 if longest[0] == COMPARED_ROWS[0] else longest[0]
+    return RowRange(first, math.inf if longest[-1] == COMPARED_ROWS[-1] else longest[-1])
 
 
 def roofline(device: torch.device) -> Roofline:
@@ -146,15 +168,16 @@ class SpeedReport(list[LayerSpeed]):
 
     def __str__(self) -> str:
         width = max(5, *(len(layer.name) for layer in self)) + 2
-        head = f"{'layer':<{width}}{'backend':<11}{'layout':<16}{'rows':>8}  {'runs':<8}"
+        wide = max(6, *(len(layer.layout) for layer in self)) + 2
+        head = f"{'layer':<{width}}{'backend':<11}{'layout':<{wide}}{'rows':>8}  {'runs':<8}"
         lines = [
-            f"{'':<{width + 45}}{'expected, us':>20}{'measured, us':>20}",
+            f"{'':<{len(head)}}{'expected, us':>20}{'measured, us':>20}",
             head + f"{'packed':>10}{'dense':>10}" * 2,
         ]
         for layer in self:
             times = (layer.expected_packed, layer.expected_dense, layer.measured_packed, layer.measured_dense)
             lines.append(
-                f"{layer.name:<{width}}{layer.backend:<11}{layer.layout:<16}{layer.rows:>8}  {layer.execution:<8}"
+                f"{layer.name:<{width}}{layer.backend:<11}{layer.layout:<{wide}}{layer.rows:>8}  {layer.execution:<8}"
                 + "".join(f"{seconds * 1e6:>10.1f}" for seconds in times)
             )
         return "\n".join(lines)
@@ -163,7 +186,8 @@ class SpeedReport(list[LayerSpeed]):
 def explain_speed(net: nn.Module, x: Tensor) -> SpeedReport:
     """Runs ``net`` on ``x`` and says, for each packed layer, what runs, what was expected and what was measured.
 
-    Each layer is timed alone on its own input (the first one, where it runs more than once), packed and dense.
+    Each layer is timed alone on its own input (the first one, where it runs more than once), packed and dense. The
+    layout is how codes lie in memory when the packed op runs: on the reference as in the file.
 
     Returns:
         a list of :class:`LayerSpeed`, in the order in which the layers ran; ``print`` it for a table.
@@ -195,23 +219,34 @@ def explain_speed(net: nn.Module, x: Tensor) -> SpeedReport:
 
 
 def _explain_layer(name: str, layer: PackedLayer, x: Tensor) -> LayerSpeed:
-    backend, machine = dispatch.choose(layer.op, x.device), roofline(x.device)
-    rows, columns = layer.rows(x), math.prod(layer.shape[1:])
+    backend, rows, num_levels = dispatch.choose(layer.op, x.device), layer.rows(x), layer.num_levels
     work = LayerWork(
+        op=layer.op,
+        num_levels=num_levels,
+        precision=layer.precision,
         channels=layer.shape[0],
-        columns=columns,
+        columns=math.prod(layer.shape[1:]),
         rows=rows,
         activations=x.numel() + rows * layer.shape[0],
         packed_bytes=layer.codes.nbytes + layer.levels.nbytes,
     )
+    expected_packed, expected_dense = work.expected_seconds(x.device, backend)
+    as_stored = f"{num_levels} levels, {digits_per_byte(num_levels)}/byte"
     return LayerSpeed(
         name=name,
         backend=backend,
-        layout=f"{layer.num_levels} levels, {digits_per_byte(layer.num_levels)}/byte",
+        layout=layout_name(num_levels, layer.precision) if backend == "cpu" else as_stored,
         rows=rows,
         execution=layer.execution_for(x),
-        expected_packed=work.packed_seconds(machine, backend),
-        expected_dense=work.dense_seconds(machine),
-        measured_packed=median_seconds(lambda: layer.run_packed(x), x.device),
-        measured_dense=median_seconds(lambda: layer.run_dense(x), x.device),
+        expected_packed=expected_packed,
+        expected_dense=expected_dense,
+        measured_packed=_measure_execution(layer, x, "packed"),
+        measured_dense=_measure_execution(layer, x, "dense"),
     )
+
+
+def _measure_execution(layer: PackedLayer, x: Tensor, execution: str) -> float:
+    """Median seconds of the layer as it would run with ``execution``; the layer itself stays as it is."""
+    twin = copy.copy(layer)
+    twin.execution = execution
+    return median_seconds(lambda: twin.forward(x), x.device)

@@ -99,3 +99,31 @@ def spike_slab_kl(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tenso
             centre = 0.0 if 0.0 in codebook else min(codebook, key=lambda c: abs(mean - c))
             total += spikes + (1.0 - sum(windows) / scale) * log_uniform_kl(mean - centre, variance)
     return total
+
+
+def int8_codebook(levels: Sequence[float], limit: int) -> tuple[list[int], np.float32]:
+    """The integers and the scale of one codebook that "int8" states: every candidate, in Python floats."""
+    largest = max(abs(level) for level in levels)
+    best: tuple[float, list[int], np.float32] = (math.inf, [], np.float32(0))
+    for q in range(limit, (limit + 1) // 2 - 1, -1):
+        scale = np.float32(largest / q)
+        integers = [round(level / float(scale)) for level in levels]
+        error = max(abs(level - n * float(scale)) for level, n in zip(levels, integers))
+        if error < best[0]:
+            best = (error, integers, scale)
+    return best[1], best[2]
+
+
+def int8_product(
+    x: np.ndarray, integers: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, dtype: type = np.float32
+) -> np.ndarray:
+    """What "int8" states for finite rows x [B, K], integers [N, K], scale [1 or N], bias [N]: sums in int64, every
+    other operation rounded to ``dtype``."""
+    largest = np.abs(x).max(1, keepdims=True)
+    factor = np.where(largest < 2.0**-64, dtype(2.0**64), dtype(1))
+    with np.errstate(all="ignore"):
+        q = np.rint((x * factor) * (dtype(127) / (largest * factor)))
+    total = np.where(largest > 0, q, 0).astype(np.int64) @ integers.astype(np.int64).T
+    y = (total.astype(dtype) * scale.astype(dtype)) * (largest / dtype(127))
+    assert y.dtype == dtype
+    return y if bias is None else y + bias.astype(dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import bqnn
-from bqnn import dispatch
+from bqnn import dispatch, extension
 from bqnn.dispatch import BackendError
 from bqnn.ops._register import register_op
 
@@ -35,7 +35,8 @@ OPS = [
 
 @pytest.fixture
 def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An op with the backends cpu and reference, known to this test alone."""
+    """An op with the backends cpu and reference, known to this test alone, as if the extension were here."""
+    monkeypatch.setattr(extension, "MISSING", "")
     monkeypatch.setattr(dispatch, "_implementations", {})
     dispatch._choose.cache_clear()
     dispatch.register("probe", "reference", lambda: "reference ran")

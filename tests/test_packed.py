@@ -86,6 +86,24 @@ def test_conv2d_output(geometry: dict[str, Any], execution: str) -> None:
     assert packed(x[:0]).shape == (0, *y.shape[1:])
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_int8_is_the_same_bits_packed_and_dense(granularity: str) -> None:
+    """Up to sums of 2**24, that is with 1040 columns or fewer: the dense product then is one of integers, exact."""
+    x, images = torch.randn(5, 21), torch.randn(3, 4, 9, 8)
+    linear = PackedLinear.from_bayes(make_linear(5, granularity), "int8")
+    assert torch.equal(linear.run_dense(x), linear.run_packed(x))
+    conv2d = PackedConv2d.from_bayes(make_conv2d(5, granularity, kernel_size=3, padding=1), "int8")
+    assert torch.equal(conv2d.run_dense(images), conv2d.run_packed(images))
+    assert torch.equal(linear.decode(), make_linear(5, granularity).quantized_weight())  # which is not rounded
+
+
+def test_int8_is_refused_where_sums_could_overflow() -> None:
+    codes, levels = torch.zeros(1, 600_000, dtype=torch.uint8), torch.arange(16.0).unsqueeze(0)
+    PackedLinear(1_200_000, codes, levels)
+    with pytest.raises(ValueError, match="precision must not be 'int8' for 16 levels"):
+        PackedLinear(1_200_000, codes, levels, precision="int8")
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_both_executions_round_alike(precision: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -106,7 +124,7 @@ def test_dense_weight_is_decoded_once_and_only_there() -> None:
     assert packed._dense_weight is None
     weight = dense._dense_weight
     assert weight is not None
-    assert not weight.is_inference()
+    assert not weight.values.is_inference()
     assert dense(x) is not None
     assert dense._dense_weight is weight
     assert set(dense.state_dict()) == {"codes", "levels", "bias"}

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bqnn.ops._packed import PRECISIONS
+from bqnn import dispatch
+from bqnn.ops._int8 import round_levels
+from bqnn.ops._packed import PRECISIONS, decode
+from bqnn.ops._packed_layout import make_layout
 from bqnn.ops.packed_conv2d import packed_conv2d
 from bqnn.packing import pack_codes
+from tests import formulas
+from tests.helpers import usable_backends
+from tests.shapes import EVERY_M
 
-EVERY_M = [pytest.param(m, id=f"M{m}") for m in range(2, 17)]
+BACKENDS = [param for param in usable_backends("packed_conv2d") if param.values[0][0] == "cpu"]
 GEOMETRIES = [
     pytest.param((1, 1, 1), (1, 1), {}, id="1x1"),
     pytest.param((7, 6, 1), (5, 5), {}, id="lenet1"),
@@ -61,15 +68,83 @@ def test_fp32(
 
 
 @pytest.mark.parametrize("num_levels", [2, 3, 16])
-def test_narrow_precisions_round_as_stated(num_levels: int) -> None:
+def test_bf16_rounds_the_operands_only(num_levels: int) -> None:
     x, codes, levels, bias, weight = make_case(num_levels, "channel", (4, 9, 6), 3)
     x *= torch.logspace(-4, 4, 4).view(-1, 1, 1, 1)
     exact = F.conv2d(x.bfloat16().double(), weight.bfloat16().double(), bias.double(), padding=1)
     assert relative_error(packed_conv2d(x, codes, levels, bias, 3, padding=1, precision="bf16"), exact) <= 1e-6
-    scale = x.abs().amax((1, 2, 3), keepdim=True) / 127
-    exact = F.conv2d((x / scale).round().double(), weight, padding=1) * scale.double() + bias.double().view(-1, 1, 1)
-    y = packed_conv2d(x, codes, levels, bias, 3, padding=1, precision="int8")
-    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def int8_convolution(
+    x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor, kernel: tuple[int, int], geometry: dict[str, Any]
+) -> Tensor:
+    """What "int8" states, a sample at a time: windows by unfold, then formulas.int8_product of one group."""
+    options = {"padding": (0, 0), "stride": (1, 1), "dilation": (1, 1), **geometry}
+    groups = options.pop("groups", 1)
+    columns = x.shape[1] // groups * kernel[0] * kernel[1]
+    integers, scale = round_levels(levels, columns)
+    weight = decode(codes, integers.float(), columns).numpy()
+    scale = scale.expand(len(codes)).numpy()
+    size = F.conv2d(x[:, :1], torch.zeros(1, 1, *kernel), **options).shape[2:]
+    samples = []
+    for image in x:
+        windows = F.unfold(image[None], kernel, options["dilation"], options["padding"], options["stride"])[0]
+        largest = image.abs().amax().expand(windows.shape[1], 1)
+        parts = []
+        for g, (w, s, b) in enumerate(zip(*(np.array_split(t, groups) for t in (weight, scale, bias.numpy())))):
+            # The scale is the sample's: a last column, with no weight, that holds its largest element.
+            rows = torch.cat([windows[g * columns : (g + 1) * columns].t(), largest], 1).numpy()
+            parts.append(formulas.int8_product(rows, np.pad(w, ((0, 0), (0, 1))), s, b).T)
+        samples.append(torch.from_numpy(np.concatenate(parts)).view(-1, *size))
+    return torch.stack(samples)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("num_levels", EVERY_M)
+@pytest.mark.parametrize(("shape", "kernel_size", "geometry"), GEOMETRIES)
+def test_int8_gives_the_stated_bits(
+    num_levels: int,
+    granularity: str,
+    shape: tuple[int, int, int],
+    kernel_size: Any,
+    geometry: dict[str, Any],
+    backend: tuple[str, str],
+) -> None:
+    x, codes, levels, bias, _ = make_case(num_levels, granularity, shape, kernel_size, geometry.get("groups", 1))
+    x *= torch.logspace(-30, 30, len(x)).view(-1, 1, 1, 1)
+    y = packed_conv2d(x, codes, levels, bias, kernel_size, **geometry, precision="int8", backend=backend[1])
+    kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    assert torch.equal(y, int8_convolution(x, codes, levels, bias, kernel, geometry))
+    last = x.contiguous(memory_format=torch.channels_last)
+    again = packed_conv2d(last, codes, levels, bias, kernel_size, **geometry, precision="int8", backend=backend[1])
+    assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int8_of_extreme_samples(backend: tuple[str, str]) -> None:
+    x, codes, levels, bias, _ = make_case(3, "channel", (5, 9, 6), 3)
+    x[0] = 0.0
+    x[1] *= 1e-43
+    x[2, 1, 2, 3], x[3, 5, 10, 12] = float("nan"), float("-inf")
+    y = packed_conv2d(x, codes, levels, bias, 3, padding=1, precision="int8", backend=backend[1])
+    assert torch.equal(y[0], bias.view(-1, 1, 1).expand_as(y[0]))
+    assert y[2:4].isnan().all()
+    x, y = x[[0, 1, 4]], y[[0, 1, 4]]
+    assert torch.equal(y, int8_convolution(x, codes, levels, bias, (3, 3), {"padding": (1, 1)}))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_layout_changes_nothing(precision: str) -> None:
+    x, codes, levels, bias, _ = make_case(3, "channel", (4, 8, 6), 3, groups=2)
+    arguments = (x, codes, levels, bias, 3, 1, 2, (1, 2), 2, precision)
+    unread = torch.zeros(0, dtype=torch.uint8)
+    y = packed_conv2d(*arguments, backend="reference")
+    assert torch.equal(packed_conv2d(*arguments, layout=unread, backend="reference"), y)
+    if dispatch.status("packed_conv2d", "cpu", "cpu").usable:
+        layout = make_layout(codes, levels, 27, precision, (3, 3), 2, 2)
+        y = packed_conv2d(*arguments, backend="cpu")
+        assert torch.equal(packed_conv2d(*arguments, layout=layout, backend="cpu"), y)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -107,7 +182,7 @@ def test_opcheck(precision: str, batch: int, layout: str) -> None:
 def test_opcheck_of_one_channel(shape: tuple[int, int, int]) -> None:
     x, codes, levels, bias, _ = make_case(3, "tensor", shape, 3)
     for input_ in (x, x.contiguous(memory_format=torch.channels_last)):
-        arguments = (input_, codes, levels, bias, [3, 3], [1, 1], [1, 1], [1, 1], 1, "fp32", "reference")
+        arguments = (input_, codes, levels, bias, [3, 3], [1, 1], [1, 1], [1, 1], 1, "fp32", None, "reference")
         torch.library.opcheck(torch.ops.bqnn.packed_conv2d, arguments)
 
 

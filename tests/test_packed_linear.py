@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bqnn import BackendError
-from bqnn.ops._packed import PRECISIONS, decode, quantize_rows
+from bqnn import BackendError, dispatch
+from bqnn.ops._int8 import integer_limit
+from bqnn.ops._packed import PRECISIONS, decode
+from bqnn.ops._packed_layout import make_layout
 from bqnn.ops.packed_linear import packed_linear
 from bqnn.packing import pack_codes
+from tests import formulas
+from tests.helpers import usable_backends
+from tests.shapes import EVERY_M, GRANULARITIES
 
-EVERY_M = [pytest.param(m, id=f"M{m}") for m in range(2, 17)]
-GRANULARITIES = ["tensor", "channel"]
+BACKENDS = [param for param in usable_backends("packed_linear") if param.values[0][0] == "cpu"]
 SHAPES = [
     pytest.param(rows, channels, columns, id=f"B{rows}-N{channels}-K{columns}")
     for rows, channels, columns in [(1, 1, 1), (1, 129, 341), (63, 7, 63), (5, 341, 129)]
@@ -31,6 +36,15 @@ def make_case(
     weight = torch.stack([levels[n % codebooks][codes[n].long()] for n in range(channels)]).double()
     x = torch.randn(rows, columns, generator=generator)
     return x, pack_codes(codes, num_levels), levels, torch.randn(channels, generator=generator), weight
+
+
+def int8_weight(codes: Tensor, levels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """What "int8" makes of a packed weight: integers [N, columns] as float32, and scale [N, 1]."""
+    limit = integer_limit(columns, levels.shape[1])
+    codebooks = [formulas.int8_codebook(row, limit) for row in levels.tolist()]
+    integers = torch.tensor([row for row, _ in codebooks], dtype=torch.float32)
+    scale = torch.tensor([float(s) for _, s in codebooks]).unsqueeze(1)
+    return decode(codes, integers, columns), scale.expand(len(codes), 1)
 
 
 def relative_error(y: Tensor, exact: Tensor) -> float:
@@ -56,9 +70,9 @@ def test_identity_gives_the_levels_bit_for_bit(num_levels: int, granularity: str
     assert torch.equal(packed_linear(torch.eye(31), codes, levels), weight.float().t())
     bf16 = packed_linear(torch.eye(31), codes, levels, precision="bf16")
     assert torch.equal(bf16, weight.float().bfloat16().float().t())
-    # 127 integers of the scale 1/127: only the two roundings of the scale remain.
+    integers, scale = int8_weight(codes, levels, 31)
     int8 = packed_linear(torch.eye(31), codes, levels, precision="int8")
-    torch.testing.assert_close(int8, weight.float().t(), rtol=3e-7, atol=0)
+    assert torch.equal(int8, (127 * integers * scale).t() * (torch.tensor(1.0) / 127))
 
 
 @pytest.mark.parametrize("num_levels", [2, 3, 16])
@@ -69,26 +83,75 @@ def test_bf16_rounds_the_operands_only(num_levels: int) -> None:
     assert 1e-4 < relative_error(exact, F.linear(x.double(), weight, bias.double())) < 1e-2
 
 
-@pytest.mark.parametrize("num_levels", [2, 3, 16])
-def test_int8_rounds_the_activations_only(num_levels: int) -> None:
-    x, codes, levels, bias, weight = make_case(num_levels, "tensor", 17, 33, 129)
-    x *= torch.logspace(-6, 6, 17)[:, None]
-    scale = x.abs().amax(1, keepdim=True) / 127
-    exact = F.linear((x / scale).round().double(), weight) * scale.double() + bias.double()
-    y = packed_linear(x, codes, levels, bias, "int8")
-    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("num_levels", EVERY_M)
+@pytest.mark.parametrize(("rows", "channels", "columns"), SHAPES)
+def test_int8_gives_the_stated_bits(
+    num_levels: int, granularity: str, rows: int, channels: int, columns: int, backend: tuple[str, str]
+) -> None:
+    x, codes, levels, bias, _ = make_case(num_levels, granularity, rows, channels, columns)
+    x *= torch.logspace(-30, 30, rows)[:, None]  # float32 has no square of the outer ones
+    integers, scale = (tensor.numpy() for tensor in int8_weight(codes, levels, columns))
+    for b in (bias, None):
+        y = packed_linear(x, codes, levels, b, "int8", backend=backend[1])
+        expected = formulas.int8_product(x.numpy(), integers, scale[:, 0], None if b is None else b.numpy())
+        assert torch.equal(y, torch.from_numpy(expected))
+    y = packed_linear(x.double(), codes, levels, bias, "int8", backend=backend[1])
+    expected = formulas.int8_product(x.double().numpy(), integers, scale[:, 0], bias.numpy(), dtype=np.float64)
+    assert torch.equal(y, torch.from_numpy(expected))
 
 
-def test_int8_of_extreme_rows() -> None:
-    x = torch.tensor([[0.0, 0.0], [2e-43, -1e-43], [3e38, 1e38], [float("nan"), 1.0], [float("inf"), 1.0]])
-    q, scale = quantize_rows(x)
-    assert q.abs().amax(1)[:3].tolist() == [0, 127, 127]
-    assert scale[0] == 0
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int8_sums_are_exact_beyond_24_bits(backend: tuple[str, str]) -> None:
+    index = torch.arange(4231) % 3 == 0
+    levels, x = torch.tensor([[126.0, 127.0]]), torch.full((1, 4231), 127.0)  # both scales are 1
+    total = 127 * (126 * len(index) + index.sum())
+    assert total > 2**24
+    y = packed_linear(x, pack_codes(index[None].byte(), 2), levels, precision="int8", backend=backend[1])
+    assert y.item() == total.float().item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int8_of_extreme_rows(backend: tuple[str, str]) -> None:
+    x = torch.tensor([[0.0, 0.0], [3e38, 1e38], [2e-43, -1e-43], [float("nan"), 1.0], [1.0, float("-inf")]])
     codes, levels = pack_codes(torch.tensor([[0, 1]], dtype=torch.uint8), 2), torch.tensor([[-1.0, 1.0]])
-    y = packed_linear(x, codes, levels, precision="int8").flatten()
+    y = packed_linear(x, codes, levels, precision="int8", backend=backend[1]).flatten()
+    integers, scale = (tensor.numpy() for tensor in int8_weight(codes, levels, 2))
+    expected = formulas.int8_product(x[:3].numpy(), integers, scale[:, 0], None)
+    assert torch.equal(y[:3], torch.from_numpy(expected).flatten())
     assert y[0] == 0
-    assert y[:3].isfinite().all()
+    assert y[1:3].ne(0).all()
     assert y[3:].isnan().all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_computes_what_the_reference_does(backend: tuple[str, str], precision: str) -> None:
+    x, codes, levels, bias, _ = make_case(5, "channel", 17, 33, 129)
+    y = packed_linear(x, codes, levels, bias, precision, backend=backend[1])
+    expected = packed_linear(x.double(), codes, levels, bias, precision, backend="reference")
+    if precision == "int8":
+        assert torch.equal(y, packed_linear(x, codes, levels, bias, precision, backend="reference"))
+    elif precision == "fp32":
+        assert relative_error(y, expected) <= 1e-5
+    else:
+        x = x.bfloat16().float()  # float64 activations are rounded from float64
+        assert relative_error(y, packed_linear(x.double(), codes, levels, bias, precision, backend="reference")) <= 1e-6
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_layout_changes_nothing(precision: str) -> None:
+    x, codes, levels, bias, _ = make_case(3, "tensor", 4, 5, 21)
+    unread = torch.zeros(0, dtype=torch.uint8)
+    y = packed_linear(x, codes, levels, bias, precision, backend="reference")
+    assert torch.equal(packed_linear(x, codes, levels, bias, precision, unread, "reference"), y)
+    if dispatch.status("packed_linear", "cpu", "cpu").usable:
+        layout = make_layout(codes, levels, 21, precision)
+        y = packed_linear(x, codes, levels, bias, precision, backend="cpu")
+        assert torch.equal(packed_linear(x, codes, levels, bias, precision, layout, "cpu"), y)
+        half = packed_linear(x.half(), codes, levels, bias.half(), precision, layout, "cpu")
+        assert torch.equal(half, packed_linear(x.half(), codes, levels, bias.half(), precision, None, "cpu"))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -129,7 +192,7 @@ def test_opcheck(precision: str, shape: tuple[int, ...]) -> None:
     _, codes, levels, bias, _ = make_case(3, "channel", 4, 5, 21)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     torch.library.opcheck(torch.ops.bqnn.packed_linear, (x, codes, levels, bias, precision))
-    torch.library.opcheck(torch.ops.bqnn.packed_linear, (x, codes, levels, None, precision, "reference"))
+    torch.library.opcheck(torch.ops.bqnn.packed_linear, (x, codes, levels, None, precision, None, "reference"))
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
@@ -167,6 +230,13 @@ def test_backward_is_refused() -> None:
         ),
         pytest.param({"bias": torch.zeros(5).int()}, TypeError, "bias must be floating point", id="bias-dtype"),
         pytest.param({"precision": "fp16"}, ValueError, "precision must be .* got 'fp16'", id="precision"),
+        pytest.param(
+            {"x": torch.zeros(1, 1_200_000), "codes": torch.zeros(5, 600_000).byte(), "levels": torch.zeros(1, 16)}
+            | {"precision": "int8"},
+            ValueError,
+            "precision must not be 'int8' for 16 levels and more than 1127288 weights .* got 1200000",
+            id="int8-overflow",
+        ),
         pytest.param({"backend": "tpu"}, BackendError, "no such backend", id="backend"),
     ],
 )

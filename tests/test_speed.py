@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,23 +13,31 @@ from bqnn import dispatch, speed
 from bqnn.models import lenet5
 from bqnn.pack import pack
 from bqnn.packed import PackedLinear
-from bqnn.speed import LayerWork, Roofline, explain_speed, packed_row_limit
+from bqnn.rates import Rates
+from bqnn.speed import ALWAYS, NEVER, LayerWork, Roofline, RowRange, explain_speed, packed_rows
 
 MACHINE = Roofline(bytes_per_second=1e10, operations_per_second=1e11, call_seconds=1e-6)
 CPU = torch.device("cpu")
+WORK = LayerWork(
+    "packed_linear", 3, "fp32", channels=1000, columns=2000, rows=1, activations=3000, packed_bytes=400_012
+)
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if the cpu backend had kernels of the packed ops, on a machine with the rates of MACHINE."""
+def kernel(monkeypatch: pytest.MonkeyPatch) -> dict[str, Rates]:
+    """As if the cpu backend had kernels of the packed ops, with these rates: faster from 1 to 300 rows."""
     real = dispatch.choose
 
     def choose(op: str, device: torch.device, backend: str | None = None) -> str:
         return "cpu" if op.startswith("packed") else real(op, device, backend)
 
+    rates = {
+        "packed": Rates(1e-6, (1, 100), (1e-12, 5e-11)),
+        "dense": Rates(1e-6, (1, 100), (1e-11, 2e-11)),
+    }
     monkeypatch.setattr(dispatch, "choose", choose)
-    monkeypatch.setattr(speed, "roofline", lambda device: MACHINE)
-    yield
+    monkeypatch.setattr(speed, "cpu_rates", lambda op, num_levels, precision, weights, execution: rates[execution])
+    return rates
 
 
 def test_roofline_is_the_longer_of_two() -> None:
@@ -38,38 +45,65 @@ def test_roofline_is_the_longer_of_two() -> None:
     assert MACHINE.seconds(1, 1e11) == pytest.approx(1.0 + 1e-6)
 
 
-def test_expected_seconds() -> None:
-    work = LayerWork(channels=1000, columns=2000, rows=1, activations=3000, packed_bytes=400_012)
-    assert work.dense_seconds(MACHINE) == pytest.approx(1e-6 + 4 * 2_003_000 / 1e10)
-    assert work.packed_seconds(MACHINE, "cpu") == pytest.approx(1e-6 + (400_012 + 12_000) / 1e10)
-    many = work._replace(rows=1000, activations=3_000_000)
+def test_expected_seconds_by_the_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert WORK.dense_seconds(MACHINE) == pytest.approx(1e-6 + 4 * 2_003_000 / 1e10)
+    assert WORK.packed_seconds(MACHINE, "triton") == pytest.approx(1e-6 + (400_012 + 12_000) / 1e10)
+    many = WORK._replace(rows=1000, activations=3_000_000)
     assert many.dense_seconds(MACHINE) == pytest.approx(1e-6 + 2 * 1000 * 2_000_000 / 1e11)
-    for case in (work, many):
-        assert case.packed_seconds(MACHINE, "reference") > case.dense_seconds(MACHINE)
+    monkeypatch.setattr(speed, "roofline", lambda device: MACHINE)
+    for case in (WORK, many):
+        packed, dense = case.expected_seconds(CPU, "reference")
+        assert packed > dense
 
 
-def test_the_reference_is_never_chosen_for_time() -> None:
-    assert packed_row_limit("packed_linear", CPU, 4096, 4096, 1) == 0
+def test_expected_seconds_of_the_cpu_kernels(kernel: dict[str, Rates]) -> None:
+    assert WORK.expected_seconds(CPU, "cpu") == pytest.approx((1e-6 + 2e6 * 1e-12, 1e-6 + 2e6 * 1e-11))
+
+
+def rows_of(channels: int, columns: int) -> RowRange:
+    return packed_rows("packed_linear", CPU, (channels, columns), 3, "fp32", channels * columns // 5)
+
+
+def test_the_reference_is_never_chosen_for_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BQNN_BACKEND", "reference")
+    assert rows_of(4096, 4096) == NEVER
     layer = pack(bqnn.BayesLinear(64, 32))
     assert layer.execution_for(torch.zeros(1, 64)) == "dense"
     layer.execution = "packed"
     assert layer.execution_for(torch.zeros(1, 64)) == "packed"
 
 
-def test_a_kernel_is_chosen_up_to_the_crossover(kernel: None) -> None:
-    limit = packed_row_limit("packed_linear", CPU, 1000, 2000, 400_012)
-    assert 1 <= limit < math.inf
+def test_a_kernel_is_chosen_where_it_is_faster(kernel: dict[str, Rates]) -> None:
+    first, last = rows_of(1000, 2000)
+    assert first == 0
+    assert 1 < last < 100
 
     def wins(rows: int) -> bool:
-        work = LayerWork(1000, 2000, rows, rows * 3000, 400_012)
-        return work.packed_seconds(MACHINE, "cpu") < work.dense_seconds(MACHINE)
+        packed, dense = WORK._replace(rows=rows).expected_seconds(CPU, "cpu")
+        return packed <= speed.CLEARLY_FASTER * dense
 
-    assert wins(int(limit))
-    assert not wins(2 * int(limit))
+    assert wins(int(last))
+    assert not wins(2 * int(last))
     layer = pack(bqnn.BayesLinear(2000, 1000))
-    limit = int(layer._row_limit)
-    assert layer.execution_for(torch.zeros(limit, 2000)) == "packed"
-    assert layer.execution_for(torch.zeros(limit + 1, 2000)) == "dense"
+    for rows, execution in ((0, "packed"), (1, "packed"), (int(last), "packed"), (int(last) + 1, "dense")):
+        assert layer.execution_for(torch.zeros(rows, 2000)) == execution
+
+
+def test_a_kernel_that_needs_many_rows_gets_them(kernel: dict[str, Rates]) -> None:
+    kernel["packed"], kernel["dense"] = kernel["dense"], kernel["packed"]
+    first, last = rows_of(1000, 2000)
+    assert 1 < first < 100
+    assert last == math.inf
+    layer = pack(bqnn.BayesLinear(2000, 1000))
+    assert layer.execution_for(torch.zeros(int(first) - 1, 2000)) == "dense"
+    assert layer.execution_for(torch.zeros(int(first), 2000)) == "packed"
+
+
+def test_equal_times_are_no_reason_to_run_packed(kernel: dict[str, Rates]) -> None:
+    kernel["packed"] = kernel["dense"]
+    assert rows_of(1000, 2000) == NEVER
+    kernel["packed"] = Rates(1e-7, (1, 100), (1e-13, 1e-13))
+    assert rows_of(1000, 2000) == ALWAYS
 
 
 def test_a_forced_backend_that_can_not_run_says_so_in_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +114,8 @@ def test_a_forced_backend_that_can_not_run_says_so_in_the_call(monkeypatch: pyte
         layer(torch.zeros(1, 5))
 
 
-def test_explain_speed() -> None:
+def test_explain_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BQNN_BACKEND", "reference")
     net = pack(bqnn.convert(lenet5()))
     net.fc2.execution = "packed"
     report = explain_speed(net, torch.zeros(2, 1, 28, 28))
@@ -96,6 +131,16 @@ def test_explain_speed() -> None:
     assert [line.split()[0] for line in lines[2:]] == [layer.name for layer in report]
     assert all("3 levels, 5/byte" in line for line in lines[2:])
     assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+@pytest.mark.skipif(not dispatch.status("packed_linear", "cpu", "cpu").usable, reason="no CPU kernels here")
+def test_explain_speed_of_the_cpu_kernels() -> None:
+    net = pack(bqnn.convert(lenet5()), "int8", "packed")
+    for layer in explain_speed(net, torch.zeros(2, 1, 28, 28)):
+        assert (layer.backend, layer.execution) == ("cpu", "packed")
+        assert layer.layout.startswith("3 levels, 2 bits, ")
+        assert layer.layout.endswith(" int8")
+        assert min(layer.expected_packed, layer.expected_dense, layer.measured_packed, layer.measured_dense) > 0
 
 
 def test_explain_speed_takes_the_first_input_of_a_shared_layer() -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bqnn.ops._check import check_bias, check_device, check_floating, check_levels
+from bqnn.ops._int8 import Product, integer_limit, multiply_int8, round_levels
 from bqnn.packing import packed_width, unpack_codes
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
-Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+
+class DenseWeight(NamedTuple):
+    """A decoded weight as a precision uses it."""
+
+    values: Tensor
+    """float32, [N, columns] or the shape of a kernel: levels, those rounded to bfloat16, or for "int8" integers."""
+    scale: Tensor | None
+    """float32 [1 or N]: for "int8", what the integers are multiplied by."""
 
 
 def decode(codes: Tensor, levels: Tensor, columns: int) -> Tensor:
@@ -21,47 +30,36 @@ def decode(codes: Tensor, levels: Tensor, columns: int) -> Tensor:
     return torch.gather(levels.expand(len(index), -1), 1, index.long())
 
 
-def round_weight(weight: Tensor, precision: str) -> Tensor:
-    """``weight`` as ``precision`` uses it, in its own dtype: rounded to bfloat16 for "bf16", exact otherwise."""
-    return weight.bfloat16().to(weight.dtype) if precision == "bf16" else weight
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric 8-bit integers of ``x`` [B, ...], one scale a row (a sample), and the scales [B, 1, ...].
-
-    ``scale = max|row| / 127`` and ``q = round(x / scale)``, ties to even, within -127..127; both keep x's dtype. A row
-    of zeros has the scale 0. A row with NaN or infinity has a scale that makes the row's product NaN.
-    """
-    scale = (x.flatten(1).abs().amax(1) / 127).view(-1, *[1] * (x.dim() - 1))
-    # The clamp matters where the scale is subnormal and so itself rounded.
-    q = torch.where(scale > 0, x / scale, torch.zeros_like(x)).round().clamp(-127, 127)
-    return q, scale
+def decode_rounded(codes: Tensor, levels: Tensor, columns: int, precision: str) -> DenseWeight:
+    """The dense weight [N, columns] rounded as ``precision`` says; arguments as for :func:`decode`."""
+    if precision == "int8":
+        integers, scale = round_levels(levels, columns)
+        return DenseWeight(decode(codes, integers.to(levels.dtype), columns), scale)
+    return DenseWeight(decode(codes, levels.bfloat16().float() if precision == "bf16" else levels, columns), None)
 
 
 def multiply(
-    product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, accumulate: torch.dtype
+    product: Product, x: Tensor, weight: DenseWeight, bias: Tensor | None, precision: str, accumulate: torch.dtype
 ) -> Tensor:
     """``product(x, weight, bias)`` with x's rows (first dimension) rounded as ``precision`` says, in x's dtype.
 
-    ``weight`` comes rounded by :func:`round_weight`. "fp32" and "bf16" multiply and add in x's dtype (on a GPU, in
-    ``accumulate``); "int8" does it in ``accumulate``, in which float64 holds every sum of 8-bit integers times float32
-    levels to about 1e-16. Autocast does not reach inside: the precision is the layer's own.
+    "fp32" and "bf16" multiply and add in x's dtype (on a GPU, in ``accumulate``), "int8" in ``accumulate``. Autocast
+    does not reach inside: the precision is the layer's own.
     """
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return multiply(product, x, weight, bias, precision, accumulate)
+    values, scale = weight
     # On a GPU a float32 product may be one of TF32 operands, which keep 10 bits.
     dtype = accumulate if x.is_cuda else x.dtype
-    if precision == "fp32" and x.dtype == weight.dtype == dtype and (bias is None or bias.dtype == dtype):
-        return product(x, weight, bias)  # nothing to convert: a small layer is as fast as nn.Linear
+    if precision == "fp32" and x.dtype == values.dtype == dtype and (bias is None or bias.dtype == dtype):
+        return product(x, values, bias)  # nothing to convert: a small layer is as fast as nn.Linear
     bias = None if bias is None else bias.to(x.dtype)
-    if precision == "int8":
-        q, scale = quantize_rows(x)
-        y = (product(q.to(accumulate), weight.to(accumulate), None) * scale.to(accumulate)).to(x.dtype)
-        return y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2))
+    if scale is not None:
+        return multiply_int8(product, x, values, scale, bias, accumulate)
     if precision == "bf16":
         x = x.bfloat16().to(x.dtype)
-    return product(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+    return product(x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 def is_half(x: Tensor) -> bool:
@@ -112,9 +110,11 @@ def check_packed(x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, 
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape, a device or the precision is wrong.
+        ValueError: a shape, a device or the precision is wrong; "int8" with so many columns that sums could overflow.
     """
     check_precision(precision)
     check_floating("x", x)
     check_weight(codes, levels, bias, columns)
     check_device("x", x, codes)
+    if precision == "int8":
+        integer_limit(columns, levels.shape[1])

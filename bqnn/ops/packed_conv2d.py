@@ -1,7 +1,7 @@
 """packed_conv2d: a two-dimensional convolution whose weight is packed codes and a codebook.
 
 The weight [N, C/groups, kh, kw] is packed a channel as weight[n].flatten(), K = C/groups * kh * kw codes. Precisions
-are those of packed_linear, with one scale a sample for "int8". The output has the dtype of x (float16 and bfloat16 are
+are those of packed_linear; "int8" has one scale a sample. The output has the dtype of x (float16 and bfloat16 are
 computed in float32) and is channels-last where x is. There is no gradient.
 """
 
@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bqnn import dispatch
 from bqnn.ops._check import check_conv2d_input
-from bqnn.ops._packed import check_packed, decode, is_half, multiply, pair, round_weight
+from bqnn.ops._packed import DenseWeight, check_packed, decode_rounded, is_half, multiply, pair
+from bqnn.ops._packed_layout import make_layout
 from bqnn.ops._register import register_op
 
 
@@ -41,17 +43,42 @@ def packed_conv2d_reference(
     dilation: Sequence[int],
     groups: int,
     precision: str,
+    layout: Tensor | None,
 ) -> Tensor:
-    """Decodes the weight, then convolves; "int8" accumulates in float64."""
+    """Decodes the weight, then convolves; "int8" accumulates in float64. ``layout`` is of no use to it."""
     channels = x.shape[1] // groups
-    weight = decode(codes, levels, channels * kernel_size[0] * kernel_size[1])
-    weight = round_weight(weight, precision).view(-1, channels, *kernel_size)
+    values, scale = decode_rounded(codes, levels, channels * kernel_size[0] * kernel_size[1], precision)
+    weight = DenseWeight(values.view(-1, channels, *kernel_size), scale)
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     y = multiply(convolve, x, weight, bias, precision, accumulate=torch.float64)
     return y.contiguous(memory_format=_memory_format(x))
+
+
+def packed_conv2d_cpu(
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    precision: str,
+    layout: Tensor | None,
+) -> Tensor:
+    """The kernel for float32, with a layout of this call's own where none is given; the reference for float64."""
+    if x.dtype != torch.float32:
+        geometry = (kernel_size, stride, padding, dilation, groups)
+        return packed_conv2d_reference(x, codes, levels, bias, *geometry, precision, layout)
+    if layout is None:
+        columns = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+        layout = make_layout(codes, levels, columns, precision, kernel_size, dilation[1], groups)
+    bias = None if bias is None else bias.float().contiguous()
+    return torch.ops.bqnn_cpu.packed_conv2d(x, layout, bias, stride, padding, dilation)
 
 
 def packed_conv2d_fake(
@@ -65,6 +92,7 @@ def packed_conv2d_fake(
     dilation: Sequence[int],
     groups: int,
     precision: str,
+    layout: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The shape, dtype and memory format of the output."""
@@ -76,10 +104,11 @@ def packed_conv2d_fake(
 register_op(
     "packed_conv2d",
     "(Tensor x, Tensor codes, Tensor levels, Tensor? bias, int[2] kernel_size, int[2] stride, int[2] padding, "
-    "int[2] dilation, int groups, str precision, str? backend=None) -> Tensor",
+    "int[2] dilation, int groups, str precision, Tensor? layout=None, str? backend=None) -> Tensor",
     packed_conv2d_reference,
     packed_conv2d_fake,
 )
+dispatch.register("packed_conv2d", "cpu", packed_conv2d_cpu)
 
 
 def packed_conv2d(
@@ -93,6 +122,7 @@ def packed_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     precision: str = "fp32",
+    layout: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The convolution of ``x`` with a packed weight [N, C/groups, kh, kw]; zeros pad, as in torch.nn.functional.conv2d.
@@ -105,6 +135,7 @@ def packed_conv2d(
         kernel_size, stride, padding, dilation: one integer, or (height, width).
         groups: divides C and N.
         precision: "fp32", "bf16" or "int8".
+        layout: what a backend made of codes and levels when they were loaded, or None: made for this call, if needed.
         backend: forces a backend; None chooses.
 
     Returns:
@@ -126,12 +157,10 @@ def packed_conv2d(
             f"x must be large enough for a kernel of {kernel} with padding {padding} and dilation {dilation}, "
             f"got {list(x.shape)}"
         )
+    geometry = (kernel, stride, padding, dilation, groups)
     if is_half(x):
-        y = packed_conv2d(x.float(), codes, levels, bias, kernel, stride, padding, dilation, groups, precision, backend)
-        return y.to(x.dtype)
-    return torch.ops.bqnn.packed_conv2d(
-        x, codes, levels, bias, kernel, stride, padding, dilation, groups, precision, backend
-    )
+        return packed_conv2d(x.float(), codes, levels, bias, *geometry, precision, layout, backend).to(x.dtype)
+    return torch.ops.bqnn.packed_conv2d(x, codes, levels, bias, *geometry, precision, layout, backend)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

@@ -3,8 +3,9 @@
     y[..., n] = sum_k x[..., k] * levels[g(n), code(n, k)] + bias[n],   g(n) = 0 or n
 
 ``precision`` says how: "fp32" multiplies in the dtype of x; "bf16" rounds x and the levels to bfloat16 and accumulates
-in the dtype of x; "int8" rounds each row of x to 8-bit integers with a scale of its own (max|x| / 127) and keeps the
-levels exact. The output has the dtype of x; float16 and bfloat16 are computed in float32. There is no gradient.
+in the dtype of x; "int8" rounds each row of x and each codebook to 8-bit integers with a scale of its own, and sums
+integers exactly: :mod:`bqnn.ops._int8` has the rule, which gives the same bits on every backend. The output has the
+dtype of x; float16 and bfloat16 are computed in float32. There is no gradient.
 """
 
 from __future__ import annotations
@@ -13,21 +14,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bqnn import dispatch
 from bqnn.ops._check import check_linear_input
-from bqnn.ops._packed import check_packed, decode, is_half, multiply, round_weight
+from bqnn.ops._packed import check_packed, decode_rounded, is_half, multiply
+from bqnn.ops._packed_layout import make_layout
 from bqnn.ops._register import register_op
 
 
-def packed_linear_reference(x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str) -> Tensor:
-    """Decodes the weight, then multiplies; "int8" accumulates in float64."""
+def packed_linear_reference(
+    x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, layout: Tensor | None
+) -> Tensor:
+    """Decodes the weight, then multiplies; "int8" accumulates in float64. ``layout`` is of no use to it."""
     rows = x.reshape(-1, x.shape[-1])
-    weight = round_weight(decode(codes, levels, x.shape[-1]), precision)
+    weight = decode_rounded(codes, levels, x.shape[-1], precision)
     y = multiply(F.linear, rows, weight, bias, precision, accumulate=torch.float64)
     return y.view(*x.shape[:-1], codes.shape[0])
 
 
+def packed_linear_cpu(
+    x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, layout: Tensor | None
+) -> Tensor:
+    """The kernel for float32, with a layout of this call's own where none is given; the reference for float64."""
+    if x.dtype != torch.float32:
+        return packed_linear_reference(x, codes, levels, bias, precision, layout)
+    if layout is None:
+        layout = make_layout(codes, levels, x.shape[-1], precision)
+    return torch.ops.bqnn_cpu.packed_linear(x, layout, None if bias is None else bias.float().contiguous())
+
+
 def packed_linear_fake(
-    x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, backend: str | None = None
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    precision: str,
+    layout: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The shape and dtype of the output; always contiguous."""
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
@@ -35,10 +57,12 @@ def packed_linear_fake(
 
 register_op(
     "packed_linear",
-    "(Tensor x, Tensor codes, Tensor levels, Tensor? bias, str precision, str? backend=None) -> Tensor",
+    "(Tensor x, Tensor codes, Tensor levels, Tensor? bias, str precision, Tensor? layout=None, str? backend=None) "
+    "-> Tensor",
     packed_linear_reference,
     packed_linear_fake,
 )
+dispatch.register("packed_linear", "cpu", packed_linear_cpu)
 
 
 def packed_linear(
@@ -47,6 +71,7 @@ def packed_linear(
     levels: Tensor,
     bias: Tensor | None = None,
     precision: str = "fp32",
+    layout: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The product of ``x`` with a packed weight [N, K].
@@ -57,6 +82,7 @@ def packed_linear(
         levels: float32 [1, M] or [N, M], increasing along M (not checked here).
         bias: [N], floating point, or None.
         precision: "fp32", "bf16" or "int8".
+        layout: what a backend made of codes and levels when they were loaded, or None: made for this call, if needed.
         backend: forces a backend; None chooses.
 
     Returns:
@@ -69,5 +95,5 @@ def packed_linear(
     check_linear_input(x, x.shape[-1] if x.dim() else 1)
     check_packed(x, codes, levels, bias, x.shape[-1], precision)
     if is_half(x):
-        return packed_linear(x.float(), codes, levels, bias, precision, backend).to(x.dtype)
-    return torch.ops.bqnn.packed_linear(x, codes, levels, bias, precision, backend)
+        return packed_linear(x.float(), codes, levels, bias, precision, layout, backend).to(x.dtype)
+    return torch.ops.bqnn.packed_linear(x, codes, levels, bias, precision, layout, backend)

@@ -1,0 +1,116 @@
+"""Times of several calls, taken in turns: what else the machine does then falls on all of them alike.
+
+A round visits every call in a new order. At each visit the call first runs untimed until threads, clock and caches
+are its own again, as in a loop of nothing else, and then often enough for the clock to measure.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from bench.machine import Elsewhere
+from bench.summary import Group
+
+LEAST_ROUNDS = 15
+PAUSE_SECONDS = 0.003  # between visits: the idle threads of one library spin before they sleep
+SETTLE_SECONDS = 0.006  # of untimed calls: long enough to have the largest weights in the last cache again
+BURST_SECONDS = 0.006  # of timed calls, where one takes less
+LONG_SECONDS = 0.020  # a call that takes longer has settled before it ends
+
+
+def interleaved_seconds(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
+    """Seconds a call of each of ``calls``, one figure a round.
+
+    Args:
+        budget: seconds that all rounds together may take; there are at least :data:`LEAST_ROUNDS` whatever it says.
+    """
+    estimates = {name: _estimate(call) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    shuffle = random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + budget
+        rounds = 0
+        while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+            shuffle(order)
+            for name in order:
+                times[name].append(_visit(calls[name], estimates[name]))
+            rounds += 1
+    finally:
+        gc.enable()
+    return times
+
+
+def _estimate(call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _visit(call: Callable[[], object], estimate: float) -> float:
+    time.sleep(PAUSE_SECONDS)
+    settled = time.perf_counter() + SETTLE_SECONDS
+    while estimate < LONG_SECONDS and time.perf_counter() < settled:
+        call()
+    repeats = max(1, round(BURST_SECONDS / estimate))
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+class Replay:
+    """A timer for pytest-benchmark under which one round after the other takes the seconds that were measured."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._seconds: list[float] = []
+        self._running = False
+
+    def load(self, seconds: list[float]) -> None:
+        """What the next ``len(seconds)`` rounds take."""
+        self._seconds = seconds[::-1]
+
+    def __call__(self) -> float:
+        if self._running:
+            self._now += self._seconds.pop()
+        self._running = not self._running
+        return self._now
+
+
+class Race:
+    """The selected variants of one group: made, checked, and those that are right timed against each other."""
+
+    def __init__(self, group: Group, variants: list[str], timed: bool) -> None:
+        self.name = group.name
+        self.failures: dict[str, BaseException] = {}
+        self.infos: dict[str, dict[str, Any]] = {}
+        calls: dict[str, Callable[[], object]] = {}
+        for variant in variants:
+            try:
+                call = group.call(variant)
+                with torch.inference_mode():
+                    output = call()
+                self.infos[variant] = group.check(variant, output)
+                calls[variant] = call
+            except (Exception, pytest.skip.Exception) as failure:
+                self.failures[variant] = failure
+        elsewhere = Elsewhere()
+        with torch.inference_mode():
+            self.seconds = interleaved_seconds(calls, group.budget) if timed and calls else {}
+        if self.seconds:
+            share = elsewhere.share()
+            for info in self.infos.values():
+                info["elsewhere"] = share

@@ -1,0 +1,199 @@
+// What the AVX-512 and AMX kernels share: reading activations, decoding words, the three parts of a float32.
+// Included inside the namespace of a translation unit that has set the target.
+#pragma once
+
+inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << n) - 1); }
+
+inline __m512 load_activations(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
+inline __m512 load_activations(const Bf16* x, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
+}
+
+inline void store_activations(float* y, __m512 value, __mmask16 mask) { _mm512_mask_storeu_ps(y, mask, value); }
+inline void store_activations(Bf16* y, __m512 value, __mmask16 mask) {
+  _mm256_mask_storeu_epi16(y, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+}
+
+inline __m512 magnitude(__m512 x) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF))); }
+
+// bfloat16 nearest to each float of low (lanes 0..15) and high (16..31), ties to even.
+inline __m512i to_bf16(__m512 low, __m512 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
+
+inline __m512 widen_low(__m512i bf16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bf16)), 16));
+}
+inline __m512 widen_high(__m512i bf16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bf16, 1)), 16));
+}
+
+// Three bfloat16 numbers whose sum is the float32, exactly: 24 bits are three times eight.
+inline void split(__m512 low, __m512 high, __m512i part[3]) {
+  for (int p = 0; p < 3; ++p) {
+    part[p] = to_bf16(low, high);
+    low = _mm512_sub_ps(low, widen_low(part[p]));
+    high = _mm512_sub_ps(high, widen_high(part[p]));
+  }
+}
+
+// The rule of "int8": q = rint((x * lift) * factor) with scale = amax / 127.
+struct RowScale {
+  float lift, factor, scale;
+};
+
+inline RowScale row_scale(float amax) {
+  RowScale r;
+  r.lift = amax < 0x1p-64f ? 0x1p64f : 1.0f;
+  r.factor = amax > 0.0f ? 127.0f / (amax * r.lift) : 0.0f;
+  r.scale = amax / 127.0f;
+  if (!(amax <= 3.402823466e38f)) r = {0.0f, 0.0f, __builtin_nanf("")};  // the row has a NaN or an infinity
+  return r;
+}
+
+// 16 activations as 8-bit integers.
+inline __m128i quantize(__m512 x, __m512 lift, __m512 factor) {
+  const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(x, lift), factor));
+  const __m512i bound = _mm512_set1_epi32(127);
+  return _mm512_cvtepi32_epi8(_mm512_max_epi32(_mm512_min_epi32(q, bound), _mm512_sub_epi32(_mm512_setzero_si512(), bound)));
+}
+
+// The largest magnitude of n numbers; a NaN counts as larger than everything.
+template <class X>
+inline float largest(const X* x, int64_t n) {
+  __m512i most = _mm512_setzero_si512();  // magnitudes of floats compare as integers, NaN above infinity
+  for (int64_t i = 0; i < n; i += 16)
+    most = _mm512_max_epu32(most, _mm512_castps_si512(magnitude(load_activations(x + i, first_lanes(n - i)))));
+  const uint32_t bits = _mm512_reduce_max_epu32(most);
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Numbers that AMX multiplies as they are: finite, and finite after rounding to bfloat16.
+inline bool fits_bf16(__m512 x) {
+  return _mm512_cmpgt_epu32_mask(_mm512_castps_si512(magnitude(x)), _mm512_set1_epi32(0x7F7F7FFF)) == 0;
+}
+
+// Vectors of decoded weights, 16 channels by the lanes of a channel's word. One codebook for all (kShared): a permute;
+// the table is repeated with the period of the code, so the bits above it need no clearing. One codebook a channel: a
+// ladder of selects.
+template <int kBits, bool kShared>
+struct Bf16Decoder {
+  __m512i table;  // 32 entries
+  __m512i rung[kShared ? 1 : kMaxLevels];
+  int levels;
+
+  // `part` 0 is the level rounded to bfloat16, 1 and 2 what rounding left.
+  void start(const PackedLayout& layout, int64_t channel, int part) {
+    levels = layout.num_levels;
+    const float* entries = layout.level_table();
+    if constexpr (kShared) {
+      const __m512 t = _mm512_loadu_ps(entries);
+      __m512i parts[3];
+      split(t, t, parts);
+      table = parts[part];
+      return;
+    }
+    const __m512i stride = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                              _mm512_set1_epi32(kTable));
+    for (int m = 0; m < levels; ++m) {
+      const __m512 t = _mm512_i32gather_ps(stride, entries + channel * kTable + m, 4);
+      __m512i parts[3];
+      split(t, t, parts);
+      // The same 16 bits in both halves of the channel's lane.
+      const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(parts[part]));
+      rung[m] = _mm512_or_si512(low, _mm512_slli_epi32(low, 16));
+    }
+  }
+
+  __m512i operator()(__m512i word) const {
+    if constexpr (kShared) return _mm512_permutexvar_epi16(word, table);
+    const __m512i code = _mm512_and_si512(word, _mm512_set1_epi16((1 << kBits) - 1));
+    __m512i value = rung[0];
+    for (int m = 1; m < levels; ++m)
+      value = _mm512_mask_mov_epi16(value, _mm512_cmpge_epu16_mask(code, _mm512_set1_epi16(static_cast<short>(m))), rung[m]);
+    return value;
+  }
+};
+
+template <int kBits, bool kShared>
+struct Int8Decoder {
+  __m512i table;  // 64 entries
+  __m512i rung[kShared ? 1 : kMaxLevels];
+  int levels;
+
+  void start(const PackedLayout& layout, int64_t channel) {
+    levels = layout.num_levels;
+    const int8_t* entries = layout.int8_table();
+    if constexpr (kShared) {
+      table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
+      return;
+    }
+    for (int m = 0; m < levels; ++m) {
+      alignas(64) int8_t bytes[64];
+      for (int lane = 0; lane < 64; ++lane) bytes[lane] = entries[(channel + lane / 4) * kTable + m];
+      rung[m] = _mm512_load_si512(bytes);
+    }
+  }
+
+  __m512i operator()(__m512i word) const {
+    if constexpr (kShared) return _mm512_permutexvar_epi8(word, table);
+    const __m512i code = _mm512_and_si512(word, _mm512_set1_epi8((1 << kBits) - 1));
+    __m512i value = rung[0];
+    for (int m = 1; m < levels; ++m)
+      value = _mm512_mask_mov_epi8(value, _mm512_cmpge_epu8_mask(code, _mm512_set1_epi8(static_cast<char>(m))), rung[m]);
+    return value;
+  }
+};
+
+// Outputs of `n` channels: a float product plus the bias, or an integer one times the channel's step and the row's
+// scale plus the bias, each operation rounded by itself.
+template <class Y>
+inline void finish(const float* product, int64_t n, const float* bias, const float*, float, Y* y) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = first_lanes(n - i);
+    __m512 value = _mm512_maskz_loadu_ps(lanes, product + i);
+    if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, bias + i));
+    store_activations(y + i, value, lanes);
+  }
+}
+
+template <class Y>
+inline void finish(const int32_t* product, int64_t n, const float* bias, const float* step, float scale, Y* y) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = first_lanes(n - i);
+    __m512 value = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(lanes, product + i));
+    value = _mm512_mul_ps(_mm512_mul_ps(value, _mm512_maskz_loadu_ps(lanes, step + i)), _mm512_set1_ps(scale));
+    if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, bias + i));
+    store_activations(y + i, value, lanes);
+  }
+}
+
+inline __m512 load_products(const float* product) { return _mm512_loadu_ps(product); }
+inline __m512 load_products(const int32_t* product) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(product)); }
+
+// Rows become columns.
+inline void transpose(__m512 v[16]) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    v[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xEE);
+    v[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    v[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xDD);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xDD);
+    v[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    v[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xDD);
+  }
+}

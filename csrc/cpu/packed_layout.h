@@ -1,0 +1,77 @@
+// The layout that the packed kernels read: made once of a layer's stored codes, never stored itself.
+//
+// Output channels stand side by side in blocks of 16, one 32-bit word each, so that one 64-byte vector holds the same
+// weights of 16 channels. A word holds 32 / bits consecutive weights of its channel, bits = 1, 2 or 4 for M = 2, up to
+// 4, up to 16. Within a word the weights lie so that a shift and one permute give a vector in the order in which the
+// product instructions take their operand (lanes of `unit` weights, each lane in a channel's word):
+//
+//     weight i of a word is at bit (i % unit) * (32 / unit) + (i / unit) * bits
+//
+// unit = 4 for "int8" (bytes), 2 for "bf16" and "fp32" (half words). Along K the weights come in segments: runs that
+// are contiguous in the activations. A linear layer has one, a convolution one for each kernel row (r; s and the
+// channels run inside it, channels fastest), or one for each (r, s) where dilation sets the columns apart. Every
+// segment is padded to whole steps of one 64-byte row of activations.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace bqnn {
+
+enum class Precision : int32_t { fp32, bf16, int8 };
+
+constexpr int kBlock = 16;        // output channels side by side
+constexpr int kMaxLevels = 16;
+constexpr int kTable = 16;        // entries of a decoding table: the levels, repeated with period 2^bits
+
+struct PackedLayout {
+  uint64_t magic;
+  int64_t bytes;                  // of the whole
+  int64_t channels, columns;      // N, K: the weight's shape
+  int64_t groups;
+  int64_t blocks;                 // of 16 channels, in each group
+  int64_t inputs;                 // channels of the activations in each group
+  int64_t segment, padded;        // weights in a segment, and after padding
+  int32_t segments, kernel_h, kernel_w, dilation_w;
+  int32_t num_levels, bits, unit, codebooks;
+  Precision precision;
+  int32_t reserved;
+  int64_t words, levels, int8_levels, int8_scale, int8_sum;  // where each part begins, in bytes
+
+  int64_t word_weights() const { return 32 / bits; }
+  int64_t block_words() const { return segments * padded / word_weights() * kBlock; }
+  int64_t group_channels() const { return channels / groups; }
+
+  const char* at(int64_t offset) const { return reinterpret_cast<const char*>(this) + offset; }
+  // The words of 16 channels, [segments * padded / word_weights][16].
+  const uint32_t* block(int64_t group, int64_t index) const {
+    return reinterpret_cast<const uint32_t*>(at(words)) + (group * blocks + index) * block_words();
+  }
+  // [1, or groups * blocks * 16][16]: the levels of a codebook; a channel beyond the last one has zeros.
+  const float* level_table() const { return reinterpret_cast<const float*>(at(levels)); }
+  const int8_t* int8_table() const { return reinterpret_cast<const int8_t*>(at(int8_levels)); }
+  // [groups * blocks * 16]: the step of the rounded levels, and the sum of a channel's rounded weights.
+  const float* int8_scales() const { return reinterpret_cast<const float*>(at(int8_scale)); }
+  const int32_t* int8_sums() const { return reinterpret_cast<const int32_t*>(at(int8_sum)); }
+};
+
+struct PackedWeight {
+  const uint8_t* codes;        // [channels, ceil(columns / digits)], base-M digits
+  const float* levels;         // [codebooks, num_levels]
+  const int8_t* int8_levels;   // the same shape, or null unless the precision is int8
+  const float* int8_scale;     // [codebooks], or null
+  int64_t channels, columns, groups;
+  int num_levels, codebooks, kernel_h, kernel_w, dilation_w;
+  Precision precision;
+};
+
+// Bytes of the layout of `weight`.
+size_t layout_bytes(const PackedWeight& weight);
+
+// Writes the layout into `memory`, which is aligned to 64 and has layout_bytes(weight).
+void make_layout(const PackedWeight& weight, void* memory);
+
+// The layout in `memory`, or null where the bytes are no layout that make_layout wrote.
+const PackedLayout* view_layout(const void* memory, size_t bytes);
+
+}  // namespace bqnn
