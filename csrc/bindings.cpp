@@ -115,9 +115,14 @@ void random_words_op(int64_t seed, int64_t first, Tensor out) {
                                   static_cast<uint32_t*>(out.data_ptr()));
 }
 
-void add_noise_op(Tensor mean, Tensor variance, Tensor seed, int64_t offset) {
+void add_noise_op(Tensor mean, Tensor variance, Tensor seed, int64_t offset, bool keep_slope) {
   const PlaneShape shape = plane_shape(mean);
-  add_noise(torch_threads(), isa(), shape, plane(mean, shape), plane(variance, shape), noise(seed, offset));
+  add_noise(torch_threads(), isa(), shape, plane(mean, shape), plane(variance, shape), noise(seed, offset), keep_slope);
+}
+
+void multiply_op(Tensor grad, Tensor slope, Tensor out) {
+  const PlaneShape shape = plane_shape(grad);
+  multiply(torch_threads(), isa(), shape, plane(grad, shape), plane(slope, shape), plane(out, shape));
 }
 
 void noise_gradient_op(Tensor grad, Tensor variance, Tensor seed, int64_t offset, Tensor out) {
@@ -247,7 +252,8 @@ void spike_slab_kl_backward_op(Tensor grad, Tensor weight, Tensor log_sigma2, Te
 STABLE_TORCH_LIBRARY(bqnn_cpu, m) {
   m.def("isa() -> int");
   m.def("random_words(int seed, int first, Tensor(a!) out) -> ()");
-  m.def("add_noise(Tensor(a!) mean, Tensor variance, Tensor seed, int offset) -> ()");
+  m.def("add_noise(Tensor(a!) mean, Tensor(b!) variance, Tensor seed, int offset, bool keep_slope) -> ()");
+  m.def("multiply(Tensor grad, Tensor slope, Tensor(a!) out) -> ()");
   m.def("noise_gradient(Tensor grad, Tensor variance, Tensor seed, int offset, Tensor(a!) out) -> ()");
   m.def("square(Tensor x, Tensor(a!) out) -> ()");
   m.def("add_square_gradient(Tensor(a!) grad, Tensor x, Tensor grad_square) -> ()");
@@ -285,6 +291,7 @@ STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CPU, m) {
   m.impl("random_words", TORCH_BOX(&random_words_op));
   m.impl("add_noise", TORCH_BOX(&add_noise_op));
   m.impl("noise_gradient", TORCH_BOX(&noise_gradient_op));
+  m.impl("multiply", TORCH_BOX(&multiply_op));
   m.impl("square", TORCH_BOX(&square_op));
   m.impl("add_square_gradient", TORCH_BOX(&add_square_gradient_op));
   m.impl("sample", TORCH_BOX(&sample_op));

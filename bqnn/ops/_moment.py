@@ -54,20 +54,19 @@ def weight_moments_backward(
     return grad_mean, grad_log_sigma2, grad_levels, torch.zeros_like(thresholds)
 
 
-def output_variance(product: Product, x: Tensor, variance: Tensor, coarse: bool) -> Tensor:
-    """Var[y] = x^2 * V, never negative: in x's dtype, or rounded to bfloat16."""
-    y = product.forward(x * x, variance.to(x.dtype).contiguous()).clamp_(min=0.0)
-    return coarse_order(x, y.to(torch.bfloat16)) if coarse else y
+def slope_of(variance: Tensor, noise: Tensor) -> Tensor:
+    """dy/dVar = noise / (2 std); where the variance is 0, so is its gradient."""
+    return torch.where(variance > 0.0, 0.5 * noise / variance.sqrt(), 0.0)
 
 
 def is_wide(x: Tensor) -> bool:
-    """Whether a product gains from bfloat16, and a convolution from channels-last order; not with few channels."""
+    """Whether a convolution gains from bfloat16 and channels-last order: not of few channels."""
     return x.dim() != 4 or x.shape[1] >= WIDE
 
 
-def coarse_order(x: Tensor, variance: Tensor) -> Tensor:
-    """A coarse variance in the memory format that it is kept in."""
-    return channels_last(variance) if is_wide(x) else variance
+def coarse_order(x: Tensor, output: Tensor) -> Tensor:
+    """What is kept of the outputs in bfloat16, in the memory format that it is kept in."""
+    return channels_last(output) if is_wide(x) else output
 
 
 def moment_product(
@@ -83,21 +82,24 @@ def moment_product(
     mode: str,
     coarse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y, and what the backward pass is handed of its variance: all of it where it is coarse, else an empty tensor.
+    """y, and dy/dVar[y] in bfloat16 if ``coarse``, else an empty tensor.
 
     The noise of an output is Philox's at its index in row-major order.
     """
     mean, variance = weight_moments(weight, log_sigma2, levels, thresholds, mode)
     y = product.forward(x, mean.to(x.dtype).contiguous(), bias)
-    variance = output_variance(product, x, variance, coarse)
+    variance = product.forward(x * x, variance.to(x.dtype).contiguous()).clamp_(min=0.0)
+    if coarse:
+        variance = variance.to(torch.bfloat16).to(x.dtype)
     noise = normal(seed, offset, y.shape, y.device, y.dtype)
-    return torch.addcmul(y, variance.to(y.dtype).sqrt(), noise), variance if coarse else y.new_empty(0)
+    kept = coarse_order(x, slope_of(variance, noise).to(torch.bfloat16)) if coarse else y.new_empty(0)
+    return torch.addcmul(y, variance.sqrt(), noise), kept
 
 
 def moment_product_backward(
     product: Product,
     grad: Tensor,
-    saved: Tensor | None,
+    slope: Tensor | None,
     x: Tensor,
     weight: Tensor,
     log_sigma2: Tensor,
@@ -111,15 +113,15 @@ def moment_product_backward(
     """Gradients for x (empty if not asked for), weight, log_sigma2, levels and thresholds, the last four contiguous.
 
     Args:
-        saved: the coarse variance of the forward pass; without it, it is made again.
+        slope: dy/dVar, if the forward pass kept it; without it, variance and noise are made again.
     """
     mean, variance = weight_moments(weight, log_sigma2, levels, thresholds, mode)
     mean, variance = mean.to(x.dtype).contiguous(), variance.to(x.dtype).contiguous()
     grad_x, grad_mean = product.backward(grad, x, mean, input_gradient)
-    std = (output_variance(product, x, variance, False) if saved is None else saved).to(grad.dtype).sqrt()
-    # dy/dVar = eps / (2 std); where the variance is 0, so is its gradient.
-    slope = torch.where(std > 0.0, 0.5 * normal(seed, offset, grad.shape, grad.device, grad.dtype) / std, 0.0)
-    grad_square, grad_variance = product.backward(grad * slope, x * x, variance, input_gradient)
+    if slope is None:
+        noise = normal(seed, offset, grad.shape, grad.device, grad.dtype)
+        slope = slope_of(product.forward(x * x, variance).clamp_(min=0.0), noise)
+    grad_square, grad_variance = product.backward(grad * slope.to(grad.dtype), x * x, variance, input_gradient)
     if input_gradient:
         grad_x = torch.addcmul(grad_x, x, grad_square, value=2.0)
     grad_mean, grad_variance = grad_mean.to(weight.dtype), grad_variance.to(weight.dtype)
@@ -135,7 +137,7 @@ def _fake(product: Product, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tens
 
 
 def _fake_backward(
-    product: Product, grad: Tensor, saved: Tensor | None, x: Tensor, weight: Tensor, *rest: Any
+    product: Product, grad: Tensor, slope: Tensor | None, x: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     log_sigma2, levels, thresholds, *_, input_gradient = rest
     grad_x, _ = product.backward(grad, x, weight.to(x.dtype).contiguous(), input_gradient)
@@ -175,7 +177,7 @@ def register(name: str, product_of: Callable[..., Product], geometry: str = "") 
 
     register_op(
         f"{name}_backward",
-        f"(Tensor grad, Tensor? saved, Tensor x, {tensors}, Tensor seed, int offset, str mode,"
+        f"(Tensor grad, Tensor? slope, Tensor x, {tensors}, Tensor seed, int offset, str mode,"
         f" bool input_gradient{geometry}, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         bind(moment_product_backward, product_of, BACKWARD),
         bind(_fake_backward, product_of, BACKWARD),

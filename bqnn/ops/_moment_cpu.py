@@ -16,6 +16,8 @@ from bqnn.ops import _moment
 from bqnn.ops._cpu import all_float32, dense, kernels, multiplies_bfloat16
 from bqnn.ops.product import Product, bind, channels_last
 
+LARGE_LINEAR = 1 << 18  # weights from which on a linear layer's bfloat16 products are faster than its float32 ones
+
 
 def _moment_product(
     product: Product,
@@ -33,20 +35,20 @@ def _moment_product(
     posterior = (weight, log_sigma2, levels, thresholds)
     if not all_float32(x, *posterior, bias):
         return _moment.moment_product(product, x, *posterior, bias, seed, offset, mode, coarse)
-    fast = coarse and multiplies_bfloat16() and _moment.is_wide(x)
+    fast = coarse and _gains_from_bfloat16(x, weight)
     mean, variance = _weight_moments(*posterior, mode, fast)
     y = dense(product.forward(x, mean, bias))
     y_variance = dense(product.forward(_square(x, fast), variance))
     if coarse:
         y_variance = _moment.coarse_order(x, y_variance.bfloat16())
-    kernels.add_noise(y, y_variance, seed, offset)
+    kernels.add_noise(y, y_variance, seed, offset, coarse)  # a coarse variance becomes dy/dVar in its place
     return y, y_variance if coarse else y.new_empty(0)
 
 
 def _moment_product_backward(
     product: Product,
     grad: Tensor,
-    saved: Tensor | None,
+    slope: Tensor | None,
     x: Tensor,
     weight: Tensor,
     log_sigma2: Tensor,
@@ -60,20 +62,26 @@ def _moment_product_backward(
     posterior = (weight, log_sigma2, levels, thresholds)
     if not all_float32(grad, x, *posterior):
         arguments = (seed, offset, mode, input_gradient)
-        return _moment.moment_product_backward(product, grad, saved, x, *posterior, *arguments)
-    fast = saved is not None and multiplies_bfloat16() and _moment.is_wide(x)
+        return _moment.moment_product_backward(product, grad, slope, x, *posterior, *arguments)
+    fast = slope is not None and _gains_from_bfloat16(x, weight)
     grad = dense(grad)
     mean, variance = _weight_moments(*posterior, mode, fast)
     square = _square(x, fast)
-    y_variance = dense(product.forward(square, variance) if saved is None else saved)
-    by_variance = torch.empty_like(y_variance if fast else grad)
-    kernels.noise_gradient(grad, y_variance, seed, offset, by_variance)
+    by_variance = torch.empty_like(grad if slope is None or not fast else slope)
+    if slope is None:
+        kernels.noise_gradient(grad, dense(product.forward(square, variance)), seed, offset, by_variance)
+    else:
+        kernels.multiply(grad, dense(slope), by_variance)
     grad_x, grad_mean = product.backward(grad, x, mean, input_gradient)
     grad_square, grad_variance = product.backward(by_variance, square, variance, input_gradient)
     if input_gradient:
         grad_x = dense(grad_x)
         kernels.add_square_gradient(grad_x, dense(x), dense(grad_square))
     return grad_x, *_weight_moments_backward(grad_mean.contiguous(), grad_variance.contiguous(), *posterior, mode)
+
+
+def _gains_from_bfloat16(x: Tensor, weight: Tensor) -> bool:
+    return multiplies_bfloat16() and _moment.is_wide(x) and (weight.dim() == 4 or weight.numel() >= LARGE_LINEAR)
 
 
 def _square(x: Tensor, fast: bool) -> Tensor:

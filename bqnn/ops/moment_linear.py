@@ -41,9 +41,9 @@ def moment_linear(
         seed: int64 scalar tensor, the Philox key.
         offset: Philox call that holds the noise of the first output.
         mode: "categorical", "gaussian" or "straight_through".
-        coarse_variance: round the variances of the outputs to bfloat16, 8 bits, and keep them so for backward; they and
-            their gradients may then be computed in bfloat16 too. Without it nothing is kept of them, and backward
-            computes them again.
+        coarse_variance: round the variances of the outputs to bfloat16, 8 bits, and keep dy/dVar, rounded likewise, for
+            backward; variances and their gradients may then be computed in bfloat16, too. Without it nothing of the
+            outputs is kept, and backward computes their variances again.
 
     Returns:
         [..., N] in x's dtype.

@@ -17,9 +17,11 @@ struct Elementwise {
   SpikeSlabKlFwdKernel spike_slab_kl_fwd;
   SpikeSlabKlBwdKernel spike_slab_kl_bwd;
   void (*random_words)(uint64_t seed, uint64_t first, int64_t calls, uint32_t* out);
-  void (*add_noise_tile)(const PlaneShape&, const Tile&, const Plane& mean, const Plane& variance, const Noise&);
+  void (*add_noise_tile)(const PlaneShape&, const Tile&, const Plane& mean, const Plane& variance, const Noise&,
+                         bool keep_slope);
   void (*noise_gradient_tile)(const PlaneShape&, const Tile&, const Plane& grad, const Plane& variance, const Noise&,
                               const Plane& out);
+  void (*multiply_tile)(const PlaneShape&, const Tile&, const Plane& grad, const Plane& slope, const Plane& out);
   void (*square_tile)(const PlaneShape&, const Tile&, const Plane& x, const Plane& out);
   void (*add_square_gradient_tile)(const PlaneShape&, const Tile&, const Plane& grad, const Plane& x,
                                    const Plane& grad_square);

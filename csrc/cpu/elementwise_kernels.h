@@ -20,6 +20,7 @@ extern const Elementwise kElementwise = {
     random_words,
     add_noise_tile,
     noise_gradient_tile,
+    multiply_tile,
     square_tile,
     add_square_gradient_tile,
     sample_block,

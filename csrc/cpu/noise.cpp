@@ -30,10 +30,11 @@ bool planar(const Plane& a, const Plane& b) { return !a.interleaved && !b.interl
 
 }  // namespace
 
-void add_noise(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane mean, Plane variance, Noise noise) {
+void add_noise(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane mean, Plane variance, Noise noise,
+               bool keep_slope) {
   const auto kernel = elementwise(isa).add_noise_tile;
   for_each_tile(parallel, shape, planar(mean, variance), [&](const PlaneShape& shape, const Tile& tile) {
-    kernel(shape, tile, mean, variance, noise);
+    kernel(shape, tile, mean, variance, noise, keep_slope);
   });
 }
 
@@ -43,6 +44,15 @@ void noise_gradient(const Parallel& parallel, Isa isa, const PlaneShape& shape, 
   const bool flat = planar(grad, variance) && !out.interleaved;
   for_each_tile(parallel, shape, flat, [&](const PlaneShape& shape, const Tile& tile) {
     kernel(shape, tile, grad, variance, noise, out);
+  });
+}
+
+void multiply(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane grad, Plane slope, Plane out) {
+  const auto kernel = elementwise(isa).multiply_tile;
+  const bool flat = grad.interleaved == slope.interleaved && slope.interleaved == out.interleaved;
+  if (flat) grad.interleaved = slope.interleaved = out.interleaved = false;
+  for_each_tile(parallel, shape, flat, [&](const PlaneShape& shape, const Tile& tile) {
+    kernel(shape, tile, grad, slope, out);
   });
 }
 

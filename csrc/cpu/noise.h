@@ -38,12 +38,17 @@ struct Tile {
   int64_t image, row, column, rows, columns;
 };
 
-// mean += sqrt(max(variance, 0)) * noise.
-void add_noise(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane mean, Plane variance, Noise noise);
+// mean += sqrt(max(variance, 0)) * noise. Where `keep_slope`, noise / (2 sqrt(variance)), the outputs' derivative for the
+// variance, takes its place; 0 where that is not positive.
+void add_noise(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane mean, Plane variance, Noise noise,
+               bool keep_slope);
 
-// out = grad * noise / (2 sqrt(variance)), the gradient for the variance; 0 where the variance is not positive.
+// out = grad * noise / (2 sqrt(variance)), the gradient for the variance; 0 where that is not positive.
 void noise_gradient(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane grad, Plane variance, Noise noise,
                     Plane out);
+
+// out = grad * slope.
+void multiply(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane grad, Plane slope, Plane out);
 
 // out = x * x.
 void square(const Parallel& parallel, Isa isa, const PlaneShape& shape, Plane x, Plane out);

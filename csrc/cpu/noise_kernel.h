@@ -74,17 +74,24 @@ inline void tile_noise(const Noise& noise, const PlaneShape& shape, const Tile& 
     fill_normals(noise, first + r * shape.pixels, tile.columns, out + r * tile.columns);
 }
 
+// noise / (2 sqrt(variance)), or 0.
+BQNN_INLINE Float slope_of(Float variance, Float epsilon) {
+  return select(variance > 0.0f, 0.5f * epsilon * inverse_sqrt(variance), Float{});
+}
+
 inline void add_noise_tile(const PlaneShape& shape, const Tile& tile, const Plane& mean, const Plane& variance,
-                           const Noise& noise) {
+                           const Noise& noise, bool keep_slope) {
   alignas(64) float y[kTileSize], v[kTileSize], epsilon[kTileSize];
   load_tile(mean, shape, tile, y);
   load_tile(variance, shape, tile, v);
   tile_noise(noise, shape, tile, epsilon);
   for (int64_t i = 0; i < tile.rows * tile.columns; i += kLanes) {
-    const Float variance = max(Float{}, load(v + i));
-    store(y + i, load(y + i) + variance * inverse_sqrt(variance) * load(epsilon + i));
+    const Float positive = max(Float{}, load(v + i)), e = load(epsilon + i);
+    store(y + i, load(y + i) + positive * inverse_sqrt(positive) * e);
+    if (keep_slope) store(v + i, slope_of(positive, e));
   }
   store_tile(mean, shape, tile, y);
+  if (keep_slope) store_tile(variance, shape, tile, v);
 }
 
 inline void noise_gradient_tile(const PlaneShape& shape, const Tile& tile, const Plane& grad, const Plane& variance,
@@ -93,10 +100,17 @@ inline void noise_gradient_tile(const PlaneShape& shape, const Tile& tile, const
   load_tile(grad, shape, tile, g);
   load_tile(variance, shape, tile, v);
   tile_noise(noise, shape, tile, epsilon);
-  for (int64_t i = 0; i < tile.rows * tile.columns; i += kLanes) {
-    const Float variance = load(v + i), slope = 0.5f * load(epsilon + i) * inverse_sqrt(variance);
-    store(g + i, load(g + i) * select(variance > 0.0f, slope, Float{}));
-  }
+  for (int64_t i = 0; i < tile.rows * tile.columns; i += kLanes)
+    store(g + i, load(g + i) * slope_of(load(v + i), load(epsilon + i)));
+  store_tile(out, shape, tile, g);
+}
+
+inline void multiply_tile(const PlaneShape& shape, const Tile& tile, const Plane& grad, const Plane& slope,
+                          const Plane& out) {
+  alignas(64) float g[kTileSize], s[kTileSize];
+  load_tile(grad, shape, tile, g);
+  load_tile(slope, shape, tile, s);
+  for (int64_t i = 0; i < tile.rows * tile.columns; i += kLanes) store(g + i, load(g + i) * load(s + i));
   store_tile(out, shape, tile, g);
 }
 
