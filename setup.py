@@ -49,7 +49,16 @@ def cpu_extensions() -> list[Extension]:
             libraries=["torch_cpu", "c10"],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_ABI), ("Py_LIMITED_API", PYTHON_ABI)],
             # Without contraction an expression has one value whatever the instruction set.
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-g0", "-Wall"],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-fvisibility=hidden",
+                "-ffp-contract=off",
+                "-g0",
+                "-Wall",
+                "-Wno-uninitialized",
+                "-Wno-maybe-uninitialized",
+            ],
             py_limited_api=True,
         )
     ]

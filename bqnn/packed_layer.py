@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bqnn import dispatch
 from bqnn.ops._int8 import integer_limit
 from bqnn.ops._packed import DenseWeight, check_precision, check_weight, decode, decode_rounded, is_half
+from bqnn.ops._packed_layout import KERNEL_DTYPES
 from bqnn.packing import find_bad_byte
 from bqnn.speed import ALWAYS, NEVER, packed_rows
 
@@ -41,7 +42,7 @@ class PackedLayer(nn.Module):
     bias: Tensor | None
     _dense_weight: DenseWeight | None
     _layout: Tensor | None
-    _direct_shapes: set[torch.Size]
+    _direct_shapes: dict[torch.dtype, set[torch.Size]]
 
     def __init__(
         self,
@@ -128,8 +129,7 @@ class PackedLayer(nn.Module):
         if (
             not torch.compiler.is_dynamo_compiling()
             and type(x) is Tensor  # no subclass: such a tensor may have no data
-            and x.shape in self._direct_shapes
-            and x.dtype is torch.float32
+            and x.shape in self._direct_shapes.get(x.dtype, ())
             and x.is_cpu
             and not (x.requires_grad and torch.is_grad_enabled())
         ):
@@ -143,7 +143,7 @@ class PackedLayer(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dense_weight": None, "_layout": None, "_direct_shapes": set()}
+        return {**self.__dict__, "_dense_weight": None, "_layout": None, "_direct_shapes": {}}
 
     def _check_input(self, x: Tensor) -> None:
         raise NotImplementedError
@@ -154,7 +154,7 @@ class PackedLayer(nn.Module):
 
     def _takes_direct_calls(self) -> bool:
         """Whether the kernel can take what the layer is given as it is."""
-        return self.bias is None or (self.bias.dtype == torch.float32 and self.bias.is_contiguous())
+        return True
 
     def _run_direct(self, x: Tensor) -> Tensor:
         """The kernel on an ``x`` that has been through every check in a call before."""
@@ -162,21 +162,22 @@ class PackedLayer(nn.Module):
 
     def _run_checked(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        if is_half(x):
+        if x.dtype == torch.float16:
             return self.forward(x.float()).to(x.dtype)
         # An exported program holds the codes, not a weight that tracing would have to store in the module.
         if not torch.compiler.is_exporting() and self.execution_for(x) == "dense":
-            return self.run_dense(x)
+            return self.run_dense(x.float()).to(x.dtype) if is_half(x) else self.run_dense(x)
         y = self.run_packed(x)
         if not torch.compiler.is_compiling() and self._layout_for(x) is not None and self._takes_direct_calls():
-            if len(self._direct_shapes) >= MAX_DIRECT_SHAPES:
-                self._direct_shapes.clear()
-            self._direct_shapes.add(x.shape)
+            shapes = self._direct_shapes.setdefault(x.dtype, set())
+            if len(shapes) >= MAX_DIRECT_SHAPES:
+                shapes.clear()
+            shapes.add(x.shape)
         return y
 
     def _layout_for(self, x: Tensor) -> Tensor | None:
         """The layout, made in the first call; None where the backend that runs ``x`` wants none."""
-        if torch.compiler.is_exporting() or type(x) is not Tensor or x.dtype != torch.float32 or not x.is_cpu:
+        if torch.compiler.is_exporting() or type(x) is not Tensor or x.dtype not in KERNEL_DTYPES or not x.is_cpu:
             return None
         return self._layout if self._prepare_layout() else None
 
@@ -206,7 +207,7 @@ class PackedLayer(nn.Module):
         """Drops what was made of the buffers and chooses again, for the present device, backend and threads."""
         self._dense_weight = None
         self._layout = None
-        self._direct_shapes = set()
+        self._direct_shapes = {}
         self._packed_rows = ALWAYS if self._execution == "packed" else NEVER
         if self._execution == "auto":
             n_bytes = self.codes.nbytes + self.levels.nbytes

@@ -117,9 +117,17 @@ def test_anything_else_goes_through_the_checks(calls: list[str]) -> None:
         layer(torch.randn(4, 22))
     with pytest.raises(TypeError, match="x must be floating point"):
         layer(torch.ones(4, 21, dtype=torch.int64))
-    layer.bfloat16()  # the bias, which the kernel wants as float32
+    layer.bfloat16()  # the bias; the kernel converts it
     for _ in range(2):
-        assert "direct" not in run(layer, x, calls)
+        found = run(layer, x, calls)
+    assert found == ["direct"]
+
+
+def test_bfloat16_goes_to_the_kernel_as_it_is(calls: list[str]) -> None:
+    layer, x = make_linear(), torch.randn(4, 21).bfloat16()
+    assert run(layer, x, calls) == ["layout", "op"]
+    assert run(layer, x, calls) == ["direct"]
+    assert layer(x).dtype == torch.bfloat16
 
 
 def test_a_gradient_is_still_refused(calls: list[str]) -> None:
@@ -159,7 +167,7 @@ def test_the_layout_is_dropped_with_what_it_was_made_of(calls: list[str]) -> Non
     assert not layer._layout.is_inference()
     assert set(layer.state_dict()) == {"codes", "levels", "bias"}
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert (copied._layout, copied._direct_shapes) == (None, set())
+        assert (copied._layout, copied._direct_shapes) == (None, {})
         assert run(copied, x, calls) == ["layout", "op"]
     layer.load_state_dict(make_linear().state_dict())
     assert run(layer, x, calls) == ["layout", "op"]

@@ -77,7 +77,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     largest = x.flatten(1).abs().amax(1).view(-1, *[1] * (x.dim() - 1))
     factor = torch.where(largest < SMALL_ROW, SMALL_ROW_FACTOR, 1.0).to(x.dtype)
-    q = ((x * factor) * (MAX_INTEGER / (largest * factor))).round().clamp(-MAX_INTEGER, MAX_INTEGER)
+    # A tensor over a tensor: a number over a tensor would be a rounded reciprocal times that number.
+    step = torch.full_like(largest, MAX_INTEGER) / (largest * factor)
+    q = ((x * factor) * step).round().clamp(-MAX_INTEGER, MAX_INTEGER)
     q = torch.where((largest > 0) & largest.isfinite(), q, 0.0)
     return q, torch.where(largest.isfinite(), largest / MAX_INTEGER, torch.nan)
 

@@ -10,7 +10,10 @@ from torch import Tensor
 from bqnn.extension import cpu_isa
 from bqnn.ops._int8 import round_levels
 
-# What multiplies, by instruction set and precision; AMX has no float32 product.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+"""Of the activations that the kernels read and write; they compute bfloat16 ones in float32."""
+
+# What multiplies, by instruction set; AMX multiplies a float32 in three bfloat16 parts.
 _UNITS = {"scalar": "scalar", "avx2": "AVX2", "avx512": "AVX-512", "amx": "AMX"}
 
 
@@ -58,6 +61,5 @@ def make_layout(
 
 def layout_name(num_levels: int, precision: str) -> str:
     """The cpu backend's layout and what multiplies it, e.g. "3 levels, 2 bits, AMX int8"."""
-    isa = cpu_isa()
-    unit = _UNITS["avx512" if isa == "amx" and precision == "fp32" else isa]
-    return f"{num_levels} levels, {(num_levels - 1).bit_length()} bits, {unit} {precision}"
+    bits = 1 if num_levels == 2 else 2 if num_levels <= 4 else 4
+    return f"{num_levels} levels, {bits} bits, {_UNITS[cpu_isa()]} {precision}"

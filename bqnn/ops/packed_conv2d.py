@@ -16,7 +16,7 @@ from torch import Tensor
 from bqnn import dispatch
 from bqnn.ops._check import check_conv2d_input
 from bqnn.ops._packed import DenseWeight, check_packed, decode_rounded, is_half, multiply, pair
-from bqnn.ops._packed_layout import make_layout
+from bqnn.ops._packed_layout import KERNEL_DTYPES, make_layout
 from bqnn.ops._register import register_op
 
 
@@ -46,6 +46,9 @@ def packed_conv2d_reference(
     layout: Tensor | None,
 ) -> Tensor:
     """Decodes the weight, then convolves; "int8" accumulates in float64. ``layout`` is of no use to it."""
+    if is_half(x):
+        geometry = (kernel_size, stride, padding, dilation, groups)
+        return packed_conv2d_reference(x.float(), codes, levels, bias, *geometry, precision, layout).to(x.dtype)
     channels = x.shape[1] // groups
     values, scale = decode_rounded(codes, levels, channels * kernel_size[0] * kernel_size[1], precision)
     weight = DenseWeight(values.view(-1, channels, *kernel_size), scale)
@@ -70,14 +73,15 @@ def packed_conv2d_cpu(
     precision: str,
     layout: Tensor | None,
 ) -> Tensor:
-    """The kernel for float32, with a layout of this call's own where none is given; the reference for float64."""
-    if x.dtype != torch.float32:
-        geometry = (kernel_size, stride, padding, dilation, groups)
+    """The kernel, with a layout of this call's own where none is given; the reference for float64."""
+    geometry = (kernel_size, stride, padding, dilation, groups)
+    if x.dtype == torch.float64:
         return packed_conv2d_reference(x, codes, levels, bias, *geometry, precision, layout)
+    if x.dtype not in KERNEL_DTYPES:
+        return packed_conv2d_cpu(x.float(), codes, levels, bias, *geometry, precision, layout).to(x.dtype)
     if layout is None:
         columns = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
         layout = make_layout(codes, levels, columns, precision, kernel_size, dilation[1], groups)
-    bias = None if bias is None else bias.float().contiguous()
     return torch.ops.bqnn_cpu.packed_conv2d(x, layout, bias, stride, padding, dilation)
 
 
@@ -158,8 +162,6 @@ def packed_conv2d(
             f"got {list(x.shape)}"
         )
     geometry = (kernel, stride, padding, dilation, groups)
-    if is_half(x):
-        return packed_conv2d(x.float(), codes, levels, bias, *geometry, precision, layout, backend).to(x.dtype)
     return torch.ops.bqnn.packed_conv2d(x, codes, levels, bias, *geometry, precision, layout, backend)
 
 

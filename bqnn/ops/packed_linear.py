@@ -17,7 +17,7 @@ from torch import Tensor
 from bqnn import dispatch
 from bqnn.ops._check import check_linear_input
 from bqnn.ops._packed import check_packed, decode_rounded, is_half, multiply
-from bqnn.ops._packed_layout import make_layout
+from bqnn.ops._packed_layout import KERNEL_DTYPES, make_layout
 from bqnn.ops._register import register_op
 
 
@@ -25,6 +25,8 @@ def packed_linear_reference(
     x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, layout: Tensor | None
 ) -> Tensor:
     """Decodes the weight, then multiplies; "int8" accumulates in float64. ``layout`` is of no use to it."""
+    if is_half(x):
+        return packed_linear_reference(x.float(), codes, levels, bias, precision, layout).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     weight = decode_rounded(codes, levels, x.shape[-1], precision)
     y = multiply(F.linear, rows, weight, bias, precision, accumulate=torch.float64)
@@ -34,12 +36,14 @@ def packed_linear_reference(
 def packed_linear_cpu(
     x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, layout: Tensor | None
 ) -> Tensor:
-    """The kernel for float32, with a layout of this call's own where none is given; the reference for float64."""
-    if x.dtype != torch.float32:
+    """The kernel, with a layout of this call's own where none is given; the reference for float64."""
+    if x.dtype == torch.float64:
         return packed_linear_reference(x, codes, levels, bias, precision, layout)
+    if x.dtype not in KERNEL_DTYPES:
+        return packed_linear_cpu(x.float(), codes, levels, bias, precision, layout).to(x.dtype)
     if layout is None:
         layout = make_layout(codes, levels, x.shape[-1], precision)
-    return torch.ops.bqnn_cpu.packed_linear(x, layout, None if bias is None else bias.float().contiguous())
+    return torch.ops.bqnn_cpu.packed_linear(x, layout, bias)
 
 
 def packed_linear_fake(
@@ -94,6 +98,4 @@ def packed_linear(
     """
     check_linear_input(x, x.shape[-1] if x.dim() else 1)
     check_packed(x, codes, levels, bias, x.shape[-1], precision)
-    if is_half(x):
-        return packed_linear(x.float(), codes, levels, bias, precision, layout, backend).to(x.dtype)
     return torch.ops.bqnn.packed_linear(x, codes, levels, bias, precision, layout, backend)

@@ -79,7 +79,7 @@ inline bool fits_bf16(__m512 x) {
 template <int kBits, bool kShared>
 struct Bf16Decoder {
   __m512i table;  // 32 entries
-  __m512i rung[kShared ? 1 : kMaxLevels];
+  __m512i rung[kShared ? 1 : kTable];
   int levels;
 
   // `part` 0 is the level rounded to bfloat16, 1 and 2 what rounding left.
@@ -118,7 +118,7 @@ struct Bf16Decoder {
 template <int kBits, bool kShared>
 struct Int8Decoder {
   __m512i table;  // 64 entries
-  __m512i rung[kShared ? 1 : kMaxLevels];
+  __m512i rung[kShared ? 1 : kTable];
   int levels;
 
   void start(const PackedLayout& layout, int64_t channel) {

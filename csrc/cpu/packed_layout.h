@@ -21,8 +21,7 @@ namespace bqnn {
 enum class Precision : int32_t { fp32, bf16, int8 };
 
 constexpr int kBlock = 16;        // output channels side by side
-constexpr int kMaxLevels = 16;
-constexpr int kTable = 16;        // entries of a decoding table: the levels, repeated with period 2^bits
+constexpr int kTable = 16;        // entries of a decoding table: the levels, at most 16, repeated with period 2^bits
 
 struct PackedLayout {
   uint64_t magic;

@@ -1,0 +1,163 @@
+// The driver of packed_conv2d: a zero-padded channels-last copy of each image and group, then tasks of some output
+// pixels, of one or several images, by a strip of channels.
+//
+// Included inside the namespace of a translation unit that has set the target, after packed_strip.h.
+#pragma once
+
+// Where things stand in the copy: [image][group][height][width][inputs], in bytes.
+struct ConvPlan {
+  int64_t pixel, row, plane, image;
+  int64_t wave;       // images that are copied and multiplied together
+  int64_t positions;  // output pixels of an image
+};
+
+template <class Op>
+inline ConvPlan plan_conv2d(const Conv2dCall& call, int threads, int64_t* offsets) {
+  constexpr int64_t kCache = 1 << 20, kEnough = 1 << 12;
+  const PackedLayout& layout = *call.weight;
+  ConvPlan p;
+  p.pixel = layout.inputs * static_cast<int64_t>(sizeof(typename Op::Element));
+  p.row = (call.width + 2 * call.padding_w) * p.pixel;
+  p.plane = ((call.height + 2 * call.padding_h) * p.row + 127) / 64 * 64;  // the last lane reads beyond
+  p.image = layout.groups * p.plane;
+  p.positions = call.out_height * call.out_width;
+  // As many images as the L2 caches hold, and enough pixels to repay decoding the weights and waking threads.
+  p.wave = kCache * threads / p.image;
+  if (p.wave < ceil_div(kEnough, p.positions) && p.wave < 4 * threads) p.wave = ceil_div(kEnough, p.positions);
+  if (p.wave > call.images) p.wave = call.images;
+  if (p.wave < 1) p.wave = 1;
+  const int columns = layout.segments / layout.kernel_h;  // 1, or kernel_w where dilation sets them apart
+  for (int s = 0; s < layout.segments; ++s)
+    offsets[s] = s / columns * call.dilation_h * p.row + s % columns * layout.dilation_w * p.pixel;
+  return p;
+}
+
+// Copies row h of one group of an image.
+template <class Op, class X>
+inline void pack_pixels(const Conv2dCall& call, const X* image, int64_t group, int64_t h, const RowScale& scale,
+                        typename Op::Element* to) {
+  constexpr int64_t kPixels = 16;
+  const PackedLayout& layout = *call.weight;
+  const bool bf16 = layout.precision == Precision::bf16;
+  const int64_t inputs = layout.inputs, width = call.width, all = inputs * layout.groups;
+  if (call.channels_last) {
+    const X* from = image + h * width * all + group * inputs;
+    if (layout.groups == 1) return pack_row<Op>(from, width * inputs, bf16, scale, to);
+    for (int64_t w = 0; w < width; ++w) pack_row<Op>(from + w * all, inputs, bf16, scale, to + w * inputs);
+    return;
+  }
+  // A few pixels at a time: their channels are written to lines that stay in the L1 cache.
+  for (int64_t first = 0; first < width; first += kPixels) {
+    const int64_t end = first + kPixels < width ? first + kPixels : width;
+    for (int64_t c = 0; c < inputs; ++c) {
+      const X* from = image + ((group * inputs + c) * call.height + h) * width;
+      typename Op::Element packed[kPixels];
+      pack_row<Op>(from + first, end - first, bf16, scale, packed);
+      for (int64_t w = first; w < end; ++w) to[w * inputs + c] = packed[w - first];
+    }
+  }
+}
+
+template <class Element>
+inline void fill(char* from, const char* to, Element value) {
+  for (auto* at = reinterpret_cast<Element*>(from); reinterpret_cast<char*>(at) < to; ++at) *at = value;
+}
+
+// Copies one group of an image, with its border.
+template <class Op, class X>
+inline void pack_plane(const Conv2dCall& call, const ConvPlan& plan, const X* image, int64_t group,
+                       const RowScale& scale, char* to) {
+  using Element = typename Op::Element;
+  constexpr auto kZero = static_cast<Element>(Op::kZero);
+  const int64_t left = call.padding_w * plan.pixel, inner = call.width * plan.pixel;
+  char* row = to + call.padding_h * plan.row;
+  fill(to, row, kZero);
+  for (int64_t h = 0; h < call.height; ++h, row += plan.row) {
+    fill(row, row + left, kZero);
+    pack_pixels<Op>(call, image, group, h, scale, reinterpret_cast<Element*>(row + left));
+    fill(row + left + inner, row + plan.row, kZero);
+  }
+  fill(row, row + call.padding_h * plan.row, kZero);
+}
+
+// Writes `count` outputs of `width` channels, from output pixel `first` of an image on.
+template <class Op, class Y>
+inline void finish_pixels(const Conv2dCall& call, const typename Op::Product* products, int64_t first, int64_t count,
+                          int64_t channel, int64_t width, const Epilogue& strip, float scale, Y* image) {
+  const int64_t channels = call.weight->channels, positions = call.out_height * call.out_width;
+  if (call.channels_last) {
+    for (int64_t i = 0; i < count; ++i)
+      finish_row<Op>(products + i * kWidth, width, strip, scale, image + (first + i) * channels + channel);
+    return;
+  }
+  for (int64_t c = 0; c < width; ++c) {
+    Y* to = image + (channel + c) * positions + first;
+    for (int64_t i = 0; i < count; ++i) narrow(output<Op>(products[i * kWidth + c], c, strip, scale), to + i);
+  }
+}
+
+template <class Op, class X>
+void run_conv2d(const Conv2dCall& call, const Parallel& parallel) {
+  using Product = typename Op::Product;
+  const PackedLayout& layout = *call.weight;
+  const int64_t groups = layout.groups, in_group = layout.group_channels();
+  auto* offsets = reinterpret_cast<int64_t*>(
+      scratch(Scratch::offsets, static_cast<size_t>(layout.segments) * sizeof(int64_t)));
+  const ConvPlan plan = plan_conv2d<Op>(call, parallel.threads, offsets);
+  const int64_t positions = plan.positions;
+  if (call.images == 0 || positions == 0) return;
+  const int64_t x_image = layout.inputs * groups * call.height * call.width, y_image = layout.channels * positions;
+  auto* scales = reinterpret_cast<RowScale*>(
+      scratch(Scratch::scales, static_cast<size_t>(plan.wave) * sizeof(RowScale)));
+  char* activations = scratch(Scratch::activations, static_cast<size_t>(plan.wave * plan.image));
+  const int64_t strips = ceil_div(layout.blocks, kStripBlocks);
+
+  for (int64_t first_image = 0; first_image < call.images; first_image += plan.wave) {
+    const int64_t images = call.images - first_image < plan.wave ? call.images - first_image : plan.wave;
+    const X* x = static_cast<const X*>(call.x) + first_image * x_image;
+    X* y = static_cast<X*>(call.y) + first_image * y_image;
+    if constexpr (Op::kInt8)
+      parallel_for(parallel, images, 1 + (1 << 16) / x_image, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) scales[i] = row_scale(largest(x + i * x_image, x_image));
+      });
+    parallel_for(parallel, images * groups, 1 + (1 << 15) * groups / x_image, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        pack_plane<Op>(call, plan, x + i / groups * x_image, i % groups, Op::kInt8 ? scales[i / groups] : RowScale{},
+                       activations + i * plan.plane);
+    });
+
+    const int64_t pixels = images * positions;
+    const int64_t chunk = rows_of_task(pixels, plan.pixel, strips * groups, parallel.threads);
+    const int64_t work = (chunk < pixels ? chunk : pixels) * kWidth * layout.columns;
+    const int64_t tasks = ceil_div(pixels, chunk) * groups * strips;
+    parallel_for(parallel, tasks, 1 + kTaskWork / work, [&](int64_t begin, int64_t end) {
+      const auto room = static_cast<size_t>(chunk);
+      auto* products = reinterpret_cast<Product*>(scratch(Scratch::products, room * kWidth * sizeof(Product)));
+      auto** position = reinterpret_cast<const char**>(scratch(Scratch::positions, (room + kTile) * sizeof(char*)));
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t group = task / strips % groups, first_block = task % strips * kStripBlocks;
+        const int64_t first = task / strips / groups * chunk;
+        const int64_t count = pixels - first < chunk ? pixels - first : chunk;
+        for (int64_t i = 0, image = first / positions, h = first % positions / call.out_width, w = first % call.out_width;
+             i < count; ++i) {
+          position[i] = activations + image * plan.image + group * plan.plane + h * call.stride_h * plan.row +
+                        w * call.stride_w * plan.pixel;
+          if (++w == call.out_width) w = 0, ++h;
+          if (h == call.out_height) h = 0, ++image;
+        }
+        for (int64_t i = count; i < count + kTile; ++i) position[i] = position[count - 1];
+        const int blocks = static_cast<int>(layout.blocks - first_block < kStripBlocks ? 1 : kStripBlocks);
+        multiply_strip<Op>(layout, group, first_block, blocks, position, count, offsets, products);
+        const int64_t in = first_block * kBlock, width = in_group - in < kWidth ? in_group - in : kWidth;
+        const Epilogue strip = epilogue<Op>(layout, call.bias, group, first_block);
+        for (int64_t done = 0; done < count;) {
+          const int64_t image = (first + done) / positions, from = (first + done) % positions;
+          const int64_t here = positions - from < count - done ? positions - from : count - done;
+          finish_pixels<Op>(call, products + done * kWidth, from, here, group * in_group + in, width, strip,
+                            Op::kInt8 ? scales[image].scale : 1.0f, y + image * y_image);
+          done += here;
+        }
+      }
+    });
+  }
+}
