@@ -20,7 +20,7 @@ from bqnn.ops.philox import normal
 from bqnn.ops.product import Product, bind, channels_last
 
 MODES = ("categorical", "gaussian", "straight_through")
-WIDE = 4  # channels
+WIDE = 2  # channels
 FORWARD, BACKWARD = 10, 11  # arguments of the two ops before the geometry
 
 
@@ -60,7 +60,7 @@ def slope_of(variance: Tensor, noise: Tensor) -> Tensor:
 
 
 def is_wide(x: Tensor) -> bool:
-    """Whether a convolution gains from bfloat16 and channels-last order: not of few channels."""
+    """Whether a convolution gains from bfloat16 and channels-last order: not of one channel."""
     return x.dim() != 4 or x.shape[1] >= WIDE
 
 
