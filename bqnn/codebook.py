@@ -1,4 +1,4 @@
-"""Levels and thresholds: how they are fitted to data, and parameters that keep them in order."""
+"""Levels and thresholds: how they are fitted to data, and what the parameters are that keep them in order."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn.ops._check import check_floating, check_num_levels
+from bqnn.ops.codebook_from_raw import MARGIN as MARGIN
+from bqnn.ops.codebook_from_raw import MIN_GAP as MIN_GAP
+from bqnn.ops.codebook_from_raw import TAU_PER_GAP as TAU_PER_GAP
+from bqnn.ops.codebook_from_raw import gaps as gaps
+from bqnn.ops.codebook_from_raw import levels_from_raw as levels_from_raw
+from bqnn.ops.codebook_from_raw import smallest_gap as smallest_gap
+from bqnn.ops.codebook_from_raw import thresholds_from_raw as thresholds_from_raw
 
 LLOYD_ITERATIONS = 50
-TAU_PER_GAP = 0.375  # the published window, tau = 0.075 at a gap of 0.2 between levels
 MIN_SCALE = 1e-6
-MIN_GAP = 1e-4  # between two levels, in units of their size and spread: float32 tells them apart, windows have a width
-MARGIN = 1e-3  # of a gap, that a learned threshold keeps from both its levels
-
-
-def gaps(levels: Tensor) -> Tensor:
-    """The distance of each level to its nearest neighbour: [G, M] -> [G, M]."""
-    steps = levels[:, 1:] - levels[:, :-1]
-    return torch.minimum(torch.cat([steps[:, :1], steps], dim=1), torch.cat([steps, steps[:, -1:]], dim=1))
 
 
 def lloyd_max(values: Tensor, num_levels: int) -> Tensor:
@@ -64,33 +62,11 @@ def _lloyd_max_row(ordered: Tensor, num_levels: int, eps: float) -> Tensor:
     return levels if (levels[1:] - levels[:-1] > closest + 2.0 * MIN_GAP * spread).all() else evenly
 
 
-def smallest_gap(first: Tensor, scale: Tensor | float) -> Tensor:
-    """What two neighbouring levels of a codebook that starts at ``first`` [G, 1] are always apart, [G, 1]."""
-    return MIN_GAP * (scale + first.abs())
-
-
-def levels_from_raw(raw: Tensor, scale: Tensor) -> Tensor:
-    """scale * (first, first + smallest + softplus(gap_1), ...): increasing whatever the raw values are, [G, M] each.
-
-    ``scale`` [G, 1] is the spread of the weights when the codebook was fitted, so that an optimizer's step moves first
-    value and gaps alike, in wide layers and narrow ones.
-    """
-    first = raw[:, :1]
-    increments = torch.cat([first, smallest_gap(first, 1.0) + F.softplus(raw[:, 1:])], dim=1)
-    return scale * increments.cumsum(1)
-
-
 def raw_from_levels(levels: Tensor, scale: Tensor) -> Tensor:
     """The inverse of :func:`levels_from_raw`."""
     relative = levels / scale
     steps = relative[:, 1:] - relative[:, :-1] - smallest_gap(relative[:, :1], 1.0)
     return torch.cat([relative[:, :1], steps + torch.log(-torch.expm1(-steps))], dim=1)
-
-
-def thresholds_from_raw(raw: Tensor, levels: Tensor) -> Tensor:
-    """t_j at a share of the way from c_{j-1} to c_j, sigmoid(raw_j) but for a margin: each level in its own cell."""
-    share = MARGIN + (1.0 - 2.0 * MARGIN) * torch.sigmoid(raw)
-    return levels[:, :-1] + share * (levels[:, 1:] - levels[:, :-1])
 
 
 def raw_from_thresholds(thresholds: Tensor, levels: Tensor) -> Tensor:

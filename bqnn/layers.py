@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bqnn import codebook, ops
 from bqnn.ops import quantizer
 from bqnn.ops._check import check_conv2d_input, check_floating, check_linear_input, check_num_levels
+from bqnn.ops.codebook_from_raw import codebook_from_raw
 from bqnn.ops.philox import fresh_seed
 from bqnn.padding import explicit_padding
 
@@ -39,7 +40,14 @@ class BayesLayer(nn.Module):
     prior_sigma2: Tensor
 
     def _init_bayes(
-        self, num_levels: int, granularity: str, partition: str, estimator: str, prior: str, quantize_mean: bool
+        self,
+        num_levels: int,
+        granularity: str,
+        partition: str,
+        estimator: str,
+        prior: str,
+        quantize_mean: bool,
+        coarse_variance: bool,
     ) -> None:
         check_num_levels(num_levels)
         for name, value, choices in (
@@ -51,7 +59,8 @@ class BayesLayer(nn.Module):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         self.num_levels, self.granularity, self.partition = num_levels, granularity, partition
-        self.estimator, self.prior, self.quantize_mean = estimator, prior, quantize_mean
+        self.estimator, self.prior = estimator, prior
+        self.quantize_mean, self.coarse_variance = quantize_mean, coarse_variance
         self.sampling = False
         groups = 1 if granularity == "tensor" else self.weight.shape[0]
         empty = self.weight.detach().new_empty
@@ -67,17 +76,16 @@ class BayesLayer(nn.Module):
     @property
     def levels(self) -> Tensor:
         """c_0 < ... < c_{M-1} of each codebook: [1 or out channels, M]."""
-        return codebook.levels_from_raw(self.raw_levels, self.level_scale)
+        return self._codebook()[0]
 
     @property
     def thresholds(self) -> Tensor:
         """t_1 < ... < t_{M-1} of each codebook: [1 or out channels, M - 1]."""
-        return self._thresholds_between(self.levels)
+        return self._codebook()[1]
 
-    def _thresholds_between(self, levels: Tensor) -> Tensor:
-        if self.raw_thresholds is None:
-            return quantizer.midpoints(levels)
-        return codebook.thresholds_from_raw(self.raw_thresholds, levels)
+    def _codebook(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels, thresholds, and the widths of the prior's windows."""
+        return codebook_from_raw(self.raw_levels, self.level_scale, self.raw_thresholds)
 
     @torch.no_grad()
     def fit_codebook_(self) -> None:
@@ -157,7 +165,8 @@ class BayesLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """Q(mu), in the weight's shape and dtype; no gradient is recorded."""
         with torch.no_grad():
-            return quantizer.look_up(self.levels, ops.assign_codes(self.weight, self.thresholds))
+            levels, thresholds, _ = self._codebook()
+            return quantizer.look_up(levels, ops.assign_codes(self.weight, thresholds))
 
     def check_parameters(self) -> None:
         """Raises ValueError for a parameter with NaN or infinity, or a log_sigma2 out of range; names it."""
@@ -180,8 +189,7 @@ class BayesLayer(nn.Module):
         if self.prior == "gaussian":
             ratio = self.log_sigma2 - self.prior_sigma2.log()
             return 0.5 * (self.weight.square() / self.prior_sigma2 + ratio.exp() - ratio - 1.0).sum()
-        levels = self.levels
-        tau = codebook.TAU_PER_GAP * codebook.gaps(levels.detach())
+        levels, _, tau = self._codebook()
         return ops.spike_slab_kl(self.weight, self.log_sigma2, levels, tau)
 
     def _product(
@@ -190,8 +198,7 @@ class BayesLayer(nn.Module):
         """The layer's product while it trains or samples: one op, chosen by the estimator."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        levels = self.levels
-        thresholds = self._thresholds_between(levels)
+        levels, thresholds, _ = self._codebook()
         if self.estimator in ("sample", "deterministic"):
             random = self.estimator == "sample"
             log_sigma2, seed = (self.log_sigma2, fresh_seed()) if random else (None, None)
@@ -201,9 +208,9 @@ class BayesLayer(nn.Module):
         else:
             # Outside training it is the quantized network whose uncertainty is asked for.
             mode = "straight_through" if self.quantize_mean or not self.training else "gaussian"
-        return moment(
-            x, self.weight, self.log_sigma2, levels, thresholds, self.bias, fresh_seed(), mode=mode, **geometry
-        )
+        options = {"mode": mode, "coarse_variance": self.coarse_variance}
+        tensors = (x, self.weight, self.log_sigma2, levels, thresholds, self.bias, fresh_seed())
+        return moment(*tensors, **options, **geometry)
 
     def _evaluation_parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Q(mu) and bias in x's dtype."""
@@ -244,6 +251,8 @@ class BayesLinear(BayesLayer, nn.Linear):
         estimator: "moment", "sample", "local" or "deterministic"; how the likelihood sees the weight in training.
         prior: "spike_slab" or "gaussian".
         quantize_mean: for "local": the mean path sees Q(mu), straight-through, instead of mu.
+        coarse_variance: for "moment" and "local": the variances of the outputs are rounded to bfloat16, which changes
+            the noise by a thousandth of itself and saves time and memory; see :func:`bqnn.ops.moment_linear`.
 
     Raises:
         TypeError, ValueError: an argument out of its range; a wrong x in the forward pass.
@@ -263,9 +272,10 @@ class BayesLinear(BayesLayer, nn.Linear):
         estimator: str = "moment",
         prior: str = "spike_slab",
         quantize_mean: bool = False,
+        coarse_variance: bool = True,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._init_bayes(num_levels, granularity, partition, estimator, prior, quantize_mean)
+        self._init_bayes(num_levels, granularity, partition, estimator, prior, quantize_mean, coarse_variance)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -280,7 +290,7 @@ class BayesConv2d(BayesLayer, nn.Conv2d):
 
     Args:
         in_channels ... dtype: as nn.Conv2d takes them, string padding and padding modes included.
-        num_levels ... quantize_mean: as :class:`BayesLinear` takes them; "channel" is one codebook an output channel.
+        num_levels ... coarse_variance: as :class:`BayesLinear` takes them; "channel" is one codebook an output channel.
 
     Raises:
         TypeError, ValueError: an argument out of its range; a wrong x in the forward pass.
@@ -306,11 +316,12 @@ class BayesConv2d(BayesLayer, nn.Conv2d):
         estimator: str = "moment",
         prior: str = "spike_slab",
         quantize_mean: bool = False,
+        coarse_variance: bool = True,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        self._init_bayes(num_levels, granularity, partition, estimator, prior, quantize_mean)
+        self._init_bayes(num_levels, granularity, partition, estimator, prior, quantize_mean, coarse_variance)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, N, H', W'], or without the batch dimension."""

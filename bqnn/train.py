@@ -146,7 +146,7 @@ class Trainer:
             variance_lr=recipe.variance_lr,
             weight_decay=recipe.weight_decay,
         )
-        self.optimizer = torch.optim.AdamW(groups, betas=BETAS[self.phase])
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS[self.phase], fused=True)
         steps = max(1, epochs * self.steps_an_epoch)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,

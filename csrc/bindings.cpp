@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -17,10 +18,14 @@
 #endif
 
 #include "cpu/assign_codes.h"
+#include "cpu/codebook.h"
+#include "cpu/elementwise.h"
 #include "cpu/isa.h"
+#include "cpu/noise.h"
 #include "cpu/packed.h"
 #include "cpu/parallel.h"
 #include "cpu/spike_slab_kl.h"
+#include "cpu/weights.h"
 
 using torch::stable::Tensor;
 
@@ -45,6 +50,179 @@ Isa isa() {
 }
 
 int64_t cpu_isa() { return static_cast<int64_t>(isa()); }
+
+// --- tensors: what Python hands in is checked there; here, what would read or write past an end --------------------
+
+using torch::headeronly::ScalarType;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(std::string("bqnn_cpu: ") + what);
+}
+
+float* floats(const Tensor& tensor) {
+  require(tensor.scalar_type() == ScalarType::Float, "a float32 tensor is needed");
+  require(tensor.is_contiguous(), "a contiguous tensor is needed");
+  return static_cast<float*>(tensor.data_ptr());
+}
+
+float* floats(const std::optional<Tensor>& tensor) { return tensor ? floats(*tensor) : nullptr; }
+
+// The elements of a tensor of `count` that lie side by side, in whatever order.
+Elements elements(const Tensor& tensor, int64_t count) {
+  const bool bfloat16 = tensor.scalar_type() == ScalarType::BFloat16;
+  require(bfloat16 || tensor.scalar_type() == ScalarType::Float, "a float32 or bfloat16 tensor is needed");
+  require(tensor.numel() == count, "tensors of one size are needed");
+  return {tensor.data_ptr(), bfloat16};
+}
+
+Noise noise(const std::optional<Tensor>& seed, int64_t offset) {
+  if (!seed) return {};
+  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr())), static_cast<uint64_t>(offset)};
+}
+
+// A linear layer's tensor is one row; an image's is [batch, channels, pixels].
+PlaneShape plane_shape(const Tensor& tensor) {
+  if (tensor.dim() != 4) return {1, 1, tensor.numel()};
+  return {tensor.size(0), tensor.size(1), tensor.size(2) * tensor.size(3)};
+}
+
+bool is_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 4) return false;
+  const int order[] = {1, 3, 2, 0};
+  int64_t expected = 1;
+  for (int d : order) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
+    expected *= tensor.size(d);
+  }
+  return true;
+}
+
+Plane plane(const Tensor& tensor, const PlaneShape& shape) {
+  const bool planar = tensor.is_contiguous();
+  require(planar || is_channels_last(tensor), "a contiguous or channels-last tensor is needed");
+  return {elements(tensor, shape.batch * shape.channels * shape.pixels), !planar};
+}
+
+Posterior posterior(const Tensor& weight, const std::optional<Tensor>& log_sigma2, const Tensor& levels,
+                    const Tensor& thresholds) {
+  const int64_t groups = levels.size(0), num_levels = levels.size(1);
+  require(num_levels >= 2 && num_levels <= kMaxLevels, "2 to 16 levels are needed");
+  require(thresholds.size(0) == groups && thresholds.size(1) == num_levels - 1, "thresholds between levels are needed");
+  require(groups == 1 || groups == weight.size(0), "one codebook, or one a channel, is needed");
+  require(!log_sigma2 || log_sigma2->numel() == weight.numel(), "tensors of one size are needed");
+  return {floats(weight), floats(log_sigma2), floats(levels),
+          floats(thresholds), weight.numel(), groups, static_cast<int>(num_levels)};
+}
+
+// --- noise --------------------------------------------------------------------------------------------------------
+
+void random_words_op(int64_t seed, int64_t first, Tensor out) {
+  require(out.scalar_type() == ScalarType::Int && out.is_contiguous() && out.numel() % 4 == 0, "int32 words are needed");
+  elementwise(isa()).random_words(static_cast<uint64_t>(seed), static_cast<uint64_t>(first), out.numel() / 4,
+                                  static_cast<uint32_t*>(out.data_ptr()));
+}
+
+void add_noise_op(Tensor mean, Tensor variance, Tensor seed, int64_t offset, bool keep_slope) {
+  const PlaneShape shape = plane_shape(mean);
+  add_noise(torch_threads(), isa(), shape, plane(mean, shape), plane(variance, shape), noise(seed, offset), keep_slope);
+}
+
+void multiply_op(Tensor grad, Tensor slope, Tensor out) {
+  const PlaneShape shape = plane_shape(grad);
+  multiply(torch_threads(), isa(), shape, plane(grad, shape), plane(slope, shape), plane(out, shape));
+}
+
+void noise_gradient_op(Tensor grad, Tensor variance, Tensor seed, int64_t offset, Tensor out) {
+  const PlaneShape shape = plane_shape(grad);
+  noise_gradient(torch_threads(), isa(), shape, plane(grad, shape), plane(variance, shape), noise(seed, offset),
+                 plane(out, shape));
+}
+
+void square_op(Tensor x, Tensor out) {
+  const PlaneShape shape = plane_shape(x);
+  square(torch_threads(), isa(), shape, plane(x, shape), plane(out, shape));
+}
+
+void add_square_gradient_op(Tensor grad, Tensor x, Tensor grad_square) {
+  const PlaneShape shape = plane_shape(grad);
+  add_square_gradient(torch_threads(), isa(), shape, plane(grad, shape), plane(x, shape), plane(grad_square, shape));
+}
+
+// --- weights ------------------------------------------------------------------------------------------------------
+
+void sample_op(Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
+            std::optional<Tensor> seed, int64_t offset, Tensor quantized) {
+  const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
+  require(quantized.numel() == q.weights, "tensors of one size are needed");
+  sample(torch_threads(), isa(), q, noise(seed, offset), floats(quantized));
+}
+
+void sample_backward_op(Tensor grad, Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
+                     std::optional<Tensor> seed, int64_t offset, std::optional<Tensor> grad_log_sigma2,
+                     Tensor grad_levels) {
+  const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
+  require(grad.numel() == q.weights && grad_levels.numel() == levels.numel(), "tensors of one size are needed");
+  require(!log_sigma2 || (grad_log_sigma2 && grad_log_sigma2->numel() == q.weights), "tensors of one size are needed");
+  sample_backward(torch_threads(), isa(), q, noise(seed, offset), floats(grad), floats(grad_log_sigma2),
+                  floats(grad_levels));
+}
+
+void moments_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds, int64_t mode,
+             std::optional<Tensor> mean, Tensor variance) {
+  const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
+  require(mode == static_cast<int64_t>(Moments::gaussian) || (mean && mean->numel() == q.weights),
+          "tensors of one size are needed");
+  require(variance.is_contiguous(), "a contiguous tensor is needed");
+  moments(torch_threads(), isa(), q, static_cast<Moments>(mode), floats(mean), elements(variance, q.weights));
+}
+
+void moments_backward_op(Tensor grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,
+                      Tensor thresholds, int64_t mode, std::optional<Tensor> grad_weight, Tensor grad_log_sigma2,
+                      Tensor grad_levels, Tensor grad_thresholds) {
+  const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
+  require(grad_mean.numel() == q.weights && grad_log_sigma2.numel() == q.weights &&
+              grad_levels.numel() == levels.numel() && grad_thresholds.numel() == thresholds.numel(),
+          "tensors of one size are needed");
+  require(mode != static_cast<int64_t>(Moments::categorical) || (grad_weight && grad_weight->numel() == q.weights),
+          "tensors of one size are needed");
+  require(grad_variance.is_contiguous(), "a contiguous tensor is needed");
+  moments_backward(torch_threads(), isa(), q, static_cast<Moments>(mode), floats(grad_mean),
+                   elements(grad_variance, q.weights), floats(grad_weight), floats(grad_log_sigma2),
+                   floats(grad_levels), floats(grad_thresholds));
+}
+
+// --- codebooks ----------------------------------------------------------------------------------------------------
+
+RawCodebook raw_codebook(const Tensor& levels, const Tensor& scale, const std::optional<Tensor>& thresholds) {
+  const int64_t groups = levels.size(0), num_levels = levels.size(1);
+  require(num_levels >= 2 && num_levels <= kMaxLevels, "2 to 16 levels are needed");
+  require(scale.numel() == groups, "a scale for each codebook is needed");
+  require(!thresholds || thresholds->numel() == groups * (num_levels - 1), "thresholds between levels are needed");
+  return {floats(levels), floats(scale), floats(thresholds), groups, static_cast<int>(num_levels)};
+}
+
+void codebook_from_raw_op(Tensor raw_levels, Tensor scale, std::optional<Tensor> raw_thresholds, Tensor levels,
+                          Tensor thresholds, Tensor tau) {
+  const RawCodebook raw = raw_codebook(raw_levels, scale, raw_thresholds);
+  require(levels.numel() == raw_levels.numel() && tau.numel() == raw_levels.numel() &&
+              thresholds.numel() == raw.groups * (raw.num_levels - 1),
+          "tensors of one size are needed");
+  codebook_from_raw(raw, floats(levels), floats(thresholds), floats(tau));
+}
+
+void codebook_from_raw_backward_op(Tensor grad_levels, Tensor grad_thresholds, Tensor raw_levels, Tensor scale,
+                                   std::optional<Tensor> raw_thresholds, Tensor grad_raw_levels,
+                                   Tensor grad_raw_thresholds) {
+  const RawCodebook raw = raw_codebook(raw_levels, scale, raw_thresholds);
+  const int64_t cuts = raw.groups * (raw.num_levels - 1);
+  require(grad_levels.numel() == raw_levels.numel() && grad_raw_levels.numel() == raw_levels.numel() &&
+              grad_thresholds.numel() == cuts && grad_raw_thresholds.numel() == (raw_thresholds ? cuts : 0),
+          "tensors of one size are needed");
+  codebook_from_raw_backward(raw, floats(grad_levels), floats(grad_thresholds), floats(grad_raw_levels),
+                             floats(grad_raw_thresholds));
+}
+
+// --- assign_codes and spike_slab_kl -------------------------------------------------------------------------------
 
 // The backends in bqnn/ops hand in contiguous tensors, float32 but for codes, of the shapes that the ops check.
 
@@ -210,6 +388,31 @@ STABLE_TORCH_LIBRARY(bqnn_cpu, m) {
   m.def("packed_linear(Tensor x, Tensor layout, Tensor? bias) -> Tensor");
   m.def("packed_conv2d(Tensor x, Tensor layout, Tensor? bias, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def("isa() -> int");
+  m.def("random_words(int seed, int first, Tensor(a!) out) -> ()");
+  m.def("add_noise(Tensor(a!) mean, Tensor(b!) variance, Tensor seed, int offset, bool keep_slope) -> ()");
+  m.def("multiply(Tensor grad, Tensor slope, Tensor(a!) out) -> ()");
+  m.def("noise_gradient(Tensor grad, Tensor variance, Tensor seed, int offset, Tensor(a!) out) -> ()");
+  m.def("square(Tensor x, Tensor(a!) out) -> ()");
+  m.def("add_square_gradient(Tensor(a!) grad, Tensor x, Tensor grad_square) -> ()");
+  m.def(
+      "sample(Tensor weight, Tensor? log_sigma2, Tensor levels, Tensor thresholds, Tensor? seed, int offset,"
+      " Tensor(a!) quantized) -> ()");
+  m.def(
+      "sample_backward(Tensor grad, Tensor weight, Tensor? log_sigma2, Tensor levels, Tensor thresholds, Tensor? seed,"
+      " int offset, Tensor(a!)? grad_log_sigma2, Tensor(b!) grad_levels) -> ()");
+  m.def(
+      "moments(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds, int mode, Tensor(a!)? mean,"
+      " Tensor(b!) variance) -> ()");
+  m.def(
+      "moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,"
+      " Tensor thresholds, int mode, Tensor(a!)? grad_weight, Tensor(b!) grad_log_sigma2, Tensor(c!) grad_levels,"
+      " Tensor(d!) grad_thresholds) -> ()");
+  m.def(
+      "codebook_from_raw(Tensor raw_levels, Tensor scale, Tensor? raw_thresholds, Tensor(a!) levels,"
+      " Tensor(b!) thresholds, Tensor(c!) tau) -> ()");
+  m.def(
+      "codebook_from_raw_backward(Tensor grad_levels, Tensor grad_thresholds, Tensor raw_levels, Tensor scale,"
+      " Tensor? raw_thresholds, Tensor(a!) grad_raw_levels, Tensor(b!) grad_raw_thresholds) -> ()");
   m.def("assign_codes(Tensor weight, Tensor thresholds, bool packed, Tensor(a!) out) -> ()");
   m.def("spike_slab_kl(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau, Tensor(a!) out) -> ()");
   m.def(
@@ -222,6 +425,18 @@ STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CPU, m) {
+  m.impl("random_words", TORCH_BOX(&random_words_op));
+  m.impl("add_noise", TORCH_BOX(&add_noise_op));
+  m.impl("noise_gradient", TORCH_BOX(&noise_gradient_op));
+  m.impl("multiply", TORCH_BOX(&multiply_op));
+  m.impl("square", TORCH_BOX(&square_op));
+  m.impl("add_square_gradient", TORCH_BOX(&add_square_gradient_op));
+  m.impl("sample", TORCH_BOX(&sample_op));
+  m.impl("sample_backward", TORCH_BOX(&sample_backward_op));
+  m.impl("moments", TORCH_BOX(&moments_op));
+  m.impl("moments_backward", TORCH_BOX(&moments_backward_op));
+  m.impl("codebook_from_raw", TORCH_BOX(&codebook_from_raw_op));
+  m.impl("codebook_from_raw_backward", TORCH_BOX(&codebook_from_raw_backward_op));
   m.impl("packed_layout", TORCH_BOX(&packed_layout_op));
   m.impl("packed_linear", TORCH_BOX(&packed_linear_op));
   m.impl("packed_conv2d", TORCH_BOX(&packed_conv2d_op));

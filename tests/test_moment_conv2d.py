@@ -98,7 +98,7 @@ def test_a_kernel_of_one_pixel_is_a_linear_layer(mode: str, runs_on: tuple[str, 
     case = make_case(Conv2dShape(3, 13, 7, 1, 1, (1, 1)), 3, "channel").to(device)
     x, weight, log_sigma2, *rest = case.tensors()
     flat = [tensor.flatten(1) for tensor in (x, weight, log_sigma2)]
-    expected = moment_linear(*flat, *rest, torch.tensor(SEED), OFFSET, mode, "reference")
+    expected = moment_linear(*flat, *rest, torch.tensor(SEED), OFFSET, mode, backend="reference")
     torch.testing.assert_close(run(case, mode, backend).flatten(1), expected)
 
 
@@ -166,14 +166,16 @@ def test_strides_do_not_matter(granularity: str, mode: str, runs_on: tuple[str, 
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("coarse", [False, True], ids=["exact", "coarse"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck(layout: tuple[str, ...], mode: str) -> None:
+def test_opcheck(layout: tuple[str, ...], coarse: bool, mode: str) -> None:
     case, seed = channels_last(make_case(SMALL_CONV2D, 3, "channel"), layout), torch.tensor(SEED)
     y = case.product(case.x, case.weight)
     geometry = geometry_arguments(case)
     leaves = [tensor.detach().requires_grad_() for tensor in case.tensors()]
-    torch.library.opcheck(torch.ops.bqnn.moment_conv2d.default, (*leaves, seed, 3, mode, *geometry))
-    arguments = (torch.randn_like(y), torch.randn_like(y), *case.tensors()[:5], mode, *geometry, True)
+    torch.library.opcheck(torch.ops.bqnn.moment_conv2d.default, (*leaves, seed, 3, mode, coarse, *geometry))
+    saved = torch.rand_like(y).to(torch.bfloat16, memory_format=torch.channels_last) if coarse else None
+    arguments = (torch.randn_like(y), saved, *case.tensors()[:5], seed, 3, mode, True, *geometry)
     torch.library.opcheck(torch.ops.bqnn.moment_conv2d_backward.default, arguments)
 
 
@@ -181,9 +183,10 @@ def test_opcheck_without_what_is_optional() -> None:
     case, seed = make_case(SMALL_CONV2D, 3, "tensor"), torch.tensor(SEED)
     tensors, geometry = case.tensors()[:5], geometry_arguments(case)
     leaves = [tensors[0], *(tensor.clone().requires_grad_() for tensor in tensors[1:])]
-    torch.library.opcheck(torch.ops.bqnn.moment_conv2d.default, (*leaves, None, seed, 0, "categorical", *geometry))
+    noise = (seed, 0, "categorical", False)
+    torch.library.opcheck(torch.ops.bqnn.moment_conv2d.default, (*leaves, None, *noise, *geometry))
     upstream = torch.randn(case.output_shape)
-    arguments = (upstream, upstream, *tensors, "categorical", *geometry, False)
+    arguments = (upstream, None, *tensors, *noise, *geometry)
     torch.library.opcheck(torch.ops.bqnn.moment_conv2d_backward.default, arguments)
 
 

@@ -30,7 +30,7 @@ GRADIENTS = {
 def run(
     case: Case, mode: str = "categorical", backend: str | None = None, seed: int = SEED, offset: int = OFFSET
 ) -> Tensor:
-    return moment_linear(*case.tensors(), torch.tensor(seed), offset, mode, backend)
+    return moment_linear(*case.tensors(), torch.tensor(seed), offset, mode, backend=backend)
 
 
 def formula_for(case: Case, mode: str) -> partial[Tensor]:
@@ -217,22 +217,25 @@ def test_only_what_requires_a_gradient_gets_one(wanted: tuple[str, ...]) -> None
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("coarse", [False, True], ids=["exact", "coarse"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_opcheck(layout: str, mode: str) -> None:
+def test_opcheck(layout: str, coarse: bool, mode: str) -> None:
     case, seed = make_case(SMALL_LINEAR, 3, "channel"), torch.tensor(SEED)
     if layout == "transposed":
         case = transposed(case)
     leaves = [tensor.detach().requires_grad_() for tensor in case.tensors()]
-    torch.library.opcheck(torch.ops.bqnn.moment_linear.default, (*leaves, seed, 3, mode))
-    arguments = (torch.randn(3, 7), torch.randn(3, 7), *case.tensors()[:5], mode, True)
+    torch.library.opcheck(torch.ops.bqnn.moment_linear.default, (*leaves, seed, 3, mode, coarse))
+    saved = torch.rand(3, 7).bfloat16() if coarse else None
+    arguments = (torch.randn(3, 7), saved, *case.tensors()[:5], seed, 3, mode, True)
     torch.library.opcheck(torch.ops.bqnn.moment_linear_backward.default, arguments)
 
 
 def test_opcheck_without_what_is_optional() -> None:
     tensors = make_case(SMALL_LINEAR, 3, "tensor").tensors()[:5]
     leaves = [tensors[0], *(tensor.clone().requires_grad_() for tensor in tensors[1:])]
-    torch.library.opcheck(torch.ops.bqnn.moment_linear.default, (*leaves, None, torch.tensor(SEED), 0, "categorical"))
-    arguments = (torch.randn(3, 7), torch.randn(3, 7), *tensors, "categorical", False)
+    noise = (torch.tensor(SEED), 0, "categorical", False)
+    torch.library.opcheck(torch.ops.bqnn.moment_linear.default, (*leaves, None, *noise))
+    arguments = (torch.randn(3, 7), None, *tensors, *noise)
     torch.library.opcheck(torch.ops.bqnn.moment_linear_backward.default, arguments)
 
 

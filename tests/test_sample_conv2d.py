@@ -189,7 +189,7 @@ def test_opcheck(layout: tuple[str, ...], granularity: str) -> None:
     leaves = [tensor.detach().requires_grad_() for tensor in case.tensors()]
     geometry = geometry_arguments(case)
     torch.library.opcheck(torch.ops.bqnn.sample_conv2d.default, (*leaves, seed, 3, *geometry))
-    arguments = (upstream, *case.tensors()[:5], seed, 3, *geometry, True)
+    arguments = (upstream, *case.tensors()[:5], seed, 3, True, *geometry)
     torch.library.opcheck(torch.ops.bqnn.sample_conv2d_backward.default, arguments)
 
 
@@ -199,7 +199,7 @@ def test_opcheck_without_what_is_optional() -> None:
     upstream, geometry = torch.randn_like(case.product(x, weight)), geometry_arguments(case)
     arguments = (x, weight.requires_grad_(), None, levels, thresholds, None, None, 0, *geometry)
     torch.library.opcheck(torch.ops.bqnn.sample_conv2d.default, arguments)
-    arguments = (upstream, x, weight.detach(), None, levels, thresholds, None, 0, *geometry, False)
+    arguments = (upstream, x, weight.detach(), None, levels, thresholds, None, 0, False, *geometry)
     torch.library.opcheck(torch.ops.bqnn.sample_conv2d_backward.default, arguments)
 
 

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from bqnn.ops import quantizer
 from bqnn.ops._check import check_levels, check_same_shape, check_seed, check_thresholds, check_weight
-from bqnn.ops._register import register_op
+from bqnn.ops._register import call, register_op
 from bqnn.ops.philox import normal
-from bqnn.ops.product import Product
+from bqnn.ops.product import Product, bind, channels_last
 
 MODES = ("categorical", "gaussian", "straight_through")
+WIDE = 2  # channels
+FORWARD, BACKWARD = 10, 11  # arguments of the two ops before the geometry
 
 
 def weight_moments(
@@ -52,6 +54,21 @@ def weight_moments_backward(
     return grad_mean, grad_log_sigma2, grad_levels, torch.zeros_like(thresholds)
 
 
+def slope_of(variance: Tensor, noise: Tensor) -> Tensor:
+    """dy/dVar = noise / (2 std); where the variance is 0, so is its gradient."""
+    return torch.where(variance > 0.0, 0.5 * noise / variance.sqrt(), 0.0)
+
+
+def is_wide(x: Tensor) -> bool:
+    """Whether a convolution gains from bfloat16 and channels-last order: not of one channel."""
+    return x.dim() != 4 or x.shape[1] >= WIDE
+
+
+def coarse_order(x: Tensor, output: Tensor) -> Tensor:
+    """What is kept of the outputs in bfloat16, in the memory format that it is kept in."""
+    return channels_last(output) if is_wide(x) else output
+
+
 def moment_product(
     product: Product,
     x: Tensor,
@@ -63,36 +80,48 @@ def moment_product(
     seed: Tensor,
     offset: int,
     mode: str,
+    coarse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y, and eps / (2 std) = dy/dVar[y], all that the backward pass needs of noise and deviation.
+    """y, and dy/dVar[y] in bfloat16 if ``coarse``, else an empty tensor.
 
-    The noise of an output is Philox's at its index in row-major order. Where the variance is 0, so is its gradient.
+    The noise of an output is Philox's at its index in row-major order.
     """
     mean, variance = weight_moments(weight, log_sigma2, levels, thresholds, mode)
-    y = product.forward(x, mean.to(x.dtype).contiguous())
-    std = product.forward(x * x, variance.to(x.dtype).contiguous()).clamp_(min=0.0).sqrt_()
+    y = product.forward(x, mean.to(x.dtype).contiguous(), bias)
+    variance = product.forward(x * x, variance.to(x.dtype).contiguous()).clamp_(min=0.0)
+    if coarse:
+        variance = variance.to(torch.bfloat16).to(x.dtype)
     noise = normal(seed, offset, y.shape, y.device, y.dtype)
-    slope = torch.where(std > 0.0, 0.5 * noise / std, 0.0)
-    return product.add_bias(torch.addcmul(y, std, noise), bias), slope
+    kept = coarse_order(x, slope_of(variance, noise).to(torch.bfloat16)) if coarse else y.new_empty(0)
+    return torch.addcmul(y, variance.sqrt(), noise), kept
 
 
 def moment_product_backward(
     product: Product,
-    input_gradient: bool,
     grad: Tensor,
-    slope: Tensor,
+    slope: Tensor | None,
     x: Tensor,
     weight: Tensor,
     log_sigma2: Tensor,
     levels: Tensor,
     thresholds: Tensor,
+    seed: Tensor,
+    offset: int,
     mode: str,
+    input_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for x (empty if not asked for), weight, log_sigma2, levels and thresholds, the last four contiguous."""
+    """Gradients for x (empty if not asked for), weight, log_sigma2, levels and thresholds, the last four contiguous.
+
+    Args:
+        slope: dy/dVar, if the forward pass kept it; without it, variance and noise are made again.
+    """
     mean, variance = weight_moments(weight, log_sigma2, levels, thresholds, mode)
     mean, variance = mean.to(x.dtype).contiguous(), variance.to(x.dtype).contiguous()
     grad_x, grad_mean = product.backward(grad, x, mean, input_gradient)
-    grad_square, grad_variance = product.backward(grad * slope, x * x, variance, input_gradient)
+    if slope is None:
+        noise = normal(seed, offset, grad.shape, grad.device, grad.dtype)
+        slope = slope_of(product.forward(x * x, variance).clamp_(min=0.0), noise)
+    grad_square, grad_variance = product.backward(grad * slope.to(grad.dtype), x * x, variance, input_gradient)
     if input_gradient:
         grad_x = torch.addcmul(grad_x, x, grad_square, value=2.0)
     grad_mean, grad_variance = grad_mean.to(weight.dtype), grad_variance.to(weight.dtype)
@@ -101,16 +130,17 @@ def moment_product_backward(
     return grad_x, by_weight, by_log_sigma2, by_levels, by_thresholds
 
 
-def _fake(product: Product, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(product: Product, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    coarse = rest[-1]
     y = product.forward(x, weight.to(x.dtype).contiguous())
-    return y, torch.empty_like(y)
+    return y, coarse_order(x, torch.empty_like(y, dtype=torch.bfloat16)) if coarse else y.new_empty(0)
 
 
 def _fake_backward(
-    product: Product, input_gradient: bool, grad: Tensor, slope: Tensor, x: Tensor, weight: Tensor, *rest: Any
+    product: Product, grad: Tensor, slope: Tensor | None, x: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    log_sigma2, levels, thresholds, *_, input_gradient = rest
     grad_x, _ = product.backward(grad, x, weight.to(x.dtype).contiguous(), input_gradient)
-    log_sigma2, levels, thresholds, _ = rest
     by_weight, by_log_sigma2, by_levels, by_thresholds = (
         tensor.new_empty(tensor.shape) for tensor in (weight, log_sigma2, levels, thresholds)
     )
@@ -124,22 +154,22 @@ def register(name: str, product_of: Callable[..., Product], geometry: str = "") 
         product_of: makes the product of the geometry's values.
         geometry: the part of the schema that describes them.
     """
-    tensors, count, count_backward = "Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds", 9, 8
+    tensors = "Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds"
     geometry = geometry and f", {geometry}"
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, log_sigma2, levels, thresholds, _, _, _, ctx.mode = inputs[:count]
-        ctx.save_for_backward(output[1], x, weight, log_sigma2, levels, thresholds)
+        x, weight, log_sigma2, levels, thresholds, _, seed, ctx.offset, ctx.mode, coarse = inputs[:FORWARD]
+        ctx.geometry, ctx.backend = inputs[FORWARD:-1], inputs[-1]
+        ctx.save_for_backward(output[1] if coarse else None, x, weight, log_sigma2, levels, thresholds, seed)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.geometry, ctx.backend = inputs[count:-1], inputs[-1]
 
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-        grad_x, *by_parameters = getattr(torch.ops.bqnn, f"{name}_backward")(
-            grad, *ctx.saved_tensors, ctx.mode, *ctx.geometry, wants_x, ctx.backend
+        grad_x, *by_parameters = call(
+            f"{name}_backward", grad, *ctx.saved_tensors, ctx.offset, ctx.mode, wants_x, *ctx.geometry, ctx.backend
         )
         grad_bias = product_of(*ctx.geometry).bias_gradient(grad) if wants_bias else None
         gradients = (grad_x if wants_x else None, *by_parameters, grad_bias)
@@ -147,19 +177,17 @@ def register(name: str, product_of: Callable[..., Product], geometry: str = "") 
 
     register_op(
         f"{name}_backward",
-        f"(Tensor grad, Tensor slope, Tensor x, {tensors}, str mode{geometry}, bool input_gradient,"
-        " str? backend=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        lambda *args: moment_product_backward(product_of(*args[count_backward:-1]), args[-1], *args[:count_backward]),
-        lambda *args, backend=None: _fake_backward(
-            product_of(*args[count_backward:-1]), args[-1], *args[:count_backward]
-        ),
+        f"(Tensor grad, Tensor? slope, Tensor x, {tensors}, Tensor seed, int offset, str mode,"
+        f" bool input_gradient{geometry}, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        bind(moment_product_backward, product_of, BACKWARD),
+        bind(_fake_backward, product_of, BACKWARD),
     )
     register_op(
         name,
-        f"(Tensor x, {tensors}, Tensor? bias, Tensor seed, int offset, str mode{geometry}, str? backend=None)"
-        " -> (Tensor, Tensor)",
-        lambda *args: moment_product(product_of(*args[count:]), *args[:count]),
-        lambda *args, backend=None: _fake(product_of(*args[count:]), *args[:count]),
+        f"(Tensor x, {tensors}, Tensor? bias, Tensor seed, int offset, str mode, bool coarse_variance{geometry},"
+        " str? backend=None) -> (Tensor, Tensor)",
+        bind(moment_product, product_of, FORWARD),
+        bind(_fake, product_of, FORWARD),
         setup_context,
         backward,
     )

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from bqnn.ops import quantizer
 from bqnn.ops._check import check_levels, check_same_shape, check_seed, check_thresholds, check_weight
-from bqnn.ops._register import register_op
-from bqnn.ops.product import Product
+from bqnn.ops._register import call, register_op
+from bqnn.ops.product import Product, bind
+
+FORWARD, BACKWARD = 8, 9  # arguments of the two ops before the geometry
 
 
 def sampled_product(
@@ -30,13 +32,11 @@ def sampled_product(
 ) -> Tensor:
     """y in x's dtype, and with x's memory format; the weight is sampled and quantized in its own dtype."""
     codes, _ = quantizer.sample(weight, log_sigma2, thresholds, seed, offset)
-    y = product.forward(x, quantizer.look_up(levels, codes).to(x.dtype).contiguous())
-    return product.add_bias(y, bias)
+    return product.forward(x, quantizer.look_up(levels, codes).to(x.dtype).contiguous(), bias)
 
 
 def sampled_product_backward(
     product: Product,
-    input_gradient: bool,
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -45,6 +45,7 @@ def sampled_product_backward(
     thresholds: Tensor,
     seed: Tensor | None,
     offset: int,
+    input_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, weight, log_sigma2 and levels; one that is not asked for, or has no variable, is empty.
 
@@ -62,7 +63,6 @@ def sampled_product_backward(
 
 def _fake_backward(
     product: Product,
-    input_gradient: bool,
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -70,10 +70,14 @@ def _fake_backward(
     levels: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_x, _ = product.backward(grad, x, weight.to(x.dtype).contiguous(), input_gradient)
+    grad_x, _ = product.backward(grad, x, weight.to(x.dtype).contiguous(), rest[-1])
     like_weight = weight.new_empty(weight.shape)
     grad_log_sigma2 = weight.new_empty(0) if log_sigma2 is None else torch.empty_like(like_weight)
     return grad_x, like_weight, grad_log_sigma2, levels.new_empty(levels.shape)
+
+
+def _fake(product: Product, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return product.forward(x, weight.to(x.dtype).contiguous())
 
 
 def register(name: str, product_of: Callable[..., Product], geometry: str = "") -> None:
@@ -83,18 +87,18 @@ def register(name: str, product_of: Callable[..., Product], geometry: str = "") 
         product_of: makes the product of the geometry's values.
         geometry: the part of the schema that describes them.
     """
-    tensors, count = "Tensor weight, Tensor? log_sigma2, Tensor levels, Tensor thresholds", 8
+    tensors = "Tensor weight, Tensor? log_sigma2, Tensor levels, Tensor thresholds"
     geometry = geometry and f", {geometry}"
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, log_sigma2, levels, thresholds, _, seed, ctx.offset = inputs[:count]
+        x, weight, log_sigma2, levels, thresholds, _, seed, ctx.offset = inputs[:FORWARD]
         ctx.save_for_backward(x, weight, log_sigma2, levels, thresholds, seed)
-        ctx.geometry, ctx.backend = inputs[count:-1], inputs[-1]
+        ctx.geometry, ctx.backend = inputs[FORWARD:-1], inputs[-1]
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         wants_x, _, wants_log_sigma2, _, _, wants_bias, *_ = ctx.needs_input_grad
-        grad_x, grad_weight, grad_log_sigma2, grad_levels = getattr(torch.ops.bqnn, f"{name}_backward")(
-            grad, *ctx.saved_tensors, ctx.offset, *ctx.geometry, wants_x, ctx.backend
+        grad_x, grad_weight, grad_log_sigma2, grad_levels = call(
+            f"{name}_backward", grad, *ctx.saved_tensors, ctx.offset, wants_x, *ctx.geometry, ctx.backend
         )
         grad_x = grad_x if wants_x else None
         grad_log_sigma2 = grad_log_sigma2 if wants_log_sigma2 else None
@@ -104,16 +108,16 @@ def register(name: str, product_of: Callable[..., Product], geometry: str = "") 
 
     register_op(
         f"{name}_backward",
-        f"(Tensor grad, Tensor x, {tensors}, Tensor? seed, int offset{geometry}, bool input_gradient,"
+        f"(Tensor grad, Tensor x, {tensors}, Tensor? seed, int offset, bool input_gradient{geometry},"
         " str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
-        lambda *args: sampled_product_backward(product_of(*args[count:-1]), args[-1], *args[:count]),
-        lambda *args, backend=None: _fake_backward(product_of(*args[count:-1]), args[-1], *args[:count]),
+        bind(sampled_product_backward, product_of, BACKWARD),
+        bind(_fake_backward, product_of, BACKWARD),
     )
     register_op(
         name,
         f"(Tensor x, {tensors}, Tensor? bias, Tensor? seed, int offset{geometry}, str? backend=None) -> Tensor",
-        lambda *args: sampled_product(product_of(*args[count:]), *args[:count]),
-        lambda *args, backend=None: product_of(*args[count:]).forward(args[0], args[1].to(args[0].dtype).contiguous()),
+        bind(sampled_product, product_of, FORWARD),
+        bind(_fake, product_of, FORWARD),
         setup_context,
         backward,
     )

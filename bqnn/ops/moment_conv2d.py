@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from bqnn.ops import _moment
+from bqnn.ops import _moment, _moment_cpu
 from bqnn.ops._check import check_bias, check_conv2d_input
+from bqnn.ops._register import call
 from bqnn.ops.product import CONV2D_GEOMETRY, Conv2dProduct
 
 _moment.register("moment_conv2d", Conv2dProduct, CONV2D_GEOMETRY)
+_moment_cpu.register("moment_conv2d", Conv2dProduct)
 
 
 def moment_conv2d(
@@ -22,6 +23,7 @@ def moment_conv2d(
     seed: Tensor,
     offset: int = 0,
     mode: str = "categorical",
+    coarse_variance: bool = False,
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
@@ -39,6 +41,7 @@ def moment_conv2d(
         seed: int64 scalar tensor, the Philox key.
         offset: Philox call that holds the noise of the first output; outputs count in [B, N, H', W'] order.
         mode: "categorical", "gaussian" or "straight_through".
+        coarse_variance: as :func:`bqnn.ops.moment_linear` takes it.
         stride, padding, dilation, groups: as in torch.nn.functional.conv2d, in pixels.
 
     Returns:
@@ -50,7 +53,22 @@ def moment_conv2d(
     _moment.check_moment(weight, 4, log_sigma2, levels, thresholds, seed, mode)
     check_conv2d_input(x, weight.shape[1] * groups, weight.shape[0], groups)
     check_bias(bias, weight.shape[0], x)
-    y, _ = torch.ops.bqnn.moment_conv2d(
-        x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode, stride, padding, dilation, groups, backend
+    y, _ = call(
+        "moment_conv2d",
+        x,
+        weight,
+        log_sigma2,
+        levels,
+        thresholds,
+        bias,
+        seed,
+        offset,
+        mode,
+        coarse_variance,
+        stride,
+        padding,
+        dilation,
+        groups,
+        backend,
     )
     return y

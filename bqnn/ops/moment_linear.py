@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from bqnn.ops import _moment
+from bqnn.ops import _moment, _moment_cpu
 from bqnn.ops._check import check_bias, check_linear_input
+from bqnn.ops._register import call
 from bqnn.ops.product import LinearProduct
 
 _moment.register("moment_linear", LinearProduct)
+_moment_cpu.register("moment_linear", LinearProduct)
 
 
 def moment_linear(
@@ -22,6 +23,7 @@ def moment_linear(
     seed: Tensor,
     offset: int = 0,
     mode: str = "categorical",
+    coarse_variance: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """y ~ N(x E^T + bias, x^2 V^T): local reparameterisation (Kingma et al. 2015), each output with noise of its own.
@@ -39,6 +41,9 @@ def moment_linear(
         seed: int64 scalar tensor, the Philox key.
         offset: Philox call that holds the noise of the first output.
         mode: "categorical", "gaussian" or "straight_through".
+        coarse_variance: round the variances of the outputs to bfloat16, 8 bits, and keep dy/dVar, rounded likewise, for
+            backward; variances and their gradients may then be computed in bfloat16, too. Without it nothing of the
+            outputs is kept, and backward computes their variances again.
 
     Returns:
         [..., N] in x's dtype.
@@ -49,5 +54,7 @@ def moment_linear(
     _moment.check_moment(weight, 2, log_sigma2, levels, thresholds, seed, mode)
     check_linear_input(x, weight.shape[1])
     check_bias(bias, weight.shape[0], x)
-    y, _ = torch.ops.bqnn.moment_linear(x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode, backend)
+    y, _ = call(
+        "moment_linear", x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode, coarse_variance, backend
+    )
     return y

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +11,15 @@ from torch import Tensor
 
 
 class Product(Protocol):
-    """A product y = x * w, linear in x and in w, and the bias that is added to it."""
+    """A product y = x * w, linear in x and in w."""
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor: ...
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x * w + bias in x's dtype, a new tensor; the weight has x's dtype, the bias any."""
+        ...
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, input_gradient: bool) -> tuple[Tensor, Tensor]:
         """The gradients for x (empty unless asked for) and weight."""
         ...
-
-    def add_bias(self, y: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def bias_gradient(self, grad: Tensor) -> Tensor: ...
 
@@ -26,15 +27,12 @@ class Product(Protocol):
 class LinearProduct(NamedTuple):
     """x [..., K], weight [N, K] -> [..., N]."""
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, input_gradient: bool) -> tuple[Tensor, Tensor]:
         rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         return grad @ weight if input_gradient else x.new_empty(0), rows.t() @ inputs
-
-    def add_bias(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        return y if bias is None else y + bias.to(y.dtype)
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
         return grad.reshape(-1, grad.shape[-1]).sum(0)
@@ -48,8 +46,10 @@ class Conv2dProduct(NamedTuple):
     dilation: list[int]
     groups: int
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(
+            x, weight, None if bias is None else bias.to(x.dtype), self.stride, self.padding, self.dilation, self.groups
+        )
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, input_gradient: bool) -> tuple[Tensor, Tensor]:
         stride, padding, dilation, groups = self
@@ -59,11 +59,18 @@ class Conv2dProduct(NamedTuple):
         )
         return grad_x if input_gradient else x.new_empty(0), grad_weight
 
-    def add_bias(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)
-
     def bias_gradient(self, grad: Tensor) -> Tensor:
         return grad.sum((0, 2, 3))
 
 
 CONV2D_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"  # a Conv2dProduct's fields, in a schema
+
+
+def bind(function: Callable[..., Any], product_of: Callable[..., Product], count: int) -> Callable[..., Any]:
+    """``function(product, *arguments)`` as an op calls it: with ``count`` arguments, then the product's geometry."""
+    return lambda *args, **_: function(product_of(*args[count:]), *args[:count])
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """An image's tensor, or a convolution's weight, in channels-last order; any other one as it is."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

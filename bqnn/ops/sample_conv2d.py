@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from bqnn.ops import _sample
+from bqnn.ops import _sample, _sample_cpu
 from bqnn.ops._check import check_bias, check_conv2d_input
+from bqnn.ops._register import call
 from bqnn.ops.product import CONV2D_GEOMETRY, Conv2dProduct
 
 _sample.register("sample_conv2d", Conv2dProduct, CONV2D_GEOMETRY)
+_sample_cpu.register("sample_conv2d", Conv2dProduct)
 
 
 def sample_conv2d(
@@ -49,6 +50,19 @@ def sample_conv2d(
     _sample.check_sampled(weight, 4, log_sigma2, levels, thresholds, seed)
     check_conv2d_input(x, weight.shape[1] * groups, weight.shape[0], groups)
     check_bias(bias, weight.shape[0], x)
-    return torch.ops.bqnn.sample_conv2d(
-        x, weight, log_sigma2, levels, thresholds, bias, seed, offset, stride, padding, dilation, groups, backend
+    return call(
+        "sample_conv2d",
+        x,
+        weight,
+        log_sigma2,
+        levels,
+        thresholds,
+        bias,
+        seed,
+        offset,
+        stride,
+        padding,
+        dilation,
+        groups,
+        backend,
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from bqnn.ops import _sample
+from bqnn.ops import _sample, _sample_cpu
 from bqnn.ops._check import check_bias, check_linear_input
+from bqnn.ops._register import call
 from bqnn.ops.product import LinearProduct
 
 _sample.register("sample_linear", LinearProduct)
+_sample_cpu.register("sample_linear", LinearProduct)
 
 
 def sample_linear(
@@ -47,4 +48,4 @@ def sample_linear(
     _sample.check_sampled(weight, 2, log_sigma2, levels, thresholds, seed)
     check_linear_input(x, weight.shape[1])
     check_bias(bias, weight.shape[0], x)
-    return torch.ops.bqnn.sample_linear(x, weight, log_sigma2, levels, thresholds, bias, seed, offset, backend)
+    return call("sample_linear", x, weight, log_sigma2, levels, thresholds, bias, seed, offset, backend)

@@ -10,7 +10,7 @@ from torch import Tensor
 from bqnn import dispatch
 from bqnn.ops._check import check_levels, check_same_shape, check_weight
 from bqnn.ops._cpu import all_float32
-from bqnn.ops._register import register_op
+from bqnn.ops._register import call, register_op
 from bqnn.ops.quantizer import assign, column, look_up, midpoints, sum_to_groups
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695  # Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14
@@ -157,7 +157,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *torch.ops.bqnn.spike_slab_kl_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
+    return *call("spike_slab_kl_backward", grad, *ctx.saved_tensors, ctx.backend), None, None
 
 
 register_op(
@@ -208,4 +208,4 @@ def spike_slab_kl(
     check_levels("tau", tau, weight)
     if tau.shape != levels.shape:
         raise ValueError(f"tau must have the shape of levels {list(levels.shape)}, got {list(tau.shape)}")
-    return torch.ops.bqnn.spike_slab_kl(weight, log_sigma2, levels, tau, backend)
+    return call("spike_slab_kl", weight, log_sigma2, levels, tau, backend)

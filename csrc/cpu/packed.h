@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "codebook.h"
 #include "isa.h"
 #include "packed_layout.h"
 #include "parallel.h"

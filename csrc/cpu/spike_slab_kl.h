@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "codebook.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -33,8 +34,6 @@ void spike_slab_kl_backward(const Parallel& parallel, Isa isa, const SpikeSlabKl
                             const SpikeSlabKlGradients& gradients);
 
 // --- what a kernel is given: weights of one codebook that lie in a row ------------------------------------------
-
-constexpr int kMaxLevels = 16;
 
 // A codebook in the form that kernels want.
 struct SpikeSlabKlCodebook {

@@ -108,6 +108,15 @@ BQNN_INLINE Float sqrt(Float x) {
 #endif
 }
 
+// 1 / sqrt(x) to a few units in the last place, for x > 0 that is finite and no denormal number; finite at 0. Takes half
+// the time of a root.
+BQNN_INLINE Float inverse_sqrt(Float x) {
+  const Float half = 0.5f * x;
+  Float y = as_float(0x5F375A86 - (as_int(x) >> 1));
+  for (int i = 0; i < 3; ++i) y = y * (1.5f - half * y * y);
+  return y;
+}
+
 // --- functions, to a few units in the last place: exp and log 1, log1p 2, erfc 5 -----------
 
 // c[0] + c[1] x + ... by Horner's rule.

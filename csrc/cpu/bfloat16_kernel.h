@@ -1,0 +1,38 @@
+// bfloat16 in memory, float in registers; and elements that are one or the other.
+
+typedef uint16_t Bits16 __attribute__((vector_size(2 * BQNN_LANES)));
+
+BQNN_INLINE Float load_bfloat16_first(const uint16_t* p, int count) {
+  Bits16 bits = {};
+#if BQNN_LANES == 16
+  bits = (Bits16)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1u), p);
+#else
+  for (int i = 0; i < count; ++i) bits[i] = p[i];
+#endif
+  return (Float)(__builtin_convertvector(bits, UInt) << 16);
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+BQNN_INLINE Bits16 round_to_bfloat16(Float x) {
+  const UInt bits = (UInt)x, rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector((UInt)select(x == x, (Int)rounded, Int{} + 0x7FC0), Bits16);
+}
+
+BQNN_INLINE void store_bfloat16_first(uint16_t* p, Float x, int count) {
+  const Bits16 bits = round_to_bfloat16(x);
+#if BQNN_LANES == 16
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1u), (__m256i)bits);
+#else
+  for (int i = 0; i < count; ++i) p[i] = bits[i];
+#endif
+}
+
+BQNN_INLINE Float load_elements(const Elements& from, int64_t i, int count) {
+  if (from.bfloat16) return load_bfloat16_first(static_cast<const uint16_t*>(from.data) + i, count);
+  return load_first(static_cast<const float*>(from.data) + i, count);
+}
+
+BQNN_INLINE void store_elements(const Elements& to, int64_t i, Float x, int count) {
+  if (to.bfloat16) return store_bfloat16_first(static_cast<uint16_t*>(to.data) + i, x, count);
+  store_first(static_cast<float*>(to.data) + i, x, count);
+}

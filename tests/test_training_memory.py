@@ -1,0 +1,55 @@
+"""What a step of training keeps for its backward pass, in bytes, against the full-precision network's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bqnn
+from bqnn.layers import bayes_layers
+from bqnn.models import build
+
+# Batch, and the shape of an image.
+INPUTS = {"lenet5": (32, 1, 28, 28), "vgg7": (2, 3, 32, 32)}
+# What is allowed, as a factor of the full-precision network's bytes.
+BOUNDS = {"moment": 1.25, "local": 1.25, "sample": 1.1}
+
+
+def saved_bytes(net: nn.Module, x: Tensor, target: Tensor) -> int:
+    """The bytes of all storages that backward will read, each once, but for those of parameters and buffers."""
+    existing = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in existing:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = net(x)
+        loss = bqnn.elbo(output, target, net, 60_000).loss if bayes_layers(net) else F.cross_entropy(output, target)
+    loss.backward()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def bytes_of(model: str, **options: object) -> int:
+    torch.manual_seed(0)
+    net = build(model, {})
+    if options:
+        net = bqnn.convert(net, 3, **options)
+    x = torch.randn(INPUTS[model])
+    return saved_bytes(net.train(), x, torch.randint(10, (x.shape[0],)))
+
+
+@pytest.mark.parametrize("estimator", BOUNDS)
+@pytest.mark.parametrize("model", INPUTS)
+def test_a_step_keeps_little_more_than_the_full_precision_network(model: str, estimator: str) -> None:
+    assert bytes_of(model, estimator=estimator) <= BOUNDS[estimator] * bytes_of(model)
+
+
+@pytest.mark.parametrize("model", INPUTS)
+def test_exact_variances_are_not_kept(model: str) -> None:
+    assert bytes_of(model, estimator="moment", coarse_variance=False) <= 1.01 * bytes_of(model)
