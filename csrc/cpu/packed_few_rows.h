@@ -4,7 +4,7 @@
 // Included inside the namespace of the AVX-512 translation unit, after packed_activations.h.
 #pragma once
 
-constexpr int kFewRows = 4;          // "int8"; floats have one less
+constexpr int kFewRows = 4;
 constexpr int kMostBlocks = 8;       // that a kernel computes together
 constexpr int kAhead = 16;           // vectors of words between a prefetch and its use
 constexpr int64_t kWordsOfSum = 256;  // words added up in one float32 sum: error grows with the number of terms
@@ -224,17 +224,14 @@ __attribute__((noinline)) void run_float_rows(const LinearCall& call, const Para
 template <int kRows, class X>
 inline void run_rows(const LinearCall& call, const Parallel& parallel) {
   if (call.weight->precision == Precision::int8) return run_int8_rows<kRows, X>(call, parallel);
-  if constexpr (kRows < kFewRows) {
-    if (call.weight->bits < 4) return run_float_rows<true, kRows, X>(call, parallel);
-    return run_float_rows<false, kRows, X>(call, parallel);
-  }
+  if (call.weight->bits < 4) return run_float_rows<true, kRows, X>(call, parallel);
+  return run_float_rows<false, kRows, X>(call, parallel);
 }
 
 // Whether this was a call of few rows, and all of y is written.
 template <class X>
 inline bool run_few_rows(const LinearCall& call, const Parallel& parallel) {
-  const int most = call.weight->precision == Precision::int8 ? kFewRows : kFewRows - 1;
-  if (call.rows < 1 || call.rows > most || call.weight->codebooks > 1) return false;
+  if (call.rows < 1 || call.rows > kFewRows || call.weight->codebooks > 1) return false;
   const auto run = call.rows == 1   ? run_rows<1, X>
                    : call.rows == 2 ? run_rows<2, X>
                    : call.rows == 3 ? run_rows<3, X>
