@@ -4,23 +4,6 @@
 // Included inside the namespace of the AVX-512 translation unit, by packed_few_rows.h.
 #pragma once
 
-// Rows become columns.
-inline void transpose(UInt v[16]) {
-  const UInt lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#pragma GCC unroll 4
-  for (unsigned side = 1; side < 16; side *= 2) {  // of the squares that change places
-    const UInt outer = (lane & side) != 0 ? lane + 16 - side : lane;
-    const UInt inner = (lane & side) != 0 ? lane + 16 : lane + side;
-#pragma GCC unroll 16
-    for (unsigned i = 0; i < 16; ++i) {
-      if (i & side) continue;
-      const UInt a = v[i], b = v[i + side];
-      v[i] = __builtin_shuffle(a, b, outer);
-      v[i + side] = __builtin_shuffle(a, b, inner);
-    }
-  }
-}
-
 // How many times 16 words a channel has, the last ones perhaps not whole.
 inline int64_t groups_of_words(const PackedLayout& layout) {
   return ceil_div(layout.padded, 16 * layout.word_weights());
