@@ -47,27 +47,29 @@ inline float largest(const X* x, int64_t n) {
   return value;
 }
 
-// An activation as an operand.
+// An activation rounded to what the operands can hold, still a float.
 template <class Op>
-BQNN_INLINE typename Op::Element operand(float x, bool bf16, const RowScale& row) {
+BQNN_INLINE float rounded(float x, bool bf16, const RowScale& row) {
+  if constexpr (!Op::kInt8) return bf16 ? round_to_bf16(x) : x;
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: from here on floats are integers, rounded to even
+  float q = ((x * row.lift) * row.factor + kShift) - kShift;
+  q = q > -127.0f ? q : -127.0f;  // NaN, which an infinite scale will bring back, becomes a number
+  return q < 127.0f ? q : 127.0f;
+}
+
+template <class Op>
+BQNN_INLINE typename Op::Element operand(float rounded) {
   using Element = typename Op::Element;
-  if constexpr (Op::kInt8) {
-    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: from here on floats are integers, rounded to even
-    float q = ((x * row.lift) * row.factor + kShift) - kShift;
-    q = q > -127.0f ? q : -127.0f;  // NaN, which an infinite scale will bring back, becomes a number
-    q = q < 127.0f ? q : 127.0f;
-    return static_cast<Element>(static_cast<int32_t>(q) + static_cast<int32_t>(Op::kZero));
-  } else {
-    return bf16 ? round_to_bf16(x) : x;
-  }
+  if constexpr (!Op::kInt8) return rounded;
+  return static_cast<Element>(static_cast<int32_t>(rounded) + static_cast<int32_t>(Op::kZero));
 }
 
 template <class Op, class X>
 __attribute__((noinline)) void pack_row(const X* x, int64_t n, bool bf16, const RowScale& row, typename Op::Element* to) {
   if (bf16) {
-    for (int64_t i = 0; i < n; ++i) to[i] = operand<Op>(widen(x[i]), true, row);
+    for (int64_t i = 0; i < n; ++i) to[i] = operand<Op>(rounded<Op>(widen(x[i]), true, row));
   } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = operand<Op>(widen(x[i]), false, row);
+    for (int64_t i = 0; i < n; ++i) to[i] = operand<Op>(rounded<Op>(widen(x[i]), false, row));
   }
 }
 

@@ -17,7 +17,6 @@ BQNN_INLINE float round_to_bf16(float x) {
 
 // The levels of a block of channels, as 32 bits each: floats, or integers where the lanes hold several.
 struct Codebook {
-  int levels;
   alignas(64) uint32_t entries[kTable][kBlock];  // [0][code] of a shared one, [code][channel] else
 };
 
@@ -35,7 +34,6 @@ inline uint32_t level_of(const PackedLayout& layout, int64_t index) {
 
 template <class Op>
 inline void read_codebook(const PackedLayout& layout, int64_t group, int64_t block, Codebook* book) {
-  book->levels = layout.num_levels;
   if (layout.codebooks == 1) {
     if constexpr (Op::kUnit == 4) {
       for (int i = 0; i < kBlock * 4; i += kTable)
@@ -46,7 +44,7 @@ inline void read_codebook(const PackedLayout& layout, int64_t group, int64_t blo
     return;
   }
   const int64_t channel = (group * layout.blocks + block) * kBlock;
-  for (int m = 0; m < book->levels; ++m)
+  for (int m = 0; m < kTable; ++m)
     for (int i = 0; i < kBlock; ++i) book->entries[m][i] = level_of<Op>(layout, (channel + i) * kTable + m);
 }
 
@@ -87,14 +85,18 @@ BQNN_INLINE UInt look_up(const Codebook& book, UInt word, int part) {
     return value;
 #endif
   }
-  const Int code = (Int)(word & ((1u << kBits) - 1));
-  UInt value = load_lanes(book.entries[0] + part * kLanes);
-  const int levels = kBits == 1 ? 2 : book.levels;
-  for (int m = 1; m < levels; ++m) {
-    const Mask at_least = code >= m;
-    value = at_least ? load_lanes(book.entries[m] + part * kLanes) : value;
+  // A tournament: bit by bit of the code, one of every two levels that are left.
+  constexpr int kCodes = 1 << kBits;
+  UInt level[kCodes];
+#pragma GCC unroll 16
+  for (int m = 0; m < kCodes; ++m) level[m] = load_lanes(book.entries[m] + part * kLanes);
+#pragma GCC unroll 4
+  for (int bit = 0; bit < kBits; ++bit) {
+    const Mask odd = (Mask)((word & (1u << bit)) != 0);
+#pragma GCC unroll 8
+    for (int m = 0; m < kCodes >> (bit + 1); ++m) level[m] = odd ? level[2 * m + 1] : level[2 * m];
   }
-  return value;
+  return level[0];
 }
 
 // One lane of K: the kUnit weights of a word from the `first` one on.
@@ -106,12 +108,17 @@ BQNN_INLINE UInt look_up_lane(const Codebook& book, UInt word, int first, int pa
     const UInt codes = word >> (first / kUnit * kBits);  // in the low bits of every byte
     if constexpr (kShared)
       return (UInt)_mm512_maskz_permutexvar_epi8(~0ull, (__m512i)codes, (__m512i)load_lanes(book.entries[0]));
-    const __m512i code = (__m512i)(codes & (0x01010101u * ((1u << kBits) - 1)));
-    __m512i value = (__m512i)load_lanes(book.entries[0]);
-    for (int m = 1; m < book.levels; ++m)
-      value = _mm512_mask_mov_epi8(value, _mm512_cmpge_epu8_mask(code, _mm512_set1_epi8(static_cast<char>(m))),
-                                   (__m512i)load_lanes(book.entries[m]));
-    return (UInt)value;
+    constexpr int kCodes = 1 << kBits;
+    __m512i level[kCodes];
+#pragma GCC unroll 16
+    for (int m = 0; m < kCodes; ++m) level[m] = (__m512i)load_lanes(book.entries[m]);
+#pragma GCC unroll 4
+    for (int bit = 0; bit < kBits; ++bit) {
+      const __mmask64 odd = _mm512_test_epi8_mask((__m512i)codes, _mm512_set1_epi8(static_cast<char>(1 << bit)));
+#pragma GCC unroll 8
+      for (int m = 0; m < kCodes >> (bit + 1); ++m) level[m] = _mm512_mask_mov_epi8(level[2 * m], odd, level[2 * m + 1]);
+    }
+    return (UInt)level[0];
   }
 #endif
   UInt value = {};

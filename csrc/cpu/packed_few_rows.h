@@ -4,7 +4,7 @@
 // Included inside the namespace of the AVX-512 translation unit, after packed_activations.h.
 #pragma once
 
-constexpr int kFewRows = 4;          // "int8"; floats have one less
+constexpr int kFewRows = 4;
 constexpr int kMostBlocks = 8;       // that a kernel computes together
 constexpr int kAhead = 16;           // vectors of words between a prefetch and its use
 constexpr int64_t kWordsOfSum = 256;  // words added up in one float32 sum: error grows with the number of terms
@@ -12,6 +12,8 @@ constexpr int64_t kWordsOfSum = 256;  // words added up in one float32 sum: erro
 BQNN_INLINE void prefetch_words(const uint32_t* word) {
   _mm_prefetch(reinterpret_cast<const char*>(word + kAhead * kBlock), _MM_HINT_T0);
 }
+
+#include "packed_channel_rows.h"
 
 // Totals [kRows][kMostBlocks * 16] of 8-bit activations, zeros up to the end of the last word, and levels + 128:
 // vpdpbusd wants one operand unsigned, and 128 times the sum of the activations is to be subtracted. Sums may wrap
@@ -113,8 +115,9 @@ __attribute__((noinline)) void float_rows(const PackedLayout& layout, int64_t bl
     for (int r = 0; r < kRows; ++r) store(products + (r * kMostBlocks + b) * kBlock, total[b][r]);
 }
 
-// The tables of float_rows for n activations, n a multiple of the weights of a word.
-inline void make_tables(const Codebook& book, int bits, const float* x, int64_t n, float* tables) {
+// The tables of float_rows for n activations, n a multiple of the weights of a word; returns `to`.
+inline char* make_tables(const Codebook& book, int bits, const float* x, int64_t n, char* to) {
+  auto* tables = reinterpret_cast<float*>(to);
   const int in_group = 4 / bits, in_word = 32 / bits;
   Float level[4];  // by the value of the group: that of its first weight, its second ...
   for (int j = 0; j < in_group; ++j) {
@@ -130,26 +133,28 @@ inline void make_tables(const Codebook& book, int bits, const float* x, int64_t 
       for (int j = 1; j < in_group; ++j) sum += level[j] * first[2 * j];
       store(tables, sum);
     }
+  return to;
 }
 
-// Calls f(first_block, blocks) with 8, 4 or 1 blocks, as a constant, for all of the units of 4 blocks.
+// Calls f(first_block, blocks) with kMost (8, 4 or 1) blocks, a constant, or fewer, until all are done.
 template <int kMost, class F>
 inline void for_blocks(int64_t begin, int64_t end, const F& f) {
   int64_t block = begin;
   if constexpr (kMost == 8)
     for (; block + 8 <= end; block += 8) f(block, Constant<8>{});
-  for (; block + 4 <= end; block += 4) f(block, Constant<4>{});
+  if constexpr (kMost >= 4)
+    for (; block + 4 <= end; block += 4) f(block, Constant<4>{});
   for (; block < end; ++block) f(block, Constant<1>{});
 }
 
-// Tasks of few rows: `compute(block, blocks, products)` for every block, then the outputs.
-template <class Op, int kRows, class X, class F>
+// Tasks of few rows: `compute(block, blocks, products)` for all blocks, up to kMost together, then the outputs.
+template <class Op, int kMost, int kRows, class X, class F>
 inline void run_blocks(const LinearCall& call, const Parallel& parallel, const float* scales, const F& compute) {
   const PackedLayout& layout = *call.weight;
   const int64_t units = ceil_div(layout.blocks, 4), work = 4 * kBlock * kRows * layout.columns;
   parallel_for(parallel, units, 1 + kTaskWork / work, [&](int64_t begin, int64_t end) {
     const int64_t last = 4 * end < layout.blocks ? 4 * end : layout.blocks;
-    for_blocks<kRows == 1 ? 8 : 4>(4 * begin, last, [&](int64_t block, auto blocks) {
+    for_blocks<kMost>(4 * begin, last, [&](int64_t block, auto blocks) {
       alignas(64) typename Op::Product products[kRows * kMostBlocks * kBlock];
       compute(block, blocks, products);
       const int64_t channel = block * kBlock, left = layout.channels - channel;
@@ -162,79 +167,99 @@ inline void run_blocks(const LinearCall& call, const Parallel& parallel, const f
   });
 }
 
+constexpr int kMostOf[kFewRows + 1] = {0, 8, 4, 4, 4};  // blocks whose sums fit the registers, by rows
+
 template <int kRows, class X>
 __attribute__((noinline)) void run_int8_rows(const LinearCall& call, const Parallel& parallel) {
   const PackedLayout& layout = *call.weight;
-  char* packed = scratch(Scratch::activations, static_cast<size_t>(kRows * layout.padded));
+  const bool shared = layout.codebooks == 1;
+  const int64_t groups = groups_of_words(layout), padded = groups * 16 * layout.word_weights();
+  char* packed = scratch(Scratch::activations, static_cast<size_t>(kRows * padded));
+  char* turned = shared ? nullptr : scratch(Scratch::tables, static_cast<size_t>(kRows * padded));
   const char* row[kRows];
   float scales[kRows];
   uint32_t shift[kRows];
   for (int r = 0; r < kRows; ++r) {
     const X* x = static_cast<const X*>(call.x) + r * layout.columns;
-    auto* to = reinterpret_cast<int8_t*>(packed + r * layout.padded);
+    auto* to = reinterpret_cast<int8_t*>(packed + r * padded);
     const RowScale scale = row_scale(largest(x, layout.columns));
     pack_row<SignedOperand>(x, layout.columns, false, scale, to);
     int32_t sum = 0;
     for (int64_t k = 0; k < layout.columns; ++k) sum += to[k];
-    for (int64_t k = layout.columns; k < layout.padded; ++k) to[k] = 0;
-    row[r] = packed + r * layout.padded;
+    for (int64_t k = layout.columns; k < padded; ++k) to[k] = 0;
+    row[r] = packed + r * padded;
+    if (!shared) row[r] = turn_activations(row[r], groups, 8 / layout.bits, turned + r * padded);
     scales[r] = scale.scale;
     shift[r] = 128u * static_cast<uint32_t>(sum);
   }
-  run_blocks<SignedOperand, kRows, X>(call, parallel, scales, [&](int64_t block, auto blocks, int32_t* totals) {
+  const auto subtract_shift = [&](int channels, int32_t* totals) {
+    for (int r = 0; r < kRows; ++r)
+      for (int i = 0; i < channels; ++i) {
+        int32_t& total = totals[r * kMostBlocks * kBlock + i];
+        total = static_cast<int32_t>(static_cast<uint32_t>(total) - shift[r]);
+      }
+  };
+  if (!shared) {
+    return run_blocks<SignedOperand, 1, kRows, X>(call, parallel, scales, [&](int64_t block, auto, int32_t* totals) {
+      channel_rows_of_bits<SignedOperand, kRows>(layout, block, row, totals);
+      subtract_shift(kBlock, totals);
+    });
+  }
+  constexpr int kMost = kMostOf[kRows];
+  run_blocks<SignedOperand, kMost, kRows, X>(call, parallel, scales, [&](int64_t block, auto blocks, int32_t* totals) {
     const auto of_bits = layout.bits == 1   ? int8_rows<1, kRows, blocks.value>
                          : layout.bits == 2 ? int8_rows<2, kRows, blocks.value>
                                             : int8_rows<4, kRows, blocks.value>;
     of_bits(layout, block, row, totals);
-    for (int r = 0; r < kRows; ++r)
-      for (int i = 0; i < blocks.value * kBlock; ++i) {
-        int32_t& total = totals[r * kMostBlocks * kBlock + i];
-        total = static_cast<int32_t>(static_cast<uint32_t>(total) - shift[r]);
-      }
+    subtract_shift(blocks.value * kBlock, totals);
   });
 }
 
-template <bool kTables, int kRows, class X>
+template <int kRows, class X>
 __attribute__((noinline)) void run_float_rows(const LinearCall& call, const Parallel& parallel) {
   const PackedLayout& layout = *call.weight;
-  const bool bf16 = layout.precision == Precision::bf16;
+  const bool bf16 = layout.precision == Precision::bf16, shared = layout.codebooks == 1;
+  const bool use_tables = shared && layout.bits < 4;
   Codebook book;
-  read_codebook<FloatOperand>(layout, 0, 0, &book);
-  const int64_t table_bytes = layout.padded * layout.bits / 32 * 8 * 64;
-  auto* packed = reinterpret_cast<float*>(
-      scratch(Scratch::activations, static_cast<size_t>(kRows * layout.padded) * sizeof(float)));
-  char* tables = kTables ? scratch(Scratch::tables, static_cast<size_t>(kRows * table_bytes)) : nullptr;
+  if (shared) read_codebook<FloatOperand>(layout, 0, 0, &book);
+  const int64_t groups = groups_of_words(layout), padded = groups * 16 * layout.word_weights();
+  const int64_t row_bytes = padded * 4, table_bytes = groups * 16 * 8 * 64;
+  char* packed = scratch(Scratch::activations, static_cast<size_t>(kRows * row_bytes));
+  const int64_t derived = use_tables ? table_bytes : shared ? 0 : row_bytes;
+  char* tables = scratch(Scratch::tables, static_cast<size_t>(kRows * derived));
   const char* row[kRows];
   const float scales[kRows] = {};
   for (int r = 0; r < kRows; ++r) {
-    float* to = packed + r * layout.padded;
+    auto* to = reinterpret_cast<float*>(packed + r * row_bytes);
     pack_row<FloatOperand>(static_cast<const X*>(call.x) + r * layout.columns, layout.columns, bf16, RowScale{}, to);
-    for (int64_t k = layout.columns; k < layout.padded; ++k) to[k] = 0.0f;
-    row[r] = reinterpret_cast<const char*>(to);
-    if constexpr (kTables) {
-      row[r] = tables + r * table_bytes;
-      make_tables(book, layout.bits, to, layout.padded, reinterpret_cast<float*>(tables + r * table_bytes));
-    }
+    for (int64_t k = layout.columns; k < padded; ++k) to[k] = 0.0f;
+    row[r] = packed + r * row_bytes;
+    if (use_tables)
+      row[r] = make_tables(book, layout.bits, to, layout.padded, tables + r * table_bytes);
+    else if (!shared)
+      row[r] = turn_activations(row[r], groups, 32 / layout.bits, tables + r * row_bytes);
   }
-  run_blocks<FloatOperand, kRows, X>(call, parallel, scales, [&](int64_t block, auto blocks, float* products) {
-    float_rows<kTables, kRows, blocks.value>(layout, block, book, row, products);
+  if (!shared) {
+    return run_blocks<FloatOperand, 1, kRows, X>(call, parallel, scales, [&](int64_t block, auto, float* products) {
+      channel_rows_of_bits<FloatOperand, kRows>(layout, block, row, products);
+    });
+  }
+  constexpr int kMost = kMostOf[kRows];
+  run_blocks<FloatOperand, kMost, kRows, X>(call, parallel, scales, [&](int64_t block, auto blocks, float* products) {
+    (use_tables ? float_rows<true, kRows, blocks.value> : float_rows<false, kRows, blocks.value>)(layout, block, book,
+                                                                                                 row, products);
   });
 }
 
 template <int kRows, class X>
 inline void run_rows(const LinearCall& call, const Parallel& parallel) {
-  if (call.weight->precision == Precision::int8) return run_int8_rows<kRows, X>(call, parallel);
-  if constexpr (kRows < kFewRows) {
-    if (call.weight->bits < 4) return run_float_rows<true, kRows, X>(call, parallel);
-    return run_float_rows<false, kRows, X>(call, parallel);
-  }
+  (call.weight->precision == Precision::int8 ? run_int8_rows<kRows, X> : run_float_rows<kRows, X>)(call, parallel);
 }
 
 // Whether this was a call of few rows, and all of y is written.
 template <class X>
 inline bool run_few_rows(const LinearCall& call, const Parallel& parallel) {
-  const int most = call.weight->precision == Precision::int8 ? kFewRows : kFewRows - 1;
-  if (call.rows < 1 || call.rows > most || call.weight->codebooks > 1) return false;
+  if (call.rows < 1 || call.rows > kFewRows) return false;
   const auto run = call.rows == 1   ? run_rows<1, X>
                    : call.rows == 2 ? run_rows<2, X>
                    : call.rows == 3 ? run_rows<3, X>

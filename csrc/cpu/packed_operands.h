@@ -45,6 +45,7 @@ struct FloatOperand {
 
   static BQNN_INLINE Sum dot(UInt x, UInt w, Sum sum) { return multiply_add((Float)x, (Float)w, sum); }
   static BQNN_INLINE UInt add(UInt product, Sum sum) { return (UInt)((Float)product + sum); }
+  static BQNN_INLINE UInt add(UInt a, UInt b) { return add(a, (Float)b); }
 };
 
 // Sums of 8-bit products fit 32 bits: integer_limit in bqnn/ops/_int8.py keeps K * 127 * max|n| below 2^31. On the way
@@ -89,5 +90,6 @@ struct SignedOperand {
   using Product = int32_t;
   static constexpr bool kInt8 = true;
   static constexpr int kUnit = 4, kZero = 0;
+  static BQNN_INLINE UInt add(UInt a, UInt b) { return a + b; }
 };
 #endif

@@ -7,6 +7,8 @@
 
 #include "packed_operands.h"
 
+#include "packed_transpose.h"
+
 #include "packed_decode.h"
 
 #include "packed_activations.h"

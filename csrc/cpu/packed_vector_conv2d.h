@@ -32,11 +32,36 @@ inline ConvPlan plan_conv2d(const Conv2dCall& call, int threads, int64_t* offset
   return p;
 }
 
+// Copies a few pixels of a few channels, both up to kLanes.
+template <class Op, class X>
+__attribute__((noinline)) void pack_square(const X* from, int64_t plane, int channels, int pixels, bool bf16,
+                                           const RowScale& scale, typename Op::Element* to, int64_t pixel) {
+  float square[kLanes][kLanes];
+  for (int c = 0; c < channels; ++c) {
+    const X* row = from + c * plane;
+    if (pixels == kLanes) {
+      for (int i = 0; i < kLanes; ++i) square[c][i] = rounded<Op>(widen(row[i]), bf16, scale);
+    } else {
+      for (int i = 0; i < pixels; ++i) square[c][i] = rounded<Op>(widen(row[i]), bf16, scale);
+    }
+  }
+  if (channels < kLanes) {
+    for (int i = 0; i < pixels; ++i)
+      for (int c = 0; c < channels; ++c) to[i * pixel + c] = operand<Op>(square[c][i]);
+    return;
+  }
+  alignas(64) uint32_t turned[kLanes][kLanes];
+  transpose_square(square, kLanes, turned);
+  for (int i = 0; i < pixels; ++i) {
+    const Float values = (Float)load_lanes(turned[i]);
+    for (int c = 0; c < kLanes; ++c) to[i * pixel + c] = operand<Op>(values[c]);
+  }
+}
+
 // Copies row h of one group of an image.
 template <class Op, class X>
 inline void pack_pixels(const Conv2dCall& call, const X* image, int64_t group, int64_t h, const RowScale& scale,
                         typename Op::Element* to) {
-  constexpr int64_t kPixels = 16;
   const PackedLayout& layout = *call.weight;
   const bool bf16 = layout.precision == Precision::bf16;
   const int64_t inputs = layout.inputs, width = call.width, all = inputs * layout.groups;
@@ -46,14 +71,12 @@ inline void pack_pixels(const Conv2dCall& call, const X* image, int64_t group, i
     for (int64_t w = 0; w < width; ++w) pack_row<Op>(from + w * all, inputs, bf16, scale, to + w * inputs);
     return;
   }
-  // A few pixels at a time: their channels are written to lines that stay in the L1 cache.
-  for (int64_t first = 0; first < width; first += kPixels) {
-    const int64_t end = first + kPixels < width ? first + kPixels : width;
-    for (int64_t c = 0; c < inputs; ++c) {
-      const X* from = image + ((group * inputs + c) * call.height + h) * width;
-      typename Op::Element packed[kPixels];
-      pack_row<Op>(from + first, end - first, bf16, scale, packed);
-      for (int64_t w = first; w < end; ++w) to[w * inputs + c] = packed[w - first];
+  for (int64_t c = 0; c < inputs; c += kLanes) {
+    const int channels = static_cast<int>(inputs - c < kLanes ? inputs - c : kLanes);
+    const X* from = image + ((group * inputs + c) * call.height + h) * width;
+    for (int64_t w = 0; w < width; w += kLanes) {
+      const int pixels = static_cast<int>(width - w < kLanes ? width - w : kLanes);
+      pack_square<Op>(from + w, call.height * width, channels, pixels, bf16, scale, to + w * inputs + c, inputs);
     }
   }
 }
@@ -90,9 +113,23 @@ inline void finish_pixels(const Conv2dCall& call, const typename Op::Product* pr
       finish_row<Op>(products + i * kWidth, width, strip, scale, image + (first + i) * channels + channel);
     return;
   }
-  for (int64_t c = 0; c < width; ++c) {
-    Y* to = image + (channel + c) * positions + first;
-    for (int64_t i = 0; i < count; ++i) narrow(output<Op>(products[i * kWidth + c], c, strip, scale), to + i);
+  using Product = typename Op::Product;
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const int64_t end = width - c < kLanes ? width : c + kLanes;
+    Y* to = image + channel * positions + first;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      alignas(64) uint32_t square[kLanes][kLanes];
+      transpose_square(products + i * kWidth + c, kWidth, square);
+      for (int64_t of = c; of < end; ++of) {
+        Product line[kLanes];
+        __builtin_memcpy(line, square[of - c], sizeof line);
+        for (int p = 0; p < kLanes; ++p) narrow(output<Op>(line[p], of, strip, scale), to + of * positions + i + p);
+      }
+    }
+    for (; i < count; ++i)
+      for (int64_t of = c; of < end; ++of)
+        narrow(output<Op>(products[i * kWidth + of], of, strip, scale), to + of * positions + i);
   }
 }
 
