@@ -50,27 +50,66 @@ inline RowScale row_scale(float amax) {
   r.lift = amax < 0x1p-64f ? 0x1p64f : 1.0f;
   r.factor = amax > 0.0f ? 127.0f / (amax * r.lift) : 0.0f;
   r.scale = amax / 127.0f;
-  if (!(amax <= 3.402823466e38f)) r = {0.0f, 0.0f, __builtin_nanf("")};  // the row has a NaN or an infinity
+  if (!(amax <= 3.402823466e38f)) r = {0.0f, 0.0f, __builtin_nanf("")};  // a NaN or an infinity: no output is a number
   return r;
 }
 
-// 16 activations as 8-bit integers.
-inline __m128i quantize(__m512 x, __m512 lift, __m512 factor) {
-  const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(x, lift), factor));
-  const __m512i bound = _mm512_set1_epi32(127);
-  return _mm512_cvtepi32_epi8(_mm512_max_epi32(_mm512_min_epi32(q, bound), _mm512_sub_epi32(_mm512_setzero_si512(), bound)));
+// Activations as 32-bit integers in -127..127; nothing is larger than the row's largest, so nothing has to be clamped.
+inline __m512i quantize(__m512 x, const RowScale& r) {
+  if (r.lift != 1.0f) x = _mm512_mul_ps(x, _mm512_set1_ps(r.lift));
+  return _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(r.factor)));
 }
 
-// The largest magnitude of n numbers; a NaN counts as larger than everything.
+// 64 activations, n of them from memory, as bytes in order.
 template <class X>
-inline float largest(const X* x, int64_t n) {
-  __m512i most = _mm512_setzero_si512();  // magnitudes of floats compare as integers, NaN above infinity
-  for (int64_t i = 0; i < n; i += 16)
-    most = _mm512_max_epu32(most, _mm512_castps_si512(magnitude(load_activations(x + i, first_lanes(n - i)))));
-  const uint32_t bits = _mm512_reduce_max_epu32(most);
+inline __m512i quantize_step(const X* x, int64_t n, const RowScale& r) {
+  __m512i q[4];
+  for (int i = 0; i < 4; ++i) {
+    const int64_t left = n - 16 * i;
+    q[i] = quantize(load_activations(x + 16 * i, first_lanes(left > 0 ? left : 0)), r);
+  }
+  // Packing goes lane by lane of 128 bits: four numbers of each vector in turn.
+  const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+  return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), bytes);
+}
+
+inline float float_of(uint32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// The largest magnitude of n numbers; a NaN counts as larger than everything. Magnitudes compare as integers, NaN above
+// infinity.
+inline float largest(const float* x, int64_t n) {
+  const __m512i magnitude_bits = _mm512_set1_epi32(0x7FFFFFFF);
+  __m512i most[4] = {};
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64)
+    for (int j = 0; j < 4; ++j)
+      most[j] = _mm512_max_epu32(most[j], _mm512_and_si512(_mm512_loadu_si512(x + i + 16 * j), magnitude_bits));
+  for (; i < n; i += 16)
+    most[0] = _mm512_max_epu32(
+        most[0], _mm512_and_si512(_mm512_maskz_loadu_epi32(first_lanes(n - i), x + i), magnitude_bits));
+  return float_of(_mm512_reduce_max_epu32(
+      _mm512_max_epu32(_mm512_max_epu32(most[0], most[1]), _mm512_max_epu32(most[2], most[3]))));
+}
+
+inline float largest(const Bf16* x, int64_t n) {
+  const __m512i magnitude_bits = _mm512_set1_epi16(0x7FFF);
+  __m512i most[2] = {};
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64)
+    for (int j = 0; j < 2; ++j)
+      most[j] = _mm512_max_epu16(most[j], _mm512_and_si512(_mm512_loadu_si512(x + i + 32 * j), magnitude_bits));
+  for (; i < n; i += 32) {
+    const __mmask32 lanes = n - i >= 32 ? 0xFFFFFFFFu : (1u << (n - i)) - 1;
+    most[0] = _mm512_max_epu16(most[0], _mm512_and_si512(_mm512_maskz_loadu_epi16(lanes, x + i), magnitude_bits));
+  }
+  const __m512i both = _mm512_max_epu16(most[0], most[1]);
+  const uint32_t odd = _mm512_reduce_max_epu32(_mm512_srli_epi32(both, 16));
+  const uint32_t even = _mm512_reduce_max_epu32(_mm512_and_si512(both, _mm512_set1_epi32(0xFFFF)));
+  return float_of((odd > even ? odd : even) << 16);
 }
 
 // Numbers that AMX multiplies as they are: finite, and finite after rounding to bfloat16.

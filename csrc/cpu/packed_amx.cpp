@@ -417,7 +417,7 @@ struct Bf16Operand {
 
   // Writes n <= 32 activations as one 64-byte step of each part; false where one of them does not fit.
   template <class X>
-  static bool pack_step(const X* x, int64_t n, float, float, char* to, int64_t part) {
+  static bool pack_step(const X* x, int64_t n, const RowScale&, char* to, int64_t part) {
     const __m512 low = load_activations(x, first_lanes(n)), high = load_activations(x + 16, first_lanes(n - 16 > 0 ? n - 16 : 0));
     if constexpr (kParts == 1) {
       _mm512_storeu_si512(to, to_bf16(low, high));
@@ -431,7 +431,7 @@ struct Bf16Operand {
 
   // Writes n activations next to each other.
   template <class X>
-  static bool pack_run(const X* x, int64_t n, float lift, float factor, char* to, int64_t part) {
+  static bool pack_run(const X* x, int64_t n, const RowScale& scale, char* to, int64_t part) {
     bool fits = true;
     int64_t i = 0;
     if constexpr (kParts == 1 && sizeof(X) == 2) {  // nothing to convert
@@ -444,16 +444,16 @@ struct Bf16Operand {
       }
       return fits;
     }
-    for (; i + 32 <= n; i += 32) fits &= pack_step(x + i, 32, lift, factor, to + 2 * i, part);
+    for (; i + 32 <= n; i += 32) fits &= pack_step(x + i, 32, scale, to + 2 * i, part);
     for (; i < n; i += 16) {
       const __m512 v = load_activations(x + i, first_lanes(n - i));
-      fits &= pack_square(&v, 1, static_cast<int>(n - i < 16 ? n - i : 16), lift, factor, to + 2 * i, 0, part);
+      fits &= pack_square(&v, 1, static_cast<int>(n - i < 16 ? n - i : 16), scale, to + 2 * i, 0, part);
     }
     return fits;
   }
 
   // The 16 x 16 values v, positions by activations, go to `to`, `row` bytes from position to position, n of them each.
-  static bool pack_square(const __m512* v, int positions, int n, float, float, char* to, int64_t row, int64_t part) {
+  static bool pack_square(const __m512* v, int positions, int n, const RowScale&, char* to, int64_t row, int64_t part) {
     bool fits = true;
     const __mmask16 lanes = first_lanes(n);
     for (int i = 0; i < positions; ++i) {
@@ -515,31 +515,22 @@ struct Int8Operand {
   }
 
   template <class X>
-  static bool pack_step(const X* x, int64_t n, float lift, float factor, char* to, int64_t) {
-    const __m512 l = _mm512_set1_ps(lift), f = _mm512_set1_ps(factor);
-    for (int i = 0; i < 4; ++i) {
-      const int64_t left = n - 16 * i;
-      const __m512 v = load_activations(x + 16 * i, first_lanes(left > 0 ? left : 0));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * i), quantize(v, l, f));
-    }
+  static bool pack_step(const X* x, int64_t n, const RowScale& scale, char* to, int64_t) {
+    _mm512_storeu_si512(to, quantize_step(x, n, scale));
     return true;
   }
 
   template <class X>
-  static bool pack_run(const X* x, int64_t n, float lift, float factor, char* to, int64_t part) {
+  static bool pack_run(const X* x, int64_t n, const RowScale& scale, char* to, int64_t) {
     int64_t i = 0;
-    for (; i + 64 <= n; i += 64) pack_step(x + i, 64, lift, factor, to + i, part);
-    for (; i < n; i += 16) {
-      const __m512 v = load_activations(x + i, first_lanes(n - i));
-      pack_square(&v, 1, static_cast<int>(n - i < 16 ? n - i : 16), lift, factor, to + i, 0, part);
-    }
+    for (; i + 64 <= n; i += 64) _mm512_storeu_si512(to + i, quantize_step(x + i, 64, scale));
+    if (i < n) _mm512_mask_storeu_epi8(to + i, (uint64_t{1} << (n - i)) - 1, quantize_step(x + i, n - i, scale));
     return true;
   }
 
-  static bool pack_square(const __m512* v, int positions, int n, float lift, float factor, char* to, int64_t row,
-                          int64_t) {
-    const __m512 l = _mm512_set1_ps(lift), f = _mm512_set1_ps(factor);
-    for (int i = 0; i < positions; ++i) _mm_mask_storeu_epi8(to + i * row, first_lanes(n), quantize(v[i], l, f));
+  static bool pack_square(const __m512* v, int positions, int n, const RowScale& scale, char* to, int64_t row, int64_t) {
+    for (int i = 0; i < positions; ++i)
+      _mm_mask_storeu_epi8(to + i * row, first_lanes(n), _mm512_cvtsepi32_epi8(quantize(v[i], scale)));
     return true;
   }
 };

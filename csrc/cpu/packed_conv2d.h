@@ -69,7 +69,7 @@ inline bool pack_pixels(const Conv2dCall& call, const ConvPlan& plan, const X* i
       // A group's channels of a pixel, or of the whole row where there is one group, are one run.
       const int64_t run = groups == 1 ? call.width * inputs : inputs, runs = groups == 1 ? 1 : call.width;
       for (int64_t i = 0; i < runs; ++i)
-        fits &= Op::pack_run(image + (h * call.width + i) * inputs * groups + g * inputs, run, scale.lift, scale.factor,
+        fits &= Op::pack_run(image + (h * call.width + i) * inputs * groups + g * inputs, run, scale,
                              row + i * plan.pixel, plan.part);
       continue;
     }
@@ -82,7 +82,7 @@ inline bool pack_pixels(const Conv2dCall& call, const ConvPlan& plan, const X* i
         for (int i = 0; i < 16; ++i)
           v[i] = i < channels ? load_activations(from + i * size + w, first_lanes(pixels)) : _mm512_setzero_ps();
         transpose(v);
-        fits &= Op::pack_square(v, static_cast<int>(pixels), channels, scale.lift, scale.factor,
+        fits &= Op::pack_square(v, static_cast<int>(pixels), channels, scale,
                                 row + w * plan.pixel + c * Op::kElement, plan.pixel, plan.part);
       }
     }

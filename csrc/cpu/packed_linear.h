@@ -33,7 +33,7 @@ inline bool pack_rows(const PackedLayout& layout, const X* x, int64_t begin, int
     for (int64_t step = 0; step < steps; ++step) {
       char* at = to + activations_at<Op>(row, step, steps, tiles);
       const int64_t k = step * kStep, left = columns - k;
-      fits &= Op::pack_step(from + k, left < kStep ? left : kStep, r.lift, r.factor, at, part);
+      fits &= Op::pack_step(from + k, left < kStep ? left : kStep, r, at, part);
     }
   }
   return fits;
