@@ -65,7 +65,8 @@ BQNN_INLINE typename Op::Element operand(float rounded) {
 }
 
 template <class Op, class X>
-__attribute__((noinline)) void pack_row(const X* x, int64_t n, bool bf16, const RowScale& row, typename Op::Element* to) {
+__attribute__((noinline)) void pack_row(const X* x, int64_t n, bool bf16, const RowScale& row,
+                                        typename Op::Element* to) {
   if (bf16) {
     for (int64_t i = 0; i < n; ++i) to[i] = operand<Op>(rounded<Op>(widen(x[i]), true, row));
   } else {

@@ -116,7 +116,8 @@ BQNN_INLINE UInt look_up_lane(const Codebook& book, UInt word, int first, int pa
     for (int bit = 0; bit < kBits; ++bit) {
       const __mmask64 odd = _mm512_test_epi8_mask((__m512i)codes, _mm512_set1_epi8(static_cast<char>(1 << bit)));
 #pragma GCC unroll 8
-      for (int m = 0; m < kCodes >> (bit + 1); ++m) level[m] = _mm512_mask_mov_epi8(level[2 * m], odd, level[2 * m + 1]);
+      for (int m = 0; m < kCodes >> (bit + 1); ++m)
+        level[m] = _mm512_mask_mov_epi8(level[2 * m], odd, level[2 * m + 1]);
     }
     return (UInt)level[0];
   }

@@ -65,9 +65,9 @@ inline void multiply_positions(const char* const* position, int64_t count, const
 // Products [positions up to a whole tile][kWidth] of positions and the channels of `blocks` blocks. There are
 // count + kTile - 1 of `position`, whatever stands in the last ones; offset[s] leads from there to segment s.
 template <class Op>
-__attribute__((noinline)) void multiply_strip(const PackedLayout& layout, int64_t group, int64_t first_block, int blocks,
-                                              const char* const* position, int64_t count, const int64_t* offset,
-                                              typename Op::Product* products) {
+__attribute__((noinline)) void multiply_strip(const PackedLayout& layout, int64_t group, int64_t first_block,
+                                              int blocks, const char* const* position, int64_t count,
+                                              const int64_t* offset, typename Op::Product* products) {
   constexpr int64_t kStep = Op::kInt8 ? 64 : 32;  // weights that a segment is padded to
   static_assert(kChunk % (kStep / Op::kUnit) == 0, "pieces begin at a word");
   Codebook book[kStripBlocks];

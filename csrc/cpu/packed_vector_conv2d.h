@@ -68,9 +68,12 @@ inline void pack_pixels(const Conv2dCall& call, const X* image, int64_t group, i
   if (call.channels_last) {
     const X* from = image + h * width * all + group * inputs;
     if (layout.groups == 1) return pack_row<Op>(from, width * inputs, bf16, scale, to);
-    for (int64_t w = 0; w < width; ++w) pack_row<Op>(from + w * all, inputs, bf16, scale, to + w * inputs);
+    for (int64_t w = 0; w < width; ++w)
+      for (int64_t c = 0; c < inputs; ++c)
+        to[w * inputs + c] = operand<Op>(rounded<Op>(widen(from[w * all + c]), bf16, scale));
     return;
   }
+  if (inputs == 1) return pack_row<Op>(image + (group * call.height + h) * width, width, bf16, scale, to);
   for (int64_t c = 0; c < inputs; c += kLanes) {
     const int channels = static_cast<int>(inputs - c < kLanes ? inputs - c : kLanes);
     const X* from = image + ((group * inputs + c) * call.height + h) * width;
@@ -86,21 +89,50 @@ inline void fill(char* from, const char* to, Element value) {
   for (auto* at = reinterpret_cast<Element*>(from); reinterpret_cast<char*>(at) < to; ++at) *at = value;
 }
 
-// Copies one group of an image, with its border.
+// Copies row h, counted with the border, of one group of an image to its place.
 template <class Op, class X>
-inline void pack_plane(const Conv2dCall& call, const ConvPlan& plan, const X* image, int64_t group,
-                       const RowScale& scale, char* to) {
+inline void pack_padded_row(const Conv2dCall& call, const ConvPlan& plan, const X* image, int64_t group, int64_t h,
+                            const RowScale& scale, char* to) {
   using Element = typename Op::Element;
   constexpr auto kZero = static_cast<Element>(Op::kZero);
   const int64_t left = call.padding_w * plan.pixel, inner = call.width * plan.pixel;
-  char* row = to + call.padding_h * plan.row;
-  fill(to, row, kZero);
-  for (int64_t h = 0; h < call.height; ++h, row += plan.row) {
-    fill(row, row + left, kZero);
-    pack_pixels<Op>(call, image, group, h, scale, reinterpret_cast<Element*>(row + left));
-    fill(row + left + inner, row + plan.row, kZero);
+  h -= call.padding_h;
+  if (h < 0 || h >= call.height) return fill(to, to + plan.row, kZero);
+  fill(to, to + left, kZero);
+  pack_pixels<Op>(call, image, group, h, scale, reinterpret_cast<Element*>(to + left));
+  fill(to + left + inner, to + plan.row, kZero);
+}
+
+// Copies a wave of images; `scales` is theirs.
+template <class Op, class X>
+inline void pack_wave(const Conv2dCall& call, const ConvPlan& plan, const Parallel& parallel, const X* x,
+                      int64_t images, RowScale* scales, char* activations) {
+  const int64_t groups = call.weight->groups, rows = call.height + 2 * call.padding_h;
+  const int64_t image = call.weight->inputs * groups * call.height * call.width;
+  if constexpr (Op::kInt8)
+    parallel_for(parallel, images, 1 + (1 << 16) / image, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) scales[i] = row_scale(largest(x + i * image, image));
+    });
+  parallel_for(parallel, images * groups * rows, 1 + (1 << 15) / plan.row, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t plane = i / rows, of = plane / groups;
+      pack_padded_row<Op>(call, plan, x + of * image, plane % groups, i % rows, Op::kInt8 ? scales[of] : RowScale{},
+                          activations + plane * plan.plane + i % rows * plan.row);
+    }
+  });
+}
+
+// Where the activations of `count` output pixels of a wave begin, and kTile more that may be read as well.
+inline void place_pixels(const Conv2dCall& call, const ConvPlan& plan, const char* activations, int64_t first,
+                         int64_t count, const char** position) {
+  int64_t image = first / plan.positions, h = first % plan.positions / call.out_width, w = first % call.out_width;
+  for (int64_t i = 0; i < count; ++i) {
+    position[i] =
+        activations + image * plan.image + h * call.stride_h * plan.row + w * call.stride_w * plan.pixel;
+    if (++w == call.out_width) w = 0, ++h;
+    if (h == call.out_height) h = 0, ++image;
   }
-  fill(row, row + call.padding_h * plan.row, kZero);
+  for (int64_t i = count; i < count + kTile; ++i) position[i] = position[count - 1];
 }
 
 // Writes `count` outputs of `width` channels, from output pixel `first` of an image on.
@@ -143,7 +175,6 @@ void run_conv2d(const Conv2dCall& call, const Parallel& parallel) {
   const ConvPlan plan = plan_conv2d<Op>(call, parallel.threads, offsets);
   const int64_t positions = plan.positions;
   if (call.images == 0 || positions == 0) return;
-  const int64_t x_image = layout.inputs * groups * call.height * call.width, y_image = layout.channels * positions;
   auto* scales = reinterpret_cast<RowScale*>(
       scratch(Scratch::scales, static_cast<size_t>(plan.wave) * sizeof(RowScale)));
   char* activations = scratch(Scratch::activations, static_cast<size_t>(plan.wave * plan.image));
@@ -151,17 +182,9 @@ void run_conv2d(const Conv2dCall& call, const Parallel& parallel) {
 
   for (int64_t first_image = 0; first_image < call.images; first_image += plan.wave) {
     const int64_t images = call.images - first_image < plan.wave ? call.images - first_image : plan.wave;
-    const X* x = static_cast<const X*>(call.x) + first_image * x_image;
-    X* y = static_cast<X*>(call.y) + first_image * y_image;
-    if constexpr (Op::kInt8)
-      parallel_for(parallel, images, 1 + (1 << 16) / x_image, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) scales[i] = row_scale(largest(x + i * x_image, x_image));
-      });
-    parallel_for(parallel, images * groups, 1 + (1 << 15) * groups / x_image, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        pack_plane<Op>(call, plan, x + i / groups * x_image, i % groups, Op::kInt8 ? scales[i / groups] : RowScale{},
-                       activations + i * plan.plane);
-    });
+    const X* x = static_cast<const X*>(call.x) + first_image * layout.inputs * groups * call.height * call.width;
+    X* y = static_cast<X*>(call.y) + first_image * layout.channels * positions;
+    pack_wave<Op>(call, plan, parallel, x, images, scales, activations);
 
     const int64_t pixels = images * positions;
     const int64_t chunk = rows_of_task(pixels, plan.pixel, strips * groups, parallel.threads);
@@ -175,15 +198,8 @@ void run_conv2d(const Conv2dCall& call, const Parallel& parallel) {
         const int64_t group = task / strips % groups, first_block = task % strips * kStripBlocks;
         const int64_t first = task / strips / groups * chunk;
         const int64_t count = pixels - first < chunk ? pixels - first : chunk;
-        for (int64_t i = 0, image = first / positions, h = first % positions / call.out_width, w = first % call.out_width;
-             i < count; ++i) {
-          position[i] = activations + image * plan.image + group * plan.plane + h * call.stride_h * plan.row +
-                        w * call.stride_w * plan.pixel;
-          if (++w == call.out_width) w = 0, ++h;
-          if (h == call.out_height) h = 0, ++image;
-        }
-        for (int64_t i = count; i < count + kTile; ++i) position[i] = position[count - 1];
         const int blocks = static_cast<int>(layout.blocks - first_block < kStripBlocks ? 1 : kStripBlocks);
+        place_pixels(call, plan, activations + group * plan.plane, first, count, position);
         multiply_strip<Op>(layout, group, first_block, blocks, position, count, offsets, products);
         const int64_t in = first_block * kBlock, width = in_group - in < kWidth ? in_group - in : kWidth;
         const Epilogue strip = epilogue<Op>(layout, call.bias, group, first_block);
@@ -191,7 +207,7 @@ void run_conv2d(const Conv2dCall& call, const Parallel& parallel) {
           const int64_t image = (first + done) / positions, from = (first + done) % positions;
           const int64_t here = positions - from < count - done ? positions - from : count - done;
           finish_pixels<Op>(call, products + done * kWidth, from, here, group * in_group + in, width, strip,
-                            Op::kInt8 ? scales[image].scale : 1.0f, y + image * y_image);
+                            Op::kInt8 ? scales[image].scale : 1.0f, y + image * layout.channels * positions);
           done += here;
         }
       }

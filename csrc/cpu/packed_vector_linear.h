@@ -67,8 +67,9 @@ void run_linear(const LinearCall& call, const Parallel& parallel) {
       const int64_t channel = first_block * kBlock;
       const int64_t width = channels - channel < kWidth ? channels - channel : kWidth;
       const Epilogue strip = epilogue<Op>(layout, call.bias, 0, first_block);
-      for (int64_t i = 0; i < count; ++i)
-        finish_row<Op>(products + i * kWidth, width, strip, scales[first_row + i], y + (first_row + i) * channels + channel);
+      X* to = y + first_row * channels + channel;
+      for (int64_t i = 0; i < count; ++i, to += channels)
+        finish_row<Op>(products + i * kWidth, width, strip, scales[first_row + i], to);
     }
   });
 }
