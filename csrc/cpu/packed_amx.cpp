@@ -1,5 +1,5 @@
-// AMX: products of 16 x 64-byte tiles, bfloat16 or 8-bit integers. Rows of activations that do not fit (NaN, infinity)
-// and batches of a few rows go to the AVX-512 kernels.
+// AMX: products of 16 x 64-byte tiles of bfloat16 or 8-bit integers. What tiles do not suit goes to the AVX-512 kernels:
+// few rows, float32 in a linear layer, and activations that bfloat16 does not hold (NaN, infinity).
 #include "packed.h"
 #include "scratch.h"
 
@@ -20,22 +20,21 @@ void conv2d(const Conv2dCall& call, const Parallel& parallel);
 
 namespace amx {
 
-#include "packed_tile.h"
+#include "packed_amx_tile.h"
 
-#include "avx512.h"
+#include "packed_amx_operands.h"
 
 constexpr int64_t kTileBytes = 1024;
 
-// Tiles 0..3 hold products, the next two (three, for the parts of a float32) activations, the rest weights. GCC 12 does
-// not tell its optimiser that ldtilecfg reads the whole structure: volatile keeps the stores.
-template <int kParts>
+// Tiles 0..3 hold products, 4 and 5 activations, 6 and 7 weights. GCC 12 does not tell its optimiser that ldtilecfg
+// reads the whole structure: volatile keeps the stores.
 struct TileConfig {
   explicit TileConfig(int rows) {
     alignas(64) volatile uint8_t config[64] = {};
     config[0] = 1;
     for (int t = 0; t < 8; ++t) {
       config[16 + 2 * t] = 64;
-      config[48 + t] = static_cast<uint8_t>(t < (kParts == 3 ? 7 : 6) ? rows : 16);
+      config[48 + t] = static_cast<uint8_t>(t < 6 ? rows : 16);
     }
     _tile_loadconfig(const_cast<const uint8_t*>(config));
   }
@@ -280,9 +279,9 @@ inline void decode_amx(const PackedLayout& layout, int64_t group, int64_t block,
 template <Kind kind, class Op, int kBlocks>
 inline void stream_amx(const PackedLayout& layout, int64_t first_block, const Strip& strip, int64_t steps, void* out) {
   with_codes_of(layout, [&](auto bits, auto shared) {
-    constexpr int64_t kStep = 64 / Op::kElement, kWords = kStep * bits.value / 32, kParts = Op::kParts;
-    constexpr int64_t kSlot = 4 * kParts * kTileBytes;
-    constexpr int kRing = kParts == 1 ? 4 : 2;
+    constexpr int64_t kStep = 64 / Op::kElement, kWords = kStep * bits.value / 32;
+    constexpr int64_t kSlot = 4 * kTileBytes;
+    constexpr int kRing = 4;
     constexpr int64_t kAhead = 16;  // steps between the prefetch of words and their use
     alignas(64) char ring[kRing * kSlot];
     typename Op::template Decoder<bits.value, shared.value> decoder[kBlocks];
@@ -301,12 +300,11 @@ inline void stream_amx(const PackedLayout& layout, int64_t first_block, const St
         const uint32_t* word = words[b] + step * kWords * kBlock;
         for (int line = 0; line < kWords; ++line)
           _mm_prefetch(reinterpret_cast<const char*>(word + (kAhead * kWords + line) * kBlock), _MM_HINT_T0);
-        decoder[b](word, slot + b * kParts * kTileBytes);
+        decoder[b](word, slot + b * kTileBytes);
       }
       const int64_t left = layout.columns - step * kStep;
       if (left < kStep)
-        for (int tile = 0; tile < kBlocks * kParts; ++tile)
-          clear_beyond<4 / Op::kElement>(slot + tile * kTileBytes, left);
+        for (int b = 0; b < kBlocks; ++b) clear_beyond<4 / Op::kElement>(slot + b * kTileBytes, left);
     };
     decode(0);
     for (int64_t step = 0; step < steps; ++step) {
@@ -314,37 +312,15 @@ inline void stream_amx(const PackedLayout& layout, int64_t first_block, const St
       const char* slot = ring + step % kRing * kSlot;
       const char* a = strip.tile[0] + step * strip.step;
       BQNN_LOAD(4, a, strip.row);
-      if constexpr (kParts == 1) {
-        BQNN_LOAD(6, slot, 64);
-        BQNN_DOT(0, 4, 6);
-        if constexpr (kBlocks == 4) {
-          BQNN_LOAD(7, slot + kTileBytes, 64);
-          BQNN_DOT(1, 4, 7);
-          BQNN_LOAD(6, slot + 2 * kTileBytes, 64);
-          BQNN_DOT(2, 4, 6);
-          BQNN_LOAD(7, slot + 3 * kTileBytes, 64);
-          BQNN_DOT(3, 4, 7);
-        }
-      } else {
-        BQNN_LOAD(5, a + strip.part, strip.row);
-        BQNN_LOAD(6, a + 2 * strip.part, strip.row);
-#define BQNN_PARTS(block)                                            \
-  BQNN_LOAD(7, slot + (3 * block + 2) * kTileBytes, 64);             \
-  BQNN_DOT(block, 4, 7);                                             \
-  BQNN_LOAD(7, slot + (3 * block + 1) * kTileBytes, 64);             \
-  BQNN_DOT(block, 4, 7);                                             \
-  BQNN_DOT(block, 5, 7);                                             \
-  BQNN_LOAD(7, slot + 3 * block * kTileBytes, 64);                   \
-  BQNN_DOT(block, 6, 7);                                             \
-  BQNN_DOT(block, 5, 7);                                             \
-  BQNN_DOT(block, 4, 7)
-        BQNN_PARTS(0);
-        if constexpr (kBlocks == 4) {
-          BQNN_PARTS(1);
-          BQNN_PARTS(2);
-          BQNN_PARTS(3);
-        }
-#undef BQNN_PARTS
+      BQNN_LOAD(6, slot, 64);
+      BQNN_DOT(0, 4, 6);
+      if constexpr (kBlocks == 4) {
+        BQNN_LOAD(7, slot + kTileBytes, 64);
+        BQNN_DOT(1, 4, 7);
+        BQNN_LOAD(6, slot + 2 * kTileBytes, 64);
+        BQNN_DOT(2, 4, 6);
+        BQNN_LOAD(7, slot + 3 * kTileBytes, 64);
+        BQNN_DOT(3, 4, 7);
       }
     }
     char* c = static_cast<char*>(out);
@@ -370,9 +346,8 @@ struct Bf16Operand {
   using Product = float;
   static constexpr int kParts = kPartCount;
   static constexpr int kElement = 2;         // bytes of an activation
-  static constexpr bool kTiledRows = true;   // a linear layer's activations are packed tile by tile
   static constexpr bool kInt8 = false;
-  using Thread = TileConfig<kParts>;
+  using Thread = TileConfig;
 
   // Decodes a step of 32 weights: a tile a part.
   template <int kBits, bool kShared>
@@ -405,7 +380,7 @@ struct Bf16Operand {
     decode_amx<Bf16Operand>(layout, group, block, first, steps, panel);
   }
 
-  static void multiply(int tiles, int blocks, int, const Strip& strip, const Run& run, const char* panel,
+  static void multiply(int tiles, int blocks, const Strip& strip, const Run& run, const char* panel,
                        int64_t panel_stride, Product* out, bool accumulate) {
     multiply_amx<Kind::bf16, kParts>(tiles, blocks, strip, run, panel, panel_stride, out, accumulate);
   }
@@ -475,9 +450,8 @@ struct Int8Operand {
   using Product = int32_t;
   static constexpr int kParts = 1;
   static constexpr int kElement = 1;
-  static constexpr bool kTiledRows = true;
   static constexpr bool kInt8 = true;
-  using Thread = TileConfig<kParts>;
+  using Thread = TileConfig;
 
   // Decodes a step of 64 weights: one tile.
   template <int kBits, bool kShared>
@@ -504,7 +478,7 @@ struct Int8Operand {
     decode_amx<Int8Operand>(layout, group, block, first, steps, panel);
   }
 
-  static void multiply(int tiles, int blocks, int, const Strip& strip, const Run& run, const char* panel,
+  static void multiply(int tiles, int blocks, const Strip& strip, const Run& run, const char* panel,
                        int64_t panel_stride, Product* out, bool accumulate) {
     multiply_amx<Kind::s8, 1>(tiles, blocks, strip, run, panel, panel_stride, out, accumulate);
   }
@@ -535,29 +509,35 @@ struct Int8Operand {
   }
 };
 
-#include "packed_linear.h"
+#include "packed_amx_linear.h"
 
-#include "packed_conv2d.h"
+#include "packed_amx_conv2d.h"
 
-// Measured: up to so many rows a tile is too empty, and the vector kernels, which read the words once for all rows
-// without writing decoded ones, are faster; and 16 channels do not repay splitting float32 activations into parts.
+// Measured: float32 in three parts, six products for one, is no faster than FMA in a linear layer; and up to so many
+// rows a tile is too empty, and the vector kernels, which write no decoded weights, are faster.
 bool better_on_vectors(const LinearCall& call) {
   const PackedLayout& layout = *call.weight;
-  if (layout.precision == Precision::fp32 && layout.blocks == 1) return true;
-  const int64_t few = layout.precision == Precision::int8 ? 4 : layout.precision == Precision::fp32 ? 3 : 1;
-  return layout.codebooks == 1 && call.rows <= few;
+  return layout.precision == Precision::fp32 || call.rows <= (layout.precision == Precision::int8 ? 4 : 1);
+}
+
+// Measured: of 16 channels or fewer, FMA wins where the parts' products are mostly of padding.
+bool better_on_vectors(const Conv2dCall& call) {
+  const PackedLayout& layout = *call.weight;
+  if (layout.precision != Precision::fp32 || layout.blocks > 1) return false;
+  const int64_t tiles = (call.out_height * (call.width + 2 * call.padding_w) + kTile - 1) / kTile;
+  const int64_t computed = tiles * kTile * layout.segments * layout.padded;
+  return computed * 2 > 3 * call.out_height * call.out_width * layout.columns;
 }
 
 void linear(const LinearCall& call, const Parallel& parallel) {
   if (better_on_vectors(call)) return avx512::linear(call, parallel);
-  const Precision precision = call.weight->precision;
-  const bool done = precision == Precision::int8   ? run_linear<Int8Operand>(call, parallel)
-                    : precision == Precision::bf16 ? run_linear<Bf16Operand<1>>(call, parallel)
-                                                   : run_linear<Bf16Operand<3>>(call, parallel);
+  const bool done = call.weight->precision == Precision::int8 ? run_linear<Int8Operand>(call, parallel)
+                                                              : run_linear<Bf16Operand<1>>(call, parallel);
   if (!done) avx512::linear(call, parallel);
 }
 
 void conv2d(const Conv2dCall& call, const Parallel& parallel) {
+  if (better_on_vectors(call)) return avx512::conv2d(call, parallel);
   const Precision precision = call.weight->precision;
   const bool done = precision == Precision::int8   ? run_conv2d<Int8Operand>(call, parallel)
                     : precision == Precision::bf16 ? run_conv2d<Bf16Operand<1>>(call, parallel)

@@ -1,5 +1,5 @@
-// The driver of packed_conv2d for one operand class: a zero-padded channels-last copy of each image's groups, and an
-// implicit matrix product over it. Included inside the namespace of an instruction set.
+// packed_conv2d on AMX, for one operand class: a zero-padded channels-last copy of each image's groups, and an implicit
+// matrix product over it.
 #pragma once
 
 // The numbers that all tasks of a call share. Positions are output pixels in the order in which tiles take them: with
@@ -166,7 +166,7 @@ inline void multiply_pixels(const Conv2dCall& call, const ConvPlan& plan, const 
   Product* products =
       reinterpret_cast<Product*>(scratch(Scratch::products, static_cast<size_t>(count * kTile) * kWidth * sizeof(Product)));
   const int together = blocks == 1 ? 1 : 2, apart = blocks == 1 ? 4 : 2;
-  const Run run{layout.segments, plan.steps, layout.segment, plan.offset};
+  const Run run{layout.segments, plan.steps, plan.offset};
   for (int b = 0; b < blocks; b += together) {
     const int wide = blocks - b < together ? blocks - b : together;
     for (int i = 0; i < wide; ++i) Op::decode(layout, group, block + b + i, 0, all_steps, panel + i * panel_stride);
@@ -180,7 +180,7 @@ inline void multiply_pixels(const Conv2dCall& call, const ConvPlan& plan, const 
       }
       ahead->fetch();
       const Strip strip{tile, call.stride_w * plan.pixel, 64, plan.part};
-      Op::multiply(high, wide, high * kTile, strip, run, panel, panel_stride,
+      Op::multiply(high, wide, strip, run, panel, panel_stride,
                    products + t * kTile * kWidth + b * kBlock, false);
     }
   }

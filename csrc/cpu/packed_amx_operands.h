@@ -1,5 +1,4 @@
-// What the AVX-512 and AMX kernels share: reading activations, decoding words, the three parts of a float32.
-// Included inside the namespace of a translation unit that has set the target.
+// What comes before and after the tiles: reading and rounding activations, decoding words, writing outputs.
 #pragma once
 
 inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << n) - 1); }
