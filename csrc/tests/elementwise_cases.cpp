@@ -196,5 +196,5 @@ std::string closing() {
 }  // namespace bqnn::cases
 
 int main(int argc, char** argv) {
-  return bqnn::cases::run_cases(argc, argv, 5000, bqnn::cases::run_case, bqnn::cases::closing);
+  return bqnn::cases::run_cases(argc, argv, 3000, bqnn::cases::run_case, bqnn::cases::closing);
 }
