@@ -65,7 +65,7 @@ $(CASES:%=build/sanitize/%): build/sanitize/%: build/sanitize/tests/%.o $(KERNEL
 
 -include $(wildcard build/*/cpu/*.d build/*/tests/*.d)
 
-sanitize:  ## the kernels under AddressSanitizer and UBSan, every instruction set; about 3 minutes, then 1
+sanitize:  ## kernels under AddressSanitizer and UBSan, on every instruction set; 2 minutes, and 1 to build
 	@$(MAKE) --no-print-directory -j "$$(nproc)" $(CASES:%=build/sanitize/%)
 	@set -e; for program in $(CASES); do echo "$$program, with sanitizers"; build/sanitize/$$program; done
 

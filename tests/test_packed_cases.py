@@ -36,7 +36,7 @@ def build(program: str) -> Path:
     return target
 
 
-@pytest.mark.parametrize(("program", "cases"), [("packed_cases", 6000), ("elementwise_cases", 5000)])
+@pytest.mark.parametrize(("program", "cases"), [("packed_cases", 6000), ("elementwise_cases", 2000)])
 def test_drawn_cases(program: str, cases: int) -> None:
     run = subprocess.run([str(build(program))], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(run.stdout)

@@ -213,7 +213,8 @@ int run_cases(int argc, char** argv, int64_t cases, const Run& run, const Closin
     if (++failures >= most_failures) return 1;
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  std::printf("%lld cases, %.1f s%s\n", static_cast<long long>(cases - first), seconds, closing().c_str());
+  const std::string end = failures ? "; wrong: " + std::to_string(failures) : closing();
+  std::printf("%lld cases, %.1f s%s\n", static_cast<long long>(cases - first), seconds, end.c_str());
   return failures ? 1 : 0;
 }
 

@@ -1,8 +1,13 @@
-// Draws weights and codebooks, and compares the elementwise kernels of every instruction set of this machine with the
-// scalar ones, bit for bit; codes with a plain loop as well. The number of threads must not change a bit.
+// Draws weights, codebooks and outputs, and compares the elementwise kernels of every instruction set of this machine
+// with the scalar ones, bit for bit; codes with a plain loop as well. The number of threads must not change a bit.
+#include <memory>
+
 #include "cases.h"
 #include "cpu/assign_codes.h"
+#include "cpu/elementwise.h"
+#include "cpu/noise.h"
 #include "cpu/spike_slab_kl.h"
+#include "cpu/weights.h"
 
 namespace bqnn::cases {
 namespace {
@@ -11,14 +16,21 @@ struct Case {
   int64_t rows, columns;
   bool per_row;
   int num_levels, threads;
+  PlaneShape shape;  // of outputs
+  bool interleaved[3], half[3];  // of their tensors
+  Noise noise;
 
   int64_t weights() const { return rows * columns; }
+  int64_t elements() const { return shape.batch * shape.channels * shape.pixels; }
   int64_t codebooks() const { return per_row ? rows : 1; }
 
   std::string text() const {
-    char text[120];
-    std::snprintf(text, sizeof text, "[%d, %d] M%d %s, %d threads", static_cast<int>(rows), static_cast<int>(columns),
-                  num_levels, per_row ? "channel" : "tensor", threads);
+    char text[200];
+    std::snprintf(text, sizeof text,
+                  "[%d, %d] M%d %s, planes [%d, %d, %d] interleaved %d%d%d bfloat16 %d%d%d, %d threads",
+                  static_cast<int>(rows), static_cast<int>(columns), num_levels, per_row ? "channel" : "tensor",
+                  static_cast<int>(shape.batch), static_cast<int>(shape.channels), static_cast<int>(shape.pixels),
+                  interleaved[0], interleaved[1], interleaved[2], half[0], half[1], half[2], threads);
     return text;
   }
 };
@@ -27,24 +39,34 @@ Case draw_case(Random* random) {
   Case c{};
   c.rows = random->size(40);
   c.columns = random->size(150);
-  // Blocks have 4096 weights; a task has at least four of them.
+  // Blocks have 2048 or 4096 weights; a task has two or four of them.
   if (random->chance(3)) c.rows = random->between(1, 4), c.columns = random->between(4000, 20000);
   if (random->chance(2)) c.rows = 0;
   c.per_row = random->chance(50);
   c.num_levels = static_cast<int>(random->between(2, 16));
   c.threads = static_cast<int>(random->between(1, 3));
+  c.shape = {random->between(0, 2), random->size(40), random->size(random->chance(3) ? 1500 : 70)};
+  const bool interleaved = random->chance(50);  // all, in most cases
+  for (int i = 0; i < 3; ++i) {
+    c.interleaved[i] = random->chance(70) ? interleaved : !interleaved;
+    c.half[i] = random->chance(30);
+  }
+  c.noise = {random->next(), random->chance(50) ? 0 : random->next()};
   return c;
 }
 
 struct Operands {
-  Buffer<float> weight, log_sigma2, levels, thresholds, tau;
+  Buffer<float> weight, log_sigma2, levels, thresholds, tau, grad;
+  Buffer<float> planes[3];  // values of the planes; their variance is the second one
 
   explicit Operands(const Case& c)
       : weight(c.weights()),
         log_sigma2(c.weights()),
         levels(c.codebooks() * c.num_levels),
         thresholds(c.codebooks() * (c.num_levels - 1)),
-        tau(c.codebooks() * c.num_levels) {}
+        tau(c.codebooks() * c.num_levels),
+        grad(c.weights()),
+        planes{Buffer<float>(c.elements()), Buffer<float>(c.elements()), Buffer<float>(c.elements())} {}
 };
 
 void fill(Random* random, const Case& c, const Operands& o) {
@@ -70,6 +92,7 @@ void fill(Random* random, const Case& c, const Operands& o) {
     const int64_t codebook = c.per_row ? i / c.columns : 0;
     o.weight[i] = static_cast<float>(size * 3.0 * random->normal());
     o.log_sigma2[i] = static_cast<float>(-6.0 + 3.0 * random->normal());
+    o.grad[i] = static_cast<float>(random->normal());
     if (random->chance(10)) o.weight[i] = o.levels[codebook * c.num_levels + random->between(0, c.num_levels - 1)];
     if (random->chance(5)) {
       o.weight[i] = o.thresholds[codebook * (c.num_levels - 1) + random->between(0, c.num_levels - 2)];
@@ -80,44 +103,88 @@ void fill(Random* random, const Case& c, const Operands& o) {
     if (random->chance(3)) o.log_sigma2[i] = static_cast<float>(120.0 * random->normal());
     if (random->chance(1)) o.log_sigma2[i] = NAN;
   }
+  for (const Buffer<float>& plane : o.planes) {
+    for (int64_t i = 0; i < plane.size(); ++i) {
+      plane[i] = static_cast<float>(random->chance(5) ? 0.0 : random->normal());
+      if (wild && random->chance(1)) plane[i] = random->one_of({NAN, INFINITY, -INFINITY, 1e-40f, 3e38f});
+    }
+  }
 }
 
-// What the kernels of one instruction set make of a case.
-struct Results {
-  Buffer<uint8_t> codes, packed;
-  Buffer<float> kl, grad_weight, grad_log_sigma2, grad_levels;
+enum class Format { bytes, halves, floats };
 
-  Results(const Case& c, int64_t packed_bytes)
-      : codes(c.weights()),
-        packed(packed_bytes),
-        kl(1),
-        grad_weight(c.weights()),
-        grad_log_sigma2(c.weights()),
-        grad_levels(c.codebooks() * c.num_levels) {}
+struct Output {
+  std::string name;
+  Format format;
+  std::unique_ptr<Buffer<uint8_t>> values;
 
-  bool intact() const {
-    return codes.intact() && packed.intact() && grad_weight.intact() && grad_log_sigma2.intact() &&
-           grad_levels.intact();
+  int64_t width() const { return format == Format::floats ? 4 : format == Format::halves ? 2 : 1; }
+  double operator[](int64_t i) const {
+    const uint8_t* at = values->data() + i * width();
+    if (format == Format::bytes) return *at;
+    float value = 0.0f;  // a bfloat16 number is the upper half of a float
+    std::memcpy(reinterpret_cast<uint8_t*>(&value) + sizeof value - width(), at, static_cast<size_t>(width()));
+    return value;
   }
 };
 
-void run_kernels(const Case& c, const Operands& o, Isa isa, int threads, const Results& r) {
-  const Parallel parallel = std_threads(threads);
-  const AssignCodes weights{o.weight.data(), o.thresholds.data(), c.rows, c.columns, c.per_row, c.num_levels};
-  assign_codes(parallel, isa, weights, r.codes.data());
-  assign_codes_packed(parallel, isa, weights, r.packed.data());
-  const SpikeSlabKl prior{o.weight.data(), o.log_sigma2.data(), o.levels.data(), o.tau.data(),
-                          c.rows,          c.columns,           c.per_row,       c.num_levels};
-  r.kl[0] = spike_slab_kl(parallel, isa, prior);
-  spike_slab_kl_backward(parallel, isa, prior, 0.7f,
-                         {r.grad_weight.data(), r.grad_log_sigma2.data(), r.grad_levels.data()});
-}
+// What the kernels of one instruction set make of a case.
+class Results {
+ public:
+  uint8_t* bytes(const char* name, int64_t count) { return add(name, Format::bytes, count, 1); }
+  float* floats(const char* name, int64_t count) {
+    return reinterpret_cast<float*>(add(name, Format::floats, count, sizeof(float)));
+  }
+  Elements elements(const char* name, bool half, int64_t count) {
+    return {half ? add(name, Format::halves, count, 2) : reinterpret_cast<uint8_t*>(floats(name, count)), half};
+  }
+  // A plane that has `values` already.
+  Plane plane(const char* name, bool half, bool interleaved, const Buffer<float>& values) {
+    const Plane plane{elements(name, half, values.size()), interleaved};
+    for (int64_t i = 0; i < values.size(); ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &values[i], sizeof bits);
+      if (half) {
+        static_cast<uint16_t*>(plane.elements.data)[i] = static_cast<uint16_t>(bits >> 16);
+      } else {
+        static_cast<float*>(plane.elements.data)[i] = values[i];
+      }
+    }
+    return plane;
+  }
 
-uint8_t code_of(const Case& c, const Operands& o, int64_t i) {
-  const float* thresholds = o.thresholds.data() + (c.per_row ? i / c.columns * (c.num_levels - 1) : 0);
-  return static_cast<uint8_t>(
-      std::count_if(thresholds, thresholds + c.num_levels - 1, [&](float t) { return o.weight[i] > t; }));
-}
+  const Buffer<uint8_t>& operator[](const char* name) const {
+    return *std::find_if(outputs_.begin(), outputs_.end(), [&](const Output& o) { return o.name == name; })->values;
+  }
+
+  // The first that is not scalar's, bit by bit, or nothing. A NaN has many forms, and an operation of two of them may
+  // return either.
+  std::string difference(const Results& scalar) const {
+    for (size_t k = 0; k < outputs_.size(); ++k) {
+      const Output &found = outputs_[k], &expected = scalar.outputs_[k];
+      if (!found.values->intact()) return "wrote before " + found.name;
+      if (found.values->equals(*expected.values)) continue;
+      for (int64_t i = 0; i < found.values->size() / found.width(); ++i) {
+        const size_t width = static_cast<size_t>(found.width());
+        const uint8_t *a = found.values->data() + i * width, *b = expected.values->data() + i * width;
+        if (std::memcmp(a, b, width) == 0 || (std::isnan(found[i]) && std::isnan(expected[i]))) continue;
+        char text[160];
+        std::snprintf(text, sizeof text, "%s[%d] is %.9g, scalar's is %.9g", found.name.c_str(), static_cast<int>(i),
+                      found[i], expected[i]);
+        return text;
+      }
+    }
+    return "";
+  }
+
+ private:
+  uint8_t* add(const char* name, Format format, int64_t count, int64_t width) {
+    outputs_.push_back({name, format, std::make_unique<Buffer<uint8_t>>(count * width)});
+    return outputs_.back().values->data();
+  }
+
+  std::vector<Output> outputs_;
+};
 
 // Base-M digits in a byte.
 int digits_of(const Case& c) {
@@ -126,44 +193,91 @@ int digits_of(const Case& c) {
   return digits;
 }
 
+void run_codes(const Case& c, const Operands& o, Isa isa, const Parallel& parallel, Results* r) {
+  const int64_t digits = digits_of(c), width = (c.columns + digits - 1) / digits;
+  const AssignCodes weights{o.weight.data(), o.thresholds.data(), c.rows, c.columns, c.per_row, c.num_levels};
+  assign_codes(parallel, isa, weights, r->bytes("codes", c.weights()));
+  assign_codes_packed(parallel, isa, weights, r->bytes("packed", c.rows * width));
+}
+
+void run_prior(const Case& c, const Operands& o, Isa isa, const Parallel& parallel, Results* r) {
+  const SpikeSlabKl prior{o.weight.data(), o.log_sigma2.data(), o.levels.data(), o.tau.data(),
+                          c.rows,          c.columns,           c.per_row,       c.num_levels};
+  *r->floats("kl", 1) = spike_slab_kl(parallel, isa, prior);
+  float* grad_weight = r->floats("kl's grad_weight", c.weights());
+  float* grad_log_sigma2 = r->floats("kl's grad_log_sigma2", c.weights());
+  float* grad_levels = r->floats("kl's grad_levels", o.levels.size());
+  spike_slab_kl_backward(parallel, isa, prior, 0.7f, {grad_weight, grad_log_sigma2, grad_levels});
+}
+
+void run_posterior(const Case& c, const Operands& o, Isa isa, const Parallel& parallel, Results* r) {
+  const Posterior q{o.weight.data(),     o.log_sigma2.data(), o.levels.data(),
+                    o.thresholds.data(), c.weights(),         c.codebooks(), c.num_levels};
+  sample(parallel, isa, q, c.noise, r->floats("sample", c.weights()));
+  float* grad_log_sigma2 = r->floats("sample's grad_log_sigma2", c.weights());
+  sample_backward(parallel, isa, q, c.noise, o.grad.data(), grad_log_sigma2,
+                  r->floats("sample's grad_levels", o.levels.size()));
+  for (const Moments mode : {Moments::categorical, Moments::gaussian, Moments::straight_through}) {
+    float* mean = mode == Moments::gaussian ? nullptr : r->floats("mean", c.weights());
+    const Elements variance = r->elements("variance", c.half[0], c.weights());
+    moments(parallel, isa, q, mode, mean, variance);
+    const bool categorical = mode == Moments::categorical;
+    float* grad_weight = categorical ? r->floats("moments' grad_weight", c.weights()) : nullptr;
+    float* grad_levels = mode == Moments::gaussian ? nullptr : r->floats("moments' grad_levels", o.levels.size());
+    float* grad_thresholds = categorical ? r->floats("moments' grad_thresholds", o.thresholds.size()) : nullptr;
+    grad_log_sigma2 = r->floats("moments' grad_log_sigma2", c.weights());
+    moments_backward(parallel, isa, q, mode, o.grad.data(), variance, grad_weight, grad_log_sigma2, grad_levels,
+                     grad_thresholds);
+  }
+}
+
+void run_planes(const Case& c, const Operands& o, Isa isa, const Parallel& parallel, Results* r) {
+  constexpr int64_t kCalls = 37;
+  elementwise(isa).random_words(c.noise.seed, c.noise.offset, kCalls,
+                                reinterpret_cast<uint32_t*>(r->bytes("words", 16 * kCalls)));
+  const auto plane = [&](const char* name, int which) {
+    return r->plane(name, c.half[which], c.interleaved[which], o.planes[which]);
+  };
+  Plane mean = plane("mean and noise", 0), variance = plane("slope", 1), out = plane("grad times slope", 2);
+  add_noise(parallel, isa, c.shape, mean, variance, c.noise, c.per_row);
+  multiply(parallel, isa, c.shape, mean, variance, out);
+  mean = plane("grad", 0), variance = plane("variance", 1), out = plane("grad of the variance", 2);
+  noise_gradient(parallel, isa, c.shape, mean, variance, c.noise, out);
+  square(parallel, isa, c.shape, mean, plane("square", 1));
+  add_square_gradient(parallel, isa, c.shape, plane("square's gradient", 0), variance, out);
+}
+
+Results run_kernels(const Case& c, const Operands& o, Isa isa, int threads) {
+  Results results;
+  const Parallel parallel = std_threads(threads);
+  run_codes(c, o, isa, parallel, &results);
+  run_prior(c, o, isa, parallel, &results);
+  run_posterior(c, o, isa, parallel, &results);
+  run_planes(c, o, isa, parallel, &results);
+  return results;
+}
+
+uint8_t code_of(const Case& c, const Operands& o, int64_t i) {
+  const float* thresholds = o.thresholds.data() + (c.per_row ? i / c.columns * (c.num_levels - 1) : 0);
+  return static_cast<uint8_t>(
+      std::count_if(thresholds, thresholds + c.num_levels - 1, [&](float t) { return o.weight[i] > t; }));
+}
+
 std::string compare_codes(const Case& c, const Operands& o, const Results& r) {
+  const Buffer<uint8_t>&codes = r["codes"], &packed = r["packed"];
   for (int64_t i = 0; i < c.weights(); ++i) {
-    if (r.codes[i] != code_of(c, o, i)) return "wrong code of weight " + std::to_string(i);
+    if (codes[i] != code_of(c, o, i)) return "wrong code of weight " + std::to_string(i);
   }
   const int64_t digits = digits_of(c), width = (c.columns + digits - 1) / digits;
-  for (int64_t i = 0; i < r.packed.size(); ++i) {
+  for (int64_t i = 0; i < packed.size(); ++i) {
     const int64_t row = i / width, first = i % width * digits;
     int byte = 0;
     for (int64_t k = std::min(first + digits, c.columns) - 1; k >= first; --k) {
-      byte = byte * c.num_levels + r.codes[row * c.columns + k];
+      byte = byte * c.num_levels + codes[row * c.columns + k];
     }
-    if (r.packed[i] != byte) return "wrong packed byte " + std::to_string(i);
+    if (packed[i] != byte) return "wrong packed byte " + std::to_string(i);
   }
   return "";
-}
-
-// Where scalar's bits are not those of `found`, or nothing. A NaN has many forms, and an operation of two of them may
-// return either.
-std::string difference(const char* name, const Buffer<float>& scalar, const Buffer<float>& found) {
-  for (int64_t i = 0; i < scalar.size(); ++i) {
-    const float a = scalar[i], b = found[i];
-    if (std::memcmp(&a, &b, sizeof a) == 0 || (std::isnan(a) && std::isnan(b))) continue;
-    char text[160];
-    std::snprintf(text, sizeof text, "%s[%d] is %.9g, scalar's is %.9g", name, static_cast<int>(i),
-                  static_cast<double>(b), static_cast<double>(a));
-    return text;
-  }
-  return "";
-}
-
-std::string difference(const Results& scalar, const Results& found) {
-  if (!found.codes.equals(scalar.codes)) return "codes are not scalar's";
-  if (!found.packed.equals(scalar.packed)) return "packed codes are not scalar's";
-  std::string wrong = difference("kl", scalar.kl, found.kl);
-  if (wrong.empty()) wrong = difference("grad_weight", scalar.grad_weight, found.grad_weight);
-  if (wrong.empty()) wrong = difference("grad_log_sigma2", scalar.grad_log_sigma2, found.grad_log_sigma2);
-  if (wrong.empty()) wrong = difference("grad_levels", scalar.grad_levels, found.grad_levels);
-  return wrong;
 }
 
 std::string run_case(uint64_t seed, uint64_t number) {
@@ -171,17 +285,12 @@ std::string run_case(uint64_t seed, uint64_t number) {
   const Case c = draw_case(&random);
   const Operands o(c);
   fill(&random, c, o);
-  const int64_t digits = digits_of(c), packed_bytes = c.rows * ((c.columns + digits - 1) / digits);
-  const Results scalar(c, packed_bytes);
-  run_kernels(c, o, Isa::scalar, 1, scalar);
+  const Results scalar = run_kernels(c, o, Isa::scalar, 1);
   std::string wrong = compare_codes(c, o, scalar);
   if (!wrong.empty()) return c.text() + ": scalar: " + wrong;
   for (const Isa isa : isas()) {
-    const Results found(c, packed_bytes);
-    run_kernels(c, o, isa, c.threads, found);
-    wrong = difference(scalar, found);
+    wrong = run_kernels(c, o, isa, c.threads).difference(scalar);
     if (!wrong.empty()) return c.text() + ": " + isa_name(isa) + ": " + wrong;
-    if (!scalar.intact() || !found.intact()) return c.text() + ": " + isa_name(isa) + ": wrote before an output";
   }
   return "";
 }
@@ -196,5 +305,5 @@ std::string closing() {
 }  // namespace bqnn::cases
 
 int main(int argc, char** argv) {
-  return bqnn::cases::run_cases(argc, argv, 5000, bqnn::cases::run_case, bqnn::cases::closing);
+  return bqnn::cases::run_cases(argc, argv, 2000, bqnn::cases::run_case, bqnn::cases::closing);
 }
