@@ -27,7 +27,7 @@ Case draw_case(Random* random) {
   Case c{};
   c.rows = random->size(40);
   c.columns = random->size(150);
-  // Blocks have 4096 weights; a task has at least four of them.
+  // Blocks have 2048 weights; a task has at least two of them.
   if (random->chance(3)) c.rows = random->between(1, 4), c.columns = random->between(4000, 20000);
   if (random->chance(2)) c.rows = 0;
   c.per_row = random->chance(50);
@@ -79,6 +79,8 @@ void fill(Random* random, const Case& c, const Operands& o) {
     if (random->chance(3)) o.weight[i] = random->one_of(kWild);
     if (random->chance(3)) o.log_sigma2[i] = static_cast<float>(120.0 * random->normal());
     if (random->chance(1)) o.log_sigma2[i] = NAN;
+    // Far from most levels, and yet so wide that their divergences have slopes.
+    if (random->chance(2)) o.weight[i] = random->one_of({3e38f, -1e38f}), o.log_sigma2[i] = random->one_of({104.0f, 170.0f});
   }
 }
 
