@@ -43,4 +43,16 @@ void sum_over_blocks(const Parallel& parallel, const Blocks& blocks, int64_t wid
   }
 }
 
+// The sum of body(block), a double, over all blocks of all groups, in their order.
+template <class F>
+float sum_over_blocks(const Parallel& parallel, const Blocks& blocks, const F& body) {
+  std::vector<double> sums(blocks.count());
+  parallel_for(parallel, blocks.count(), kBlockGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) sums[i] = body(blocks[i]);
+  });
+  double total = 0.0;
+  for (const double sum : sums) total += sum;
+  return static_cast<float>(total);
+}
+
 }  // namespace bqnn

@@ -3,6 +3,8 @@
 
 #include "vec.h"
 
+#include "lanes_kernel.h"
+
 #include "assign_codes_kernel.h"
 #include "bfloat16_kernel.h"
 #include "philox_kernel.h"

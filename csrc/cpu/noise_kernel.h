@@ -15,8 +15,6 @@ BQNN_INLINE void transpose(Float (&rows)[kLanes]) {
   }
 }
 
-BQNN_INLINE int lanes_left(int64_t left) { return left < kLanes ? (int)left : kLanes; }
-
 // A tile's first element in memory, and the distance of its rows (planar) or of its columns (interleaved).
 BQNN_INLINE int64_t tile_start(const Plane& plane, const PlaneShape& shape, const Tile& tile) {
   const int64_t image = tile.image * shape.channels * shape.pixels;

@@ -2,23 +2,6 @@
 
 constexpr int kSampleChunk = 256;  // weights whose noise is made at once
 
-// The sum of each lane over a block, in 16 of them whatever the vectors' length, so that all instruction sets agree.
-struct LaneSums {
-  float lane[16] = {};
-
-  // The vector that starts at the block's element `from`, of which only the lanes below `count` count.
-  BQNN_INLINE void add(int64_t from, Float x) {
-    float* p = lane + from % 16;
-    store(p, load(p) + x);
-  }
-
-  BQNN_INLINE double total() const {
-    double sum = 0.0;
-    for (int i = 0; i < 16; ++i) sum += lane[i];
-    return sum;
-  }
-};
-
 // sigma * noise of the weights from `first`.
 BQNN_INLINE Float scaled_noise(const Posterior& q, int64_t i, const float* noise, int count) {
   return load_first(noise, count) * exp(0.5f * load_first(q.log_sigma2 + i, count));

@@ -50,8 +50,8 @@ struct SpikeSlabKlCodebook {
 struct LogUniformKl {
   static constexpr int kPieces = 32, kValueTerms = 8, kSlopeTerms = 10;
   float low, high;  // a is clipped to this
-  float value[kValueTerms][kPieces];
-  float slope[kSlopeTerms][kPieces];
+  alignas(64) float value[kValueTerms][kPieces];  // a vector of 16 lies in one cache line
+  alignas(64) float slope[kSlopeTerms][kPieces];
 };
 
 struct SpikeSlabKlBlock {

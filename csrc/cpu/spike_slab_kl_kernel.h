@@ -3,31 +3,7 @@
 // The slab's divergence is that of the spike at the level it is centred at, so that everything is a sum over levels,
 // kl = sum_m part_m F(mu - c_m), with part_m the spike's share and, at the slab's level, the slab's as well.
 
-// Sums go lane by lane over 16 lanes whatever the vector's length, and are emptied into a double, lane after lane,
-// often enough for float32: the same bits on every instruction set.
-constexpr int kSumLanes = 16, kSumVectors = kSumLanes / kLanes;
-constexpr int64_t kEmptyAfter = 1024;  // weights
-
-struct Sum {
-  Float lanes[kSumVectors];
-};
-
-BQNN_INLINE double empty(Sum* sum) {
-  double total = 0.0;
-  for (int v = 0; v < kSumVectors; ++v) {
-    for (int i = 0; i < kLanes; ++i) total += static_cast<double>(sum->lanes[v][i]);
-    sum->lanes[v] = Float{};
-  }
-  return total;
-}
-
 BQNN_INLINE Float keep(Mask mask, Float x) { return as_float(as_int(x) & mask); }
-
-BQNN_INLINE Mask first_lanes(int count) {
-  Int index = {};
-  for (int i = 0; i < kLanes; ++i) index[i] = i;
-  return index < count;
-}
 
 // How a weight's divergence is shared out among the levels.
 struct Shares {
@@ -89,8 +65,9 @@ BQNN_INLINE Float divergence_of(const SpikeSlabKlCodebook& codebook, const LogUn
     const Mask above_upper = weight > codebook.upper[m];
     const Float part = shares.scale * shares.window[m] + keep(above_lower & ~above_upper, shares.slab);
     above_lower = above_upper;
-    if (!any(part != 0.0f)) continue;
-    kl += part * diverge<false>(table, weight - codebook.level[m], inverse_sigma2).value;
+    const Mask active = part != 0.0f;
+    if (!any(active)) continue;
+    kl += keep(active, part * diverge<false>(table, weight - codebook.level[m], inverse_sigma2).value);
   }
   return kl;
 }
@@ -104,73 +81,58 @@ BQNN_INLINE void gradients_of(const SpikeSlabKlCodebook& codebook, const LogUnif
   const Shares shares = make_shares(codebook, weight, log_sigma2);
   const Float inverse_sigma2 = exp(-log_sigma2);
   Float values[kMaxLevels], kl = {}, slab_value = {}, by_log_sigma2 = {}, by_weight = {};
-  uint32_t present = 0;  // a bit for each level
+  Mask active[kMaxLevels];  // where a level has a part: elsewhere its values may be infinite, and count for nothing
+  uint32_t present = 0;     // a bit for each level that is active in any lane
   Mask above_lower = ~Mask{};
   for (int m = 0; m < codebook.num_levels; ++m) {
     const Mask above_upper = weight > codebook.upper[m], in_slab = above_lower & ~above_upper;
     const Float part = shares.scale * shares.window[m] + keep(in_slab, shares.slab);
     above_lower = above_upper;
+    active[m] = (part != 0.0f) | in_slab;
     gradients->distance[m] = Float{};
-    if (!any((part != 0.0f) | in_slab)) continue;
+    if (!any(active[m])) continue;
     present |= 1u << m;
     const Divergence f = diverge<true>(table, weight - codebook.level[m], inverse_sigma2);
     values[m] = f.value;
     slab_value = select(in_slab, f.value, slab_value);
-    kl += part * f.value;
-    by_log_sigma2 += part * f.by_log_sigma2;
-    gradients->distance[m] = part * f.by_distance;
+    kl += keep(active[m], part * f.value);
+    by_log_sigma2 += keep(active[m], part * f.by_log_sigma2);
+    gradients->distance[m] = keep(active[m], part * f.by_distance);
   }
   // A window that grows takes from the slab, or from the other windows where they overlap to more than 1.
   const Float rest = select(shares.total > 1.0f, kl, slab_value);
   for (int m = 0; m < codebook.num_levels; ++m) {
     if (!(present >> m & 1u)) continue;
-    const Float by_window = shares.scale * (values[m] - rest);
-    gradients->distance[m] -= by_window * shares.window[m] * (weight - codebook.level[m]) * codebook.inverse_tau2[m];
+    const Float by_window = shares.scale * (values[m] - rest) * shares.window[m];
+    const Float by_distance = by_window * (weight - codebook.level[m]) * codebook.inverse_tau2[m];
+    gradients->distance[m] -= keep(active[m], by_distance);
     by_weight += gradients->distance[m];
   }
   gradients->weight = by_weight;
   gradients->log_sigma2 = by_log_sigma2;
 }
 
-// Calls step(i, lanes) for vectors that start at i in [first, last), the last one perhaps with fewer lanes.
-template <class Step>
-BQNN_INLINE void for_vectors(int64_t first, int64_t last, const Step& step) {
-  int64_t i = first;
-  for (; i + kLanes <= last; i += kLanes) step(i, kLanes);
-  if (i < last) step(i, static_cast<int>(last - i));
-}
-
 static double spike_slab_kl_fwd_kernel(const SpikeSlabKlCodebook& codebook, const SpikeSlabKlBlock& block) {
-  double total = 0.0;
-  for (int64_t first = 0; first < block.count; first += kEmptyAfter) {
-    const int64_t last = block.count - first < kEmptyAfter ? block.count : first + kEmptyAfter;
-    Sum sum = {};
-    for_vectors(first, last, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      const Float weight = load_first(block.weight + i, lanes), log_sigma2 = load_first(block.log_sigma2 + i, lanes);
-      const Float kl = divergence_of(codebook, *block.divergence, weight, log_sigma2);
-      sum.lanes[i / kLanes % kSumVectors] += keep(first_lanes(lanes), kl);
-    });
-    total += empty(&sum);
+  LaneSums sum;
+  for (int64_t i = 0; i < block.count; i += kLanes) {
+    const int count = lanes_left(block.count - i);
+    const Float weight = load_first(block.weight + i, count), log_sigma2 = load_first(block.log_sigma2 + i, count);
+    sum.add(i, keep(first_lanes(count), divergence_of(codebook, *block.divergence, weight, log_sigma2)));
   }
-  return total;
+  return sum.total();
 }
 
 static void spike_slab_kl_bwd_kernel(const SpikeSlabKlCodebook& codebook, const SpikeSlabKlBlock& block, float grad,
                                      float* grad_weight, float* grad_log_sigma2, double* grad_levels) {
-  for (int m = 0; m < codebook.num_levels; ++m) grad_levels[m] = 0.0;
-  for (int64_t first = 0; first < block.count; first += kEmptyAfter) {
-    const int64_t last = block.count - first < kEmptyAfter ? block.count : first + kEmptyAfter;
-    Sum sums[kMaxLevels] = {};
-    for_vectors(first, last, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      const Float weight = load_first(block.weight + i, lanes), log_sigma2 = load_first(block.log_sigma2 + i, lanes);
-      Gradients gradients;
-      gradients_of(codebook, *block.divergence, weight, log_sigma2, &gradients);
-      store_first(grad_weight + i, grad * gradients.weight, lanes);
-      store_first(grad_log_sigma2 + i, grad * gradients.log_sigma2, lanes);
-      for (int m = 0; m < codebook.num_levels; ++m) {
-        sums[m].lanes[i / kLanes % kSumVectors] += keep(first_lanes(lanes), gradients.distance[m]);
-      }
-    });
-    for (int m = 0; m < codebook.num_levels; ++m) grad_levels[m] -= static_cast<double>(grad) * empty(&sums[m]);
+  LaneSums sums[kMaxLevels];
+  for (int64_t i = 0; i < block.count; i += kLanes) {
+    const int count = lanes_left(block.count - i);
+    const Float weight = load_first(block.weight + i, count), log_sigma2 = load_first(block.log_sigma2 + i, count);
+    Gradients gradients;
+    gradients_of(codebook, *block.divergence, weight, log_sigma2, &gradients);
+    store_first(grad_weight + i, grad * gradients.weight, count);
+    store_first(grad_log_sigma2 + i, grad * gradients.log_sigma2, count);
+    for (int m = 0; m < codebook.num_levels; ++m) sums[m].add(i, keep(first_lanes(count), gradients.distance[m]));
   }
+  for (int m = 0; m < codebook.num_levels; ++m) grad_levels[m] = -static_cast<double>(grad) * sums[m].total();
 }

@@ -39,7 +39,7 @@ Case draw_case(Random* random) {
   Case c{};
   c.rows = random->size(40);
   c.columns = random->size(150);
-  // Blocks have 2048 or 4096 weights; a task has two or four of them.
+  // Blocks have 2048 weights; a task has two or more of them.
   if (random->chance(3)) c.rows = random->between(1, 4), c.columns = random->between(4000, 20000);
   if (random->chance(2)) c.rows = 0;
   c.per_row = random->chance(50);
@@ -102,6 +102,8 @@ void fill(Random* random, const Case& c, const Operands& o) {
     if (random->chance(3)) o.weight[i] = random->one_of(kWild);
     if (random->chance(3)) o.log_sigma2[i] = static_cast<float>(120.0 * random->normal());
     if (random->chance(1)) o.log_sigma2[i] = NAN;
+    // Far from most levels, and yet so wide that their divergences have slopes.
+    if (random->chance(2)) o.weight[i] = random->one_of({3e38f, -1e38f}), o.log_sigma2[i] = random->one_of({104.0f, 170.0f});
   }
   for (const Buffer<float>& plane : o.planes) {
     for (int64_t i = 0; i < plane.size(); ++i) {
