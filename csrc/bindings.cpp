@@ -110,14 +110,15 @@ Posterior posterior(const Tensor& weight, const std::optional<Tensor>& log_sigma
   require(thresholds.size(0) == groups && thresholds.size(1) == num_levels - 1, "thresholds between levels are needed");
   require(groups == 1 || groups == weight.size(0), "one codebook, or one a channel, is needed");
   require(!log_sigma2 || log_sigma2->numel() == weight.numel(), "tensors of one size are needed");
-  return {floats(weight), floats(log_sigma2), floats(levels),
-          floats(thresholds), weight.numel(), groups, static_cast<int>(num_levels)};
+  return {floats(weight), floats(log_sigma2),          floats(levels), floats(thresholds), weight.numel(),
+          groups,         static_cast<int>(num_levels)};
 }
 
 // --- noise --------------------------------------------------------------------------------------------------------
 
 void random_words_op(int64_t seed, int64_t first, Tensor out) {
-  require(out.scalar_type() == ScalarType::Int && out.is_contiguous() && out.numel() % 4 == 0, "int32 words are needed");
+  require(out.scalar_type() == ScalarType::Int && out.is_contiguous() && out.numel() % 4 == 0,
+          "int32 words are needed");
   elementwise(isa()).random_words(static_cast<uint64_t>(seed), static_cast<uint64_t>(first), out.numel() / 4,
                                   static_cast<uint32_t*>(out.data_ptr()));
 }
@@ -151,15 +152,15 @@ void add_square_gradient_op(Tensor grad, Tensor x, Tensor grad_square) {
 // --- weights ------------------------------------------------------------------------------------------------------
 
 void sample_op(Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
-            std::optional<Tensor> seed, int64_t offset, Tensor quantized) {
+               std::optional<Tensor> seed, int64_t offset, Tensor quantized) {
   const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
   require(quantized.numel() == q.weights, "tensors of one size are needed");
   sample(torch_threads(), isa(), q, noise(seed, offset), floats(quantized));
 }
 
 void sample_backward_op(Tensor grad, Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
-                     std::optional<Tensor> seed, int64_t offset, std::optional<Tensor> grad_log_sigma2,
-                     Tensor grad_levels) {
+                        std::optional<Tensor> seed, int64_t offset, std::optional<Tensor> grad_log_sigma2,
+                        Tensor grad_levels) {
   const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
   require(grad.numel() == q.weights && grad_levels.numel() == levels.numel(), "tensors of one size are needed");
   require(!log_sigma2 || (grad_log_sigma2 && grad_log_sigma2->numel() == q.weights), "tensors of one size are needed");
@@ -168,7 +169,7 @@ void sample_backward_op(Tensor grad, Tensor weight, std::optional<Tensor> log_si
 }
 
 void moments_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds, int64_t mode,
-             std::optional<Tensor> mean, Tensor variance) {
+                std::optional<Tensor> mean, Tensor variance) {
   const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
   require(mode == static_cast<int64_t>(Moments::gaussian) || (mean && mean->numel() == q.weights),
           "tensors of one size are needed");
@@ -177,8 +178,8 @@ void moments_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor threshol
 }
 
 void moments_backward_op(Tensor grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,
-                      Tensor thresholds, int64_t mode, std::optional<Tensor> grad_weight, Tensor grad_log_sigma2,
-                      Tensor grad_levels, Tensor grad_thresholds) {
+                         Tensor thresholds, int64_t mode, std::optional<Tensor> grad_weight, Tensor grad_log_sigma2,
+                         Tensor grad_levels, Tensor grad_thresholds) {
   const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
   require(grad_mean.numel() == q.weights && grad_log_sigma2.numel() == q.weights &&
               grad_levels.numel() == levels.numel() && grad_thresholds.numel() == thresholds.numel(),
@@ -229,21 +230,25 @@ void codebook_from_raw_backward_op(Tensor grad_levels, Tensor grad_thresholds, T
 int64_t columns_of(const Tensor& weight) { return weight.size(0) ? weight.numel() / weight.size(0) : 0; }
 
 void assign_codes_op(Tensor weight, Tensor thresholds, bool packed, Tensor out) {
-  const AssignCodes weights{weight.const_data_ptr<float>(), thresholds.const_data_ptr<float>(),
-                            weight.size(0),                 columns_of(weight),
-                            thresholds.size(0) != 1,        static_cast<int>(thresholds.size(1)) + 1};
+  const AssignCodes weights{
+      weight.const_data_ptr<float>(), thresholds.const_data_ptr<float>(),      weight.size(0), columns_of(weight),
+      thresholds.size(0) != 1,        static_cast<int>(thresholds.size(1)) + 1};
   (packed ? assign_codes_packed : assign_codes)(torch_threads(), isa(), weights, out.mutable_data_ptr<uint8_t>());
 }
 
 SpikeSlabKl make_prior(const Tensor& weight, const Tensor& log_sigma2, const Tensor& levels, const Tensor& tau) {
-  return {weight.const_data_ptr<float>(), log_sigma2.const_data_ptr<float>(), levels.const_data_ptr<float>(),
-          tau.const_data_ptr<float>(),    weight.size(0),                     columns_of(weight),
-          levels.size(0) != 1,            static_cast<int>(levels.size(1))};
+  return {weight.const_data_ptr<float>(),
+          log_sigma2.const_data_ptr<float>(),
+          levels.const_data_ptr<float>(),
+          tau.const_data_ptr<float>(),
+          weight.size(0),
+          columns_of(weight),
+          levels.size(0) != 1,
+          static_cast<int>(levels.size(1))};
 }
 
 void spike_slab_kl_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau, Tensor out) {
-  *out.mutable_data_ptr<float>() =
-      spike_slab_kl(torch_threads(), isa(), make_prior(weight, log_sigma2, levels, tau));
+  *out.mutable_data_ptr<float>() = spike_slab_kl(torch_threads(), isa(), make_prior(weight, log_sigma2, levels, tau));
 }
 
 void spike_slab_kl_backward_op(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau,
@@ -265,14 +270,15 @@ Tensor new_output(bool half, const std::vector<int64_t>& size, bool channels_las
     for (size_t i = size.size(); i-- > 0; next *= size[i]) stride[i] = next;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
-                                                  half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32(),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(size.size()), size.data(), stride.data(),
+      half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
   Tensor out(handle);
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + out.numel() * out.element_size()) / kHuge * kHuge;
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + out.numel() * out.element_size()) / kHuge * kHuge;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return out;
@@ -334,7 +340,8 @@ Tensor packed_linear_op(Tensor x, Tensor layout_tensor, std::optional<Tensor> bi
   size.back() = layout.channels;
   Tensor y = new_output(half, size, false);
   const std::optional<Tensor> floats = float_bias(bias, layout);
-  const LinearCall call{&layout, x.const_data_ptr(), y.mutable_data_ptr(), data_of(floats), x.numel() / layout.columns, half};
+  const LinearCall call{&layout,         x.const_data_ptr(),         y.mutable_data_ptr(),
+                        data_of(floats), x.numel() / layout.columns, half};
   if (call.rows > 0) packed_kernels(isa()).linear(call, torch_threads());
   return y;
 }
@@ -420,9 +427,7 @@ STABLE_TORCH_LIBRARY(bqnn_cpu, m) {
       " Tensor(a!) grad_weight, Tensor(b!) grad_log_sigma2, Tensor(c!) grad_levels) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&cpu_isa));
-}
+STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&cpu_isa)); }
 
 STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CPU, m) {
   m.impl("random_words", TORCH_BOX(&random_words_op));

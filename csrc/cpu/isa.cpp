@@ -55,7 +55,8 @@ Isa probe() {
   const unsigned long long states = os_saves ? saved_states() : 0;
   const bool avx2 = has(leaf1.ecx, 12) && has(leaf1.ecx, 29) && has(leaf7.ebx, 5);  // FMA, F16C, AVX2
   if (!avx2 || (states & kYmm) != kYmm) return Isa::scalar;
-  const bool avx512 = has(leaf7.ebx, 16) && has(leaf7.ebx, 17) && has(leaf7.ebx, 30) && has(leaf7.ebx, 31)  // F DQ BW VL
+  const bool avx512 = has(leaf7.ebx, 16) && has(leaf7.ebx, 17) && has(leaf7.ebx, 30) &&
+                      has(leaf7.ebx, 31)                                                 // F DQ BW VL
                       && has(leaf7.ecx, 1) && has(leaf7.ecx, 11) && has(leaf71.eax, 5);  // VBMI, VNNI, BF16
   if (!avx512 || (states & kZmm) != kZmm) return Isa::avx2;
   const bool amx = has(leaf7.edx, 22) && has(leaf7.edx, 24) && has(leaf7.edx, 25);  // bf16, tile, int8

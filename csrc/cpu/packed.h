@@ -15,8 +15,8 @@ using Bf16 = uint16_t;
 
 struct LinearCall {
   const PackedLayout* weight;
-  const void* x;  // [rows, columns], contiguous
-  void* y;        // [rows, channels], contiguous
+  const void* x;      // [rows, columns], contiguous
+  void* y;            // [rows, channels], contiguous
   const float* bias;  // [channels] or null
   int64_t rows;
   bool half;  // x and y are bfloat16

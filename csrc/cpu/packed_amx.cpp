@@ -1,5 +1,5 @@
-// AMX: products of 16 x 64-byte tiles of bfloat16 or 8-bit integers. What tiles do not suit goes to the AVX-512 kernels:
-// few rows, float32 in a linear layer, and activations that bfloat16 does not hold (NaN, infinity).
+// AMX: products of 16 x 64-byte tiles of bfloat16 or 8-bit integers. What tiles do not suit goes to the AVX-512
+// kernels: few rows, float32 in a linear layer, and activations that bfloat16 does not hold (NaN, infinity).
 #include "packed.h"
 #include "scratch.h"
 
@@ -45,18 +45,17 @@ struct TileConfig {
 
 enum class Kind { bf16, s8 };
 
-#define BQNN_DOT(c, a, b)                          \
-  do {                                             \
-    if constexpr (kind == Kind::bf16)              \
-      _tile_dpbf16ps(c, a, b);                     \
-    else                                           \
-      _tile_dpbssd(c, a, b);                       \
+#define BQNN_DOT(c, a, b)             \
+  do {                                \
+    if constexpr (kind == Kind::bf16) \
+      _tile_dpbf16ps(c, a, b);        \
+    else                              \
+      _tile_dpbssd(c, a, b);          \
   } while (0)
 
-
 // One 16- or 32-row by 16-, 32- or 64-channel product over all steps of a run. Of the nine products of three parts with
-// three, the six above 2^-24 of the whole are added, in one order whatever the shape: a result does not depend on how the
-// rows of a batch are cut into tasks.
+// three, the six above 2^-24 of the whole are added, in one order whatever the shape: a result does not depend on how
+// the rows of a batch are cut into tasks.
 template <Kind kind, int kParts, int kTiles, int kBlocks>
 __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t stride, int64_t step_stride,
                                               int64_t part_stride, const Run& run, const char* panel,
@@ -203,8 +202,8 @@ inline void multiply_amx(int tiles, int blocks, const Strip& strip, const Run& r
     call(strip.tile + tile, panel + block * panel_stride,
          static_cast<char*>(out) + (tile * 16 * kWidth + block * 16) * 4);
   };
-#define BQNN_PRODUCT(t, b)                                                                                    \
-  [&](const char* const* tile, const char* p, void* o) {                                                      \
+#define BQNN_PRODUCT(t, b)                                                                                            \
+  [&](const char* const* tile, const char* p, void* o) {                                                              \
     multiply_tiles<kind, kParts, t, b>(tile, strip.row, strip.step, strip.part, run, p, panel_stride, o, accumulate); \
   }
   if (tiles == 1) {
@@ -345,7 +344,7 @@ template <int kPartCount>
 struct Bf16Operand {
   using Product = float;
   static constexpr int kParts = kPartCount;
-  static constexpr int kElement = 2;         // bytes of an activation
+  static constexpr int kElement = 2;  // bytes of an activation
   static constexpr bool kInt8 = false;
   using Thread = TileConfig;
 
@@ -393,7 +392,8 @@ struct Bf16Operand {
   // Writes n <= 32 activations as one 64-byte step of each part; false where one of them does not fit.
   template <class X>
   static bool pack_step(const X* x, int64_t n, const RowScale&, char* to, int64_t part) {
-    const __m512 low = load_activations(x, first_lanes(n)), high = load_activations(x + 16, first_lanes(n - 16 > 0 ? n - 16 : 0));
+    const __m512 low = load_activations(x, first_lanes(n)),
+                 high = load_activations(x + 16, first_lanes(n - 16 > 0 ? n - 16 : 0));
     if constexpr (kParts == 1) {
       _mm512_storeu_si512(to, to_bf16(low, high));
     } else {
@@ -502,7 +502,8 @@ struct Int8Operand {
     return true;
   }
 
-  static bool pack_square(const __m512* v, int positions, int n, const RowScale& scale, char* to, int64_t row, int64_t) {
+  static bool pack_square(const __m512* v, int positions, int n, const RowScale& scale, char* to, int64_t row,
+                          int64_t) {
     for (int i = 0; i < positions; ++i)
       _mm_mask_storeu_epi8(to + i * row, first_lanes(n), _mm512_cvtsepi32_epi8(quantize(v[i], scale)));
     return true;

@@ -6,12 +6,12 @@
 // stride 1 an image can be one line of all pixels of the padded rows (the few between the rows are computed and left
 // unused), else every output row is a line of its own.
 struct ConvPlan {
-  int64_t padded_w, pixel, plane;      // pixels in a padded row; bytes of a pixel, and of a group's padded image
-  int64_t lines, line_tiles, pitch;    // tiles of a line; positions from an output row to the next
-  int64_t steps;                       // of a segment
-  int64_t image, part;                 // bytes of all groups of an image, of all images of a part
-  const int64_t *offset, *tile;        // [segments], [tiles]: bytes from a position's first activation to a segment's,
-                                       // and from an image to a tile's first activation
+  int64_t padded_w, pixel, plane;    // pixels in a padded row; bytes of a pixel, and of a group's padded image
+  int64_t lines, line_tiles, pitch;  // tiles of a line; positions from an output row to the next
+  int64_t steps;                     // of a segment
+  int64_t image, part;               // bytes of all groups of an image, of all images of a part
+  const int64_t *offset, *tile;      // [segments], [tiles]: bytes from a position's first activation to a segment's,
+                                     // and from an image to a tile's first activation
   int64_t tiles() const { return lines * line_tiles; }
 };
 
@@ -82,8 +82,8 @@ inline bool pack_pixels(const Conv2dCall& call, const ConvPlan& plan, const X* i
         for (int i = 0; i < 16; ++i)
           v[i] = i < channels ? load_activations(from + i * size + w, first_lanes(pixels)) : _mm512_setzero_ps();
         transpose(v);
-        fits &= Op::pack_square(v, static_cast<int>(pixels), channels, scale,
-                                row + w * plan.pixel + c * Op::kElement, plan.pixel, plan.part);
+        fits &= Op::pack_square(v, static_cast<int>(pixels), channels, scale, row + w * plan.pixel + c * Op::kElement,
+                                plan.pixel, plan.part);
       }
     }
   }
@@ -154,17 +154,18 @@ struct Ahead {
 
 // 64 channels from `block` on of a group, at the tiles [first, last) of `images` packed images.
 template <class Op, class Y>
-inline void multiply_pixels(const Conv2dCall& call, const ConvPlan& plan, const char* packed,
-                            const float* scales, int64_t images, int64_t group, int64_t block, int64_t first,
-                            int64_t last, Y* y, Ahead* ahead) {
+inline void multiply_pixels(const Conv2dCall& call, const ConvPlan& plan, const char* packed, const float* scales,
+                            int64_t images, int64_t group, int64_t block, int64_t first, int64_t last, Y* y,
+                            Ahead* ahead) {
   using Product = typename Op::Product;
   const PackedLayout& layout = *call.weight;
   const int64_t span = last - first, count = images * span;
-  const int blocks = static_cast<int>(layout.blocks - block < kWidth / kBlock ? layout.blocks - block : kWidth / kBlock);
+  const int blocks =
+      static_cast<int>(layout.blocks - block < kWidth / kBlock ? layout.blocks - block : kWidth / kBlock);
   const int64_t all_steps = layout.segments * plan.steps, panel_stride = Op::panel_bytes(all_steps);
   char* panel = scratch(Scratch::panel, static_cast<size_t>(2 * panel_stride));
-  Product* products =
-      reinterpret_cast<Product*>(scratch(Scratch::products, static_cast<size_t>(count * kTile) * kWidth * sizeof(Product)));
+  Product* products = reinterpret_cast<Product*>(
+      scratch(Scratch::products, static_cast<size_t>(count * kTile) * kWidth * sizeof(Product)));
   const int together = blocks == 1 ? 1 : 2, apart = blocks == 1 ? 4 : 2;
   const Run run{layout.segments, plan.steps, plan.offset};
   for (int b = 0; b < blocks; b += together) {
@@ -180,11 +181,11 @@ inline void multiply_pixels(const Conv2dCall& call, const ConvPlan& plan, const 
       }
       ahead->fetch();
       const Strip strip{tile, call.stride_w * plan.pixel, 64, plan.part};
-      Op::multiply(high, wide, strip, run, panel, panel_stride,
-                   products + t * kTile * kWidth + b * kBlock, false);
+      Op::multiply(high, wide, strip, run, panel, panel_stride, products + t * kTile * kWidth + b * kBlock, false);
     }
   }
-  const int64_t channel = group * layout.group_channels() + block * kBlock, lane = (group * layout.blocks + block) * kBlock;
+  const int64_t channel = group * layout.group_channels() + block * kBlock,
+                lane = (group * layout.blocks + block) * kBlock;
   const int64_t rest = layout.group_channels() - block * kBlock, width = rest < kWidth ? rest : kWidth;
   for (int64_t i = 0; i < images; ++i)
     finish_pixels<Op>(call, plan, products + i * span * kTile * kWidth, first * kTile, last * kTile, channel, lane,
@@ -198,7 +199,8 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
   if (call.images == 0) return true;
   ConvPlan plan = plan_conv2d<Op>(call);
   const int64_t tiles = plan.tiles(), size = call.height * call.width;
-  const int64_t image_in = layout.inputs * layout.groups * size, image_out = layout.channels * call.out_height * call.out_width;
+  const int64_t image_in = layout.inputs * layout.groups * size,
+                image_out = layout.channels * call.out_height * call.out_width;
   const int64_t channel_tasks = (layout.blocks + kWidth / kBlock - 1) / (kWidth / kBlock);
   const X* x = static_cast<const X*>(call.x);
   X* y = static_cast<X*>(call.y);
@@ -221,7 +223,8 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
       char* packed = scratch(Scratch::activations, static_cast<size_t>(plan.part * Op::kParts));
       float* scales = reinterpret_cast<float*>(scratch(Scratch::scales, static_cast<size_t>(together) * sizeof(float)));
       for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const int64_t first = chunk * together, images = call.images - first < together ? call.images - first : together;
+        const int64_t first = chunk * together,
+                      images = call.images - first < together ? call.images - first : together;
         for (int64_t i = 0; i < images; ++i) {
           const RowScale scale = scale_of(first + i);
           scales[i] = scale.scale;
@@ -230,9 +233,11 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
             if (!pack_pixels<Op>(call, plan, x + (first + i) * image_in, h, scale, packed + i * plan.image)) misfit();
         }
         const X* next = x + (first + images) * image_in;
-        const int64_t coming = chunk + 1 < end ? (call.images - first - images < together ? call.images - first - images : together) : 0;
+        const int64_t coming =
+            chunk + 1 < end ? (call.images - first - images < together ? call.images - first - images : together) : 0;
         Ahead ahead{reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next + coming * image_in), 0};
-        ahead.slice = (ahead.end - ahead.at) / (images * tiles / 4 * layout.groups * ((layout.blocks + 1) / 2) + 1) + 64;
+        ahead.slice =
+            (ahead.end - ahead.at) / (images * tiles / 4 * layout.groups * ((layout.blocks + 1) / 2) + 1) + 64;
         for (int64_t g = 0; g < layout.groups; ++g)
           for (int64_t block = 0; block < layout.blocks; block += kWidth / kBlock)
             for (int64_t t = 0; t < tiles; t += kTaskTiles)
@@ -247,7 +252,8 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
   plan.part = call.images * plan.image;
   char* packed = scratch(Scratch::activations, static_cast<size_t>(plan.part * Op::kParts));
   float* scales = reinterpret_cast<float*>(scratch(Scratch::scales, static_cast<size_t>(call.images) * sizeof(float)));
-  RowScale* row_scales = reinterpret_cast<RowScale*>(scratch(Scratch::row_scales, static_cast<size_t>(call.images) * sizeof(RowScale)));
+  RowScale* row_scales =
+      reinterpret_cast<RowScale*>(scratch(Scratch::row_scales, static_cast<size_t>(call.images) * sizeof(RowScale)));
   for (int64_t i = 0; i < call.images; ++i) {
     row_scales[i] = scale_of(i);
     scales[i] = row_scales[i].scale;
@@ -257,7 +263,8 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
   parallel_for(parallel, call.images * call.height, 1 + (1 << 15) / row_work, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t i = row / call.height;
-      if (!pack_pixels<Op>(call, plan, x + i * image_in, row % call.height, row_scales[i], packed + i * plan.image)) misfit();
+      if (!pack_pixels<Op>(call, plan, x + i * image_in, row % call.height, row_scales[i], packed + i * plan.image))
+        misfit();
     }
   });
   if (!fits) return false;
@@ -270,7 +277,8 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
     Ahead nothing{};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t t = task % spans * span, block = task / spans % channel_tasks * (kWidth / kBlock);
-      const int64_t g = task / (spans * channel_tasks) % layout.groups, i = task / (spans * channel_tasks * layout.groups);
+      const int64_t g = task / (spans * channel_tasks) % layout.groups,
+                    i = task / (spans * channel_tasks * layout.groups);
       multiply_pixels<Op>(call, plan, packed + i * plan.image, scales + i, 1, g, block, t,
                           tiles - t < span ? tiles : t + span, y + i * image_out, &nothing);
     }

@@ -5,8 +5,8 @@
 // Steps of K whose decoded weights, of two blocks, stay in the L1 cache.
 constexpr int64_t kChunk = 8;
 
-// Where row `row` and step `step` of the packed activations stand: chunk by chunk of K, the tiles of a chunk one after the
-// other, so that a product walks through memory in order.
+// Where row `row` and step `step` of the packed activations stand: chunk by chunk of K, the tiles of a chunk one after
+// the other, so that a product walks through memory in order.
 inline int64_t activations_at(int64_t row, int64_t step, int64_t steps, int64_t tiles) {
   const int64_t chunk = step / kChunk, tile = row / kTile;
   const int64_t length = steps - chunk * kChunk < kChunk ? steps - chunk * kChunk : kChunk;
@@ -66,7 +66,8 @@ inline bool run_linear_of(const LinearCall& call, const Parallel& parallel) {
 
   bool fits = true;
   parallel_for(parallel, rows, 1 + (1 << 14) / layout.columns, [&](int64_t begin, int64_t end) {
-    if (!pack_rows<Op>(layout, x, begin, end, tiles, activations, scales)) __atomic_store_n(&fits, false, __ATOMIC_RELAXED);
+    if (!pack_rows<Op>(layout, x, begin, end, tiles, activations, scales))
+      __atomic_store_n(&fits, false, __ATOMIC_RELAXED);
   });
   if (!fits) return false;
 
@@ -82,10 +83,11 @@ inline bool run_linear_of(const LinearCall& call, const Parallel& parallel) {
     Product* products =
         reinterpret_cast<Product*>(scratch(Scratch::products, static_cast<size_t>(chunk) * kWidth * sizeof(Product)));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first_tile = task / channel_tasks * chunk_tiles, first_block = task % channel_tasks * (kWidth / kBlock);
+      const int64_t first_tile = task / channel_tasks * chunk_tiles,
+                    first_block = task % channel_tasks * (kWidth / kBlock);
       const int count = static_cast<int>(tiles - first_tile < chunk_tiles ? tiles - first_tile : chunk_tiles);
-      const int blocks =
-          static_cast<int>(layout.blocks - first_block < kWidth / kBlock ? layout.blocks - first_block : kWidth / kBlock);
+      const int blocks = static_cast<int>(layout.blocks - first_block < kWidth / kBlock ? layout.blocks - first_block
+                                                                                        : kWidth / kBlock);
       const char* tile[kMaxRowTiles] = {activations};
       Strip strip{tile, 64, 1024, 0};
       const bool stream = tiles == 1;
@@ -107,7 +109,8 @@ inline bool run_linear_of(const LinearCall& call, const Parallel& parallel) {
           for (int t = 0; t < count; t += apart) {
             const int high = count - t < apart ? count - t : apart;
             strip.tile = tile + t;
-            Op::multiply(high, wide, strip, run, panel, panel_stride, products + t * kTile * kWidth + b * kBlock, step > 0);
+            Op::multiply(high, wide, strip, run, panel, panel_stride, products + t * kTile * kWidth + b * kBlock,
+                         step > 0);
           }
         }
       }

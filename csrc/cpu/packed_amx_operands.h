@@ -11,14 +11,17 @@ inline __m512 load_activations(const Bf16* x, __mmask16 mask) {
 inline void store_activations(float* y, __m512 value, __mmask16 mask) { _mm512_mask_storeu_ps(y, mask, value); }
 // To nearest, ties to even; the conversion instruction would take a denormal number for zero.
 inline void store_activations(Bf16* y, __m512 value, __mmask16 mask) {
-  const __m512i bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bits = _mm512_castps_si512(value),
+                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
   _mm256_mask_storeu_epi16(y, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
 }
 
-inline __m512 magnitude(__m512 x) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF))); }
+inline __m512 magnitude(__m512 x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
+}
 
 // bfloat16 nearest to each float of low (lanes 0..15) and high (16..31), ties to even.
 inline __m512i to_bf16(__m512 low, __m512 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
@@ -88,8 +91,8 @@ inline float largest(const float* x, int64_t n) {
     for (int j = 0; j < 4; ++j)
       most[j] = _mm512_max_epu32(most[j], _mm512_and_si512(_mm512_loadu_si512(x + i + 16 * j), magnitude_bits));
   for (; i < n; i += 16)
-    most[0] = _mm512_max_epu32(
-        most[0], _mm512_and_si512(_mm512_maskz_loadu_epi32(first_lanes(n - i), x + i), magnitude_bits));
+    most[0] = _mm512_max_epu32(most[0],
+                               _mm512_and_si512(_mm512_maskz_loadu_epi32(first_lanes(n - i), x + i), magnitude_bits));
   return float_of(_mm512_reduce_max_epu32(
       _mm512_max_epu32(_mm512_max_epu32(most[0], most[1]), _mm512_max_epu32(most[2], most[3]))));
 }
@@ -153,7 +156,8 @@ struct Bf16Decoder {
     const __m512i code = _mm512_and_si512(word, _mm512_set1_epi16((1 << kBits) - 1));
     __m512i value = rung[0];
     for (int m = 1; m < levels; ++m)
-      value = _mm512_mask_mov_epi16(value, _mm512_cmpge_epu16_mask(code, _mm512_set1_epi16(static_cast<short>(m))), rung[m]);
+      value = _mm512_mask_mov_epi16(value, _mm512_cmpge_epu16_mask(code, _mm512_set1_epi16(static_cast<short>(m))),
+                                    rung[m]);
     return value;
   }
 };
@@ -183,7 +187,8 @@ struct Int8Decoder {
     const __m512i code = _mm512_and_si512(word, _mm512_set1_epi8((1 << kBits) - 1));
     __m512i value = rung[0];
     for (int m = 1; m < levels; ++m)
-      value = _mm512_mask_mov_epi8(value, _mm512_cmpge_epu8_mask(code, _mm512_set1_epi8(static_cast<char>(m))), rung[m]);
+      value =
+          _mm512_mask_mov_epi8(value, _mm512_cmpge_epu8_mask(code, _mm512_set1_epi8(static_cast<char>(m))), rung[m]);
     return value;
   }
 };
@@ -194,8 +199,8 @@ inline __m512 load_products(const int32_t* product) { return _mm512_cvtepi32_ps(
 // Outputs of n channels at `positions` positions, products kWidth apart and outputs `stride`: a float product plus the
 // bias, or an integer one times the channel's step and the row's scale plus the bias, each operation rounded by itself.
 template <class P, class Y>
-inline void finish_row(const P* product, int64_t positions, int64_t n, const float* bias, const float* step, float scale,
-                       Y* y, int64_t stride) {
+inline void finish_row(const P* product, int64_t positions, int64_t n, const float* bias, const float* step,
+                       float scale, Y* y, int64_t stride) {
   for (int64_t c = 0; c < n; c += 16) {
     const __mmask16 lanes = first_lanes(n - c);
     const __m512 factor = step ? _mm512_maskz_loadu_ps(lanes, step + c) : _mm512_setzero_ps();

@@ -1,7 +1,8 @@
 // How packed_linear and packed_conv2d on AMX describe a product to their operands.
 //
-// Both are one product: a tile is 16 output positions (rows of a linear layer, pixels of a convolution) whose activations
-// lie at a constant distance; K is walked in the segments of the layout, in steps of 64 bytes. An operand class `Op` has
+// Both are one product: a tile is 16 output positions (rows of a linear layer, pixels of a convolution) whose
+// activations lie at a constant distance; K is walked in the segments of the layout, in steps of 64 bytes. An operand
+// class `Op` has
 //
 //     Product                     float or int32_t, what is accumulated
 //     kElement, kInt8             bytes of an activation, and whether it is an integer

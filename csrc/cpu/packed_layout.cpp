@@ -80,6 +80,9 @@ void make_layout(const PackedWeight& w, void* memory) {
     }
   };
   if (w.codebooks == 1) fill_tables(0, 0);
+  const int word_shift = p.bits == 1 ? 5 : p.bits == 2 ? 4 : 3;
+  int bit[32];  // where weight i of a word is
+  for (int i = 0; i < p.word_weights(); ++i) bit[i] = i % p.unit * (32 / p.unit) + i / p.unit * p.bits;
   std::vector<uint8_t> codes(static_cast<size_t>(width * digits));
   for (int64_t n = 0; n < w.channels; ++n) {
     for (int64_t i = 0; i < width; ++i) {
@@ -91,15 +94,15 @@ void make_layout(const PackedWeight& w, void* memory) {
     if (w.codebooks > 1) fill_tables(lane, codebook);
     uint32_t* block = words + (lane / kBlock) * p.block_words() + lane % kBlock;
     int32_t total = 0;
-    for (int64_t k = 0; k < w.columns; ++k) {
-      // Stored order is [input][r][s]; a run of the activations has the inputs fastest.
-      const int64_t tap = k / p.inputs, input = k % p.inputs;
-      const unsigned code = codes[input * taps + tap];
-      const int64_t at = k / p.segment * p.padded + k % p.segment;
-      const int64_t i = at % p.word_weights();
-      const int64_t bit = i % p.unit * (32 / p.unit) + i / p.unit * p.bits;
-      block[at / p.word_weights() * kBlock] |= static_cast<uint32_t>(code) << bit;
-      if (int8) total += w.int8_levels[codebook * w.num_levels + code];
+    // Stored order is [input][r][s]; a run of the activations has the inputs fastest.
+    int64_t at = 0, in_segment = 0;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t input = 0; input < p.inputs; ++input, ++at) {
+        const unsigned code = codes[input * taps + tap];
+        block[(at >> word_shift) * kBlock] |= static_cast<uint32_t>(code) << bit[at & (p.word_weights() - 1)];
+        if (int8) total += w.int8_levels[codebook * w.num_levels + code];
+        if (++in_segment == p.segment) at += p.padded - p.segment, in_segment = 0;
+      }
     }
     if (int8) scale[lane] = w.int8_scale[codebook], sum[lane] = total;
   }

@@ -20,17 +20,17 @@ namespace bqnn {
 
 enum class Precision : int32_t { fp32, bf16, int8 };
 
-constexpr int kBlock = 16;        // output channels side by side
-constexpr int kTable = 16;        // entries of a decoding table: the levels, at most 16, repeated with period 2^bits
+constexpr int kBlock = 16;  // output channels side by side
+constexpr int kTable = 16;  // entries of a decoding table: the levels, at most 16, repeated with period 2^bits
 
 struct PackedLayout {
   uint64_t magic;
-  int64_t bytes;                  // of the whole
-  int64_t channels, columns;      // N, K: the weight's shape
+  int64_t bytes;              // of the whole
+  int64_t channels, columns;  // N, K: the weight's shape
   int64_t groups;
-  int64_t blocks;                 // of 16 channels, in each group
-  int64_t inputs;                 // channels of the activations in each group
-  int64_t segment, padded;        // weights in a segment, and after padding
+  int64_t blocks;           // of 16 channels, in each group
+  int64_t inputs;           // channels of the activations in each group
+  int64_t segment, padded;  // weights in a segment, and after padding
   int32_t segments, kernel_h, kernel_w, dilation_w;
   int32_t num_levels, bits, unit, codebooks;
   Precision precision;
@@ -55,10 +55,10 @@ struct PackedLayout {
 };
 
 struct PackedWeight {
-  const uint8_t* codes;        // [channels, ceil(columns / digits)], base-M digits
-  const float* levels;         // [codebooks, num_levels]
-  const int8_t* int8_levels;   // the same shape, or null unless the precision is int8
-  const float* int8_scale;     // [codebooks], or null
+  const uint8_t* codes;       // [channels, ceil(columns / digits)], base-M digits
+  const float* levels;        // [codebooks, num_levels]
+  const int8_t* int8_levels;  // the same shape, or null unless the precision is int8
+  const float* int8_scale;    // [codebooks], or null
   int64_t channels, columns, groups;
   int num_levels, codebooks, kernel_h, kernel_w, dilation_w;
   Precision precision;

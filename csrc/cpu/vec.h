@@ -112,7 +112,7 @@ BQNN_INLINE Float sqrt(Float x) {
 // the time of a root.
 BQNN_INLINE Float inverse_sqrt(Float x) {
   const Float half = 0.5f * x;
-  Float y = as_float(0x5F375A86 - (as_int(x) >> 1));
+  Float y = as_float((Int)(0x5F375A86u - (UInt)(as_int(x) >> 1)));  // unsigned: wraps where x is negative
   for (int i = 0; i < 3; ++i) y = y * (1.5f - half * y * y);
   return y;
 }
