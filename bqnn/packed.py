@@ -84,6 +84,9 @@ class PackedLinear(PackedLayer):
         # nn.Module looks for a buffer in three places; here is where it is.
         return torch.ops.bqnn_cpu.packed_linear.default(x, self._layout, self._buffers["bias"])
 
+    def _run_direct_dense(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._dense().values, self._buffers["bias"])
+
 
 class PackedConv2d(PackedLayer):
     """A two-dimensional convolution with a packed weight [out_channels, in_channels / groups, kh, kw].
@@ -196,6 +199,10 @@ class PackedConv2d(PackedLayer):
     def _run_direct(self, x: Tensor) -> Tensor:
         bias = self._buffers["bias"]
         return torch.ops.bqnn_cpu.packed_conv2d.default(x, self._layout, bias, self.stride, self._zeros, self.dilation)
+
+    def _run_direct_dense(self, x: Tensor) -> Tensor:
+        geometry = (self.stride, self._zeros or 0, self.dilation, self.groups)
+        return F.conv2d(x, self._dense().values, self._buffers["bias"], *geometry)
 
     def _run_checked(self, x: Tensor) -> Tensor:
         if isinstance(x, Tensor) and x.dim() == 3:  # without the batch dimension, as nn.Conv2d takes it too

@@ -43,6 +43,7 @@ class PackedLayer(nn.Module):
     _dense_weight: DenseWeight | None
     _layout: Tensor | None
     _direct_shapes: dict[torch.dtype, set[torch.Size]]
+    _dense_shapes: set[torch.Size]
 
     def __init__(
         self,
@@ -129,11 +130,13 @@ class PackedLayer(nn.Module):
         if (
             not torch.compiler.is_dynamo_compiling()
             and type(x) is Tensor  # no subclass: such a tensor may have no data
-            and x.shape in self._direct_shapes.get(x.dtype, ())
             and x.is_cpu
             and not (x.requires_grad and torch.is_grad_enabled())
         ):
-            return self._run_direct(x)
+            if x.shape in self._direct_shapes.get(x.dtype, ()):
+                return self._run_direct(x)
+            if x.shape in self._dense_shapes and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
+                return self._run_direct_dense(x)
         return self._run_checked(x)
 
     def extra_repr(self) -> str:
@@ -143,7 +146,7 @@ class PackedLayer(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dense_weight": None, "_layout": None, "_direct_shapes": {}}
+        return {**self.__dict__, "_dense_weight": None, "_layout": None, "_direct_shapes": {}, "_dense_shapes": set()}
 
     def _check_input(self, x: Tensor) -> None:
         raise NotImplementedError
@@ -160,20 +163,33 @@ class PackedLayer(nn.Module):
         """The kernel on an ``x`` that has been through every check in a call before."""
         raise NotImplementedError
 
+    def _run_direct_dense(self, x: Tensor) -> Tensor:
+        """The float32 product with the decoded weight, for an ``x`` that has been through every check before."""
+        raise NotImplementedError
+
     def _run_checked(self, x: Tensor) -> Tensor:
         self._check_input(x)
         if x.dtype == torch.float16:
             return self.forward(x.float()).to(x.dtype)
         # An exported program holds the codes, not a weight that tracing would have to store in the module.
         if not torch.compiler.is_exporting() and self.execution_for(x) == "dense":
-            return self.run_dense(x.float()).to(x.dtype) if is_half(x) else self.run_dense(x)
+            if is_half(x):
+                return self.run_dense(x.float()).to(x.dtype)
+            y = self.run_dense(x)
+            plain = self.precision == "fp32" and (self.bias is None or self.bias.dtype == torch.float32)
+            if plain and not torch.compiler.is_compiling() and self._takes_direct_calls():
+                self._remember(self._dense_shapes, x)
+            return y
         y = self.run_packed(x)
         if not torch.compiler.is_compiling() and self._layout_for(x) is not None and self._takes_direct_calls():
-            shapes = self._direct_shapes.setdefault(x.dtype, set())
-            if len(shapes) >= MAX_DIRECT_SHAPES:
-                shapes.clear()
-            shapes.add(x.shape)
+            self._remember(self._direct_shapes.setdefault(x.dtype, set()), x)
         return y
+
+    @staticmethod
+    def _remember(shapes: set[torch.Size], x: Tensor) -> None:
+        if len(shapes) >= MAX_DIRECT_SHAPES:
+            shapes.clear()
+        shapes.add(x.shape)
 
     def _layout_for(self, x: Tensor) -> Tensor | None:
         """The layout, made in the first call; None where the backend that runs ``x`` wants none."""
@@ -208,6 +224,7 @@ class PackedLayer(nn.Module):
         self._dense_weight = None
         self._layout = None
         self._direct_shapes = {}
+        self._dense_shapes = set()
         self._packed_rows = ALWAYS if self._execution == "packed" else NEVER
         if self._execution == "auto":
             n_bytes = self.codes.nbytes + self.levels.nbytes

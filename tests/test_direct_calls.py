@@ -218,3 +218,20 @@ def test_an_exported_program_has_the_codes_alone(calls: list[str]) -> None:
     calls.clear()
     torch.testing.assert_close(program.module()(x), expected)
     assert calls == ["op without a layout"]
+
+
+def test_dense_calls_are_direct_too_and_drop_a_decoded_weight_that_is_stale() -> None:
+    layer, x = make_linear(), torch.randn(4, 21)
+    layer.execution = "dense"
+    expected = layer(x)
+    assert x.shape in layer._dense_shapes
+    assert torch.equal(layer(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), expected)  # the precision is the layer's own
+    with pytest.raises(ValueError, match=r"x must have the shape \[..., 21\], got \[4, 22\]"):
+        layer(torch.randn(4, 22))
+    other = make_linear()
+    other.levels += 1
+    layer.load_state_dict(other.state_dict())
+    assert not layer._dense_shapes
+    torch.testing.assert_close(layer(x), other(x))
