@@ -23,6 +23,7 @@
 #include "cpu/isa.h"
 #include "cpu/noise.h"
 #include "cpu/packed.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/spike_slab_kl.h"
 #include "cpu/weights.h"
@@ -73,6 +74,11 @@ Elements elements(const Tensor& tensor, int64_t count) {
   require(bfloat16 || tensor.scalar_type() == ScalarType::Float, "a float32 or bfloat16 tensor is needed");
   require(tensor.numel() == count, "tensors of one size are needed");
   return {tensor.data_ptr(), bfloat16};
+}
+
+// The memory of a tensor that is about to be filled.
+void expect_writes(const Tensor& tensor) {
+  prefer_huge_pages(tensor.data_ptr(), static_cast<size_t>(tensor.numel() * tensor.element_size()));
 }
 
 Noise noise(const std::optional<Tensor>& seed, int64_t offset) {
@@ -174,22 +180,23 @@ void moments_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor threshol
   require(mode == static_cast<int64_t>(Moments::gaussian) || (mean && mean->numel() == q.weights),
           "tensors of one size are needed");
   require(variance.is_contiguous(), "a contiguous tensor is needed");
+  if (mean) expect_writes(*mean);
+  expect_writes(variance);
   moments(torch_threads(), isa(), q, static_cast<Moments>(mode), floats(mean), elements(variance, q.weights));
 }
 
+// Turns grad_mean into the weight's gradient.
 void moments_backward_op(Tensor grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,
-                         Tensor thresholds, int64_t mode, std::optional<Tensor> grad_weight, Tensor grad_log_sigma2,
-                         Tensor grad_levels, Tensor grad_thresholds) {
+                         Tensor thresholds, int64_t mode, Tensor grad_log_sigma2, Tensor grad_levels,
+                         Tensor grad_thresholds) {
   const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
   require(grad_mean.numel() == q.weights && grad_log_sigma2.numel() == q.weights &&
               grad_levels.numel() == levels.numel() && grad_thresholds.numel() == thresholds.numel(),
           "tensors of one size are needed");
-  require(mode != static_cast<int64_t>(Moments::categorical) || (grad_weight && grad_weight->numel() == q.weights),
-          "tensors of one size are needed");
   require(grad_variance.is_contiguous(), "a contiguous tensor is needed");
   moments_backward(torch_threads(), isa(), q, static_cast<Moments>(mode), floats(grad_mean),
-                   elements(grad_variance, q.weights), floats(grad_weight), floats(grad_log_sigma2),
-                   floats(grad_levels), floats(grad_thresholds));
+                   elements(grad_variance, q.weights), floats(grad_mean), floats(grad_log_sigma2), floats(grad_levels),
+                   floats(grad_thresholds));
 }
 
 // --- codebooks ----------------------------------------------------------------------------------------------------
@@ -253,6 +260,8 @@ void spike_slab_kl_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor ta
 
 void spike_slab_kl_backward_op(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau,
                                Tensor grad_weight, Tensor grad_log_sigma2, Tensor grad_levels) {
+  expect_writes(grad_weight);
+  expect_writes(grad_log_sigma2);
   spike_slab_kl_backward(torch_threads(), isa(), make_prior(weight, log_sigma2, levels, tau),
                          *grad.const_data_ptr<float>(),
                          {grad_weight.mutable_data_ptr<float>(), grad_log_sigma2.mutable_data_ptr<float>(),
@@ -411,8 +420,8 @@ STABLE_TORCH_LIBRARY(bqnn_cpu, m) {
       "moments(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds, int mode, Tensor(a!)? mean,"
       " Tensor(b!) variance) -> ()");
   m.def(
-      "moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,"
-      " Tensor thresholds, int mode, Tensor(a!)? grad_weight, Tensor(b!) grad_log_sigma2, Tensor(c!) grad_levels,"
+      "moments_backward(Tensor(a!) grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,"
+      " Tensor thresholds, int mode, Tensor(b!) grad_log_sigma2, Tensor(c!) grad_levels,"
       " Tensor(d!) grad_thresholds) -> ()");
   m.def(
       "codebook_from_raw(Tensor raw_levels, Tensor scale, Tensor? raw_thresholds, Tensor(a!) levels,"

@@ -42,9 +42,9 @@ def kernels() -> list[Tensor]:
         results += [new[0], new[2], new[3]]
         for mode in range(len(MODES)):
             mean, variance = torch.zeros_like(weight), torch.empty_like(weight)
-            gradients = [torch.zeros_like(tensor) for tensor in posterior]
+            gradients = [grad.clone(), *(torch.zeros_like(tensor) for tensor in posterior[1:])]
             ops.moments(*posterior, mode, mean, variance)
-            ops.moments_backward(grad, other, *posterior, mode, *gradients)
+            ops.moments_backward(gradients[0], other, *posterior, mode, *gradients[1:])
             results += [mean, variance, *gradients]
     for shape in ((3, 19, 7, 11), (2, 6, 28, 28), (5, 341)):
         y, variance = torch.randn(shape, generator=torch.Generator().manual_seed(3)), torch.rand(shape)

@@ -114,7 +114,9 @@ def test_precision(
 @pytest.mark.parametrize("name", EXACT)
 def test_ends(libraries: dict[int, ctypes.CDLL], name: str) -> None:
     x = np.array([0.0, -0.0, 1e-40, 1e-45, 0.25, 0.5, 0.75, 1.0], dtype=np.float32)
-    if "turns" not in name:
+    if "normal" in name:
+        x = np.concatenate([x, np.array([13.0, -13.0, math.nan, -1.0, -1e-40], dtype=np.float32)])
+    elif "turns" not in name:
         ends = [math.inf, -math.inf, math.nan, -1.0, -2.0, 1e38, -1e38, 200.0, -200.0, -1e-40]
         x = np.concatenate([x, np.array(ends, dtype=np.float32)])
     with np.errstate(all="ignore"):

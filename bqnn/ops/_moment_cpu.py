@@ -77,7 +77,10 @@ def _moment_product_backward(
     if input_gradient:
         grad_x = dense(grad_x)
         kernels.add_square_gradient(grad_x, dense(x), dense(grad_square))
-    return grad_x, *_weight_moments_backward(grad_mean.contiguous(), grad_variance.contiguous(), *posterior, mode)
+    # The mean has served, and its memory takes a gradient; a Gaussian's is the weight.
+    spent = torch.empty_like(mean) if mode == "gaussian" else mean
+    gradients = grad_mean.contiguous(), grad_variance.contiguous()
+    return grad_x, *_weight_moments_backward(*gradients, spent, *posterior, mode)
 
 
 def _gains_from_bfloat16(x: Tensor, weight: Tensor) -> bool:
@@ -109,16 +112,15 @@ def _weight_moments(
 def _weight_moments_backward(
     grad_mean: Tensor,
     grad_variance: Tensor,
+    grad_log_sigma2: Tensor,
     weight: Tensor,
     log_sigma2: Tensor,
     levels: Tensor,
     thresholds: Tensor,
     mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of weight, log_sigma2, levels and thresholds."""
+    """The gradients of weight (in ``grad_mean``), log_sigma2 (in the tensor given), levels and thresholds."""
     posterior = tuple(tensor.contiguous() for tensor in (weight, log_sigma2, levels, thresholds))
-    grad_weight = torch.empty_like(grad_mean) if mode == "categorical" else None
-    grad_log_sigma2 = torch.empty_like(grad_mean)
     # What a mode gives no gradient to is left as it is.
     grad_levels, grad_thresholds = torch.zeros_like(posterior[2]), torch.zeros_like(posterior[3])
     kernels.moments_backward(
@@ -126,12 +128,11 @@ def _weight_moments_backward(
         grad_variance,
         *posterior,
         _moment.MODES.index(mode),
-        grad_weight,
         grad_log_sigma2,
         grad_levels,
         grad_thresholds,
     )
-    return grad_mean if grad_weight is None else grad_weight, grad_log_sigma2, grad_levels, grad_thresholds
+    return grad_mean, grad_log_sigma2, grad_levels, grad_thresholds
 
 
 def register(name: str, product_of: Callable[..., Product]) -> None:

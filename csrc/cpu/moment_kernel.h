@@ -2,6 +2,11 @@
 
 constexpr float kZLimit = 9.0f;  // as there: beyond, probabilities would be denormal
 
+// Where sigma is so small or large that it is limited, z is, or is 0, all the same.
+BQNN_INLINE Float inverse_deviation(Float log_sigma2) {
+  return exp_in_range(clamp(-0.5f * log_sigma2, -87.0f, 88.0f), Float{});
+}
+
 BQNN_INLINE Normal standardised(Float mu, Float inverse_sigma, float threshold, Float* z) {
   *z = clamp((mu - threshold) * inverse_sigma, -kZLimit, kZLimit);
   return normal(*z);
@@ -13,7 +18,7 @@ inline void categorical_block(const Posterior& q, const Block& block, float* mea
   for (int64_t i = block.first, end = block.first + block.count; i < end; i += kLanes) {
     const int count = lanes_left(end - i);
     const Float mu = load_first(q.weight + i, count);
-    const Float inverse_sigma = exp(-0.5f * load_first(q.log_sigma2 + i, count));
+    const Float inverse_sigma = inverse_deviation(load_first(q.log_sigma2 + i, count));
     Float e = broadcast(levels[0]), v = {}, below = {};
     for (int j = 0; j + 1 < q.num_levels; ++j) {
       const float step = levels[j + 1] - levels[j];
@@ -43,7 +48,7 @@ inline void gaussian_block(const Posterior& q, const Block& block, float* mean, 
   }
 }
 
-// sums [2 num_levels - 1]: the gradients of the block's levels, then of its thresholds.
+// sums [2 num_levels - 1]: the gradients of the block's levels, then of its thresholds. grad_weight may be grad_mean.
 inline void categorical_backward_block(const Posterior& q, const Block& block, const float* grad_mean,
                                        const Elements& grad_variance, float* grad_weight, float* grad_log_sigma2,
                                        double* sums) {
@@ -55,7 +60,7 @@ inline void categorical_backward_block(const Posterior& q, const Block& block, c
     const int64_t i = block.first + k;
     const int count = lanes_left(block.count - k);
     const Float mu = load_first(q.weight + i, count);
-    const Float inverse_sigma = exp(-0.5f * load_first(q.log_sigma2 + i, count));
+    const Float inverse_sigma = inverse_deviation(load_first(q.log_sigma2 + i, count));
     const Float by_mean = load_first(grad_mean + i, count), by_variance = load_elements(grad_variance, i, count);
     Float z[kMaxLevels], probability[kMaxLevels], density[kMaxLevels], e = broadcast(levels[0]);
     for (int j = 0; j < cuts; ++j) {

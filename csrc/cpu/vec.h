@@ -73,11 +73,10 @@ BQNN_INLINE Int to_int(Float x) { return __builtin_convertvector(x, Int); }
 
 BQNN_INLINE Float abs(Float x) { return as_float(as_int(x) & 0x7FFFFFFF); }
 
+constexpr float kIntegers = 12582912.0f;  // 1.5 * 2^23: from here on floats are integers
+
 // To the nearest integer, ties to even; |x| has to be below 2^22.
-BQNN_INLINE Float round(Float x) {
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: from here on floats are integers
-  return (x + kShift) - kShift;
-}
+BQNN_INLINE Float round(Float x) { return (x + kIntegers) - kIntegers; }
 
 // Whether any lane of a mask is set.
 BQNN_INLINE bool any(Mask mask) {
@@ -119,7 +118,7 @@ BQNN_INLINE Float inverse_sqrt(Float x) {
 
 // --- functions, to a few units in the last place: exp and log 1, log1p 2, erfc 5 -----------
 
-// c[0] + c[1] x + ... by Horner's rule.
+// c[0] + c[1] x + ... by Horner's rule, which rounds the least.
 template <int N>
 BQNN_INLINE Float polynomial(Float x, const float (&c)[N]) {
   Float y = broadcast(c[N - 1]);
@@ -140,16 +139,39 @@ BQNN_INLINE Float look_up(const float (&table)[32], Int index) {
 #endif
 }
 
+// x, x^2, x^4 and x^8.
+struct Powers {
+  Float of[4];
+};
+
+BQNN_INLINE Powers powers(Float x) {
+  const Float square = x * x, fourth = square * square;
+  return {{x, square, fourth, fourth * fourth}};
+}
+
+// term(first) + term(first + 1) x + ..., N <= 16 terms, by Estrin's scheme: as many operations as by Horner's rule, but
+// chains of log2(N) of them, and it is chains that processors wait for.
+template <int N, int first, class Term>
+BQNN_INLINE Float sum_of_terms(const Powers& x, const Term& term) {
+  if constexpr (N == 1) {
+    return term(first);
+  } else {
+    constexpr int kLog = N > 8 ? 3 : N > 4 ? 2 : N > 2 ? 1 : 0, kHalf = 1 << kLog;
+    return sum_of_terms<kHalf, first>(x, term) + sum_of_terms<N - kHalf, first + kHalf>(x, term) * x.of[kLog];
+  }
+}
+
 // The polynomial whose coefficients, c[0] + c[1] x + ..., stand in column `piece` mod 32.
 template <int N>
 BQNN_INLINE Float piecewise(Float x, Int piece, const float (&c)[N][32]) {
-  Float y = look_up(c[N - 1], piece);
-  for (int i = N - 2; i >= 0; --i) y = y * x + look_up(c[i], piece);
-  return y;
+  return sum_of_terms<N, 0>(powers(x), [&](int i) __attribute__((always_inline)) { return look_up(c[i], piece); });
 }
 
 // 2^n for -126 <= n <= 127.
 BQNN_INLINE Float power_of_two(Int n) { return as_float((n + 127) << 23); }
+
+// 2^n of kIntegers + n, whose lowest bits are those of n.
+BQNN_INLINE Float power_of_two_of(Float shifted) { return as_float((as_int(shifted) << 23) + 0x3F800000); }
 
 constexpr float kLn2High = 0x1.62ep-1f, kLn2Low = 0x1.0bfbe8p-15f;  // n * kLn2High is exact for |n| < 2^11
 
@@ -172,10 +194,16 @@ BQNN_INLINE Float exp_sum(Float x, Float small) {
 
 BQNN_INLINE Float exp(Float x) { return exp_sum(x, Float{}); }
 
+// exp(x + small) for -87 <= x <= 88 or NaN, |small| < 0.1: half as many operations around the polynomial.
+BQNN_INLINE Float exp_in_range(Float x, Float small) {
+  const Float shifted = x * 1.44269504f + kIntegers, n = shifted - kIntegers;
+  return exp_reduced(((x - n * kLn2High) - n * kLn2Low) + small) * power_of_two_of(shifted);
+}
+
 // 2^x for -126 <= x <= 127 or NaN.
 BQNN_INLINE Float exp2_in_range(Float x) {
-  const Float n = round(x);
-  return exp_reduced((x - n) * 0.693147181f) * power_of_two(to_int(n));
+  const Float shifted = x + kIntegers, n = shifted - kIntegers;
+  return exp_reduced((x - n) * 0.693147181f) * power_of_two_of(shifted);
 }
 
 // log(x 2^exponent) for x that is positive, finite and no denormal number.
@@ -232,10 +260,13 @@ BQNN_INLINE Float scaled_erfc(Float x) {
   return polynomial((x - 2.0f) * inverse, kTail) * inverse;
 }
 
-// exp(-scale x^2) for 0 <= x <= 15 and a scale of 1 or 1/2; as precise as exp is, since x^2 is not rounded.
+// exp(-scale x^2) for 0 <= x <= 15 and a scale of 1 or 1/2; as precise as exp is, since x^2 is not rounded. In range means
+// that the result is no denormal number.
+template <bool in_range = false>
 BQNN_INLINE Float exp_minus_square(Float x, float scale) {
   const Float head = as_float(as_int(x) & ~0xFFF);  // 12 bits: its square is exact
-  return exp_sum(-scale * head * head, -scale * ((x - head) * (x + head)));
+  const Float high = -scale * head * head, low = -scale * ((x - head) * (x + head));
+  return in_range ? exp_in_range(high, low) : exp_sum(high, low);
 }
 
 // The complementary error function; keeps its relative precision where it goes to 0.
@@ -245,13 +276,14 @@ BQNN_INLINE Float erfc(Float x) {
   return select(x < 0.0f, 2.0f - tail, tail);
 }
 
-// The standard normal distribution at z: P(Z <= z), P(Z > z), both with their relative precision, and the density.
+// The standard normal distribution at z, |z| <= 13: P(Z <= z), P(Z > z), both with their relative precision, and the
+// density.
 struct Normal {
   Float below, above, density;
 };
 
 BQNN_INLINE Normal normal(Float z) {
-  const Float a = min(broadcast(15.0f), abs(z)), gauss = exp_minus_square(a, 0.5f);
+  const Float a = abs(z), gauss = exp_minus_square<true>(a, 0.5f);
   const Float tail = 0.5f * gauss * scaled_erfc(a * 0.70710678f), rest = 1.0f - tail;
   const Mask negative = z < 0.0f;
   return {select(negative, tail, rest), select(negative, rest, tail), 0.39894228f * gauss};

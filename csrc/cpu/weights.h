@@ -40,7 +40,7 @@ void moments(const Parallel& parallel, Isa isa, const Posterior& posterior, Mome
              Elements variance);
 
 // The gradients of moments(); where mode is not categorical, mu's is grad_mean itself and the thresholds have none, and
-// a Gaussian's levels have none: these are not written.
+// a Gaussian's levels have none: these are not written. grad_weight may be grad_mean itself.
 void moments_backward(const Parallel& parallel, Isa isa, const Posterior& posterior, Moments mode,
                       const float* grad_mean, Elements grad_variance, float* grad_weight, float* grad_log_sigma2,
                       float* grad_levels, float* grad_thresholds);
