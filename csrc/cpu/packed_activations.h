@@ -19,18 +19,6 @@ BQNN_INLINE void narrow(float x, Bf16* y) {
   *y = static_cast<Bf16>(bits >> 16);
 }
 
-// The rule of "int8", as in bqnn/ops/_int8.py: q = rint((x * lift) * factor), which is x / scale.
-struct RowScale {
-  float lift, factor, scale;
-};
-
-inline RowScale row_scale(float largest) {
-  const bool small = largest < 0x1p-64f;
-  if (!(largest < __builtin_inff())) return {0.0f, 0.0f, __builtin_nanf("")};
-  const float lift = small ? 0x1p64f : 1.0f;
-  return {lift, largest > 0.0f ? 127.0f / (largest * lift) : 0.0f, largest / 127.0f};
-}
-
 // The largest magnitude of n numbers; a NaN counts as larger than everything.
 template <class X>
 inline float largest(const X* x, int64_t n) {

@@ -6,7 +6,6 @@
 #if defined(__x86_64__)
 
 #include <immintrin.h>
-#include <stdlib.h>
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,fma,amx-tile,amx-bf16,amx-int8")
@@ -19,6 +18,8 @@ void conv2d(const Conv2dCall& call, const Parallel& parallel);
 }  // namespace avx512
 
 namespace amx {
+
+#include "packed_shared.h"
 
 #include "packed_amx_tile.h"
 
@@ -53,16 +54,16 @@ enum class Kind { bf16, s8 };
       _tile_dpbssd(c, a, b);          \
   } while (0)
 
-// One 16- or 32-row by 16-, 32- or 64-channel product over all steps of a run. Of the nine products of three parts with
-// three, the six above 2^-24 of the whole are added, in one order whatever the shape: a result does not depend on how
-// the rows of a batch are cut into tasks.
+// A product of one or two tiles with one or two blocks, or of up to four tiles with one block, over all steps of a run.
+// Of the nine products of three parts with three, the six above 2^-24 of the whole are added, in one order whatever the
+// shape: a result does not depend on how the rows of a batch are cut into tasks.
 template <Kind kind, int kParts, int kTiles, int kBlocks>
 __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t stride, int64_t step_stride,
                                               int64_t part_stride, const Run& run, const char* panel,
                                               int64_t panel_stride, void* out, bool accumulate) {
   constexpr int64_t kRow = kWidth * 4;
   char* c = static_cast<char*>(out);
-  const char *b0 = panel, *b1 = panel + panel_stride, *b2 = panel + 2 * panel_stride, *b3 = panel + 3 * panel_stride;
+  const char *b0 = panel, *b1 = panel + panel_stride;
   if (accumulate) {
     BQNN_LOAD(0, c, kRow);
     if constexpr (kTiles == 2 && kBlocks == 2) {
@@ -71,8 +72,6 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t 
       BQNN_LOAD(3, c + 16 * kRow + 64, kRow);
     } else if constexpr (kTiles == 1) {
       if constexpr (kBlocks > 1) BQNN_LOAD(1, c + 64, kRow);
-      if constexpr (kBlocks > 2) BQNN_LOAD(2, c + 128, kRow);
-      if constexpr (kBlocks > 3) BQNN_LOAD(3, c + 192, kRow);
     } else {
       if constexpr (kTiles > 1) BQNN_LOAD(1, c + 16 * kRow, kRow);
       if constexpr (kTiles > 2) BQNN_LOAD(2, c + 32 * kRow, kRow);
@@ -125,14 +124,6 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t 
             BQNN_LOAD(7, b1 + part * kTileBytes, 64);
             BQNN_DOT(1, 4, 7);
           }
-          if constexpr (kBlocks > 2) {
-            BQNN_LOAD(6, b2 + part * kTileBytes, 64);
-            BQNN_DOT(2, 4, 6);
-          }
-          if constexpr (kBlocks > 3) {
-            BQNN_LOAD(7, b3 + part * kTileBytes, 64);
-            BQNN_DOT(3, 4, 7);
-          }
         };
         BQNN_LOAD(4, a(0, 0), stride);
         if constexpr (kParts == 1) {
@@ -175,7 +166,7 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t 
           column(2), column(1), column(0);
         }
       }
-      b0 += kParts * kTileBytes, b1 += kParts * kTileBytes, b2 += kParts * kTileBytes, b3 += kParts * kTileBytes;
+      b0 += kParts * kTileBytes, b1 += kParts * kTileBytes;
     }
   }
   _tile_stored(0, c, kRow);
@@ -185,8 +176,6 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t 
     _tile_stored(3, c + 16 * kRow + 64, kRow);
   } else if constexpr (kTiles == 1) {
     if constexpr (kBlocks > 1) _tile_stored(1, c + 64, kRow);
-    if constexpr (kBlocks > 2) _tile_stored(2, c + 128, kRow);
-    if constexpr (kBlocks > 3) _tile_stored(3, c + 192, kRow);
   } else {
     if constexpr (kTiles > 1) _tile_stored(1, c + 16 * kRow, kRow);
     if constexpr (kTiles > 2) _tile_stored(2, c + 32 * kRow, kRow);
@@ -194,7 +183,7 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t 
   }
 }
 
-// [tiles * 16] positions times [blocks * 16] channels, in whatever tiles fit best.
+// [tiles * 16] positions times [blocks * 16] channels, one or two blocks, in whatever tiles fit best.
 template <Kind kind, int kParts>
 inline void multiply_amx(int tiles, int blocks, const Strip& strip, const Run& run, const char* panel,
                          int64_t panel_stride, void* out, bool accumulate) {
@@ -207,8 +196,6 @@ inline void multiply_amx(int tiles, int blocks, const Strip& strip, const Run& r
     multiply_tiles<kind, kParts, t, b>(tile, strip.row, strip.step, strip.part, run, p, panel_stride, o, accumulate); \
   }
   if (tiles == 1) {
-    if (blocks == 4) return part_of(0, 0, BQNN_PRODUCT(1, 4));
-    if (blocks == 3) return part_of(0, 0, BQNN_PRODUCT(1, 3));
     if (blocks == 2) return part_of(0, 0, BQNN_PRODUCT(1, 2));
     return part_of(0, 0, BQNN_PRODUCT(1, 1));
   }
@@ -223,23 +210,6 @@ inline void multiply_amx(int tiles, int blocks, const Strip& strip, const Run& r
   if (tiles == 3) return part_of(0, block, BQNN_PRODUCT(3, 1));
   return part_of(0, block, BQNN_PRODUCT(2, 1));
 #undef BQNN_PRODUCT
-}
-
-// Calls f(bits, shared) with both as compile-time constants: std::integral_constant without the header.
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
-template <class F>
-inline void with_codes_of(const PackedLayout& layout, const F& f) {
-  const auto with_bits = [&](auto shared) {
-    if (layout.bits == 1) return f(Constant<1>{}, shared);
-    if (layout.bits == 2) return f(Constant<2>{}, shared);
-    return f(Constant<4>{}, shared);
-  };
-  if (layout.codebooks == 1) return with_bits(Constant<1>{});
-  return with_bits(Constant<0>{});
 }
 
 // Clears the rows of a decoded tile that lie beyond `left` weights: what the activations hold there belongs to others.

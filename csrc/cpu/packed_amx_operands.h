@@ -42,20 +42,6 @@ inline void split(__m512 low, __m512 high, __m512i part[3]) {
   }
 }
 
-// The rule of "int8": q = rint((x * lift) * factor) with scale = amax / 127.
-struct RowScale {
-  float lift, factor, scale;
-};
-
-inline RowScale row_scale(float amax) {
-  RowScale r;
-  r.lift = amax < 0x1p-64f ? 0x1p64f : 1.0f;
-  r.factor = amax > 0.0f ? 127.0f / (amax * r.lift) : 0.0f;
-  r.scale = amax / 127.0f;
-  if (!(amax <= 3.402823466e38f)) r = {0.0f, 0.0f, __builtin_nanf("")};  // a NaN or an infinity: no output is a number
-  return r;
-}
-
 // Activations as 32-bit integers in -127..127; nothing is larger than the row's largest, so nothing has to be clamped.
 inline __m512i quantize(__m512 x, const RowScale& r) {
   if (r.lift != 1.0f) x = _mm512_mul_ps(x, _mm512_set1_ps(r.lift));

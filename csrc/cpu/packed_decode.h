@@ -48,24 +48,6 @@ inline void read_codebook(const PackedLayout& layout, int64_t group, int64_t blo
     for (int i = 0; i < kBlock; ++i) book->entries[m][i] = level_of<Op>(layout, (channel + i) * kTable + m);
 }
 
-// std::integral_constant without the header.
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
-// Calls f(bits, shared) with both as compile-time constants.
-template <class F>
-inline void with_codes_of(const PackedLayout& layout, const F& f) {
-  const auto with_bits = [&](auto shared) {
-    if (layout.bits == 1) return f(Constant<1>{}, shared);
-    if (layout.bits == 2) return f(Constant<2>{}, shared);
-    return f(Constant<4>{}, shared);
-  };
-  if (layout.codebooks == 1) return with_bits(Constant<1>{});
-  return with_bits(Constant<0>{});
-}
-
 // The levels of the codes in the low bits of each lane of vector `part` of a block; the bits above may be anything.
 template <int kBits, bool kShared>
 BQNN_INLINE UInt look_up(const Codebook& book, UInt word, int part) {

@@ -5,6 +5,8 @@
 
 #include "vec.h"
 
+#include "packed_shared.h"
+
 #include "packed_operands.h"
 
 #include "packed_transpose.h"
