@@ -13,10 +13,6 @@
 #include <string>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "cpu/assign_codes.h"
 #include "cpu/codebook.h"
 #include "cpu/elementwise.h"
@@ -268,8 +264,8 @@ void spike_slab_kl_backward_op(Tensor grad, Tensor weight, Tensor log_sigma2, Te
                           grad_levels.mutable_data_ptr<float>()});
 }
 
-// A new output of four dimensions at most. A large one is fresh memory from the system: in huge pages it costs a
-// fraction of the page faults. (torch::stable::empty goes through the dispatcher, which a small layer would notice.)
+// A new output of four dimensions at most. (torch::stable::empty goes through the dispatcher, which a small layer would
+// notice.)
 Tensor new_output(bool half, const std::vector<int64_t>& size, bool channels_last) {
   std::vector<int64_t> stride(size.size());
   int64_t next = 1;
@@ -283,13 +279,7 @@ Tensor new_output(bool half, const std::vector<int64_t>& size, bool channels_las
       static_cast<int64_t>(size.size()), size.data(), stride.data(),
       half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
   Tensor out(handle);
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end =
-      (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + out.numel() * out.element_size()) / kHuge * kHuge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+  prefer_huge_pages(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * out.element_size());
   return out;
 }
 
