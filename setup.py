@@ -102,7 +102,8 @@ setup(
     ext_modules=cpu_extensions(),
     cmdclass={"build_ext": BuildOrSkip},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    packages=find_packages(include=["bqnn", "bqnn.*"]),
+    packages=[*find_packages(include=["bqnn", "bqnn.*"]), "bqnn.kernels"],
+    package_dir={"bqnn.kernels": "kernels"},
     package_data={"bqnn": ["py.typed"]},
     install_requires=[
         "torch>=2.10",

@@ -6,6 +6,7 @@ not, and then it has a reason. ``BQNN_BACKEND=name`` in the environment, or ``ba
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -49,8 +50,19 @@ def status(op: str, backend: str, device_type: str) -> Status:
         return Status(False, f"it runs on the CPU and the tensors are on {device_type}")
     if backend == "cpu" and extension.MISSING:
         return Status(False, extension.MISSING)
-    if backend in ("cuda", "triton") and device_type != "cuda":
+    if backend == "triton":
+        return _triton_status(device_type)
+    if backend == "cuda" and device_type != "cuda":
         return Status(False, f"it runs on a GPU and the tensors are on {device_type}")
+    return Status(True, "")
+
+
+def _triton_status(device_type: str) -> Status:
+    if importlib.util.find_spec("triton") is None:
+        return Status(False, "Triton is not installed")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not (interpreted and device_type == "cpu"):
+        return Status(False, f"it runs on a GPU, or with TRITON_INTERPRET=1, and the tensors are on {device_type}")
     return Status(True, "")
 
 

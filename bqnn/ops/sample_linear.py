@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bqnn.ops import _sample, _sample_cpu
+from bqnn.ops import _sample, _sample_cpu, _sample_triton
 from bqnn.ops._check import check_bias, check_linear_input
 from bqnn.ops._register import call
 from bqnn.ops.product import LinearProduct
 
 _sample.register("sample_linear", LinearProduct)
 _sample_cpu.register("sample_linear", LinearProduct)
+_sample_triton.register("sample_linear", LinearProduct)
 
 
 def sample_linear(

@@ -1,0 +1,73 @@
+"""What launchers share: flags, grids and the reductions that end a kernel's partial sums."""
+
+import math
+from functools import cache
+
+import torch
+import triton
+
+MATRIX_BLOCK = 1024  # elements of a block where every element is treated by itself
+MAX_SPLITS = 8  # of a contraction: each part writes a float32 tensor of the output's size
+
+heuristics_of_posterior = triton.heuristics(
+    {
+        "STOCHASTIC": lambda args: args["p_log_sigma2"] is not None,
+        "ALIGNED": lambda args: args["K"] % 4 == 0,
+    }
+)
+
+
+def blocks_of_matrix(rows, columns):
+    """Grid and tile sizes of a kernel that goes over a matrix once; rows are on the axis that has no small limit."""
+    BK = min(MATRIX_BLOCK, max(4, triton.next_power_of_2(columns)))
+    BN = MATRIX_BLOCK // BK
+    return (triton.cdiv(rows, BN), triton.cdiv(columns, BK)), {"BN": BN, "BK": BK}
+
+
+def level_sums(sums, codebook):
+    """Sums [blocks, N, M], one of each row of each block, to the shape and dtype of the codebook they belong to."""
+    sums = sums.sum(0)
+    return (sums if codebook.shape[0] > 1 or sums.shape[0] == 1 else sums.sum(0, keepdim=True)).to(codebook.dtype)
+
+
+def flags_of_codebook(levels):
+    return {"NUM_LEVELS": levels.shape[1], "PER_CHANNEL": int(levels.shape[0] > 1)}
+
+
+def flags_of_product(x, levels):
+    """The flags of a fused product; float32 is multiplied as torch's own products are."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {**flags_of_codebook(levels), "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+@cache
+def processors(device):
+    """Streaming multiprocessors of a GPU; 1 in the interpreter, where nothing runs at once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def splits_of(blocks, length, step, device):
+    """Into how many parts a contraction of ``length`` is cut so that the tiles keep a GPU busy, and a part's length."""
+    steps = triton.cdiv(length, step)
+    parts = max(1, min(steps, processors(device) // math.prod(blocks), MAX_SPLITS))
+    span = triton.cdiv(steps, parts)
+    return triton.cdiv(steps, span), span * step
+
+
+def sum_of_splits(parts, bias, dtype):
+    """The sum of parts [S, ...], and of the bias if there is more than one part: a single one has it already."""
+    if parts.shape[0] == 1:
+        return parts[0]
+    total = parts.sum(0)
+    return (total if bias is None else total.add_(bias)).to(dtype)
+
+
+def leading(x):
+    """The product of all dimensions but the last."""
+    return math.prod(x.shape[:-1])
+
+
+def rows_of(x):
+    """x [..., K] as a matrix whose rows are contiguous, a view if it can be."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -1,0 +1,35 @@
+"""The partition and the levels of a block of weights, as in ``bqnn.ops.quantizer``.
+
+A codebook's row is found with ``o_group`` [BN, 1]: the channel's number, or 0 where all channels share one codebook.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
+    """Q(w) = c_code(w), float32 [BN, BK]."""
+    quantized = tl.broadcast_to(tl.load(p_levels + o_group * NUM_LEVELS).to(tl.float32), w.shape)
+    for j in tl.static_range(NUM_LEVELS - 1):
+        threshold = tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)
+        level = tl.load(p_levels + o_group * NUM_LEVELS + j + 1).to(tl.float32)
+        quantized = tl.where(w > threshold, level, quantized)
+    return quantized
+
+
+@triton.jit
+def partition(w, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
+    """code(w) = #{j : w > t_j}, int32 [BN, BK]."""
+    code = tl.zeros(w.shape, tl.int32)
+    for j in tl.static_range(NUM_LEVELS - 1):
+        code += (w > tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)).to(tl.int32)
+    return code
+
+
+@triton.jit
+def store_level_sums(values, code, p_sums, o_n, m_n, NUM_LEVELS: tl.constexpr):
+    """The sums of ``values`` [BN, BK] over each cell of each row, to p_sums[row, level]."""
+    for m in tl.static_range(NUM_LEVELS):
+        sums = tl.sum(tl.where(code == m, values, 0.0), axis=1)
+        tl.store(p_sums + o_n * NUM_LEVELS + m, sums, mask=m_n)

@@ -1,0 +1,161 @@
+"""The sampled weight Q(mu + sigma * eps) and its gradients: a block of it, for the fused products, and all of it.
+
+A weight is a matrix [N, K] here; a convolution's is one of N rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from bqnn.kernels.launch import blocks_of_matrix, flags_of_codebook, heuristics_of_posterior, level_sums
+from bqnn.kernels.philox import normals_of_rows
+from bqnn.kernels.quantizer import partition, quantize, store_level_sums
+
+
+@triton.jit
+def sampled_block(
+    p_weight,
+    p_log_sigma2,
+    seed,
+    offset,
+    o_n,
+    first,
+    N,
+    K,
+    BK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """w = mu + sigma * eps and sigma * eps in rows o_n [BN] and the columns from ``first`` on: float32 [BN, BK]."""
+    o_k = first + tl.arange(0, BK)
+    o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
+    m_w = (o_n < N)[:, None] & (o_k < K)[None, :]
+    mean = tl.load(p_weight + o_w, mask=m_w, other=0.0).to(tl.float32)
+    if STOCHASTIC:
+        sigma = tl.exp(0.5 * tl.load(p_log_sigma2 + o_w, mask=m_w, other=0.0).to(tl.float32))
+        noise = sigma * normals_of_rows(seed, offset, o_n, first, K, BK, ALIGNED)
+        return mean + noise, noise
+    else:
+        return mean, mean
+
+
+@heuristics_of_posterior
+@triton.jit(do_not_specialize=["seed", "offset"])
+def sample_fwd_kernel(
+    p_weight,
+    p_log_sigma2,
+    p_levels,
+    p_thresholds,
+    seed: tl.int64,
+    offset: tl.int64,
+    p_quantized,
+    N,
+    K,
+    NUM_LEVELS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    i_n, i_k = tl.program_id(0), tl.program_id(1)
+    o_n, o_k = i_n * BN + tl.arange(0, BN), i_k * BK + tl.arange(0, BK)
+    m_n = o_n < N
+    o_group = tl.where(m_n, o_n, 0)[:, None] * PER_CHANNEL
+    w, _ = sampled_block(p_weight, p_log_sigma2, seed, offset, o_n, i_k * BK, N, K, BK, STOCHASTIC, ALIGNED)
+    quantized = quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS)
+    o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
+    tl.store(p_quantized + o_w, quantized, mask=m_n[:, None] & (o_k < K)[None, :])
+
+
+@heuristics_of_posterior
+@triton.jit(do_not_specialize=["seed", "offset"])
+def sample_bwd_kernel(
+    p_grad,
+    p_weight,
+    p_log_sigma2,
+    p_thresholds,
+    seed: tl.int64,
+    offset: tl.int64,
+    p_grad_weight,
+    p_grad_log_sigma2,
+    p_sums,
+    N,
+    K,
+    NUM_LEVELS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    i_n, i_k = tl.program_id(0), tl.program_id(1)
+    o_n, o_k = i_n * BN + tl.arange(0, BN), i_k * BK + tl.arange(0, BK)
+    o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
+    m_w = (o_n < N)[:, None] & (o_k < K)[None, :]
+    grad = tl.load(p_grad + o_w, mask=m_w, other=0.0).to(tl.float32)
+    store_sample_gradients(
+        grad, p_weight, p_log_sigma2, p_thresholds, seed, offset, p_grad_weight, p_grad_log_sigma2,
+        p_sums + i_k.to(tl.int64) * N * NUM_LEVELS, o_n, i_k * BK, N, K, NUM_LEVELS, PER_CHANNEL, STOCHASTIC, ALIGNED,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_sample_gradients(
+    grad,
+    p_weight,
+    p_log_sigma2,
+    p_thresholds,
+    seed,
+    offset,
+    p_grad_weight,
+    p_grad_log_sigma2,
+    p_sums,
+    o_n,
+    first,
+    N,
+    K,
+    NUM_LEVELS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """From dL/dQ of a block, float32 [BN, BK], 0 outside the weight: the straight-through gradients of mu and
+    log_sigma2, dL/dQ and dL/dQ * sigma * eps / 2, and its sums over the cells of each row."""
+    BK: tl.constexpr = grad.shape[1]
+    w, noise = sampled_block(p_weight, p_log_sigma2, seed, offset, o_n, first, N, K, BK, STOCHASTIC, ALIGNED)
+    m_n = o_n < N
+    o_group = tl.where(m_n, o_n, 0)[:, None] * PER_CHANNEL
+    o_k = first + tl.arange(0, BK)
+    o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
+    m_w = m_n[:, None] & (o_k < K)[None, :]
+    tl.store(p_grad_weight + o_w, grad, mask=m_w)
+    if STOCHASTIC:
+        tl.store(p_grad_log_sigma2 + o_w, 0.5 * grad * noise, mask=m_w)
+    store_level_sums(grad, partition(w, p_thresholds, o_group, NUM_LEVELS), p_sums, o_n, m_n, NUM_LEVELS)
+
+
+def sample(weight, log_sigma2, levels, thresholds, seed, offset, dtype):
+    """Q(mu + sigma * eps) in ``dtype``, contiguous in the weight's shape; the other tensors are contiguous."""
+    quantized = torch.empty(weight.shape, device=weight.device, dtype=dtype)
+    N, K = weight.shape[0], weight[0].numel()
+    grid, blocks = blocks_of_matrix(N, K)
+    sample_fwd_kernel[grid](
+        weight, log_sigma2, levels, thresholds, seed, offset, quantized, N, K,
+        **flags_of_codebook(levels), **blocks,
+    )  # fmt: skip
+    return quantized
+
+
+def sample_backward(grad, weight, log_sigma2, levels, thresholds, seed, offset):
+    """The gradients of mu, log_sigma2 (empty without it) and levels, from dL/dQ in any floating-point dtype."""
+    N, K = weight.shape[0], weight[0].numel()
+    grad_weight = torch.empty_like(weight)
+    grad_log_sigma2 = weight.new_empty(0) if log_sigma2 is None else torch.empty_like(weight)
+    grid, blocks = blocks_of_matrix(N, K)
+    sums = torch.empty((grid[1], N, levels.shape[1]), device=weight.device)
+    sample_bwd_kernel[grid](
+        grad, weight, log_sigma2, thresholds, seed, offset, grad_weight, grad_log_sigma2, sums, N, K,
+        **flags_of_codebook(levels), **blocks,
+    )  # fmt: skip
+    return grad_weight, grad_log_sigma2, level_sums(sums, levels)
