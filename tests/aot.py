@@ -1,0 +1,98 @@
+"""Compiles what a launcher would launch, for a GPU that is not here: registers, spills, shared memory and PTX of it.
+
+Triton asks its driver for a device and a target and nothing else until a kernel is loaded, so a stand-in that names a
+target is enough for everything up to the cubin. Launchers run as they are, on CPU tensors, and launch nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can ask for (CUDA C++ Programming Guide, table 27)
+
+
+class Kernel(NamedTuple):
+    """What a compiled kernel takes; ``local`` and ``stack`` are bytes a thread: not 0 where registers were spilled."""
+
+    name: str
+    registers: int
+    local: int
+    stack: int
+    shared: int
+    instructions: int
+    products: str  # "wgmma", "mma" or "": the tensor core instructions in its PTX
+
+
+class _Driver:
+    """Stands for the driver of a GPU of ``capability``, whose number is the capability: caches are kept by number."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@contextmanager
+def _recorded(capability: int) -> Iterator[list[Any]]:
+    kernels: list[Any] = []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return kernels[-1]
+
+    run, before = JITFunction.run, driver._active
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(driver, "_active", _Driver(capability))
+        yield kernels
+    assert driver._active is before
+
+
+def _disassembler(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _describe(kernel: Any) -> Kernel:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = _output(_disassembler("cuobjdump"), "-res-usage", cubin.name)
+        code = _output(_disassembler("cuobjdump"), "-sass", cubin.name)
+    count = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = kernel.asm["ptx"]
+    products = "wgmma" if "wgmma.mma_async" in ptx else "mma" if re.search(r"\bmma\.sync", ptx) else ""
+    instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE))
+    shared = kernel.metadata.shared
+    return Kernel(kernel.name, count["REG"], count["LOCAL"], count["STACK"], shared, instructions, products)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compiled(call: Callable[[], Any], capability: int) -> list[Kernel]:
+    """The kernels that ``call()``, which runs launchers on CPU tensors, would launch on a GPU of ``capability``."""
+    with _recorded(capability) as kernels, torch.no_grad():
+        call()
+    distinct = {id(kernel): kernel for kernel in kernels}
+    return [_describe(kernel) for kernel in distinct.values()]

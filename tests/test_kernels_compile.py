@@ -1,0 +1,50 @@
+"""Every Triton kernel, in every configuration it can choose, compiled for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: there is nothing to compile")
+
+import triton
+
+from tests.aot import SHARED_LIMIT, Kernel, compiled
+from tests.compile_cases import CASES
+
+TABLE = Path(__file__).resolve().parent.parent / "bench" / "results" / "kernel_resources.json"
+LEEWAY = 1.05  # instructions; what a changed constant may move
+
+
+def has_tensor_core_product(case: str, kernel: Kernel) -> bool:
+    """Whether the case's products have a dtype that tensor cores take; an IEEE float32 product is made of FMA."""
+    return "float32" not in case and any(part in kernel.name for part in ("linear", "conv2d"))
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", SHARED_LIMIT, ids=lambda capability: f"sm_{capability}")
+@pytest.mark.parametrize("case", CASES)
+def test_resources(case: str, capability: int) -> None:
+    torch.use_deterministic_algorithms(False)  # nothing is computed: no need to fill what is allocated
+    kernels = compiled(CASES[case], capability)
+    assert kernels
+    for kernel in kernels:
+        assert (kernel.local, kernel.stack) == (0, 0), f"{kernel.name} spills: {kernel}"
+        assert kernel.shared <= SHARED_LIMIT[capability], kernel
+        assert bool(kernel.products) or not has_tensor_core_product(case, kernel), kernel
+    assert_no_worse(f"sm_{capability}", case, kernels)
+
+
+def assert_no_worse(target: str, case: str, kernels: list[Kernel]) -> None:
+    """Compares with the table of ``python -m bench.kernel_resources``, if it was made by this Triton."""
+    table = json.loads(TABLE.read_text())
+    if table["triton"] != triton.__version__:
+        return
+    before = [Kernel(**row) for row in table["kernels"][target][case]]
+    assert [kernel.name for kernel in kernels] == [kernel.name for kernel in before], "make the table again"
+    for kernel, old in zip(kernels, before):
+        assert kernel.registers <= old.registers and kernel.shared <= old.shared, f"{kernel}, before {old}"
+        assert kernel.instructions <= LEEWAY * old.instructions, f"{kernel}, before {old}"
