@@ -17,6 +17,7 @@ from torch import Tensor
 from bqnn import dispatch
 from bqnn.ops._check import check_linear_input
 from bqnn.ops._packed import check_packed, decode_rounded, is_half, multiply
+from bqnn.ops._packed_cuda import packed_linear_cuda
 from bqnn.ops._packed_layout import KERNEL_DTYPES, make_layout
 from bqnn.ops._register import register_op
 
@@ -67,6 +68,7 @@ register_op(
     packed_linear_fake,
 )
 dispatch.register("packed_linear", "cpu", packed_linear_cpu)
+dispatch.register("packed_linear", "cuda", packed_linear_cuda)
 
 
 def packed_linear(
