@@ -63,7 +63,7 @@ void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tenso
                       std::optional<Tensor> row_scale, std::string precision, Tensor y) {
   STD_TORCH_CHECK(x.dim() == 2 && words.dim() == 2 && levels.dim() == 2 && y.dim() == 2, "matrices are needed");
   const int64_t rows = x.size(0), channels = words.size(0), codebooks = levels.size(0), num_levels = levels.size(1);
-  STD_TORCH_CHECK(rows > 0 && y.size(0) == rows && y.size(1) == channels, "y must be [rows, channels], one row or more");
+  STD_TORCH_CHECK(rows > 0 && y.size(0) == rows && y.size(1) == channels, "y must be [rows, channels], rows not 0");
   STD_TORCH_CHECK(x.size(1) % 8 == 0, "x must be padded with zeros to a multiple of 8 columns, got ", x.size(1));
   STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int && words.size(1) % 4 == 0 && words.numel() / 4 < INT32_MAX,
                   "words must be int32, whole 16 bytes a row, and less than 32 GiB");

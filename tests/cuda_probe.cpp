@@ -9,8 +9,8 @@
 namespace bqnn::cuda {
 namespace {
 
-// c += a b, of one warp: lane 4 g + t has a(g, 2t), a(g + 8, 2t), a(g, 2t + 8), a(g + 8, 2t + 8), each with the k after it;
-// b(2t, g) and b(2t + 8, g) likewise; c(g, 2t), c(g, 2t + 1), c(g + 8, 2t), c(g + 8, 2t + 1).
+// c += a b, of one warp: lane 4 g + t has a(g, 2t), a(g + 8, 2t), a(g, 2t + 8), a(g + 8, 2t + 8), each with the k after
+// it; b(2t, g) and b(2t + 8, g) likewise; c(g, 2t), c(g, 2t + 1), c(g + 8, 2t), c(g + 8, 2t + 1).
 void multiply_tile(float (*c)[4], const uint32_t (*a)[4], const uint32_t (*b)[2]) {
   const auto element = [](uint32_t pair, int k) { return float_of(k % 2 ? pair & 0xffff0000u : pair << 16); };
   float sums[32][4];

@@ -27,7 +27,7 @@ struct PackedLinearCall {
   int32_t num_levels, codebooks;
   Mode mode;
   Element x_element, y_element;
-  int32_t row_warps;  // of the 8 warps of a block, so many take rows of their own; the others share the columns: 1, 2, 4, 8
+  int32_t row_warps;  // 1, 2, 4 or 8: of a block's 8 warps, so many take rows of their own, the others other columns
   int32_t splits;     // of the columns, over blocks
 };
 

@@ -1,9 +1,9 @@
 // The kernel of packed_linear for a few rows: packed_tile.h has what each thread does, this file the product and the
 // order of the phases.
 //
-// Few rows are bound by the weight's bytes, and at 2 bits and 4.3 TB/s those are 17e12 weights a second, of which a
-// multiprocessor's integer units could give 0.8 instructions to each. So the products are a tensor core's even for one row:
-// seven of its eight columns are then idle, but decoding is all that is left for the other units.
+// Few rows are bound by the weight's bytes. At 2 bits and 4.3 TB/s those are 17e12 weights a second, to each of which
+// an H200 could give 0.8 integer instructions. So the products are the tensor cores' even for one row: seven of eight
+// columns are then idle, but decoding is all that is left for the other units.
 #pragma once
 
 #include "cuda/packed_tile.h"
@@ -29,8 +29,8 @@ __device__ __forceinline__ Unit load_words(const Unit* words) {
 
 // Grid: [blocks of rows of the weight, splits of the columns, groups of rows of x].
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) packed_linear_fwd_kernel(const __grid_constant__ PackedLinearCall call,
-                                                                       int parts) {
+__global__ void __launch_bounds__(kThreads, T::kBlocks)
+    packed_linear_fwd_kernel(const __grid_constant__ PackedLinearCall call, int parts) {
   using Code = typename T::Code;
   __shared__ Unit shared[kSharedUnits];
   const Tile<T> tile(call, parts, blockIdx.x, blockIdx.y, blockIdx.z);

@@ -1,11 +1,11 @@
 // The work of one thread in each phase of the kernel, but for the product itself: which bytes it reads and writes, and
 // in which order it adds. All of it compiles for the host, where tests walk blocks, threads and lanes.
 //
-// A block has 8 warps. A warp takes kRowTiles times 16 rows of the weight, the m16 side of mma.m16n8k16, and the
-// columns of the activations are its n8 side: a row of x is one column of it, or one for each of its bfloat16 parts. Lane
-// l = 4 g + t loads 16 bytes of row g at load 4 step + t, and likewise of rows g + 8, g + 16, ...: a step is 64 bytes of
-// each row. Since a product adds over k in any order, the codes of a lane's load need not be moved between lanes: the
-// activations that go with them are put into shared memory in the order of decoding, as 16-byte units
+// A block has 8 warps. A warp takes kRowTiles times 16 rows of the weight, the m16 side of mma.m16n8k16; the columns of
+// the activations are its n8 side: a row of x is one column, or one for each of its bfloat16 parts. Lane 4 g + t
+// loads 16 bytes of row g, load 4 step + t of that row, and likewise of rows g + 8, g + 16, ...: a step is 64 bytes of
+// each row. Since a product adds over k in any order, codes need not move between lanes: the activations that go with
+// them are put into shared memory in the order of decoding, as 16-byte units
 //
 //     unit (((step * kUnits + word * kQuads + quad) * columns + column) * 4 + t)
 //
@@ -45,6 +45,8 @@ struct LinearTraits {
   static constexpr int kMaxColumns = kTileColumns * kColumnTiles;
   // Steps whose loads are under way: 16 * kLaneRows bytes a lane each, as many as registers allow.
   static constexpr int kDepth = (kColumnTiles == 1 ? 3 : 2) - (kCapacity == 4 ? 0 : 1);
+  // On a multiprocessor, whose registers are 128 a thread of two; six tables and three tiles of sums take more.
+  static constexpr int kBlocks = kCapacity == 16 && kParts * kColumnTiles == 9 ? 1 : 2;
   static_assert(kParts == 1 || kCapacity > 2, "one bit needs no parts: its levels come in at the end");
 };
 
@@ -241,7 +243,8 @@ BQNN_HOST_DEVICE uint32_t add_sums(uint32_t a, uint32_t b, Mode mode) {
 }
 
 // Capacity 2: the product with the levels, of the sum of the activations, and of that with the signs 1 - 2 code.
-BQNN_HOST_DEVICE uint32_t levels_of_signs(const PackedLinearCall& call, int64_t codebook, uint32_t total, uint32_t signs) {
+BQNN_HOST_DEVICE uint32_t levels_of_signs(const PackedLinearCall& call, int64_t codebook, uint32_t total,
+                                          uint32_t signs) {
   const float low = level_of(call, codebook, 0), high = level_of(call, codebook, 1);
   if (call.mode == Mode::int8) {
     const int64_t all = static_cast<int32_t>(total), difference = static_cast<int32_t>(signs);
@@ -291,8 +294,8 @@ BQNN_HOST_DEVICE int sum_place(const Tile<T>& tile, int column_warp, int row, in
 
 // Thread `thread` leaves sum c of row tile `tile_row` and column tile n of its product; `total` is for capacity 2.
 template <class T>
-BQNN_HOST_DEVICE void leave_sum(const PackedLinearCall& call, const Tile<T>& tile, int thread, int tile_row, int n, int c,
-                                uint32_t sum, uint32_t total, Unit* shared) {
+BQNN_HOST_DEVICE void leave_sum(const PackedLinearCall& call, const Tile<T>& tile, int thread, int tile_row, int n,
+                                int c, uint32_t sum, uint32_t total, Unit* shared) {
   const int row = lane_row(tile, thread, 2 * tile_row + c / 2), column = kTileColumns * n + thread % 4 * 2 + c % 2;
   if (column >= tile.columns) return;
   if constexpr (T::kCapacity == 2) sum = levels_of_signs(call, codebook_of(call, tile, row), total, sum);
