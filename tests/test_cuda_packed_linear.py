@@ -1,7 +1,7 @@
-"""The CUDA kernels of packed_linear, without a GPU: their own index, decoding and summing functions, run on the host.
+"""The CUDA kernels of packed_linear: on a GPU where there is one, and on the host, which needs none.
 
-The host walks blocks, threads and lanes as the kernel does (cuda_probe.cpp); the product of a tensor core is a loop
-there. Where a GPU is, tests/test_packed_linear.py has the kernels themselves.
+The host walks blocks, threads and lanes through the kernel's own index, decoding and summing functions, in
+cuda_probe.cpp; the product of a tensor core is a loop there.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,26 @@ def host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Host:
     return stand_in
 
 
+Run = Callable[[Tensor, Tensor, Tensor, "Tensor | None", str], Tensor]
+"""x, codes, levels, bias and precision, on the CPU, to y."""
+
+
+@pytest.fixture(params=["host", "gpu"])
+def run(request: pytest.FixtureRequest) -> Run:
+    if request.param == "host":
+        request.getfixturevalue("host")
+        return lambda *arguments: packed_linear_cuda(*arguments, None)
+    if extension.cuda_missing():
+        pytest.skip(extension.cuda_missing())
+
+    def on_gpu(*arguments: Tensor | str | None) -> Tensor:
+        here = [argument.cuda() if isinstance(argument, Tensor) else argument for argument in arguments]
+        return packed_linear_cuda(*here, None).cpu()  # type: ignore[arg-type]
+
+    return on_gpu
+
+
+ROUNDING = 5e-6  # relative error of a sum; a tensor core cuts off what a float32 sum rounds
 SHAPES = [
     pytest.param(rows, channels, columns, id=f"B{rows}-N{channels}-K{columns}")
     for rows, channels, columns in [(1, 1, 1), (1, 129, 341), (2, 33, 1031), (3, 7, 129), (8, 141, 63), (16, 35, 300)]
@@ -104,14 +125,14 @@ SHAPES = [
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("num_levels", EVERY_M)
 @pytest.mark.parametrize(("rows", "channels", "columns"), SHAPES)
-def test_every_precision(num_levels: int, granularity: str, rows: int, channels: int, columns: int, host: Host) -> None:
+def test_every_precision(num_levels: int, granularity: str, rows: int, channels: int, columns: int, run: Run) -> None:
     x, codes, levels, bias, weight = make_case(num_levels, granularity, rows, channels, columns)
-    fp32 = packed_linear_cuda(x, codes, levels, bias, "fp32", None)
-    assert relative_error(fp32, F.linear(x.double(), weight, bias.double())) <= 1e-6
-    bf16 = packed_linear_cuda(x, codes, levels, bias, "bf16", None)
-    assert relative_error(bf16, F.linear(x.bfloat16().double(), weight.bfloat16().double(), bias.double())) <= 1e-6
+    fp32 = run(x, codes, levels, bias, "fp32")
+    assert relative_error(fp32, F.linear(x.double(), weight, bias.double())) <= ROUNDING
+    bf16 = run(x, codes, levels, bias, "bf16")
+    assert relative_error(bf16, F.linear(x.bfloat16().double(), weight.bfloat16().double(), bias.double())) <= ROUNDING
     for b in (bias, None):
-        int8 = packed_linear_cuda(x, codes, levels, b, "int8", None)
+        int8 = run(x, codes, levels, b, "int8")
         assert torch.equal(int8, packed_linear_reference(x, codes, levels, b, "int8", None))
 
 
@@ -119,10 +140,10 @@ def test_every_precision(num_levels: int, granularity: str, rows: int, channels:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_levels", [2, 3, 7, 16])
 @pytest.mark.parametrize("rows", [1, 5, 16])
-def test_half_activations(rows: int, num_levels: int, dtype: torch.dtype, precision: str, host: Host) -> None:
+def test_half_activations(rows: int, num_levels: int, dtype: torch.dtype, precision: str, run: Run) -> None:
     x, codes, levels, bias, _ = make_case(num_levels, "channel", rows, 37, 261)
     x, bias = x.to(dtype), bias.to(dtype)
-    y = packed_linear_cuda(x, codes, levels, bias, precision, None)
+    y = run(x, codes, levels, bias, precision)
     wide = x.float() if precision == "int8" else x.double()
     exact = packed_linear_reference(wide, codes, levels, bias, precision, None)
     assert y.dtype == dtype
@@ -134,21 +155,21 @@ def test_half_activations(rows: int, num_levels: int, dtype: torch.dtype, precis
 
 @pytest.mark.parametrize("num_levels", EVERY_M)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_identity_gives_the_levels_bit_for_bit(num_levels: int, granularity: str, host: Host) -> None:
+def test_identity_gives_the_levels_bit_for_bit(num_levels: int, granularity: str, run: Run) -> None:
     _, codes, levels, _, weight = make_case(num_levels, granularity, 1, 21, 31)
     for rows in torch.eye(31).split(MAX_ROWS):
-        fp32 = packed_linear_cuda(rows, codes, levels, None, "fp32", None)
-        bf16 = packed_linear_cuda(rows, codes, levels, None, "bf16", None)
+        fp32 = run(rows, codes, levels, None, "fp32")
+        bf16 = run(rows, codes, levels, None, "bf16")
         column = slice(int(rows[0].argmax()), int(rows[-1].argmax()) + 1)
         assert torch.equal(fp32, weight.float().t()[column])
         assert torch.equal(bf16, weight.bfloat16().float().t()[column])
 
 
-@pytest.mark.parametrize("num_levels", [2, 4, 6, 16])
+@pytest.mark.parametrize("num_levels", [2, 4, 16])
 @pytest.mark.parametrize("precision", MODES)
-@pytest.mark.parametrize("rows", [1, 7, 16])
+@pytest.mark.parametrize("rows", [1, 16])
 def test_columns_shared_among_blocks(num_levels: int, precision: str, rows: int, host: Host) -> None:
-    x, codes, levels, bias, _ = make_case(num_levels, "tensor", rows, 19, 2231)
+    x, codes, levels, bias, _ = make_case(num_levels, "tensor", rows, 9, 2231)
     y = packed_linear_cuda(x, codes, levels, bias, precision, None)
     host.splits = 4  # one of them has nothing to do where a step is 512 columns
     shared = packed_linear_cuda(x, codes, levels, bias, precision, None)
@@ -186,20 +207,20 @@ def test_division_of_the_work_over_132_multiprocessors(
 
 
 @pytest.mark.parametrize("num_levels", [2, 3, 16])
-def test_int8_sums_are_exact_beyond_24_bits(num_levels: int, host: Host) -> None:
+def test_int8_sums_are_exact_beyond_24_bits(num_levels: int, run: Run) -> None:
     index = (torch.arange(8463) % 3 == 0).byte()[None] * (num_levels - 1)
     levels, x = torch.linspace(126.0, 127.0, num_levels)[None], torch.full((1, 8463), 127.0)
-    y = packed_linear_cuda(x, pack_codes(index, num_levels), levels, None, "int8", None)
+    y = run(x, pack_codes(index, num_levels), levels, None, "int8")
     assert y > 2**26
     assert torch.equal(y, packed_linear_reference(x, pack_codes(index, num_levels), levels, None, "int8", None))
 
 
-def test_wide_range_of_float32(host: Host) -> None:
+def test_wide_range_of_float32(run: Run) -> None:
     x, codes, levels, bias, weight = make_case(5, "channel", 4, 9, 77)
     x *= torch.tensor([1e-25, 1e-12, 1e12, 1e30])[:, None]
-    y = packed_linear_cuda(x, codes, levels, None, "fp32", None)
+    y = run(x, codes, levels, None, "fp32")
     for row, exact in zip(y, F.linear(x.double(), weight)):
-        assert relative_error(row, exact) <= 1e-6
+        assert relative_error(row, exact) <= ROUNDING
 
 
 def test_strides_alignment_and_leading_dimensions(host: Host) -> None:
@@ -235,6 +256,7 @@ def test_why_the_backend_can_not_run() -> None:
 def replayed(net: Any, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """A graph of ``net`` on ``x``, and the output that it fills."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         net(x)  # makes layouts
     torch.cuda.current_stream().wait_stream(stream)
@@ -244,7 +266,7 @@ def replayed(net: Any, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     return graph, y
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or bool(extension.cuda_missing()), reason="no CUDA kernels here")
+@pytest.mark.skipif(bool(extension.cuda_missing()), reason=extension.cuda_missing())
 @pytest.mark.parametrize("precision", MODES)
 def test_a_cuda_graph_of_a_packed_network(precision: str) -> None:
     layers = []
