@@ -89,7 +89,7 @@ void run_block(const PackedLinearCall& call, int parts, int64_t block_x, int blo
     std::fill(shared.begin(), shared.end(), Unit{{~0u, ~0u, ~0u, ~0u}});
     for (int thread = 0; thread < kThreads; ++thread) stage(call, tile, thread, first, shared.data());
     for (int warp = 0; warp < kWarps; ++warp)
-      for (int step = first + column_warp_of(tile, 32 * warp); step < std::min(first + tile.slice, tile.end);
+      for (int step = first + column_warp_of(tile, 32 * warp); step < first + steps_from(tile, first);
            step += tile.column_warps)
         multiply_step(call, tile, warp, step,
                       shared.data() + (step - first) * T::kUnits * 4 * tile.columns, &lanes[32 * warp]);

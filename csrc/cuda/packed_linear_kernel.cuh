@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
     __syncthreads();  // what shared memory held has been read
     stage(call, tile, thread, first, shared);
     __syncthreads();
-    for (int local = column_warp; local < tile.slice; local += T::kDepth * tile.column_warps) {
+    const int steps = steps_from(tile, first);
+    for (int local = column_warp; local < steps; local += T::kDepth * tile.column_warps) {
 #pragma unroll
       for (int i = 0; i < T::kDepth; ++i) {
         if (step < tile.end) {

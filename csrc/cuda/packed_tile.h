@@ -149,11 +149,17 @@ BQNN_HOST_DEVICE void load_activations(const void* x, Element element, int64_t i
   }
 }
 
-// Thread `thread` of the block stages its share of the activations of steps first .. first + slice - 1.
+// The steps of the slice that begins with step `first`.
+template <class T>
+BQNN_HOST_DEVICE int steps_from(const Tile<T>& tile, int first) {
+  return static_cast<int>(smaller(tile.slice, tile.end - first));
+}
+
+// Thread `thread` of the block stages its share of the activations of the slice that begins with step `first`.
 template <class T>
 BQNN_HOST_DEVICE void stage(const PackedLinearCall& call, const Tile<T>& tile, int thread, int first, Unit* shared) {
   using Code = typename T::Code;
-  const int words = tile.slice * 16;  // of a row of the weight
+  const int words = steps_from(tile, first) * 16;  // of a row of the weight
   for (int item = thread; item < words * tile.x_rows; item += kThreads) {
     const int row = item / words, word = item % words;
     const int step = word / 16, t = word / 4 % 4, in_load = word % 4;
