@@ -245,6 +245,19 @@ def test_many_rows_and_float64_are_left_to_the_next_backend(host: Host) -> None:
     assert host.launches == 0
 
 
+def test_a_layer_keeps_the_layout(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, codes, levels, bias, weight = make_case(3, "channel", 4, 9, 77)
+    layer = PackedLinear(77, codes, levels, bias, execution="packed")
+    monkeypatch.setattr(dispatch, "choose", lambda *_: "cuda")
+    for half in (False, True):
+        y = layer(x.half() if half else x)
+        assert relative_error(y, F.linear(x.double(), weight, bias.double())) <= (1e-3 if half else ROUNDING)
+    assert host.launches == 2
+    assert torch.equal(layer._layout, make_gpu_layout(codes, 3, 77))
+    assert layer._direct_shapes == {}
+    assert "_layout" not in layer.state_dict()
+
+
 def test_why_the_backend_can_not_run() -> None:
     assert "the tensors are on cpu" in dispatch.status("packed_linear", "cuda", "cpu").reason
     state = dispatch.status("packed_linear", "cuda", "cuda")
