@@ -37,6 +37,8 @@ class PackedLayer(nn.Module):
     """
 
     op: str
+    layout_backends: tuple[str, ...] = ("cpu",)
+    """Those that read a layout of codes and levels, made once."""
     codes: Tensor
     levels: Tensor
     bias: Tensor | None
@@ -151,8 +153,8 @@ class PackedLayer(nn.Module):
     def _check_input(self, x: Tensor) -> None:
         raise NotImplementedError
 
-    def _make_layout(self) -> Tensor:
-        """The cpu backend's layout of codes and levels."""
+    def _make_layout(self, backend: str) -> Tensor:
+        """The layout of codes and levels for one of ``layout_backends``."""
         raise NotImplementedError
 
     def _takes_direct_calls(self) -> bool:
@@ -169,7 +171,7 @@ class PackedLayer(nn.Module):
 
     def _run_checked(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        if x.dtype == torch.float16:
+        if x.dtype == torch.float16 and x.is_cpu:
             return self.forward(x.float()).to(x.dtype)
         # An exported program holds the codes, not a weight that tracing would have to store in the module.
         if not torch.compiler.is_exporting() and self.execution_for(x) == "dense":
@@ -182,7 +184,8 @@ class PackedLayer(nn.Module):
             return y
         y = self.run_packed(x)
         if not torch.compiler.is_compiling() and self._layout_for(x) is not None and self._takes_direct_calls():
-            self._remember(self._direct_shapes.setdefault(x.dtype, set()), x)
+            if dispatch.choose(self.op, x.device) == "cpu":
+                self._remember(self._direct_shapes.setdefault(x.dtype, set()), x)
         return y
 
     @staticmethod
@@ -193,18 +196,21 @@ class PackedLayer(nn.Module):
 
     def _layout_for(self, x: Tensor) -> Tensor | None:
         """The layout, made in the first call; None where the backend that runs ``x`` wants none."""
-        if torch.compiler.is_exporting() or type(x) is not Tensor or x.dtype not in KERNEL_DTYPES or not x.is_cpu:
+        if torch.compiler.is_exporting() or type(x) is not Tensor:
+            return None
+        if not x.is_cuda and (not x.is_cpu or x.dtype not in KERNEL_DTYPES):
             return None
         return self._layout if self._prepare_layout() else None
 
     def _prepare_layout(self) -> bool:
-        """Whether the cpu backend runs the op; makes the layout for it."""
-        if dispatch.choose(self.op, self.codes.device) != "cpu":
+        """Whether the backend that runs the op reads a layout; makes it for that one."""
+        backend = dispatch.choose(self.op, self.codes.device)
+        if backend not in self.layout_backends:
             return False
         if self._layout is None:
             # An inference tensor, made in a first call under inference_mode, could not serve later calls outside it.
             with torch.inference_mode(False), torch.no_grad():
-                self._layout = self._make_layout()
+                self._layout = self._make_layout(backend)
         return True
 
     # While torch.compile traces, that method is run and not itself traced; the graph then takes the layout as an input.
