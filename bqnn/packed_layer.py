@@ -44,6 +44,7 @@ class PackedLayer(nn.Module):
     bias: Tensor | None
     _dense_weight: DenseWeight | None
     _layout: Tensor | None
+    _layout_backend: str
     _direct_shapes: dict[torch.dtype, set[torch.Size]]
     _dense_shapes: set[torch.Size]
 
@@ -207,10 +208,11 @@ class PackedLayer(nn.Module):
         backend = dispatch.choose(self.op, self.codes.device)
         if backend not in self.layout_backends:
             return False
-        if self._layout is None:
+        if self._layout is None or self._layout_backend != backend:
             # An inference tensor, made in a first call under inference_mode, could not serve later calls outside it.
             with torch.inference_mode(False), torch.no_grad():
-                self._layout = self._make_layout(backend)
+                self._layout, self._layout_backend = self._make_layout(backend), backend
+            self._direct_shapes = {}
         return True
 
     # While torch.compile traces, that method is run and not itself traced; the graph then takes the layout as an input.
@@ -228,7 +230,7 @@ class PackedLayer(nn.Module):
     def _renew(self) -> None:
         """Drops what was made of the buffers and chooses again, for the present device, backend and threads."""
         self._dense_weight = None
-        self._layout = None
+        self._layout, self._layout_backend = None, ""
         self._direct_shapes = {}
         self._dense_shapes = set()
         self._packed_rows = ALWAYS if self._execution == "packed" else NEVER

@@ -1,12 +1,11 @@
-"""The backend "triton" of the packed products: the kernels, and the reference for what they do not take."""
+"""The backend "triton" of the packed products: from an op's arguments to what the launchers take."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from bqnn.ops._gpu_layout import BLOCK_WORDS, integer_codebooks, make_gpu_layout
-from bqnn.ops._triton import kernels, serves
-from bqnn.ops.packed_linear import packed_linear_reference
+from bqnn.ops._triton import kernels
 
 
 def _codebooks(layout: Tensor, levels: Tensor, channels: int, precision: str) -> tuple[Tensor, Tensor | None]:
@@ -16,15 +15,12 @@ def _codebooks(layout: Tensor, levels: Tensor, channels: int, precision: str) ->
     return levels.contiguous(), None
 
 
-def packed_linear_triton(
+def packed_linear(
     x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, layout: Tensor | None
 ) -> Tensor:
-    """The kernel, with a layout of this call's own where none is given; the reference for float64."""
-    if not serves(x, levels, bias):
-        return packed_linear_reference(x, codes, levels, bias, precision, layout)
+    """The kernel, with a layout of this call's own where none is given."""
     if layout is None:
         layout = make_gpu_layout(codes, levels, x.shape[-1], precision)
-    channels = len(codes)
-    book, scale = _codebooks(layout, levels, channels, precision)
-    words = layout[:channels]
+    words = layout[: len(codes)]
+    book, scale = _codebooks(layout, levels, len(codes), precision)
     return kernels("packed_linear").forward(x, words, levels.shape[1], book, scale, bias, precision, BLOCK_WORDS)
