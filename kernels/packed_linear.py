@@ -34,7 +34,7 @@ TILES = {
         {"BM": 128, "BN": 128, "BW": 32},
     ),
 }
-STAGE_BYTES = 96 * 1024  # of activations on their way, over all stages: what leaves room for the decoded tile
+STAGE_BYTES = 128 * 1024  # of activations on their way, over all stages: what leaves room for the decoded tile
 
 
 @triton.jit
@@ -173,8 +173,10 @@ def packed_linear_fwd_kernel(
 def tiles(rows, x, precision, per_word):
     """Tile sizes, warps and stages for so many rows of x, multiplied in ``precision``."""
     lines = TILES[precision]
-    line = next((line for line in lines if line["BM"] >= rows), lines[-1])
+    line = dict(next((line for line in lines if line["BM"] >= rows), lines[-1]))
     unrolled = precision != "fp32"
+    if per_word == 32 and precision == "bf16":
+        line["BW"] = 16  # 32 fields of twice as many columns would leave no room for a second stage
     stage = line["BM"] * line["BW"] * x.element_size() * (per_word if unrolled else 1)
     return {
         **line,
@@ -215,6 +217,8 @@ def multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, blo
     (M, K), (N, W) = rows.shape, words.shape
     if M <= GEMV_ROWS[precision]:
         return _gemv(rows, words, book, scale, row_scale, bias, y, flags, block_words)
+    if precision == "bf16":
+        rows = rows.to(torch.bfloat16)  # once, not in every block of channels
     config = tiles(M, rows, precision, 32 // flags["BITS"])
     blocks = (triton.cdiv(N, config["BN"]), triton.cdiv(M, config["BM"]))
     splits, span = splits_of(blocks, W, config["BW"], rows.device)
