@@ -42,7 +42,7 @@ def finish(
     HAS_BIAS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
 ):
-    """The output of sums b_y [BM, BN]: times the scales of the channels' codebooks and those at o_row [BM], plus bias."""
+    """The output of sums b_y [BM, BN]: times the codebooks' scales and those of rows o_row [BM], plus the bias."""
     y = b_y.to(tl.float32)
     if INT8:
         y = y * tl.load(p_scale + o_n * PER_CHANNEL, mask=m_n, other=0.0)[None, :]
@@ -113,9 +113,9 @@ def sum_of_parts(parts, scale, row_scale, bias, y, rows_a_scale=1):
     """Fills y [M, N] from the split sums ``parts`` [S, M, N]; ``rows_a_scale`` rows share a scale."""
     splits, M, N = parts.shape
     grid, blocks = blocks_of_matrix(M, N)
-    per_channel = int(scale is not None and scale.shape[0] > 1)
+    int8 = scale is not None
     packed_sum_kernel[grid](
-        parts, scale, row_scale, bias, y, M, N, M * N, rows_a_scale, splits, scale is not None, bias is not None, per_channel,
-        **blocks, enable_fp_fusion=scale is None,
+        parts, scale, row_scale, bias, y, M, N, M * N, rows_a_scale, SPLITS=splits, INT8=int8,
+        HAS_BIAS=bias is not None, PER_CHANNEL=int(int8 and scale.shape[0] > 1), **blocks, enable_fp_fusion=not int8,
     )  # fmt: skip
     return y

@@ -215,7 +215,7 @@ def forward(x, words, num_levels, book, scale, bias, precision, block_words):
 def multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, block_words):
     """Fills y [M, N] with the product of rows [M, K], integers for "int8", and the words."""
     (M, K), (N, W) = rows.shape, words.shape
-    if M <= GEMV_ROWS[precision]:
+    if GEMV_ROWS[precision] >= M:
         return _gemv(rows, words, book, scale, row_scale, bias, y, flags, block_words)
     if precision == "bf16":
         rows = rows.to(torch.bfloat16)  # once, not in every block of channels
