@@ -38,29 +38,10 @@ STAGE_BYTES = 128 * 1024  # of activations on their way, over all stages: what l
 
 
 @triton.jit
-def add_field(
-    b_y,
-    b_words,
-    field,
-    p_row,
-    m_m,
-    o_k,
-    K,
-    p_book,
-    c0,
-    c1,
-    c2,
-    c3,
-    NUM_LEVELS: tl.constexpr,
-    BITS: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """b_y plus the product of one field of the words b_words [BN, BW], whose columns are o_k [BW], with its columns of
-    x, in rows p_row [BM, 1]."""
+def load_columns(p_row, m_m, o_k, K, OPERAND: tl.constexpr):
+    """The columns o_k [BW] of rows p_row [BM, 1]: OPERAND [BM, BW], 0 beyond the last row and column."""
     m_x = m_m[:, None] & (o_k < K)[None, :]
-    b_x = tl.load(p_row + o_k[None, :], mask=m_x, other=0).to(OPERAND)
-    b_w = decode(b_words, field, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS, OPERAND)
-    return tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")  # [BM, BW] @ [BW, BN]
+    return tl.load(p_row + o_k[None, :], mask=m_x, other=0).to(OPERAND)
 
 
 @triton.jit
@@ -140,7 +121,7 @@ def packed_linear_fwd_kernel(
     BW: tl.constexpr,
 ):
     PER_WORD: tl.constexpr = 32 // BITS
-    i_n, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_m, i_n, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < M, o_n < N
     p_row, p_word = p_x + o_m.to(tl.int64)[:, None] * stride_x, p_words + o_n.to(tl.int64)[:, None] * W
@@ -153,16 +134,14 @@ def packed_linear_fwd_kernel(
         b_words = tl.load(p_word + o_w[None, :], mask=m_n[:, None] & (o_w < W)[None, :], other=0)
         if UNROLLED:
             for i in tl.static_range(PER_WORD):
-                b_y = add_field(
-                    b_y, b_words, i, p_row, m_m, o_k + i * BLOCK_WORDS, K, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS,
-                    OPERAND,
-                )  # fmt: skip
+                b_x = load_columns(p_row, m_m, o_k + i * BLOCK_WORDS, K, OPERAND)
+                b_w = decode(b_words, i, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS, OPERAND)
+                b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")  # [BM, BW] @ [BW, BN]
         else:
             for i in range(PER_WORD):
-                b_y = add_field(
-                    b_y, b_words, i, p_row, m_m, o_k + i * BLOCK_WORDS, K, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS,
-                    OPERAND,
-                )  # fmt: skip
+                b_x = load_columns(p_row, m_m, o_k + i * BLOCK_WORDS, K, OPERAND)
+                b_w = decode(b_words, i, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS, OPERAND)
+                b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")  # [BM, BW] @ [BW, BN]
     o_y = (i_s.to(tl.int64) * M + o_m)[:, None] * N + o_n[None, :]
     if not SPLIT:
         o_row = tl.where(m_m, o_m, 0)
@@ -220,7 +199,7 @@ def multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, blo
     if precision == "bf16":
         rows = rows.to(torch.bfloat16)  # once, not in every block of channels
     config = tiles(M, rows, precision, 32 // flags["BITS"])
-    blocks = (triton.cdiv(N, config["BN"]), triton.cdiv(M, config["BM"]))
+    blocks = (triton.cdiv(M, config["BM"]), triton.cdiv(N, config["BN"]))
     splits, span = splits_of(blocks, W, config["BW"], rows.device)
     sums = y
     if splits > 1:
