@@ -81,7 +81,7 @@ class PackedLinear(PackedLayer):
 
     def _make_layout(self, backend: str) -> Tensor:
         if backend != "cpu":
-            return make_gpu_layout(self.codes, self.num_levels, self.in_features)
+            return make_gpu_layout(self.codes, self.levels, self.in_features, self.precision)
         return make_layout(self.codes, self.levels, self.in_features, self.precision)
 
     def _run_direct(self, x: Tensor) -> Tensor:
@@ -110,6 +110,7 @@ class PackedConv2d(PackedLayer):
     """
 
     op = "packed_conv2d"
+    layout_backends = ("cpu", "triton")
 
     def __init__(
         self,
@@ -194,6 +195,8 @@ class PackedConv2d(PackedLayer):
 
     def _make_layout(self, backend: str) -> Tensor:
         columns = math.prod(self.shape[1:])
+        if backend != "cpu":
+            return make_gpu_layout(self.codes, self.levels, columns, self.precision, math.prod(self.kernel_size))
         geometry = (self.kernel_size, self.dilation[1], self.groups)
         return make_layout(self.codes, self.levels, columns, self.precision, *geometry)
 

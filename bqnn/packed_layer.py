@@ -44,6 +44,7 @@ class PackedLayer(nn.Module):
     bias: Tensor | None
     _dense_weight: DenseWeight | None
     _layout: Tensor | None
+    _layout_backend: str
     _direct_shapes: dict[torch.dtype, set[torch.Size]]
     _dense_shapes: set[torch.Size]
 
@@ -118,8 +119,9 @@ class PackedLayer(nn.Module):
 
     def execution_for(self, x: Tensor) -> str:
         """ "packed" or "dense": what :meth:`forward` does with ``x``."""
-        first, last = self._packed_rows
-        if self._packed_rows in (ALWAYS, NEVER):
+        rows = self._packed_rows if x.dtype == torch.bfloat16 else self._packed_rows_of_wide
+        first, last = rows
+        if rows in (ALWAYS, NEVER):
             return "packed" if last else "dense"
         return "packed" if first <= self.rows(x) <= last else "dense"
 
@@ -175,7 +177,7 @@ class PackedLayer(nn.Module):
             return self.forward(x.float()).to(x.dtype)
         # An exported program holds the codes, not a weight that tracing would have to store in the module.
         if not torch.compiler.is_exporting() and self.execution_for(x) == "dense":
-            if is_half(x):
+            if is_half(x) and x.dtype != self._dense().values.dtype:
                 return self.run_dense(x.float()).to(x.dtype)
             y = self.run_dense(x)
             plain = self.precision == "fp32" and (self.bias is None or self.bias.dtype == torch.float32)
@@ -202,15 +204,20 @@ class PackedLayer(nn.Module):
             return None
         return self._layout if self._prepare_layout() else None
 
+    def _reads_layout(self) -> bool:
+        """Whether the backend that runs the op reads a layout: whether it has kernels."""
+        return dispatch.choose(self.op, self.codes.device) in self.layout_backends
+
     def _prepare_layout(self) -> bool:
         """Whether the backend that runs the op reads a layout; makes it for that one."""
-        backend = dispatch.choose(self.op, self.codes.device)
-        if backend not in self.layout_backends:
+        if not self._reads_layout():
             return False
-        if self._layout is None:
+        backend = dispatch.choose(self.op, self.codes.device)
+        if self._layout is None or self._layout_backend != backend:
             # An inference tensor, made in a first call under inference_mode, could not serve later calls outside it.
             with torch.inference_mode(False), torch.no_grad():
-                self._layout = self._make_layout(backend)
+                self._layout, self._layout_backend = self._make_layout(backend), backend
+            self._direct_shapes = {}
         return True
 
     # While torch.compile traces, that method is run and not itself traced; the graph then takes the layout as an input.
@@ -222,13 +229,15 @@ class PackedLayer(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 columns = math.prod(self.shape[1:])
                 values, scale = decode_rounded(self.codes, self.levels, columns, self.precision)
+                if self.precision == "bf16" and values.is_cuda:
+                    values = values.bfloat16()  # a GPU's libraries multiply them as they are
                 self._dense_weight = DenseWeight(values.view(self.shape), scale)
         return self._dense_weight
 
     def _renew(self) -> None:
         """Drops what was made of the buffers and chooses again, for the present device, backend and threads."""
         self._dense_weight = None
-        self._layout = None
+        self._layout, self._layout_backend = None, ""
         self._direct_shapes = {}
         self._dense_shapes = set()
         self._packed_rows = ALWAYS if self._execution == "packed" else NEVER
@@ -237,6 +246,11 @@ class PackedLayer(nn.Module):
             self._packed_rows = packed_rows(
                 self.op, self.codes.device, self.shape, self.num_levels, self.precision, n_bytes
             )
+        # A GPU's libraries multiply bfloat16 activations into bfloat16 only: to round wider ones, and keep the sums as
+        # wide, takes the packed kernels, or a float32 product that is slower than they are.
+        self._packed_rows_of_wide = self._packed_rows
+        if self._execution == "auto" and self.precision == "bf16" and self.codes.is_cuda and self._reads_layout():
+            self._packed_rows_of_wide = ALWAYS
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         levels = self.levels

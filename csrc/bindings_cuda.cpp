@@ -62,11 +62,10 @@ Tensor new_floats(int64_t count, int32_t device) {
 void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tensor> bias, std::optional<Tensor> scale,
                       std::optional<Tensor> row_scale, std::string precision, Tensor y) {
   STD_TORCH_CHECK(x.dim() == 2 && words.dim() == 2 && levels.dim() == 2 && y.dim() == 2, "matrices are needed");
-  const int64_t rows = x.size(0), channels = words.size(0), codebooks = levels.size(0), num_levels = levels.size(1);
-  STD_TORCH_CHECK(rows > 0 && y.size(0) == rows && y.size(1) == channels, "y must be [rows, channels], rows not 0");
-  STD_TORCH_CHECK(x.size(1) % 8 == 0, "x must be padded with zeros to a multiple of 8 columns, got ", x.size(1));
-  STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int && words.size(1) % 4 == 0 && words.numel() / 4 < INT32_MAX,
-                  "words must be int32, whole 16 bytes a row, and less than 32 GiB");
+  const int64_t rows = x.size(0), channels = y.size(1), codebooks = levels.size(0), num_levels = levels.size(1);
+  STD_TORCH_CHECK(rows > 0 && y.size(0) == rows && words.size(0) >= channels, "a row for each of x and of the words");
+  STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int && words.size(1) % 16 == 0 && words.numel() / 4 < INT32_MAX,
+                  "words must be int32, whole blocks a row, and less than 32 GiB");
   STD_TORCH_CHECK(num_levels >= 2 && num_levels <= 16 && (codebooks == 1 || codebooks == channels),
                   "levels must be [1 or channels, 2 to 16]");
   cuda::PackedLinearCall call{};

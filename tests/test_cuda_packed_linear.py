@@ -69,8 +69,7 @@ class Host:
     ) -> None:
         tensors = (words, levels, x, bias, scale, row_scale, None, y)
         assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
-        assert x.data_ptr() % 16 == 0 and x.shape[1] % 8 == 0
-        numbers = (len(words), words.shape[1] // 4, x.shape[1], len(x), levels.shape[1], len(levels))
+        numbers = (y.shape[1], words.shape[1] // 4, x.shape[1], len(x), levels.shape[1], len(levels))
         kinds = (MODES.index(precision), DTYPES.index(x.dtype), DTYPES.index(y.dtype))
         call = Call(*map(pointer, tensors), *numbers, *kinds)
         self.library.probe_divide(ctypes.byref(call), 1)
@@ -233,7 +232,7 @@ def test_strides_alignment_and_leading_dimensions(host: Host) -> None:
     folded = packed_linear_cuda(x.view(3, 4, 24), codes, levels, bias, "fp32", None)
     assert torch.equal(folded, y.view(3, 4, 5))
     assert packed_linear_cuda(x[:0], codes, levels, bias, "fp32", None).shape == (0, 5)
-    layout = make_gpu_layout(codes, 3, 24)
+    layout = make_gpu_layout(codes, levels, 24, "fp32")
     assert torch.equal(packed_linear_cuda(x, codes, levels, bias, "fp32", layout), y)
 
 
@@ -253,7 +252,7 @@ def test_a_layer_keeps_the_layout(host: Host, monkeypatch: pytest.MonkeyPatch) -
         y = layer(x.half() if half else x)
         assert relative_error(y, F.linear(x.double(), weight, bias.double())) <= (1e-3 if half else ROUNDING)
     assert host.launches == 2
-    assert torch.equal(layer._layout, make_gpu_layout(codes, 3, 77))
+    assert torch.equal(layer._layout, make_gpu_layout(codes, levels, 77, "fp32"))
     assert layer._direct_shapes == {}
     assert "_layout" not in layer.state_dict()
 

@@ -9,18 +9,14 @@ infinite or NaN.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn import dispatch
-from bqnn.ops._gpu_layout import make_gpu_layout
-from bqnn.ops._int8 import quantize_rows, round_levels
+from bqnn.ops._gpu_layout import integer_codebooks, make_gpu_layout
+from bqnn.ops._int8 import quantize_rows
 
 MAX_ROWS = 16
 """More rows than this are left to the next backend."""
-
-# The kernels load activations eight at a time.
-_COLUMNS = 8
 
 
 def packed_linear_cuda(
@@ -37,24 +33,16 @@ def packed_linear_cuda(
     if rows == 0:
         return y
     if layout is None:
-        layout = make_gpu_layout(codes, levels.shape[1], columns)
-    x = x.reshape(rows, columns)
+        layout = make_gpu_layout(codes, levels, columns, precision)
+    x = x.reshape(rows, columns).contiguous()
     scale = row_scale = None
     if precision == "int8":
-        integers, scale = round_levels(levels, columns)
-        levels = integers.float()
+        integers, scale = integer_codebooks(layout, channels, len(levels))
+        levels = integers[:, : levels.shape[1]].float()
         x, row_scale = quantize_rows(x.float())
     bias = None if bias is None else bias.float().contiguous()
-    _launch(_aligned(x), layout, levels.contiguous(), bias, scale, row_scale, precision, y.view(rows, channels))
+    _launch(x, layout, levels.contiguous(), bias, scale, row_scale, precision, y.view(rows, channels))
     return y
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """``x`` [rows, columns] as the kernels read it: rows of whole 16 bytes, filled up with zeros."""
-    if x.shape[1] % _COLUMNS:
-        return F.pad(x, (0, -x.shape[1] % _COLUMNS))
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _launch(*arguments: Tensor | str | None) -> None:

@@ -12,16 +12,16 @@ enum class Element : int32_t { float32, bfloat16, float16 };
 enum class Mode : int32_t { fp32, bf16, int8 };
 
 struct PackedLinearCall {
-  const uint32_t* words;   // [channels, row_loads * 4], fewer than 2^31 loads
+  const uint32_t* words;   // [channels, row_loads * 4] in blocks of 16 words (bqnn/ops/_gpu_layout.py), < 2^31 loads
   const float* levels;     // [codebooks, num_levels]
-  const void* x;           // [rows, x_columns], 16-byte rows, zeros beyond the weight's columns
+  const void* x;           // [rows, x_columns]
   const float* bias;       // [channels] or null
   const float* scale;      // [codebooks], int8 only
   const float* row_scale;  // [rows], int8 only
   uint32_t* partial;       // [splits, rows, channels], float32 or int32; null where splits is 1
   void* y;                 // [rows, channels]
   int64_t channels;
-  int32_t row_loads;  // 16-byte loads a row
+  int32_t row_loads;  // 16-byte loads a row, a multiple of 4
   int32_t x_columns;
   int32_t rows;
   int32_t num_levels, codebooks;
@@ -40,7 +40,7 @@ inline int x_parts(const PackedLinearCall& call) {
 // Sets row_warps and splits of a call whose other numbers are set. Returns a cudaError_t.
 int plan_packed_linear(PackedLinearCall* call, int device);
 
-// Fills y. `stream` is a cudaStream_t; returns a cudaError_t. Rows are 1 or more, pointers are aligned to 16 bytes.
+// Fills y. `stream` is a cudaStream_t; returns a cudaError_t. Rows are 1 or more; words are aligned to 16 bytes.
 int launch_packed_linear(const PackedLinearCall& call, void* stream);
 
 }  // namespace bqnn::cuda

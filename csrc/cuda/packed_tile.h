@@ -117,36 +117,18 @@ BQNN_HOST_DEVICE int x_place(const Tile<T>& tile, int thread, int n) {
 
 // --- activations --------------------------------------------------------------------------------------------------
 
-// Eight of them, at `index`, a multiple of 8.
-BQNN_HOST_DEVICE void load_activations(const void* x, Element element, int64_t index, float* values) {
-  if (element == Element::float32) {
-    for (int half = 0; half < 2; ++half) {
-      const Unit unit = reinterpret_cast<const Unit*>(static_cast<const float*>(x) + index)[half];
-      for (int i = 0; i < 4; ++i) values[4 * half + i] = float_of(unit.words[i]);
-    }
-    return;
-  }
-  const Unit unit = *reinterpret_cast<const Unit*>(static_cast<const uint16_t*>(x) + index);
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t word = unit.words[i];
-    if (element == Element::bfloat16) {
-      values[2 * i] = float_of(word << 16);
-      values[2 * i + 1] = float_of(word & 0xffff0000u);
-    } else {
+BQNN_HOST_DEVICE float load_activation(const void* x, Element element, int64_t index) {
+  if (element == Element::float32) return static_cast<const float*>(x)[index];
+  const uint32_t bits = static_cast<const uint16_t*>(x)[index];
+  if (element == Element::bfloat16) return float_of(bits << 16);
 #ifdef __CUDA_ARCH__
-      values[2 * i] = __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
-      values[2 * i + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 #else
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t bits = (word >> (16 * half)) & 0xffff, sign = (bits & 0x8000) << 16, size = bits & 0x7fff;
-        // A half's exponent is 112 less; multiplying by 2^112 gives its subnormal numbers too.
-        const float value = size >= 0x7c00 ? float_of(0x7f800000u | (size & 0x3ff) << 13)
-                                           : float_of(size << 13) * 0x1p112f;
-        values[2 * i + half] = float_of(bits_of(value) | sign);
-      }
+  const uint32_t sign = (bits & 0x8000) << 16, size = bits & 0x7fff;
+  // A half's exponent is 112 less; multiplying by 2^112 gives its subnormal numbers too.
+  const float value = size >= 0x7c00 ? float_of(0x7f800000u | (size & 0x3ff) << 13) : float_of(size << 13) * 0x1p112f;
+  return float_of(bits_of(value) | sign);
 #endif
-    }
-  }
 }
 
 // The steps of the slice that begins with step `first`.
@@ -163,16 +145,14 @@ BQNN_HOST_DEVICE void stage(const PackedLinearCall& call, const Tile<T>& tile, i
   for (int item = thread; item < words * tile.x_rows; item += kThreads) {
     const int row = item / words, word = item % words;
     const int step = word / 16, t = word / 4 % 4, in_load = word % 4;
-    const int64_t column = (static_cast<int64_t>(first) * 16 + word) * Code::kInWord;
+    // A step is a block of the layout: code i of word j is at column 16 i + j. Neighbouring threads read neighbours.
+    const int64_t column = static_cast<int64_t>(first + step) * Code::kInStep + word % 16;
+    const int64_t x_row = static_cast<int64_t>(tile.first_x_row + row) * call.x_columns;
     float values[Code::kInWord];
 #pragma unroll
-    for (int i = 0; i < Code::kInWord; i += 8) {
-      if (column + i < call.x_columns) {
-        const int64_t x_row = tile.first_x_row + row;
-        load_activations(call.x, call.x_element, x_row * call.x_columns + column + i, values + i);
-      } else {
-        for (int j = 0; j < 8; ++j) values[i + j] = 0.0f;
-      }
+    for (int i = 0; i < Code::kInWord; ++i) {
+      const int64_t at = column + 16 * i;
+      values[i] = at < call.x_columns ? load_activation(call.x, call.x_element, x_row + at) : 0.0f;
     }
     if (call.mode == Mode::bf16) {
 #pragma unroll
