@@ -5,7 +5,7 @@
 // Included inside the namespace of the AVX-512 translation unit, after packed_few_rows.h.
 #pragma once
 
-constexpr int kTripleRows = 8;  // beyond, decoded weights in FMA are as fast
+constexpr int kTripleRows = 8;  // at 4096 columns, the sums of so many fit the L2 cache
 constexpr int kTriplesOfWord = kTripleWeights / 3;
 constexpr int64_t kTripleBytes = 128;    // of the sums of a triple, 32 floats
 constexpr int64_t kTriplesAhead = 4096;  // bytes between a prefetch and its use
