@@ -27,7 +27,7 @@ inline ConvPlan plan_conv2d(const Conv2dCall& call) {
   const int64_t beyond = (kTile * call.stride_w + 2 * call.padding_w) * p.pixel + 128;
   p.plane = (padded_h * p.padded_w * p.pixel + beyond + 63) / 64 * 64;
   p.image = layout.groups * p.plane;
-  p.sums = padded_h * p.padded_w + kTile * call.stride_w;
+  p.sums = Op::kAffine ? padded_h * p.padded_w + kTile * call.stride_w : 0;
   const int64_t flat = ((call.out_height - 1) * p.padded_w + call.out_width + kTile - 1) / kTile;
   const int64_t by_rows = call.out_height * ((call.out_width + kTile - 1) / kTile);
   if (call.stride_h == 1 && call.stride_w == 1 && flat < by_rows) {
@@ -67,7 +67,7 @@ inline bool pack_pixels(const Conv2dCall& call, const ConvPlan& plan, const X* i
       __builtin_memset(at + row_bytes - left, 0, static_cast<size_t>(2 * left));
     }
     row += left;
-    float* sum = sums + g * plan.sums + (h + call.padding_h) * plan.padded_w + call.padding_w;
+    float* sum = Op::kAffine ? sums + g * plan.sums + (h + call.padding_h) * plan.padded_w + call.padding_w : nullptr;
     if (call.channels_last) {
       if constexpr (Op::kAffine)
         add_channels(image + h * call.width * inputs * groups + g * inputs, inputs, inputs * groups, call.width, sum);
@@ -218,11 +218,10 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
   const int64_t work = tiles * kTile * layout.segments * layout.padded * layout.groups * channel_tasks * kWidth;
   bool fits = true;
   const auto misfit = [&fits] { __atomic_store_n(&fits, false, __ATOMIC_RELAXED); };
-  const auto sums_of = [&](int64_t images) {
-    const int64_t sums = Op::kAffine ? images * layout.groups * plan.sums : 0;
-    return reinterpret_cast<float*>(scratch(Scratch::sums, static_cast<size_t>(sums) * sizeof(float)));
-  };
   const int64_t image_sums = layout.groups * plan.sums;
+  const auto sums_of = [&](int64_t images) {
+    return reinterpret_cast<float*>(scratch(Scratch::sums, static_cast<size_t>(images * image_sums) * sizeof(float)));
+  };
   const auto scale_of = [&](int64_t image) {
     return Op::kInt8 ? row_scale(largest(x + image * image_in, image_in)) : RowScale{};
   };
