@@ -3,6 +3,8 @@
 #include <cstring>
 #include <vector>
 
+#include "affine_levels.h"
+
 namespace bqnn {
 namespace {
 
@@ -76,7 +78,15 @@ void add_triples(const PackedLayout& p, int64_t channel, const uint8_t* codes, u
 size_t layout_bytes(const PackedWeight& weight) { return static_cast<size_t>(plan(weight).bytes); }
 
 void make_layout(const PackedWeight& w, void* memory) {
-  const PackedLayout p = plan(w);
+  PackedLayout p = plan(w);
+  const int period = 1 << p.bits, digits = digits_per_byte(w.num_levels);
+  AffineLevels affine;
+  if (w.precision == Precision::fp32 && w.codebooks == 1 && find_affine(w.levels, w.num_levels, &affine)) {
+    p.affine = 1;
+    p.affine_offset = affine.offset;
+    p.affine_scale = affine.scale;
+    for (int i = 0; i < kTable; ++i) p.affine_steps[i] = affine.step[i % period < w.num_levels ? i % period : 0];
+  }
   char* base = static_cast<char*>(memory);
   std::memset(base, 0, static_cast<size_t>(p.bytes));
   std::memcpy(base, &p, sizeof p);
@@ -86,7 +96,6 @@ void make_layout(const PackedWeight& w, void* memory) {
   auto* sum = reinterpret_cast<int32_t*>(base + p.int8_sum);
   auto* words = reinterpret_cast<uint32_t*>(base + p.words);
   const bool int8 = w.precision == Precision::int8;
-  const int period = 1 << p.bits, digits = digits_per_byte(w.num_levels);
   const int64_t width = (w.columns + digits - 1) / digits, taps = int64_t{w.kernel_h} * w.kernel_w;
   const auto fill_tables = [&](int64_t table, int64_t codebook) {
     for (int i = 0; i < kTable; ++i) {

@@ -43,7 +43,9 @@ struct PackedLayout {
   int32_t segments, kernel_h, kernel_w, dilation_w;
   int32_t num_levels, bits, unit, codebooks;
   Precision precision;
-  int32_t reserved;
+  int32_t affine;                     // whether the levels are offset + scale * step, see affine_levels.h
+  double affine_offset, affine_scale;
+  float affine_steps[kTable];         // as in a decoding table
   int64_t words, levels, int8_levels, int8_scale, int8_sum;  // where each part begins, in bytes
   int64_t triples;                                           // likewise, or 0 where there are none
 
