@@ -12,17 +12,17 @@ from triton.language.extra.cuda import libdevice
 from bqnn.kernels.launch import flags_of_codebook, level_sums
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# F of Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14, as in bqnn.ops.spike_slab_kl; in terms of
-# a = 1 / alpha it is K1 - K1 / (1 + e) + log(1 + a) / 2 with e = exp(-K2) a^K3. Kernels take S + S e for 1 + e, since
+# F of Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14, as in bqnn.ops.spike_slab_kl. In terms
+# of a = 1 / alpha it is K1 - K1 / (1 + e) + log(1 + a) / 2 with e = exp(-K2) a^K3. Kernels take S + S e for 1 + e, since
 # with S = 1 / (2 K1 K3) the derivative is dF/da = (S e / a / (S + S e)^2 + 1 / (1 + a)) / 2.
 K1, S, K1_S = tl.constexpr(0.63576), tl.constexpr(0.528908369), tl.constexpr(0.63576 * 0.528908369)
-LOWEST_RATIO, HIGHEST_RATIO = tl.constexpr(0.006737947), tl.constexpr(148.41316)  # exp of -5 and 5: log alpha is clipped
+LOWEST_RATIO, HIGHEST_RATIO = tl.constexpr(0.006737947), tl.constexpr(148.41316)  # exp of -5 and 5 clip log alpha
 HALF_LN2, HALF_LOG2E = tl.constexpr(0.34657359), tl.constexpr(0.72134752)
 ZERO_TO_TAU = tl.constexpr(1e-3)
 GREATEST_INVERSE = tl.constexpr(63.0)  # log2 of the greatest 1 / sigma, whose square is finite
-FAR = tl.constexpr(1e30)  # a mean that no level's gradient reaches
+FAR = tl.constexpr(1e30)  # a mean that gives no gradient to any level
 TILES = tl.constexpr(4)  # of a program: what it does once for all of them costs as much as two weights of a thread
-MOST_ELEMENTS = 512  # of a tile, for 128 threads; half of it where many levels take many registers
+MOST_ELEMENTS = 512  # of a tile, for 128 threads; a half or a quarter where many levels take many registers
 
 
 @triton.jit
@@ -43,9 +43,9 @@ def reciprocal(x):
 
 @triton.jit
 def load_codebook(p_levels, p_tau, o_group, NUM_LEVELS: tl.constexpr):
-    """For each level its value, 1 / tau^2, and where its slab ends: at ends[m] for level m, which begins at the last end.
+    """For each level its value, 1 / tau^2, and ends[m], up to where the slab is centred at level m.
 
-    That is half-way to the next level, or, where a level is 0, nowhere but beyond that level.
+    That is half-way to the next level, or, where a level is 0, minus infinity before it and infinity from it on.
     """
     levels, inverse_tau2, zeros = (), (), ()
     has_zero = False
@@ -67,7 +67,7 @@ def load_codebook(p_levels, p_tau, o_group, NUM_LEVELS: tl.constexpr):
 @triton.jit
 def load_posterior(p_weight, p_log_sigma2, o_w, m_w):
     """mu and 1 / sigma, float32."""
-    weight = tl.load(p_weight + o_w, mask=m_w, other=FAR).to(tl.float32)
+    weight = tl.load(p_weight + o_w, mask=m_w, other=0.0).to(tl.float32)
     exponent = tl.load(p_log_sigma2 + o_w, mask=m_w, other=0.0).to(tl.float32) * -HALF_LOG2E
     return weight, tl.exp2(tl.minimum(exponent, GREATEST_INVERSE, propagate_nan=tl.PropagateNan.ALL))
 
@@ -241,6 +241,7 @@ def spike_slab_kl_bwd_kernel(
     for i in range(tl.minimum(TILES, tl.cdiv(K - begin, BK))):
         o_w, m_w = offsets_of(o_n, begin + i * BK, N, K, BK)
         weight, inverse_sigma = load_posterior(p_weight, p_log_sigma2, o_w, m_w)
+        weight = tl.where(m_w, weight, FAR)
         by_distances, by_log_sigma2 = gradients(weight, inverse_sigma, levels, inverse_tau2, ends, NUM_LEVELS)
         grad_weight, before = tl.zeros_like(weight), sums
         sums = ()
@@ -258,7 +259,7 @@ def _blocks(weight, levels):
     """Rows and columns of the matrix, numbers of programs along them, and sizes of a tile."""
     rows = levels.shape[0]
     columns = weight.numel() // rows
-    size = MOST_ELEMENTS if levels.shape[1] <= 4 else MOST_ELEMENTS // 2
+    size = MOST_ELEMENTS // (1 if levels.shape[1] <= 4 else 2 if levels.shape[1] <= 8 else 4)
     BK = min(size, triton.next_power_of_2(columns))
     blocks = {"BN": size // BK, "BK": BK}
     return (rows, columns), (triton.cdiv(rows, blocks["BN"]), triton.cdiv(columns, TILES.value * BK)), blocks
@@ -276,7 +277,7 @@ def forward(weight, log_sigma2, levels, tau):
 
 
 def backward(grad, weight, log_sigma2, levels, tau):
-    """The gradients of weight and log_sigma2, in the weight's dtype, and of levels, from that of the value, a scalar."""
+    """The gradients of weight and log_sigma2, in the weight's dtype, and of levels, from ``grad``, a scalar."""
     (N, K), programs, blocks = _blocks(weight, levels)
     grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(weight)
     sums = torch.empty((programs[1], N, levels.shape[1]), device=weight.device)
