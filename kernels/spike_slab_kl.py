@@ -13,7 +13,7 @@ from bqnn.kernels.launch import flags_of_codebook, level_sums
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # F of Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14, as in bqnn.ops.spike_slab_kl. In terms
-# of a = 1 / alpha it is K1 - K1 / (1 + e) + log(1 + a) / 2 with e = exp(-K2) a^K3. Kernels take S + S e for 1 + e, since
+# of a = 1 / alpha it is K1 - K1 / (1 + e) + log(1 + a) / 2, e = exp(-K2) a^K3. Kernels take S + S e for 1 + e, since
 # with S = 1 / (2 K1 K3) the derivative is dF/da = (S e / a / (S + S e)^2 + 1 / (1 + a)) / 2.
 K1, S, K1_S = tl.constexpr(0.63576), tl.constexpr(0.528908369), tl.constexpr(0.63576 * 0.528908369)
 LOWEST_RATIO, HIGHEST_RATIO = tl.constexpr(0.006737947), tl.constexpr(148.41316)  # exp of -5 and 5 clip log alpha
@@ -270,9 +270,7 @@ def forward(weight, log_sigma2, levels, tau):
     (N, K), programs, blocks = _blocks(weight, levels)
     grid = (programs[0] * programs[1],)
     sums = torch.empty(grid, device=weight.device)
-    spike_slab_kl_fwd_kernel[grid](
-        weight, log_sigma2, levels, tau, sums, N, K, **flags_of_codebook(levels), **blocks
-    )
+    spike_slab_kl_fwd_kernel[grid](weight, log_sigma2, levels, tau, sums, N, K, **flags_of_codebook(levels), **blocks)
     return sums.sum().to(weight.dtype)
 
 
