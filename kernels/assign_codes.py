@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from bqnn.kernels.launch import MATRIX_BLOCK
-from bqnn.kernels.quantizer import partition
 from bqnn.packing import digits_per_byte
 
 
@@ -36,13 +35,17 @@ def assign_codes_kernel(
     o_group = tl.where(m_n, o_n, 0)[:, None, None] * PER_CHANNEL
     # Below every threshold: what pads a byte is 0.
     weight = tl.load(p_weight + o_n.to(tl.int64)[:, None, None] * K + o_k, mask=m_w, other=float("-inf"))
-    code = partition(weight.to(tl.float32), p_thresholds, o_group, NUM_LEVELS)
-    value = tl.full(o_d.shape, 1, tl.int32)
+    weight = weight.to(tl.float32)
+    place = tl.full(o_d.shape, 1, tl.int32)  # M^d
     for d in tl.static_range(1, DIGITS):
-        value *= tl.where(o_d >= d, NUM_LEVELS, 1)
+        place *= tl.where(o_d >= d, NUM_LEVELS, 1)
+    digit = tl.zeros(weight.shape, tl.int32)  # code M^d
+    for j in tl.static_range(NUM_LEVELS - 1):
+        threshold = tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)
+        digit = tl.where(weight > threshold, (j + 1) * place, digit)
     width = tl.cdiv(K, DIGITS)
     o_byte = o_n.to(tl.int64)[:, None] * width + o_b[None, :]
-    tl.store(p_bytes + o_byte, tl.sum(code * value, axis=2).to(tl.uint8), mask=m_n[:, None] & (o_b < width)[None, :])
+    tl.store(p_bytes + o_byte, tl.sum(digit, axis=2).to(tl.uint8), mask=m_n[:, None] & (o_b < width)[None, :])
 
 
 def assign_codes(weight, thresholds, packed):

@@ -36,8 +36,7 @@ def partition(w, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
     """code(w) = #{j : w > t_j}, int32 [BN, BK]."""
     code = tl.zeros(w.shape, tl.int32)
     for j in tl.static_range(NUM_LEVELS - 1):
-        threshold = tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)
-        code = tl.where(w > threshold, j + 1, code)
+        code += (w > tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)).to(tl.int32)
     return code
 
 
