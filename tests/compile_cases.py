@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bqnn.kernels import sample, sample_linear
+from bqnn.kernels import assign_codes, sample, sample_linear, spike_slab_kl
 
 SEED, OFFSET = 2**62, 2**33
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -69,4 +69,27 @@ SAMPLE_LINEAR: Cases = {
     "sample-M16-K25-channel": partial(_sample, 25, 16, 64),
 }
 
-CASES: Cases = {**SAMPLE_LINEAR}
+
+def _spike_slab_kl(num_levels: int, groups: int = 1, columns: int = 4096) -> None:
+    weight, log_sigma2, levels, _ = posterior((64, columns), num_levels, groups)
+    spike_slab_kl.forward(weight, log_sigma2, levels, levels)
+    spike_slab_kl.backward(torch.zeros(()), weight, log_sigma2, levels, levels)
+
+
+def _assign_codes(num_levels: int, groups: int = 1, columns: int = 4096) -> None:
+    weight, _, _, thresholds = posterior((64, columns), num_levels, groups)
+    for packed in (False, True):
+        assign_codes.assign_codes(weight, thresholds, packed)
+
+
+ELEMENTWISE: Cases = {
+    f"{name}-M{num_levels}": partial(call, num_levels)
+    for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
+    for num_levels in (2, 3, 4, 5, 8, 16)
+} | {
+    f"{name}-M{num_levels}-K25-channel": partial(call, num_levels, 64, 25)
+    for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
+    for num_levels in (3, 16)
+}
+
+CASES: Cases = {**SAMPLE_LINEAR, **ELEMENTWISE}
