@@ -127,6 +127,7 @@ PACKED: Cases = {
     **{f"packed_linear-bfloat16-B{batch}-M3": partial(_packed_linear, batch, "bf16") for batch in (1, 16, 32, 64, 128)},
     "packed_linear-bfloat16-B16-M2": partial(_packed_linear, 16, "bf16", 2),
     "packed_linear-bfloat16-B1-M16": partial(_packed_linear, 1, "bf16", 16),
+    "packed_linear-bfloat16-B128-M4-channel": partial(_packed_linear, 128, "bf16", 4, 512),
     "packed_linear-bfloat16-B64-M16-K511-channel": partial(_packed_linear, 64, "bf16", 16, 512, 511),
     **{f"packed_linear-int8-B{batch}-M3": partial(_packed_linear, batch, "int8") for batch in (1, 16, 128)},
     "packed_linear-int8-B64-M4-channel": partial(_packed_linear, 64, "int8", 4, 512),
