@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bqnn.kernels import assign_codes, packed, sample, sample_linear, spike_slab_kl
+from bqnn.kernels import assign_codes, sample, sample_linear, spike_slab_kl
+from bqnn.kernels.packed import sum_of_parts
 from bqnn.ops.packed_conv2d import packed_conv2d_triton
 from bqnn.ops.packed_linear import packed_linear_triton
 from bqnn.packing import packed_width
@@ -119,7 +120,7 @@ def _packed_conv2d(shape: tuple[int, int, int, int], channels: int, precision: s
 def _packed_sum(dtype: torch.dtype) -> None:
     parts, rows = torch.zeros(4, 64, 512, dtype=dtype), torch.zeros(64)
     scale = torch.zeros(512) if dtype == torch.int32 else None
-    packed.sum_of_parts(parts, scale, rows, torch.zeros(512), torch.zeros(64, 512))
+    sum_of_parts(parts, scale, rows, torch.zeros(512), torch.zeros(64, 512))
 
 
 # A name says the operands' dtype.
