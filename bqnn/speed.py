@@ -33,10 +33,10 @@ REFERENCE_DECODE_BYTES = 32
 # The numbers of rows at which packed and dense are compared; beyond the last, the last decides.
 COMPARED_ROWS = tuple(1 << exponent for exponent in range(17))
 
-# Of the GPU kernels: instructions for each weight of a tile, by the bits of a code (counted in the loop of what Triton
-# compiles for sm_90 and 16 rows), the rows of the largest tile, and the share of a library's rate that products are
-# taken to reach. The last is an estimate.
-DECODE_INSTRUCTIONS = {1: 5.0, 2: 7.5, 4: 12.0}
+# Of the GPU kernels: instructions for each weight of a tile, by the bits of a code (counted in the loops of what Triton
+# compiles for sm_90, in bfloat16, for 128 rows; with one bit for 16), the rows of the largest tile, and the share of a
+# library's rate that products are taken to reach. The last is an estimate.
+DECODE_INSTRUCTIONS = {1: 5.0, 2: 7.6, 4: 9.0}
 GPU_TILE_ROWS = 128
 GPU_PRODUCT_SHARE = 0.6
 
