@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from bqnn.kernels import assign_codes, sample, sample_linear, spike_slab_kl
+from bqnn.kernels.packed import sum_of_parts
+from bqnn.ops.packed_conv2d import packed_conv2d_triton
+from bqnn.ops.packed_linear import packed_linear_triton
+from bqnn.packing import packed_width
 
 SEED, OFFSET = 2**62, 2**33
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -92,4 +96,50 @@ ELEMENTWISE: Cases = {
     for num_levels in (3, 16)
 }
 
-CASES: Cases = {**SAMPLE_LINEAR, **ELEMENTWISE}
+
+def _packed_weight(channels: int, columns: int, num_levels: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """codes, levels, bias."""
+    codes = torch.zeros(channels, packed_width(columns, num_levels), dtype=torch.uint8)
+    levels = torch.arange(num_levels, dtype=torch.float32).expand(groups, -1).contiguous()
+    return codes, levels, torch.zeros(channels)
+
+
+def _packed_linear(batch: int, precision: str, num_levels: int = 3, groups: int = 1, columns: int = 1024) -> None:
+    weight = _packed_weight(512, columns, num_levels, groups)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    packed_linear_triton(torch.zeros(batch, columns, dtype=dtype), *weight, precision, None)
+
+
+def _packed_conv2d(shape: tuple[int, int, int, int], channels: int, precision: str, num_levels: int = 3) -> None:
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    weight = _packed_weight(channels, shape[1] * 9, num_levels, 1)
+    geometry = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    packed_conv2d_triton(torch.zeros(shape, dtype=dtype), *weight, *geometry, precision, None)
+
+
+def _packed_sum(dtype: torch.dtype) -> None:
+    parts, rows = torch.zeros(4, 64, 512, dtype=dtype), torch.zeros(64)
+    scale = torch.zeros(512) if dtype == torch.int32 else None
+    sum_of_parts(parts, scale, rows, torch.zeros(512), torch.zeros(64, 512))
+
+
+# A name says the operands' dtype.
+PACKED: Cases = {
+    **{f"packed_linear-bfloat16-B{batch}-M3": partial(_packed_linear, batch, "bf16") for batch in (1, 16, 32, 64, 128)},
+    "packed_linear-bfloat16-B16-M2": partial(_packed_linear, 16, "bf16", 2),
+    "packed_linear-bfloat16-B1-M16": partial(_packed_linear, 1, "bf16", 16),
+    "packed_linear-bfloat16-B128-M4-channel": partial(_packed_linear, 128, "bf16", 4, 512),
+    "packed_linear-bfloat16-B64-M16-K511-channel": partial(_packed_linear, 64, "bf16", 16, 512, 511),
+    **{f"packed_linear-int8-B{batch}-M3": partial(_packed_linear, batch, "int8") for batch in (1, 16, 128)},
+    "packed_linear-int8-B64-M4-channel": partial(_packed_linear, 64, "int8", 4, 512),
+    **{f"packed_linear-float32-B{batch}-M3": partial(_packed_linear, batch, "fp32") for batch in (1, 16, 64)},
+    "packed_linear-float32-B32-M16-K511-channel": partial(_packed_linear, 32, "fp32", 16, 512, 511),
+    "packed_conv2d-bfloat16-C128-M3": partial(_packed_conv2d, (1, 128, 16, 16), 128, "bf16"),
+    "packed_conv2d-bfloat16-C3-M16": partial(_packed_conv2d, (1, 3, 16, 16), 12, "bf16", 16),
+    "packed_conv2d-int8-C128-M3": partial(_packed_conv2d, (1, 128, 8, 8), 128, "int8"),
+    "packed_conv2d-float32-C128-M3": partial(_packed_conv2d, (1, 128, 16, 16), 128, "fp32"),
+    "packed_sum-float32": partial(_packed_sum, torch.float32),
+    "packed_sum-int32": partial(_packed_sum, torch.int32),
+}
+
+CASES: Cases = {**SAMPLE_LINEAR, **ELEMENTWISE, **PACKED}
