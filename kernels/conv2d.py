@@ -168,16 +168,22 @@ def steps_of(channels, taps, order, BK):
     return triton.cdiv(depth_of(channels, taps, order), BK) * (taps if order == "blocks" else 1)
 
 
+def _warps(outputs, elements, order):
+    """Where taps share a tile, each of its gathered elements has an address and a mask of its own: fewer to a thread."""
+    return 8 if outputs >= 8192 or (order != "blocks" and elements >= 1024) else 4
+
+
 def product_plan(x, shape, taps, groups, order=None):
     """The plan of a product y of this shape with so many taps."""
     N, C = shape[1] // groups, x.shape[1] // groups
     order = order or order_of(C, taps)
-    wide = x.dtype.itemsize == 2
-    BM, BN = min(ROWS, max(16, triton.next_power_of_2(pixels_of(shape)))), tile_side(N, 128 if wide else 64)
-    BK = tile_side(depth_of(C, taps, order), 64 if wide else 32)
+    half = x.dtype.itemsize == 2
+    BM = min(ROWS if half or order == "blocks" else 64, max(16, triton.next_power_of_2(pixels_of(shape))))
+    BN = tile_side(N, 128 if half else 64)
+    BK = tile_side(depth_of(C, taps, order), (64 if half else 32) // (1 if order == "blocks" else 2))
     blocks = (triton.cdiv(pixels_of(shape), BM), triton.cdiv(N, BN), groups)
     splits, _ = splits_of(blocks, steps_of(C, taps, order, BK), 1, x.device)
-    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": 8 if BM * BN > 8192 else 4}, splits)
+    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": _warps(BM * BN, BM * BK, order)}, splits)
 
 
 def product_launch(plan, places):
@@ -192,11 +198,11 @@ def weight_plan(x, y, taps, groups):
     """The plan of the sum over the pixels of y [B, ...] of what y has there times what is gathered from x."""
     N, C = y.shape[1] // groups, x.shape[1] // groups
     order, side = order_of(C, taps), 128 if x.dtype.itemsize == 2 else 64
-    BN, BK = tile_side(N, side), tile_side(depth_of(C, taps, order), side)
-    BM = 64 if x.dtype.itemsize == 2 else 32
+    BN, BK = tile_side(N, side), tile_side(depth_of(C, taps, order), side if order == "blocks" else 64)
+    BM = (64 if x.dtype.itemsize == 2 else 32) // (1 if order == "blocks" else 2)
     blocks = (triton.cdiv(N, BN), steps_of(C, taps, order, BK), groups)
     splits, _ = splits_of(blocks, pixels_of(y.shape), BM, x.device, most=processors(x.device))
-    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": 8 if BN * BK > 8192 else 4}, splits)
+    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": _warps(BN * BK, BM * BK, order)}, splits)
 
 
 def weight_launch(plan, places):
