@@ -18,12 +18,13 @@ from bqnn.kernels.quantizer import group_of, level_at, partition, quantize, stor
 def normal_distribution(z):
     """P(Z <= z), P(Z > z) and the density of a standard normal Z, |z| <= 9, each with its relative precision."""
     gauss = tl.exp2(-0.72134752 * z * z)
-    # P(Z > a) exp(a^2 / 2) for a >= 0 is t times this polynomial in t, a minimax fit with a relative error of 3.4e-8.
-    t = 1.0 / (tl.abs(z) + 3.375)
-    c = -867.43811 + t * 640.08398
-    c = -39.769241 + t * (365.28964 + t * c)
-    c = 3.5603707 + t * (19.273077 + t * c)
-    tail = gauss * t * (0.39852861 + t * (1.3702430 + t * c))
+    a = tl.abs(z)
+    # P(Z > a) exp(a^2 / 2) is t times this polynomial in u, a minimax fit with a relative error of 3.4e-8.
+    t = 1.0 / (a + 3.375)
+    u = (a - 3.375) * t
+    c = -0.0021530592 + u * -0.0010025604
+    c = -0.098394729 + u * (0.0087109096 + u * (0.0079034772 + u * c))
+    tail = gauss * (t * (0.74108028 + u * (-0.55299188 + u * (0.29537618 + u * c))))
     rest = 1.0 - tail
     below = z < 0.0
     return tl.where(below, tail, rest), tl.where(below, rest, tail), 0.39894228 * gauss
@@ -139,8 +140,8 @@ def add_noise(mean, variance, noise, COARSE: tl.constexpr):
     variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if COARSE:
         variance = variance.to(tl.bfloat16).to(tl.float32)
-    deviation = tl.sqrt(variance)
-    return mean + deviation * noise, tl.where(variance > 0.0, 0.5 * noise / deviation, 0.0)
+    inverse = tl.rsqrt(tl.maximum(variance, 1e-37))  # finite where there is no variance
+    return mean + variance * inverse * noise, tl.where(variance > 0.0, 0.5 * inverse * noise, 0.0)
 
 
 @triton.jit
