@@ -1,10 +1,23 @@
 """The partition and the levels of a block of weights, as in ``bqnn.ops.quantizer``.
 
-A codebook's row is found with ``o_group`` [BN, 1]: the channel's number, or 0 where all channels share one codebook.
+A codebook's row is found with ``o_group`` [BN, 1] of :func:`codebook_of`.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def codebook_of(o_n, m_n, step, NUM_LEVELS: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """The row of the codebook of channels o_n [BN], those outside the mask have the first: [BN, 1].
+
+    ``step``, 0 or a loop's variable that is never negative, keeps long codebooks in the loop: hoisted out of it they
+    would fill the registers.
+    """
+    o_group = tl.where(m_n, o_n, 0)[:, None] * PER_CHANNEL
+    if NUM_LEVELS * (1 + PER_CHANNEL) > 8:
+        o_group += tl.minimum(step, 0)
+    return o_group
 
 
 @triton.jit
@@ -30,6 +43,27 @@ def partition(w, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
 @triton.jit
 def store_level_sums(values, code, p_sums, o_n, m_n, NUM_LEVELS: tl.constexpr):
     """The sums of ``values`` [BN, BK] over each cell of each row, to p_sums[row, level]."""
-    for m in tl.static_range(NUM_LEVELS):
+    for m in range(NUM_LEVELS):
         sums = tl.sum(tl.where(code == m, values, 0.0), axis=1)
         tl.store(p_sums + o_n * NUM_LEVELS + m, sums, mask=m_n)
+
+
+@triton.jit
+def group_of(o_n, m_n, PER_CHANNEL: tl.constexpr):
+    """The codebook's row of channels o_n [BN]; a shared one is a scalar, so that levels stay scalars as well."""
+    if PER_CHANNEL:
+        return tl.where(m_n, o_n, 0)[:, None]
+    else:
+        return 0
+
+
+@triton.jit
+def level_at(p_levels, o_group, m, NUM_LEVELS: tl.constexpr):
+    """Level c_m, float32, of o_group's shape."""
+    return tl.load(p_levels + o_group * NUM_LEVELS + m).to(tl.float32)
+
+
+@triton.jit
+def threshold_at(p_thresholds, o_group, j, NUM_LEVELS: tl.constexpr):
+    """The threshold between levels j and j + 1, float32, of o_group's shape."""
+    return tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)

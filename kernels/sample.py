@@ -11,7 +11,7 @@ import triton.language as tl
 from bqnn.kernels.conv2d import in_channels_last, taps_of
 from bqnn.kernels.launch import blocks_of_matrix, flags_of_codebook, heuristics_of_posterior, level_sums
 from bqnn.kernels.philox import normals_of_rows
-from bqnn.kernels.quantizer import partition, quantize, store_level_sums
+from bqnn.kernels.quantizer import codebook_of, partition, quantize, store_level_sums
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def sample_fwd_kernel(
     i_n, i_k = tl.program_id(0), tl.program_id(1)
     o_n, o_k = i_n * BN + tl.arange(0, BN), i_k * BK + tl.arange(0, BK)
     m_n = o_n < N
-    o_group = tl.where(m_n, o_n, 0)[:, None] * PER_CHANNEL
+    o_group = codebook_of(o_n, m_n, 0, NUM_LEVELS, PER_CHANNEL)
     w, _ = sampled_block(p_weight, p_log_sigma2, seed, offset, o_n, i_k * BK, N, K, BK, STOCHASTIC, ALIGNED)
     quantized = quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS)
     o_q = o_n.to(tl.int64)[:, None] * K + in_channels_last(o_k, K, taps)[None, :]
@@ -133,7 +133,7 @@ def store_sample_gradients(
     BK: tl.constexpr = grad.shape[1]
     w, noise = sampled_block(p_weight, p_log_sigma2, seed, offset, o_n, first, N, K, BK, STOCHASTIC, ALIGNED)
     m_n = o_n < N
-    o_group = tl.where(m_n, o_n, 0)[:, None] * PER_CHANNEL
+    o_group = codebook_of(o_n, m_n, 0, NUM_LEVELS, PER_CHANNEL)
     o_k = first + tl.arange(0, BK)
     o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
     m_w = m_n[:, None] & (o_k < K)[None, :]

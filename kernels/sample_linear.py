@@ -16,13 +16,12 @@ from bqnn.kernels.launch import (
     splits_of,
     sum_of_splits,
 )
-from bqnn.kernels.quantizer import quantize
+from bqnn.kernels.quantizer import codebook_of, quantize
 from bqnn.kernels.sample import sampled_block, store_sample_gradients
 
 # Up to here sampling in the product costs less than writing and reading the sampled weight. An estimate for an H200,
 # not a measurement: a weight takes about 25 operations to sample, 8 bytes to read, and 4 to write and read in bfloat16.
 FUSED_ROWS = 512
-WEIGHT_TILES = {"BM": 32, "BN": 64, "BK": 64, "num_warps": 4}  # of the weight's gradient
 
 
 @heuristics_of_posterior
@@ -56,11 +55,11 @@ def sample_linear_fwd_kernel(
     i_n, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < M, o_n < N
-    o_group = tl.where(m_n, o_n, 0)[:, None] * PER_CHANNEL
     p_row = p_x + o_m.to(tl.int64)[:, None] * stride_x
     b_y = tl.zeros((BM, BN), tl.float32)
     for first in range(i_s * span, tl.minimum(K, (i_s + 1) * span), BK):
         o_k = first + tl.arange(0, BK)
+        o_group = codebook_of(o_n, m_n, first, NUM_LEVELS, PER_CHANNEL)
         b_x = tl.load(p_row + o_k[None, :], mask=m_m[:, None] & (o_k < K)[None, :], other=0.0)
         w, _ = sampled_block(p_weight, p_log_sigma2, seed, offset, o_n, first, N, K, BK, STOCHASTIC, ALIGNED)
         b_q = quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS).to(b_x.dtype)
@@ -104,7 +103,7 @@ def sample_linear_bwd_kernel_input(
     for first in range(i_s * span, tl.minimum(N, (i_s + 1) * span), BN):
         o_n = first + tl.arange(0, BN)
         m_n = o_n < N
-        o_group = tl.where(m_n, o_n, 0)[:, None] * PER_CHANNEL
+        o_group = codebook_of(o_n, m_n, first, NUM_LEVELS, PER_CHANNEL)
         b_grad = tl.load(p_row + o_n[None, :], mask=m_m[:, None] & m_n[None, :], other=0.0)
         w, _ = sampled_block(p_weight, p_log_sigma2, seed, offset, o_n, i_k * BK, N, K, BK, STOCHASTIC, ALIGNED)
         b_q = quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS).to(b_grad.dtype)
@@ -158,8 +157,19 @@ def sample_linear_bwd_kernel_weight(
 
 def _tiles(rows, dtype):
     """Tile sizes and warps: the rows in as few blocks as registers allow, since each samples the weight anew."""
-    BM = min(max(16, triton.next_power_of_2(rows)), 256)
-    return {"BM": BM, "BN": 64, "BK": 32 if dtype == torch.float32 else 64, "num_warps": 8 if BM > 64 else 4}
+    if dtype == torch.float32:  # its products take registers for their operands too
+        return {"BM": min(_rows_of_block(rows), 64), "BN": 32, "BK": 32, "num_warps": 8}
+    BM = min(_rows_of_block(rows), 256)
+    return {"BM": BM, "BN": 64, "BK": 32 if BM > 64 else 64, "num_warps": 8}
+
+
+def _weight_tiles(dtype):
+    """Those of the weight's gradient."""
+    return {"BM": 32, "BN": 64, "BK": 32 if dtype == torch.float32 else 64, "num_warps": 8}
+
+
+def _rows_of_block(rows):
+    return max(16, triton.next_power_of_2(rows))
 
 
 def is_fused(x, weight):
@@ -199,10 +209,11 @@ def backward(grad, x, weight, log_sigma2, levels, thresholds, seed, offset, inpu
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
     grad_weight = torch.empty_like(weight)
     grad_log_sigma2 = weight.new_empty(0) if log_sigma2 is None else torch.empty_like(weight)
-    blocks = (triton.cdiv(N, WEIGHT_TILES["BN"]), triton.cdiv(K, WEIGHT_TILES["BK"]))
+    tiles = _weight_tiles(x.dtype)
+    blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(K, tiles["BK"]))
     sums = torch.empty((blocks[1], N, levels.shape[1]), device=x.device)
     sample_linear_bwd_kernel_weight[blocks](
         grad, rows, weight, log_sigma2, thresholds, seed, offset, grad_weight, grad_log_sigma2, sums, M, N, K,
-        grad.stride(0), rows.stride(0), **flags, **WEIGHT_TILES,
+        grad.stride(0), rows.stride(0), **flags, **tiles,
     )  # fmt: skip
     return grad_x, grad_weight, grad_log_sigma2, level_sums(sums, levels)

@@ -31,13 +31,15 @@ def posterior(shape: tuple[int, ...], num_levels: int, groups: int) -> tuple[Ten
     return tensors
 
 
-def _sample_linear(batch: int, dtype: torch.dtype, columns: int = 512, num_levels: int = 3, groups: int = 1) -> None:
+def _sample_linear(
+    batch: int, dtype: torch.dtype, columns: int = 512, num_levels: int = 3, groups: int = 1, stochastic: bool = True
+) -> None:
     channels = 256
     x, grad = torch.zeros(batch, columns, dtype=dtype), torch.zeros(batch, channels, dtype=dtype)
-    weight, log_sigma2, *codebook = posterior((channels, columns), num_levels, channels if groups > 1 else 1)
-    for variance in (log_sigma2, None):
-        sample_linear.forward(x, weight, variance, *codebook, torch.zeros(channels), SEED, OFFSET)
-        sample_linear.backward(grad, x, weight, variance, *codebook, SEED, OFFSET, True)
+    weight, log_sigma2, *codebook = posterior((channels, columns), num_levels, groups)
+    variance = log_sigma2 if stochastic else None
+    sample_linear.forward(x, weight, variance, *codebook, torch.zeros(channels), SEED, OFFSET)
+    sample_linear.backward(grad, x, weight, variance, *codebook, SEED, OFFSET, True)
 
 
 def _sample(columns: int, num_levels: int, groups: int) -> None:
@@ -52,14 +54,19 @@ def _name(dtype: torch.dtype) -> str:
 
 
 SAMPLE_LINEAR: Cases = {
-    f"sample_linear-{_name(dtype)}-B{batch}": partial(_sample_linear, batch, dtype)
-    for dtype in PRODUCT_DTYPES
-    for batch in (1, 32, 64, 128, 256)
-} | {
-    "sample_linear-bfloat16-B256-K511-M16-channel": partial(_sample_linear, 256, torch.bfloat16, 511, 16, 256),
-    "sample_linear-float32-B256-K511-M16-channel": partial(_sample_linear, 256, torch.float32, 511, 16, 256),
-    "sample-K512-M3-tensor": partial(_sample, 512, 3, 1),
-    "sample-K25-M16-channel": partial(_sample, 25, 16, 64),
+    **{
+        f"sample_linear-bfloat16-B{batch}": partial(_sample_linear, batch, torch.bfloat16) for batch in (1, 32, 64, 128)
+    },
+    **{f"sample_linear-float32-B{batch}": partial(_sample_linear, batch, torch.float32) for batch in (1, 32, 64)},
+    **{f"sample_linear-{_name(dtype)}-B256": partial(_sample_linear, 256, dtype) for dtype in PRODUCT_DTYPES},
+    "sample_linear-bfloat16-B256-M16": partial(_sample_linear, 256, torch.bfloat16, 512, 16),
+    "sample_linear-bfloat16-B256-M16-K511-channel": partial(_sample_linear, 256, torch.bfloat16, 511, 16, 256),
+    "sample_linear-float32-B256-M16-K511-channel": partial(_sample_linear, 256, torch.float32, 511, 16, 256),
+    "sample_linear-bfloat16-B256-M16-deterministic": partial(
+        _sample_linear, 256, torch.bfloat16, 512, 16, stochastic=False
+    ),
+    "sample-M3": partial(_sample, 512, 3, 1),
+    "sample-M16-K25-channel": partial(_sample, 25, 16, 64),
 }
 
 CASES: Cases = {**SAMPLE_LINEAR}

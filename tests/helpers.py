@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bqnn import dispatch, extension
 from tests import formulas
-from tests.shapes import Conv2dShape, LinearShape
+from tests.shapes import INTERPRETED, Conv2dShape, LinearShape
 
 SEED = 0x1234_5678_9ABC_DEF0  # uses both halves of the key
 MARGIN = 1e-3  # no sampled weight is nearer to a threshold, so that rounding does not choose its cell
@@ -33,6 +33,22 @@ def usable_backends(op: str) -> list[Any]:
         for backend in dispatch.ORDER
         if dispatch.status(op, backend, device).usable
     ]
+
+
+def triton_devices(op: str) -> list[Any]:
+    """The devices on which the backend "triton" can run ``op`` here, as pytest parameters."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [
+        pytest.param(device, id=f"{device}-triton")
+        for device in devices
+        if dispatch.status(op, "triton", device).usable
+    ]
+
+
+def skip_what_is_interpreted_wrongly(backend: str, dtype: torch.dtype) -> None:
+    """Triton 3.8's interpreter multiplies the bit patterns of bfloat16 numbers, and rounds to them by cutting off."""
+    if INTERPRETED and backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter can not multiply bfloat16; test_kernels_compile.py compiles these products")
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -66,7 +66,9 @@ def test_every_backend_can_be_chosen(op: str) -> None:
     ("backend", "device", "reason"),
     [
         pytest.param("cuda", CUDA, "not installed", id="no-kernel"),
-        pytest.param("triton", CPU, "runs on a GPU and the tensors are on cpu", id="triton-on-cpu"),
+        pytest.param(
+            "triton", CPU, "runs on a GPU, or with TRITON_INTERPRET=1, and the tensors are on cpu", id="triton-on-cpu"
+        ),
         pytest.param("cpu", CUDA, "runs on the CPU and the tensors are on cuda", id="cpu-on-cuda"),
         pytest.param("abacus", CPU, "no such backend; there are cuda, triton, cpu, reference", id="unknown"),
     ],

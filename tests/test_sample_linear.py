@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from functools import partial
 
@@ -12,8 +13,18 @@ from torch import Tensor
 from bqnn import BackendError
 from bqnn.ops import sample_linear
 from tests import formulas
-from tests.helpers import SEED, Case, assert_matches, compare_layouts, make_case, sampled_product, usable_backends
-from tests.shapes import EVERY_M, GRANULARITIES, LINEAR_GRID, SMALL_LINEAR, LinearShape
+from tests.helpers import (
+    SEED,
+    Case,
+    assert_matches,
+    compare_layouts,
+    make_case,
+    sampled_product,
+    skip_what_is_interpreted_wrongly,
+    triton_devices,
+    usable_backends,
+)
+from tests.shapes import EVERY_M, GRANULARITIES, LINEAR_GRID, SMALL_LINEAR, SOME_M, LinearShape
 
 RUNS_ON = usable_backends("sample_linear")
 OFFSET = 2**32 - 2  # the calls of the noise cross into the counter's second word
@@ -67,9 +78,45 @@ def test_deterministic(shape: LinearShape, num_levels: int, granularity: str, ru
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_input_and_float32_weight(dtype: torch.dtype, granularity: str, runs_on: tuple[str, str]) -> None:
     device, backend = runs_on
+    skip_what_is_interpreted_wrongly(backend, dtype)
     case = sampled_case(LinearShape(9, 33, 129), 5, granularity).to(x=dtype)
     formula = partial(sampled_product, noise=noise_of(case))
     assert_matches(partial(run, backend=backend), formula, case, device, GRADIENTS)
+
+
+@pytest.mark.parametrize("device", triton_devices("sample_linear"))
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("num_levels", SOME_M)
+@pytest.mark.parametrize("stochastic", [True, False], ids=["sampled", "deterministic"])
+def test_product_with_a_weight_sampled_before(
+    stochastic: bool, num_levels: int, granularity: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("bqnn.kernels.sample_linear"), "FUSED_ROWS", 0)
+    for shape in (LinearShape(5, 9, 341), LinearShape(3, 7, 64)):
+        case = make_case(shape, num_levels, granularity, (SEED, OFFSET) if stochastic else None)
+        formula = partial(sampled_product, noise=noise_of(case) if stochastic else None)
+        gradients = GRADIENTS if stochastic else tuple(name for name in GRADIENTS if name != "log_sigma2")
+        assert_matches(
+            partial(run if stochastic else run_deterministic, backend="triton"), formula, case, device, gradients
+        )
+
+
+@pytest.mark.parametrize("device", triton_devices("sample_linear"))
+@pytest.mark.parametrize("columns", [64, 63], ids=["aligned", "odd"])
+def test_the_sample_does_not_depend_on_tiles(columns: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit: fused in every tile that there is, and made before the product."""
+    kernels = importlib.import_module("bqnn.kernels.sample_linear")
+    case = sampled_case(LinearShape(1, 40, columns), 3, "channel")
+    case = replace(case, x=torch.eye(columns), bias=torch.zeros(40)).to(device)
+    expected = run(case, "reference")
+    for rows in (1, 32, 64, 128, 256):
+        for dtype in (torch.float32, torch.float16):
+            tiles = kernels._tiles(rows, dtype)
+            monkeypatch.setattr(kernels, "_tiles", lambda *_, tiles=tiles: tiles)
+            assert torch.equal(run(case, "triton"), expected), tiles
+            monkeypatch.undo()
+    monkeypatch.setattr(kernels, "FUSED_ROWS", 0)
+    assert torch.equal(run(case, "triton"), expected)
 
 
 def test_float64() -> None:
