@@ -75,6 +75,13 @@ def taps_of(weight):
     return 1 if weight.is_contiguous() else weight[0, 0].numel()
 
 
+def parts_of(gradient, weight):
+    """How many parts [S, *weight.shape] a weight's gradient is, 1 in the weight's own shape, and their ``taps``."""
+    if gradient.dim() == weight.dim():
+        return 1, taps_of(gradient)
+    return gradient.shape[0], taps_of(gradient[0])
+
+
 class Axis(NamedTuple):
     """One direction of a product; see the top of the file."""
 
@@ -96,12 +103,12 @@ def gradient_axes(size, taps, stride, padding, dilation):
         yield slice(remainder, None, stride), slice(first, None, stride // common), axis
 
 
-def gradient_products(x, kernel, stride, padding, dilation):
-    """The products that the gradient for x [..., H, W] consists of: ``(pixels of x, index of their taps, axes)``."""
-    rows, columns = (list(gradient_axes(x.shape[i], kernel[i], stride[i], padding[i], dilation[i])) for i in (-2, -1))
+def gradient_products(shape, kernel, stride, padding, dilation):
+    """The products that the gradient for x [B, C, H, W] consists of: indices of pixels and of their taps, and axes."""
+    rows, columns = (list(gradient_axes(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i])) for i in (0, 1))
     for rows_h, taps_h, axis_h in rows:
         for columns_w, taps_w, axis_w in columns:
-            yield x[..., rows_h, columns_w], (..., taps_h, taps_w), (axis_h, axis_w)
+            yield (..., rows_h, columns_w), (..., taps_h, taps_w), (axis_h, axis_w)
 
 
 def geometry(x, y, weight, axes, groups, transposed=False):
@@ -169,17 +176,17 @@ def steps_of(channels, taps, order, BK):
 
 
 def _warps(outputs, elements, order):
-    """Where taps share a tile, each of its gathered elements has an address and a mask of its own: fewer to a thread."""
+    """Where taps share a tile, each gathered element has an address and a mask of its own: fewer to a thread."""
     return 8 if outputs >= 8192 or (order != "blocks" and elements >= 1024) else 4
 
 
-def product_plan(x, shape, taps, groups, order=None):
-    """The plan of a product y of this shape with so many taps."""
+def product_plan(x, shape, taps, groups, order=None, largest=128):
+    """The plan of a product y of this shape with so many taps; ``largest`` is the most outputs of a tile."""
     N, C = shape[1] // groups, x.shape[1] // groups
     order = order or order_of(C, taps)
     half = x.dtype.itemsize == 2
     BM = min(ROWS if half or order == "blocks" else 64, max(16, triton.next_power_of_2(pixels_of(shape))))
-    BN = tile_side(N, 128 if half else 64)
+    BN = tile_side(N, largest if half else 64)
     BK = tile_side(depth_of(C, taps, order), (64 if half else 32) // (1 if order == "blocks" else 2))
     blocks = (triton.cdiv(pixels_of(shape), BM), triton.cdiv(N, BN), groups)
     splits, _ = splits_of(blocks, steps_of(C, taps, order, BK), 1, x.device)
@@ -221,8 +228,8 @@ def weight_roles(grad, x, kernel, stride, padding, dilation):
     that could take several sums.
     """
     if grad.shape[1] < x.shape[1] and tuple(stride) == (1, 1):
-        ((pixels, _, axes),) = gradient_products(x, kernel, stride, padding, dilation)
-        return grad, pixels, axes, True
+        ((_, _, axes),) = gradient_products(x.shape, kernel, stride, padding, dilation)
+        return grad, x, axes, True
     return x, grad, forward_axes(stride, padding, dilation), False
 
 
@@ -246,9 +253,9 @@ def row_blocks(shape):
     return triton.cdiv(pixels_of(shape), ROWS)
 
 
-def output_parts(plan, shape, memory_format, x):
-    """What a product writes, [splits, *shape], every part in this memory format."""
-    dtype = x.dtype if plan.splits == 1 else torch.float32
+def output_parts(plan, shape, memory_format, x, dtype=None):
+    """What a product writes, [splits, *shape], every part in this memory format; a single one has x's dtype."""
+    dtype = dtype or (x.dtype if plan.splits == 1 else torch.float32)
     size = (plan.splits * shape[0], *shape[1:])
     return torch.empty(size, device=x.device, dtype=dtype, memory_format=memory_format).unflatten(0, (-1, shape[0]))
 

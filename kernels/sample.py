@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.conv2d import in_channels_last, taps_of
+from bqnn.kernels.conv2d import in_channels_last, parts_of, taps_of
 from bqnn.kernels.launch import blocks_of_matrix, flags_of_codebook, heuristics_of_posterior, level_sums
 from bqnn.kernels.philox import normals_of_rows
 from bqnn.kernels.quantizer import codebook_of, partition, quantize, store_level_sums
@@ -74,7 +74,7 @@ def sample_fwd_kernel(
 @heuristics_of_posterior
 @triton.jit(do_not_specialize=["seed", "offset"])
 def sample_bwd_kernel(
-    p_parts,
+    p_grad,
     p_weight,
     p_log_sigma2,
     p_thresholds,
@@ -101,7 +101,7 @@ def sample_bwd_kernel(
     grad = tl.zeros((BN, BK), tl.float32)
     for part in range(parts):
         o_row = (part * N + o_n.to(tl.int64))[:, None] * K
-        grad += tl.load(p_parts + o_row + o_p, mask=m_w, other=0.0).to(tl.float32)
+        grad += tl.load(p_grad + o_row + o_p, mask=m_w, other=0.0).to(tl.float32)
     store_sample_gradients(
         grad, p_weight, p_log_sigma2, p_thresholds, seed, offset, p_grad_weight, p_grad_log_sigma2,
         p_sums + i_k.to(tl.int64) * N * NUM_LEVELS, o_n, i_k * BK, N, K, NUM_LEVELS, PER_CHANNEL, STOCHASTIC, ALIGNED,
@@ -156,18 +156,20 @@ def sample(weight, log_sigma2, levels, thresholds, seed, offset, dtype, memory_f
     return quantized
 
 
-def sample_backward(parts, weight, log_sigma2, levels, thresholds, seed, offset):
+def sample_backward(grad, weight, log_sigma2, levels, thresholds, seed, offset):
     """The gradients of mu, log_sigma2 (empty without it) and levels, all contiguous.
 
-    dL/dQ is the sum of parts [S, *weight.shape], of any floating-point dtype, each contiguous or channels-last.
+    ``grad`` is dL/dQ in any floating-point dtype, or parts [S, *weight.shape] of it to be added up, each contiguous or
+    channels-last.
     """
     N, K = weight.shape[0], weight[0].numel()
     grad_weight = torch.empty_like(weight)
     grad_log_sigma2 = weight.new_empty(0) if log_sigma2 is None else torch.empty_like(weight)
     grid, blocks = blocks_of_matrix(N, K)
     sums = torch.empty((grid[1], N, levels.shape[1]), device=weight.device)
+    parts, taps = parts_of(grad, weight)
     sample_bwd_kernel[grid](
-        parts, weight, log_sigma2, thresholds, seed, offset, grad_weight, grad_log_sigma2, sums, N, K,
-        taps_of(parts[0]), parts.shape[0], **flags_of_codebook(levels), **blocks,
+        grad, weight, log_sigma2, thresholds, seed, offset, grad_weight, grad_log_sigma2, sums, N, K, taps, parts,
+        **flags_of_codebook(levels), **blocks,
     )  # fmt: skip
     return grad_weight, grad_log_sigma2, level_sums(sums, levels)

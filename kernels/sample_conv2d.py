@@ -30,7 +30,7 @@ from bqnn.kernels.conv2d import (
     weight_roles,
 )
 from bqnn.kernels.launch import flags_of_codebook, heuristics_of_posterior, sum_of_splits
-from bqnn.kernels.quantizer import quantize
+from bqnn.kernels.quantizer import codebook_of, quantize
 from bqnn.kernels.sample import sample, sample_backward, sampled_block
 
 # Estimates for an H200, none of them measured.
@@ -98,7 +98,6 @@ def sample_conv2d_fwd_kernel(
     o_n = i_mn % tl.cdiv(N, BN) * BN + tl.arange(0, BN)
     m_m, m_n = o_m < M, o_n < N
     o_row = i_g * N + o_n
-    o_group = tl.where(m_n, o_row, 0)[:, None] * PER_CHANNEL
     image, row, column = pixels_at(o_m, rows, columns)
     o_h, o_w, o_x = sources_of(image, row, column, step_h, step_w, origin_h, origin_w, height, width, channels)
     p_source = p_x + i_g * C + o_x
@@ -112,6 +111,7 @@ def sample_conv2d_fwd_kernel(
             w, _ = sampled_block(
                 p_weight, p_log_sigma2, seed, offset, o_row, step * BK, i_g * N + N, K, BK, STOCHASTIC, ALIGNED
             )
+            o_group = codebook_of(o_row, m_n, step, NUM_LEVELS, PER_CHANNEL)
             b_w = quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS).to(b_x.dtype)
         else:
             b_w = tl.load(p_out + (t * w_h + u * w_w + o_c * w_in), mask=m_n[:, None] & m_k, other=0.0)
@@ -251,14 +251,16 @@ def _convolve(x, y, posterior, bias, noise, axes, groups, plan, transposed=False
 
 def _input_gradient(grad, shape, memory_format, posterior, noise, *product):
     # Sampled before: in a tile of this product no two weights would share a call of Philox.
-    quantized, groups = sample(*posterior, *noise, grad.dtype, torch.channels_last), product[-1]
-    plan = product_plan(grad, shape, quantized[0, 0].numel(), groups)
+    quantized = sample(*posterior, *noise, grad.dtype, torch.channels_last)
+    kernel, groups = quantized.shape[2:], product[-1]
+    plan = product_plan(grad, shape, kernel.numel(), groups)
     grad_x = output_parts(plan, shape, memory_format, grad)
-    for pixels, taps, axes in gradient_products(grad_x, quantized.shape[2:], *product[:-1]):
-        if quantized[taps].numel():
-            _convolve(grad, pixels, (quantized[taps], None, None, None), None, noise, axes, groups, plan, True)
+    for pixels, taps, axes in gradient_products(shape, kernel, *product[:-1]):
+        y, weight = grad_x[pixels], quantized[taps]
+        if weight.numel():
+            _convolve(grad, y, (weight, None, None, None), None, noise, axes, groups, plan, True)
         else:
-            pixels.zero_()
+            y.zero_()
     return sum_of_splits(grad_x, None, grad.dtype)
 
 

@@ -46,7 +46,7 @@ def _sample(columns: int, num_levels: int, groups: int) -> None:
     weight, log_sigma2, levels, thresholds = posterior((64, columns), num_levels, groups)
     for dtype in PRODUCT_DTYPES:
         sample.sample(weight, log_sigma2, levels, thresholds, SEED, OFFSET, dtype)
-        sample.sample_backward(weight.to(dtype)[None], weight, log_sigma2, levels, thresholds, SEED, OFFSET)
+        sample.sample_backward(weight.to(dtype), weight, log_sigma2, levels, thresholds, SEED, OFFSET)
 
 
 def _name(dtype: torch.dtype) -> str:

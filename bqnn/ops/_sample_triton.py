@@ -63,7 +63,7 @@ def _sampled_product_backward(
         return fused.backward(grad, x, *posterior, *noise, input_gradient, *product)
     quantized = elementwise.sample(*posterior, *noise, x.dtype, order_for(x))
     grad_x, grad_weight = product.backward(grad, x, quantized, input_gradient)
-    return grad_x, *elementwise.sample_backward(dense(grad_weight)[None], *posterior, *noise)
+    return grad_x, *elementwise.sample_backward(dense(grad_weight), *posterior, *noise)
 
 
 def register(name: str, product_of: Callable[..., Product]) -> None:
