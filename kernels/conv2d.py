@@ -177,17 +177,17 @@ def steps_of(channels, taps, order, BK):
 
 def _warps(outputs, elements, order):
     """Where taps share a tile, each gathered element has an address and a mask of its own: fewer to a thread."""
-    return 8 if outputs >= 8192 or (order != "blocks" and elements >= 1024) else 4
+    return 8 if outputs >= 8192 or (order != "blocks" and elements >= 2048) else 4
 
 
-def product_plan(x, shape, taps, groups, order=None, largest=128):
-    """The plan of a product y of this shape with so many taps; ``largest`` is the most outputs of a tile."""
+def product_plan(x, shape, taps, groups, largest, order=None):
+    """The plan of a product y of this shape with so many taps; ``largest`` is the most (BN, BK), of 2 bytes each."""
     N, C = shape[1] // groups, x.shape[1] // groups
     order = order or order_of(C, taps)
-    half = x.dtype.itemsize == 2
-    BM = min(ROWS if half or order == "blocks" else 64, max(16, triton.next_power_of_2(pixels_of(shape))))
-    BN = tile_side(N, largest if half else 64)
-    BK = tile_side(depth_of(C, taps, order), (64 if half else 32) // (1 if order == "blocks" else 2))
+    half, blocked = x.dtype.itemsize == 2, order == "blocks"
+    BN, BK = largest if half else (largest[0] // (2 if blocked else 4), largest[1] // 2)
+    BN, BK = tile_side(N, BN), tile_side(depth_of(C, taps, order), BK if blocked else max(16, BK // 2))
+    BM = min(ROWS if half or blocked else 64, max(16, triton.next_power_of_2(pixels_of(shape))))
     blocks = (triton.cdiv(pixels_of(shape), BM), triton.cdiv(N, BN), groups)
     splits, _ = splits_of(blocks, steps_of(C, taps, order, BK), 1, x.device)
     return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": _warps(BM * BN, BM * BK, order)}, splits)
@@ -201,12 +201,15 @@ def product_launch(plan, places):
     return grid, {"steps": steps, "span": triton.cdiv(steps, plan.splits), "ORDER": plan.order, **plan.tiles}
 
 
-def weight_plan(x, y, taps, groups):
-    """The plan of the sum over the pixels of y [B, ...] of what y has there times what is gathered from x."""
+def weight_plan(x, y, taps, groups, largest):
+    """The plan of the sum over the pixels of y [B, ...] of what y has there times what is gathered from x; ``largest``
+    as for the product."""
     N, C = y.shape[1] // groups, x.shape[1] // groups
-    order, side = order_of(C, taps), 128 if x.dtype.itemsize == 2 else 64
-    BN, BK = tile_side(N, side), tile_side(depth_of(C, taps, order), side if order == "blocks" else 64)
-    BM = (64 if x.dtype.itemsize == 2 else 32) // (1 if order == "blocks" else 2)
+    order = order_of(C, taps)
+    half, blocked = x.dtype.itemsize == 2, order == "blocks"
+    BN, BK = largest if half else (largest[0] // 2, largest[1] // 2)
+    BN, BK = tile_side(N, BN), tile_side(depth_of(C, taps, order), BK if blocked else min(BK, 64))
+    BM = (64 if half else 32) // (1 if blocked else 2)
     blocks = (triton.cdiv(N, BN), steps_of(C, taps, order, BK), groups)
     splits, _ = splits_of(blocks, pixels_of(y.shape), BM, x.device, most=processors(x.device))
     return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": _warps(BN * BK, BM * BK, order)}, splits)

@@ -37,7 +37,8 @@ from bqnn.ops._moment import coarse_order
 # An estimate for an H200, not a measurement: with more blocks of rows, making the moments in each costs more than a
 # kernel that makes them once, about 3 us.
 MADE_BLOCKS = 2
-LARGEST_BN = 64  # two sums and the noise of a tile share the registers
+# The most (BN, BK): a tile has two sums, and the outputs' noise or a second gathered operand besides.
+FORWARD_TILE, INPUT_TILE, WEIGHT_TILE = (64, 64), (64, 32), (128, 64)
 
 
 @triton.jit
@@ -381,7 +382,7 @@ def _prepared(x, shape, posterior, mode, groups):
     taps, made = weight[0, 0].numel(), row_blocks(shape) <= MADE_BLOCKS
     if not made:
         posterior = (*moments(*posterior, mode, x.dtype, torch.channels_last), None, None)
-    plan = product_plan(x, shape, taps, groups, "contiguous" if made else None, LARGEST_BN)
+    plan = product_plan(x, shape, taps, groups, FORWARD_TILE, "contiguous" if made else None)
     return posterior, mode if made else "loaded", plan
 
 
@@ -412,7 +413,7 @@ def _slope(x, posterior, noise, mode, *product):
 
 def _input_gradient(grad, slope, x, memory_format, weights, *product):
     kernel, groups = weights[0].shape[2:], product[-1]
-    plan = product_plan(grad, x.shape, kernel.numel(), groups, largest=LARGEST_BN)
+    plan = product_plan(grad, x.shape, kernel.numel(), groups, INPUT_TILE)
     grad_x = output_parts(plan, x.shape, memory_format, grad)
     for pixels, taps, axes in gradient_products(x.shape, kernel, *product[:-1]):
         y, there, (mean, variance) = grad_x[pixels], x[pixels], [weight[taps] for weight in weights]
@@ -432,7 +433,7 @@ def _weight_gradients(grad, slope, x, weight, *product):
     """The gradients for E and V as parts [S, *weight.shape], sums over S shares of the pixels."""
     kernel, groups = weight.shape[2:], product[-1]
     source, pixels, axes, transposed = weight_roles(grad, x, kernel, *product[:-1])
-    plan = weight_plan(source, pixels, kernel.numel(), groups)
+    plan = weight_plan(source, pixels, kernel.numel(), groups, WEIGHT_TILE)
     parts = weight_parts(plan, weight), weight_parts(plan, weight)
     places = geometry(source, pixels, parts[0][0], axes, groups, transposed)
     grid, cuts = weight_launch(plan, places)

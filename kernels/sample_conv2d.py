@@ -36,6 +36,7 @@ from bqnn.kernels.sample import sample, sample_backward, sampled_block
 # Estimates for an H200, none of them measured.
 SAMPLED_BLOCKS = 4  # of rows; with more, sampling in each costs more than a kernel that samples once, about 3 us
 NARROW = 32  # output channels of a group; with fewer, cuDNN's tiles are mostly padding
+PRODUCT_TILE, WEIGHT_TILE = (128, 64), (128, 128)  # the most (BN, BK)
 
 
 @heuristics_of_posterior
@@ -204,7 +205,7 @@ def forward(x, weight, log_sigma2, levels, thresholds, bias, seed, offset, *prod
     sampled, taps, groups = row_blocks(shape) <= SAMPLED_BLOCKS, weight[0, 0].numel(), product[-1]
     if not sampled:
         posterior = (sample(*posterior, *noise, x.dtype, torch.channels_last), None, None, None)
-    plan = product_plan(x, shape, taps, groups, "contiguous" if sampled else None)
+    plan = product_plan(x, shape, taps, groups, PRODUCT_TILE, "contiguous" if sampled else None)
     y = output_parts(plan, shape, memory_format, x)
     _convolve(channels_last(x), y, posterior, bias, noise, forward_axes(*product[:-1]), groups, plan)
     return sum_of_splits(y, None if bias is None else bias.view(-1, 1, 1), x.dtype)
@@ -253,7 +254,7 @@ def _input_gradient(grad, shape, memory_format, posterior, noise, *product):
     # Sampled before: in a tile of this product no two weights would share a call of Philox.
     quantized = sample(*posterior, *noise, grad.dtype, torch.channels_last)
     kernel, groups = quantized.shape[2:], product[-1]
-    plan = product_plan(grad, shape, kernel.numel(), groups)
+    plan = product_plan(grad, shape, kernel.numel(), groups, PRODUCT_TILE)
     grad_x = output_parts(plan, shape, memory_format, grad)
     for pixels, taps, axes in gradient_products(shape, kernel, *product[:-1]):
         y, weight = grad_x[pixels], quantized[taps]
@@ -268,7 +269,7 @@ def _weight_gradient(grad, x, weight, *product):
     """The gradient for the weight as parts [S, *weight.shape], sums over S shares of the pixels."""
     kernel, groups = weight.shape[2:], product[-1]
     source, pixels, axes, transposed = weight_roles(grad, x, kernel, *product[:-1])
-    plan = weight_plan(source, pixels, kernel.numel(), groups)
+    plan = weight_plan(source, pixels, kernel.numel(), groups, WEIGHT_TILE)
     parts = weight_parts(plan, weight)
     places = geometry(source, pixels, parts[0], axes, groups, transposed)
     grid, cuts = weight_launch(plan, places)
