@@ -175,22 +175,28 @@ def steps_of(channels, taps, order, BK):
     return triton.cdiv(depth_of(channels, taps, order), BK) * (taps if order == "blocks" else 1)
 
 
-def _warps(outputs, elements, order):
-    """Where taps share a tile, each gathered element has an address and a mask of its own: fewer to a thread."""
-    return 8 if outputs >= 8192 or (order != "blocks" and elements >= 2048) else 4
+def _tiles(outputs, depth, largest, order, dtype):
+    """BN and BK. Products of float32 take registers for their operands too, and where taps share a tile, the address
+    and the mask of every gathered element do."""
+    blocked = order == "blocks"
+    if dtype.itemsize == 2:
+        return tile_side(outputs, largest[0]), tile_side(depth, largest[1] if blocked else largest[1] // 2)
+    return tile_side(outputs, 32), tile_side(depth, 32 if blocked else 16)
+
+
+def _warps(tile, gathered, order, dtype):
+    return 8 if dtype.itemsize == 4 or tile >= 8192 or (order != "blocks" and gathered >= 2048) else 4
 
 
 def product_plan(x, shape, taps, groups, largest, order=None):
     """The plan of a product y of this shape with so many taps; ``largest`` is the most (BN, BK), of 2 bytes each."""
     N, C = shape[1] // groups, x.shape[1] // groups
     order = order or order_of(C, taps)
-    half, blocked = x.dtype.itemsize == 2, order == "blocks"
-    BN, BK = largest if half else (largest[0] // (2 if blocked else 4), largest[1] // 2)
-    BN, BK = tile_side(N, BN), tile_side(depth_of(C, taps, order), BK if blocked else max(16, BK // 2))
-    BM = min(ROWS if half or blocked else 64, max(16, triton.next_power_of_2(pixels_of(shape))))
+    BN, BK = _tiles(N, depth_of(C, taps, order), largest, order, x.dtype)
+    BM = min(ROWS if x.dtype.itemsize == 2 else 64, max(16, triton.next_power_of_2(pixels_of(shape))))
     blocks = (triton.cdiv(pixels_of(shape), BM), triton.cdiv(N, BN), groups)
     splits, _ = splits_of(blocks, steps_of(C, taps, order, BK), 1, x.device)
-    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": _warps(BM * BN, BM * BK, order)}, splits)
+    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": _warps(BM * BN, BM * BK, order, x.dtype)}, splits)
 
 
 def product_launch(plan, places):
@@ -206,13 +212,11 @@ def weight_plan(x, y, taps, groups, largest):
     as for the product."""
     N, C = y.shape[1] // groups, x.shape[1] // groups
     order = order_of(C, taps)
-    half, blocked = x.dtype.itemsize == 2, order == "blocks"
-    BN, BK = largest if half else (largest[0] // 2, largest[1] // 2)
-    BN, BK = tile_side(N, BN), tile_side(depth_of(C, taps, order), BK if blocked else min(BK, 64))
-    BM = (64 if half else 32) // (1 if blocked else 2)
+    BN, BK = _tiles(N, depth_of(C, taps, order), largest, order, x.dtype)
+    BM = (64 if x.dtype.itemsize == 2 else 32) // (1 if order == "blocks" else 2)
     blocks = (triton.cdiv(N, BN), steps_of(C, taps, order, BK), groups)
     splits, _ = splits_of(blocks, pixels_of(y.shape), BM, x.device, most=processors(x.device))
-    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": _warps(BN * BK, BM * BK, order)}, splits)
+    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": _warps(BN * BK, BM * BK, order, x.dtype)}, splits)
 
 
 def weight_launch(plan, places):

@@ -125,11 +125,11 @@ def test_float16_gathered(shape: Conv2dShape, way: str, device: str, monkeypatch
 
 @pytest.mark.parametrize("device", triton_devices("moment_conv2d"))
 def test_tiles_do_not_matter(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(Conv2dShape(2, 20, 37, 5, 6, (3, 3), padding=(1, 1)), 3, "channel").to(device)
+    case = make_case(Conv2dShape(1, 20, 37, 3, 4, (3, 2), padding=(1, 1)), 3, "channel").to(device)
     for way in ("made", "made-before"):
         force(way, monkeypatch)
         expected = run(case, backend="reference")
-        for side in (16, 32, 64):
+        for side in (16, 32):
             limited = lambda _, most, side=side: min(side, most)  # noqa: E731
             monkeypatch.setattr(importlib.import_module("bqnn.kernels.conv2d"), "tile_side", limited)
             torch.testing.assert_close(run(case, backend="triton"), expected, rtol=1e-5, atol=1e-5)

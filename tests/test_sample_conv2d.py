@@ -141,12 +141,12 @@ def test_float16_gathered(shape: Conv2dShape, way: str, device: str, monkeypatch
 def test_the_sample_does_not_depend_on_tiles(way: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: with an impulse as its input, a convolution gives its weight."""
     force(way, monkeypatch)
-    for inputs in (3, 20):
-        case = sampled_case(Conv2dShape(1, inputs, 37, 5, 3, (5, 3), padding=(4, 2)), 3, "channel")
-        impulse = F.pad(torch.eye(inputs).view(inputs, inputs, 1, 1), (1, 1, 2, 2))
-        case = replace(case, x=impulse, bias=torch.zeros(37)).to(device)
+    for inputs in (3, 18):
+        case = sampled_case(Conv2dShape(1, inputs, 19, 1, 1, (3, 2), padding=(2, 1)), 3, "channel")
+        impulse = torch.eye(inputs).view(inputs, inputs, 1, 1)
+        case = replace(case, x=impulse, bias=torch.zeros(19)).to(device)
         expected = run(case, "reference")
-        for side in (16, 32, 64):
+        for side in (16, 32):
             limited = lambda _, most, side=side: min(side, most)  # noqa: E731
             monkeypatch.setattr(importlib.import_module("bqnn.kernels.conv2d"), "tile_side", limited)
             assert torch.equal(run(case, "triton"), expected), side
