@@ -16,7 +16,7 @@ help:  ## this list
 
 setup: $(STAMP)  ## make .venv with the pinned versions and the package, editable
 
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES := setup.py cuda_toolkit.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 $(STAMP): $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

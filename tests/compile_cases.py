@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bqnn.kernels import moment_conv2d, sample, sample_conv2d, sample_linear
+from bqnn.kernels import assign_codes, moment_conv2d, sample, sample_conv2d, sample_linear, spike_slab_kl
 from bqnn.kernels.conv2d import output_of
 from tests.shapes import Conv2dShape
 
@@ -129,4 +129,27 @@ CONV2D: Cases = {
     **_conv2d_cases(moment_conv2d, mode="categorical", coarse=True),
 }
 
-CASES: Cases = {**SAMPLE_LINEAR, **CONV2D}
+
+def _spike_slab_kl(num_levels: int, groups: int = 1, columns: int = 4096) -> None:
+    weight, log_sigma2, levels, _ = posterior((64, columns), num_levels, groups)
+    spike_slab_kl.forward(weight, log_sigma2, levels, levels)
+    spike_slab_kl.backward(torch.zeros(()), weight, log_sigma2, levels, levels)
+
+
+def _assign_codes(num_levels: int, groups: int = 1, columns: int = 4096) -> None:
+    weight, _, _, thresholds = posterior((64, columns), num_levels, groups)
+    for packed in (False, True):
+        assign_codes.assign_codes(weight, thresholds, packed)
+
+
+ELEMENTWISE: Cases = {
+    f"{name}-M{num_levels}": partial(call, num_levels)
+    for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
+    for num_levels in (2, 3, 4, 5, 8, 16)
+} | {
+    f"{name}-M{num_levels}-K25-channel": partial(call, num_levels, 64, 25)
+    for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
+    for num_levels in (3, 16)
+}
+
+CASES: Cases = {**SAMPLE_LINEAR, **ELEMENTWISE, **CONV2D}
