@@ -46,3 +46,24 @@ def store_level_sums(values, code, p_sums, o_n, m_n, NUM_LEVELS: tl.constexpr):
     for m in range(NUM_LEVELS):
         sums = tl.sum(tl.where(code == m, values, 0.0), axis=1)
         tl.store(p_sums + o_n * NUM_LEVELS + m, sums, mask=m_n)
+
+
+@triton.jit
+def group_of(o_n, m_n, PER_CHANNEL: tl.constexpr):
+    """The codebook's row of channels o_n [BN]; a shared one is a scalar, so that levels stay scalars as well."""
+    if PER_CHANNEL:
+        return tl.where(m_n, o_n, 0)[:, None]
+    else:
+        return 0
+
+
+@triton.jit
+def level_at(p_levels, o_group, m, NUM_LEVELS: tl.constexpr):
+    """Level c_m, float32, of o_group's shape."""
+    return tl.load(p_levels + o_group * NUM_LEVELS + m).to(tl.float32)
+
+
+@triton.jit
+def threshold_at(p_thresholds, o_group, j, NUM_LEVELS: tl.constexpr):
+    """The threshold between levels j and j + 1, float32, of o_group's shape."""
+    return tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)

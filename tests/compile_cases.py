@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bqnn.kernels import assign_codes, sample, sample_linear, spike_slab_kl
+from bqnn.kernels import assign_codes, moment_conv2d, sample, sample_conv2d, sample_linear, spike_slab_kl
+from bqnn.kernels.conv2d import output_of
 from bqnn.kernels.packed import sum_of_parts
 from bqnn.ops.packed_conv2d import packed_conv2d_triton
 from bqnn.ops.packed_linear import packed_linear_triton
 from bqnn.packing import packed_width
+from tests.shapes import Conv2dShape
 
 SEED, OFFSET = 2**62, 2**33
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -53,6 +56,31 @@ def _sample(columns: int, num_levels: int, groups: int) -> None:
         sample.sample_backward(weight.to(dtype), weight, log_sigma2, levels, thresholds, SEED, OFFSET)
 
 
+def _conv2d(
+    op: ModuleType,
+    shape: Conv2dShape,
+    dtype: torch.dtype,
+    num_levels: int = 3,
+    groups: int = 1,
+    tf32: bool = True,
+    **mode: Any,
+) -> None:
+    """``mode`` is that of a moment op: without a ``slope`` of forward, backward makes it again."""
+    x = torch.zeros(shape.batch, shape.inputs, shape.height, shape.width, dtype=dtype)
+    weight_shape = (shape.channels, shape.inputs // shape.groups, *shape.kernel)
+    weights, geometry = posterior(weight_shape, num_levels, groups), tuple(shape.geometry.values())
+    grad = torch.zeros(output_of(x, weights[0].to(dtype), *geometry)[0], dtype=dtype)
+    noise, forward, backward = (SEED, OFFSET), mode.values(), [value for key, value in mode.items() if key == "mode"]
+    slopes = [[grad.bfloat16()], [None]] if mode else [[]]
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, tf32
+    try:
+        op.forward(x, *weights, torch.zeros(shape.channels), *noise, *forward, *geometry)
+        for slope in slopes:
+            op.backward(grad, *slope, x, *weights, *noise, *backward, True, *geometry)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -71,6 +99,38 @@ SAMPLE_LINEAR: Cases = {
     ),
     "sample-M3": partial(_sample, 512, 3, 1),
     "sample-M16-K25-channel": partial(_sample, 25, 16, 64),
+}
+
+WIDE_CONV2D = Conv2dShape(4, 128, 128, 16, 16, (3, 3), padding=(1, 1))
+TO_FEW_CONV2D = Conv2dShape(4, 160, 12, 16, 16, (3, 3), padding=(1, 1))
+FROM_FEW_CONV2D = Conv2dShape(8, 6, 16, 14, 14, (5, 5))
+STRIDED_CONV2D = Conv2dShape(8, 64, 128, 32, 32, (3, 3), stride=(2, 2), padding=(1, 1))
+FEW_PIXELS_CONV2D = Conv2dShape(1, 64, 64, 7, 9, (3, 3), padding=(1, 1))
+
+
+def _conv2d_cases(op: ModuleType, **mode: Any) -> Cases:
+    run = partial(_conv2d, op, **mode)
+    name = op.__name__.split(".")[-1]
+    half, single = torch.bfloat16, torch.float32
+    return {
+        f"{name}-bfloat16-wide": partial(run, WIDE_CONV2D, half),
+        f"{name}-float16-wide": partial(run, WIDE_CONV2D, torch.float16),
+        f"{name}-bfloat16-to-few": partial(run, TO_FEW_CONV2D, half),
+        f"{name}-bfloat16-from-few": partial(run, FROM_FEW_CONV2D, half),
+        f"{name}-bfloat16-strided": partial(run, STRIDED_CONV2D, half),
+        f"{name}-bfloat16-few-pixels": partial(run, FEW_PIXELS_CONV2D, half),
+        f"{name}-bfloat16-few-pixels-M16-channel": partial(run, FEW_PIXELS_CONV2D, half, 16, 64),
+        f"{name}-float32-wide": partial(run, WIDE_CONV2D, single),
+        f"{name}-float32-ieee-wide": partial(run, WIDE_CONV2D, single, tf32=False),
+        f"{name}-float32-ieee-to-few": partial(run, TO_FEW_CONV2D, single, tf32=False),
+        f"{name}-float32-ieee-from-few": partial(run, FROM_FEW_CONV2D, single, tf32=False),
+        f"{name}-float32-ieee-few-pixels-M16-channel": partial(run, FEW_PIXELS_CONV2D, single, 16, 64, tf32=False),
+    }
+
+
+CONV2D: Cases = {
+    **_conv2d_cases(sample_conv2d),
+    **_conv2d_cases(moment_conv2d, mode="categorical", coarse=True),
 }
 
 
@@ -142,4 +202,4 @@ PACKED: Cases = {
     "packed_sum-int32": partial(_packed_sum, torch.int32),
 }
 
-CASES: Cases = {**SAMPLE_LINEAR, **ELEMENTWISE, **PACKED}
+CASES: Cases = {**SAMPLE_LINEAR, **ELEMENTWISE, **CONV2D, **PACKED}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bqnn.ops import _moment, _moment_cpu
+from bqnn.ops import _moment, _moment_cpu, _moment_triton
 from bqnn.ops._check import check_bias, check_linear_input
 from bqnn.ops._register import call
 from bqnn.ops.product import LinearProduct
 
 _moment.register("moment_linear", LinearProduct)
 _moment_cpu.register("moment_linear", LinearProduct)
+_moment_triton.register("moment_linear", LinearProduct)
 
 
 def moment_linear(
