@@ -56,7 +56,7 @@ def weight_moments(
         mean = tl.broadcast_to(lower, mu.shape)
         variance = tl.zeros(mu.shape, tl.float32)
         twice_below = tl.zeros(mu.shape, tl.float32)
-        for j in tl.static_range(NUM_LEVELS - 1):
+        for j in tl.range(0, NUM_LEVELS - 1, loop_unroll_factor=NUM_LEVELS - 1 if NUM_LEVELS <= 3 else 1):
             upper = level_at(p_levels, o_group, j + 1, NUM_LEVELS)
             z = standardised(mu, inverse_sigma, threshold_at(p_thresholds, o_group, j, NUM_LEVELS))
             below, above, _ = normal_distribution(z)
@@ -95,20 +95,20 @@ def store_moment_gradients(
         mu = tl.load(p_weight + o_w, mask=m_w, other=0.0).to(tl.float32)
         o_group = group_of(o_n, m_n, PER_CHANNEL)
         inverse_sigma = tl.exp(-0.5 * log_sigma2)
-        lower = level_at(p_levels, o_group, 0, NUM_LEVELS)
-        mean = tl.broadcast_to(lower, mu.shape)
-        for j in tl.static_range(NUM_LEVELS - 1):
+        mean = tl.broadcast_to(level_at(p_levels, o_group, 0, NUM_LEVELS), mu.shape)
+        # Not unrolled: the compiler would keep all probabilities and densities for the next loop, and spill them.
+        for j in range(NUM_LEVELS - 1):
+            lower = level_at(p_levels, o_group, j, NUM_LEVELS)
             upper = level_at(p_levels, o_group, j + 1, NUM_LEVELS)
             z = standardised(mu, inverse_sigma, threshold_at(p_thresholds, o_group, j, NUM_LEVELS))
             below, _, _ = normal_distribution(z)
             mean += (upper - lower) * below
-            lower = upper
         grad_weight = tl.zeros(mu.shape, tl.float32)
         grad_log_sigma2 = tl.zeros(mu.shape, tl.float32)
         p_row = p_sums + o_n * (2 * NUM_LEVELS - 1)
         lower = level_at(p_levels, o_group, 0, NUM_LEVELS)
         before = tl.full(mu.shape, 1.0, tl.float32)
-        for j in tl.static_range(NUM_LEVELS - 1):
+        for j in tl.range(0, NUM_LEVELS - 1, loop_unroll_factor=NUM_LEVELS - 1 if NUM_LEVELS <= 3 else 1):
             upper = level_at(p_levels, o_group, j + 1, NUM_LEVELS)
             z = standardised(mu, inverse_sigma, threshold_at(p_thresholds, o_group, j, NUM_LEVELS))
             below, _, density = normal_distribution(z)
