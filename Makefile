@@ -9,14 +9,14 @@ UNPACK := ../shared/data/unpack.py
 export BQNN_DATA ?= $(CURDIR)/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo test lint unit sanitize bench accuracy clean
+.PHONY: help setup data demo test lint unit interpret sanitize bench accuracy gpu clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv with the pinned versions and the package, editable
 
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES := setup.py cuda_toolkit.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 $(STAMP): $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -31,7 +31,7 @@ data:  ## put MNIST and CIFAR-10 into $BQNN_DATA (default: data/)
 demo: setup  ## run the demonstration
 	$(VENV)/bin/bqnn demo
 
-test: lint sanitize unit  ## lint, then all tests
+test: lint sanitize unit interpret  ## lint, then all tests
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -40,6 +40,11 @@ lint: setup  ## ruff and mypy
 
 unit: setup data  ## pytest, two processes of one thread each
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --benchmark-disable $(ARGS)
+
+interpret: setup  ## the tests of Triton kernels, interpreted: no GPU is needed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --benchmark-disable -k cpu-triton $(TRITON_TESTS)
+
+TRITON_TESTS := $(wildcard $(patsubst kernels/%.py,tests/test_%.py,$(wildcard kernels/*.py)))
 
 # The programs of csrc/tests, which draw cases for the kernels of csrc/cpu; neither needs torch. Without contraction, as
 # in setup.py, an expression has one value whatever the instruction set. GCC 12 warns of its own intrinsics.
@@ -78,6 +83,10 @@ $(RIVALS): $(STAMP)
 
 accuracy: setup data  ## train LeNet-5 on MNIST for the table of the README; over an hour, goes on where it stopped
 	$(VENV)/bin/python -m bench.accuracy_lenet5 --data "$(BQNN_DATA)" $(ARGS)
+
+gpu:  ## on a machine with a GPU, torch, triton and pytest, and no network: tests, benches, bench/results/<gpu>.json
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --editable .
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 clean:  ## remove what builds, tests and tools left; .venv and data stay
 	rm -rf build dist bqnn.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -2,14 +2,23 @@
 
 What is built:
 
-    BQNN_CPU=0      no extension: every op runs on the plain PyTorch reference
-    BQNN_CPU=1      the CPU kernels of csrc/; the installation fails where they do not compile
+    BQNN_CPU=0      no CPU kernels: every op runs on the plain PyTorch reference
+    BQNN_CPU=1      the CPU kernels of csrc/cpu; the installation fails where they do not compile
     unset           the CPU kernels where torch and a C++ compiler are at hand, else the reference; says which and why
+
+    BQNN_CUDA=0     no CUDA kernels: on a GPU, ops run on Triton or the reference
+    BQNN_CUDA=1     the CUDA kernels of csrc/cuda; the installation fails where they can not be built
+    unset           the CUDA kernels where torch is a CUDA build and a toolkit of the same major version is at hand
+                    (CUDA_HOME, CUDA_PATH, nvcc on PATH, /usr/local/cuda), else none; says which and why
+
+Which architectures get CUDA kernels is a matter of the toolkit, never of a visible GPU: those of cuda_toolkit.py that
+its compiler knows, and PTX of the newest.
 """
 
 import os
 import platform
 import runpy
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +30,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 TORCH_ABI = "0x020a000000000000"  # torch 2.10, the oldest whose stable ABI the bindings use
 PYTHON_ABI = "0x030A0000"  # Python 3.10
+CUDA = "bqnn._CUDA"
+find_toolkit = runpy.run_path(str(ROOT / "cuda_toolkit.py"))["find_toolkit"]
 
 
 def say(message: str) -> None:
@@ -64,30 +75,91 @@ def cpu_extensions() -> list[Extension]:
     ]
 
 
+def cuda_obstacle() -> str:
+    """Why CUDA kernels are not built; empty where nothing is in the way."""
+    if os.environ.get("BQNN_CUDA") == "0":
+        return "BQNN_CUDA=0"
+    try:
+        import torch
+    except ImportError:
+        return "torch is not in the build environment (pip install --no-build-isolation)"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    toolkit = find_toolkit()
+    if toolkit is None:
+        return "there is no CUDA toolkit; CUDA_HOME would name its folder"
+    major, minor = toolkit.release
+    if major != int(torch.version.cuda.split(".")[0]):
+        return f"the toolkit in {toolkit.home} is of CUDA {major}.{minor} and torch of {torch.version.cuda}"
+    return ""
+
+
+def cuda_extensions() -> list[Extension]:
+    obstacle = cuda_obstacle()
+    if obstacle:
+        if os.environ.get("BQNN_CUDA") == "1":
+            raise RuntimeError(f"BQNN_CUDA=1, and {obstacle}")
+        say(f"CUDA kernels skipped: {obstacle}")
+        return []
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    toolkit = find_toolkit()
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    headers = [path for kind in ("*.h", "*.cuh") for path in (ROOT / "csrc" / "cuda").glob(kind)]
+    return [
+        Extension(
+            CUDA,
+            ["csrc/bindings_cuda.cpp", *sources],
+            depends=["cuda_toolkit.py", *(str(path.relative_to(ROOT)) for path in headers)],
+            include_dirs=[str(ROOT / "csrc"), *include_paths(), str(toolkit.home / "include")],
+            library_dirs=[*library_paths(), str(toolkit.home / "lib64")],
+            libraries=["torch_cpu", "torch_cuda", "c10", "cudart"],
+            define_macros=[("TORCH_TARGET_VERSION", TORCH_ABI), ("Py_LIMITED_API", PYTHON_ABI), ("USE_CUDA", None)],
+            extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden", "-g0", "-Wall"],
+            py_limited_api=True,
+        )
+    ]
+
+
 class BuildOrSkip(build_ext):
-    """Builds the extension; where that fails and was not demanded, says why and installs without it."""
+    """Builds the extensions; where that fails and was not demanded, says why and installs without it."""
 
     def build_extensions(self) -> None:
-        compile_one = self.compiler.compile
+        compile_cpp = self.compiler.compile
 
-        def compile_all(sources: list[str], *args: Any, **kwargs: Any) -> list[str]:
+        def compile_one(source: str, output_dir: str, *args: Any, **kwargs: Any) -> list[str]:
+            if source.endswith(".cu"):
+                return [compile_cuda(source, output_dir)]
+            return compile_cpp([source], output_dir, *args, **kwargs)
+
+        def compile_all(sources: list[str], output_dir: str, *args: Any, **kwargs: Any) -> list[str]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = pool.map(lambda source: compile_one([source], *args, **kwargs), sources)
+                objects = pool.map(lambda source: compile_one(source, output_dir, *args, **kwargs), sources)
                 return [name for names in objects for name in names]
 
         self.compiler.compile = compile_all
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
+        kind, switch = ("CUDA", "BQNN_CUDA") if ext.name == CUDA else ("CPU", "BQNN_CPU")
         try:
             super().build_extension(ext)
         except Exception as error:
-            if os.environ.get("BQNN_CPU") == "1":
+            if os.environ.get(switch) == "1":
                 raise
-            say(f"CPU kernels skipped, the plain PyTorch reference will run instead: {error}")
+            say(f"{kind} kernels skipped, other backends will run instead: {error}")
             ext.optional = True
         else:
-            say(f"CPU kernels built for {platform.machine()}")
+            built_for = ", ".join(find_toolkit().architectures()) if ext.name == CUDA else platform.machine()
+            say(f"{kind} kernels built for {built_for}")
+
+
+def compile_cuda(source: str, output_dir: str) -> str:
+    target = Path(output_dir) / Path(source).with_suffix(".o")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    toolkit = find_toolkit()
+    subprocess.run(toolkit.command(source, str(target), toolkit.architectures(), with_ptx=True), cwd=ROOT, check=True)
+    return str(target)
 
 
 setup(
@@ -99,7 +171,7 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    ext_modules=cpu_extensions(),
+    ext_modules=[*cpu_extensions(), *cuda_extensions()],
     cmdclass={"build_ext": BuildOrSkip},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     packages=[*find_packages(include=["bqnn", "bqnn.*"]), "bqnn.kernels"],

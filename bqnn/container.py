@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -67,6 +66,8 @@ class Contents(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
+        import safetensors.torch  # here, since only files need it
+
         try:
             return dict(safetensors.torch.load(self.blob))
         except Exception as error:  # whatever it objects to, it is the file's fault
@@ -79,6 +80,8 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> byte
     Raises:
         ValueError: a tensor has a dtype that the file can not hold.
     """
+    import safetensors.torch
+
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"tensor {name!r} must have a dtype that safetensors can hold, got {tensor.dtype}")

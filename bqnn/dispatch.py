@@ -54,6 +54,8 @@ def status(op: str, backend: str, device_type: str) -> Status:
         return _triton_status(device_type)
     if backend == "cuda" and device_type != "cuda":
         return Status(False, f"it runs on a GPU and the tensors are on {device_type}")
+    if backend == "cuda" and extension.cuda_missing():
+        return Status(False, extension.cuda_missing())
     return Status(True, "")
 
 

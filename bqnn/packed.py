@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn.ops._check import check_conv2d_input, check_linear_input
+from bqnn.ops._gpu_layout import make_gpu_layout
 from bqnn.ops._packed import multiply, pair
 from bqnn.ops._packed_layout import make_layout
 from bqnn.ops.packed_conv2d import output_size, packed_conv2d
@@ -41,6 +42,7 @@ class PackedLinear(PackedLayer):
     """
 
     op = "packed_linear"
+    layout_backends = ("cpu", "cuda", "triton")
 
     def __init__(
         self,
@@ -77,7 +79,9 @@ class PackedLinear(PackedLayer):
     def _check_input(self, x: Tensor) -> None:
         check_linear_input(x, self.in_features)
 
-    def _make_layout(self) -> Tensor:
+    def _make_layout(self, backend: str) -> Tensor:
+        if backend != "cpu":
+            return make_gpu_layout(self.codes, self.levels, self.in_features, self.precision)
         return make_layout(self.codes, self.levels, self.in_features, self.precision)
 
     def _run_direct(self, x: Tensor) -> Tensor:
@@ -106,6 +110,7 @@ class PackedConv2d(PackedLayer):
     """
 
     op = "packed_conv2d"
+    layout_backends = ("cpu", "triton")
 
     def __init__(
         self,
@@ -188,8 +193,10 @@ class PackedConv2d(PackedLayer):
     def _check_input(self, x: Tensor) -> None:
         check_conv2d_input(x, self.in_channels, self.out_channels, self.groups)
 
-    def _make_layout(self) -> Tensor:
+    def _make_layout(self, backend: str) -> Tensor:
         columns = math.prod(self.shape[1:])
+        if backend != "cpu":
+            return make_gpu_layout(self.codes, self.levels, columns, self.precision, math.prod(self.kernel_size))
         geometry = (self.kernel_size, self.dilation[1], self.groups)
         return make_layout(self.codes, self.levels, columns, self.precision, *geometry)
 

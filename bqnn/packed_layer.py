@@ -37,11 +37,14 @@ class PackedLayer(nn.Module):
     """
 
     op: str
+    layout_backends: tuple[str, ...] = ("cpu",)
+    """Those that read a layout of codes and levels, made once."""
     codes: Tensor
     levels: Tensor
     bias: Tensor | None
     _dense_weight: DenseWeight | None
     _layout: Tensor | None
+    _layout_backend: str
     _direct_shapes: dict[torch.dtype, set[torch.Size]]
     _dense_shapes: set[torch.Size]
 
@@ -116,8 +119,9 @@ class PackedLayer(nn.Module):
 
     def execution_for(self, x: Tensor) -> str:
         """ "packed" or "dense": what :meth:`forward` does with ``x``."""
-        first, last = self._packed_rows
-        if self._packed_rows in (ALWAYS, NEVER):
+        rows = self._packed_rows if x.dtype == torch.bfloat16 else self._packed_rows_of_wide
+        first, last = rows
+        if rows in (ALWAYS, NEVER):
             return "packed" if last else "dense"
         return "packed" if first <= self.rows(x) <= last else "dense"
 
@@ -151,8 +155,8 @@ class PackedLayer(nn.Module):
     def _check_input(self, x: Tensor) -> None:
         raise NotImplementedError
 
-    def _make_layout(self) -> Tensor:
-        """The cpu backend's layout of codes and levels."""
+    def _make_layout(self, backend: str) -> Tensor:
+        """The layout of codes and levels for one of ``layout_backends``."""
         raise NotImplementedError
 
     def _takes_direct_calls(self) -> bool:
@@ -169,11 +173,11 @@ class PackedLayer(nn.Module):
 
     def _run_checked(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        if x.dtype == torch.float16:
+        if x.dtype == torch.float16 and x.is_cpu:
             return self.forward(x.float()).to(x.dtype)
         # An exported program holds the codes, not a weight that tracing would have to store in the module.
         if not torch.compiler.is_exporting() and self.execution_for(x) == "dense":
-            if is_half(x):
+            if is_half(x) and x.dtype != self._dense().values.dtype:
                 return self.run_dense(x.float()).to(x.dtype)
             y = self.run_dense(x)
             plain = self.precision == "fp32" and (self.bias is None or self.bias.dtype == torch.float32)
@@ -182,7 +186,8 @@ class PackedLayer(nn.Module):
             return y
         y = self.run_packed(x)
         if not torch.compiler.is_compiling() and self._layout_for(x) is not None and self._takes_direct_calls():
-            self._remember(self._direct_shapes.setdefault(x.dtype, set()), x)
+            if dispatch.choose(self.op, x.device) == "cpu":
+                self._remember(self._direct_shapes.setdefault(x.dtype, set()), x)
         return y
 
     @staticmethod
@@ -193,18 +198,26 @@ class PackedLayer(nn.Module):
 
     def _layout_for(self, x: Tensor) -> Tensor | None:
         """The layout, made in the first call; None where the backend that runs ``x`` wants none."""
-        if torch.compiler.is_exporting() or type(x) is not Tensor or x.dtype not in KERNEL_DTYPES or not x.is_cpu:
+        if torch.compiler.is_exporting() or type(x) is not Tensor:
+            return None
+        if not x.is_cuda and (not x.is_cpu or x.dtype not in KERNEL_DTYPES):
             return None
         return self._layout if self._prepare_layout() else None
 
+    def _reads_layout(self) -> bool:
+        """Whether the backend that runs the op reads a layout: whether it has kernels."""
+        return dispatch.choose(self.op, self.codes.device) in self.layout_backends
+
     def _prepare_layout(self) -> bool:
-        """Whether the cpu backend runs the op; makes the layout for it."""
-        if dispatch.choose(self.op, self.codes.device) != "cpu":
+        """Whether the backend that runs the op reads a layout; makes it for that one."""
+        if not self._reads_layout():
             return False
-        if self._layout is None:
+        backend = dispatch.choose(self.op, self.codes.device)
+        if self._layout is None or self._layout_backend != backend:
             # An inference tensor, made in a first call under inference_mode, could not serve later calls outside it.
             with torch.inference_mode(False), torch.no_grad():
-                self._layout = self._make_layout()
+                self._layout, self._layout_backend = self._make_layout(backend), backend
+            self._direct_shapes = {}
         return True
 
     # While torch.compile traces, that method is run and not itself traced; the graph then takes the layout as an input.
@@ -216,13 +229,15 @@ class PackedLayer(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 columns = math.prod(self.shape[1:])
                 values, scale = decode_rounded(self.codes, self.levels, columns, self.precision)
+                if self.precision == "bf16" and values.is_cuda:
+                    values = values.bfloat16()  # a GPU's libraries multiply them as they are
                 self._dense_weight = DenseWeight(values.view(self.shape), scale)
         return self._dense_weight
 
     def _renew(self) -> None:
         """Drops what was made of the buffers and chooses again, for the present device, backend and threads."""
         self._dense_weight = None
-        self._layout = None
+        self._layout, self._layout_backend = None, ""
         self._direct_shapes = {}
         self._dense_shapes = set()
         self._packed_rows = ALWAYS if self._execution == "packed" else NEVER
@@ -231,6 +246,11 @@ class PackedLayer(nn.Module):
             self._packed_rows = packed_rows(
                 self.op, self.codes.device, self.shape, self.num_levels, self.precision, n_bytes
             )
+        # A GPU's libraries multiply bfloat16 activations into bfloat16 only: to round wider ones, and keep the sums as
+        # wide, takes the packed kernels, or a float32 product that is slower than they are.
+        self._packed_rows_of_wide = self._packed_rows
+        if self._execution == "auto" and self.precision == "bf16" and self.codes.is_cuda and self._reads_layout():
+            self._packed_rows_of_wide = ALWAYS
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         levels = self.levels

@@ -98,6 +98,12 @@ def _measure(op: str, num_levels: int, precision: str, channels: int, execution:
 
 
 @cache
+def packed_call_seconds(op: str, num_levels: int, precision: str, device: torch.device) -> float:
+    """Seconds of a call of the packed ``op`` on a GPU that does next to nothing, measured once a process."""
+    return _time(_probe(op, num_levels, precision, 1, "packed").to(device), _probe_input(op, 1, 1).to(device), 51)
+
+
+@cache
 def _measure_call(op: str, num_levels: int, precision: str, execution: str, threads: int) -> float:
     return _time(_probe(op, num_levels, precision, 1, execution), _probe_input(op, 1, 1), repeats=201)
 

@@ -2,7 +2,7 @@
 
 With the cpu backend, expected times are measured ones of small layers (bqnn.rates). Otherwise the model is a roofline:
 a pass over a layer costs one call plus the longer of moving its bytes and doing its operations, at rates measured once
-a process and device.
+a process and device. A GPU's kernels decode the weight once for each tile of rows; :meth:`LayerWork.gpu_seconds`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bqnn import dispatch
+from bqnn.ops._gpu_layout import code_bits
 from bqnn.ops._packed_layout import layout_name
 from bqnn.packing import digits_per_byte
-from bqnn.rates import cpu_rates, median_seconds
+from bqnn.rates import cpu_rates, median_seconds, packed_call_seconds
 
 if TYPE_CHECKING:
     from bqnn.packed_layer import PackedLayer
@@ -31,6 +32,13 @@ REFERENCE_DECODE_BYTES = 32
 
 # The numbers of rows at which packed and dense are compared; beyond the last, the last decides.
 COMPARED_ROWS = tuple(1 << exponent for exponent in range(17))
+
+# Of the GPU kernels: instructions for each weight of a tile, by the bits of a code (counted in the loop of what Triton
+# compiles for sm_90 and 16 rows), the rows of the largest tile, and the share of a library's rate that products are
+# taken to reach. The last is an estimate.
+DECODE_INSTRUCTIONS = {1: 5.0, 2: 7.5, 4: 12.0}
+GPU_TILE_ROWS = 128
+GPU_PRODUCT_SHARE = 0.6
 
 # The packed op is taken where it is expected to need this share of the dense time or less: measurements scatter, and a
 # decoded weight that nobody uses is never made.
@@ -48,7 +56,7 @@ ALWAYS, NEVER = RowRange(0, math.inf), RowRange(math.inf, 0)
 
 
 class Roofline(NamedTuple):
-    """What a device does in a second with float32, and what a call costs before it does anything, in seconds."""
+    """What a device does in a second with one dtype, and what a call costs before it does anything, in seconds."""
 
     bytes_per_second: float
     operations_per_second: float
@@ -73,10 +81,10 @@ class LayerWork(NamedTuple):
     packed_bytes: int
     """Bytes of codes and levels."""
 
-    def dense_seconds(self, machine: Roofline) -> float:
-        """Expected seconds of the product with the decoded float32 weight, by the roofline."""
+    def dense_seconds(self, machine: Roofline, itemsize: int = 4) -> float:
+        """Expected seconds of the product with the decoded weight, by the roofline, numbers taking ``itemsize``."""
         weights = self.channels * self.columns
-        return machine.seconds(4 * (weights + self.activations), 2 * self.rows * weights)
+        return machine.seconds(itemsize * (weights + self.activations), 2 * self.rows * weights)
 
     def packed_seconds(self, machine: Roofline, backend: str) -> float:
         """Expected seconds of the packed op, by the roofline: a kernel reads the codes instead of the weight; the
@@ -86,8 +94,26 @@ class LayerWork(NamedTuple):
             return machine.seconds(REFERENCE_DECODE_BYTES * weights, weights) + self.dense_seconds(machine)
         return machine.seconds(self.packed_bytes + 4 * self.activations, 2 * self.rows * weights)
 
+    def gpu_seconds(self, device: torch.device) -> tuple[float, float]:
+        """Expected seconds of the packed op on a GPU's kernels, and of the dense product, which is one of bfloat16 for
+        "bf16" and one of float32 else. Decoding and products are taken to follow each other."""
+        weights = self.channels * self.columns
+        float32, bfloat16 = roofline(device), roofline(device, torch.bfloat16)
+        own = bfloat16 if self.precision == "bf16" else float32
+        itemsize = 2 if self.precision == "bf16" else 4
+        units = float32 if self.precision == "fp32" else bfloat16
+        # An instruction of a lane is half of a fused multiply-add's two operations.
+        decode = DECODE_INSTRUCTIONS[code_bits(self.num_levels)] * weights * math.ceil(self.rows / GPU_TILE_ROWS)
+        compute = 2 * decode / float32.operations_per_second
+        compute += 2 * self.rows * weights / (GPU_PRODUCT_SHARE * units.operations_per_second)
+        transfer = (self.packed_bytes + itemsize * self.activations) / float32.bytes_per_second
+        call = packed_call_seconds(self.op, self.num_levels, self.precision, device)
+        return call + max(transfer, compute), self.dense_seconds(own, itemsize)
+
     def expected_seconds(self, device: torch.device, backend: str) -> tuple[float, float]:
         """Expected seconds of the packed op on ``backend``, and of the dense product."""
+        if backend in ("cuda", "triton") and device.type == "cuda":
+            return self.gpu_seconds(device)
         if backend != "cpu":
             machine = roofline(device)
             return self.packed_seconds(machine, backend), self.dense_seconds(machine)
@@ -130,18 +156,18 @@ def packed_rows(
     return RowRange(first, math.inf if longest[-1] == COMPARED_ROWS[-1] else longest[-1])
 
 
-def roofline(device: torch.device) -> Roofline:
+def roofline(device: torch.device, dtype: torch.dtype = torch.float32) -> Roofline:
     """The rates of ``device``, measured once for its number of threads: a copy, a square product, a tiny one."""
-    return _measure(str(device), torch.get_num_threads())
+    return _measure(str(device), torch.get_num_threads(), dtype)
 
 
 @cache
-def _measure(device_name: str, threads: int) -> Roofline:
+def _measure(device_name: str, threads: int, dtype: torch.dtype) -> Roofline:
     device = torch.device(device_name)
     side = 4096 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     with torch.inference_mode():
-        matrix = torch.randn(side, side, device=device, generator=generator)
+        matrix = torch.randn(side, side, device=device, generator=generator).to(dtype)
         block = torch.randn(16 * side * side, device=device, generator=generator)
         target = torch.empty_like(block)
         copy_seconds = median_seconds(lambda: target.copy_(block), device)
@@ -232,11 +258,10 @@ def _explain_layer(name: str, layer: PackedLayer, x: Tensor) -> LayerSpeed:
         packed_bytes=layer.codes.nbytes + layer.levels.nbytes,
     )
     expected_packed, expected_dense = work.expected_seconds(x.device, backend)
-    as_stored = f"{num_levels} levels, {digits_per_byte(num_levels)}/byte"
     return LayerSpeed(
         name=name,
         backend=backend,
-        layout=layout_name(num_levels, layer.precision) if backend == "cpu" else as_stored,
+        layout=_layout_name(num_levels, layer.precision, backend),
         rows=rows,
         execution=layer.execution_for(x),
         expected_packed=expected_packed,
@@ -244,6 +269,14 @@ def _explain_layer(name: str, layer: PackedLayer, x: Tensor) -> LayerSpeed:
         measured_packed=_measure_execution(layer, x, "packed"),
         measured_dense=_measure_execution(layer, x, "dense"),
     )
+
+
+def _layout_name(num_levels: int, precision: str, backend: str) -> str:
+    if backend == "cpu":
+        return layout_name(num_levels, precision)
+    if backend == "reference":
+        return f"{num_levels} levels, {digits_per_byte(num_levels)}/byte"
+    return f"{num_levels} levels, {code_bits(num_levels)} bits, {precision}"
 
 
 def _measure_execution(layer: PackedLayer, x: Tensor, execution: str) -> float:

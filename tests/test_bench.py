@@ -10,11 +10,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from bench import bench_packed_conv2d, bench_packed_linear, interleaved, summary
+from bench import (
+    bench_packed_conv2d,
+    bench_packed_linear,
+    gpu,
+    gpu_packed,
+    gpu_timing,
+    gpu_training,
+    interleaved,
+    summary,
+)
 from bench.interleaved import LEAST_ROUNDS, Race, Replay
 from bench.save import save
 from bench.summary import Claim, Measured
+from tests.shapes import Conv2dShape, LinearShape
 
 
 class Sleepers:
@@ -104,3 +115,23 @@ def test_saved_by_op_and_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "version": "",
         "benchmarks": [{"fullname": "bench/bench_it.py::test_it[fast]", "stats": {"median": 1.0}}],
     }
+
+
+def test_gpu_benches_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, tiny: every bench makes its rows, and every figure that is asked has its line."""
+    layers = {"linear-tiny": LinearShape(8, 16, 32), "conv2d-tiny": Conv2dShape(2, 8, 4, 8, 8, (3, 3), padding=(1, 1))}
+    monkeypatch.setattr(gpu_training, "LAYERS", layers)
+    monkeypatch.setattr(gpu_training, "NETWORKS", {"lenet5": (2, 1, 28, 28)})
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(gpu, "KL_WEIGHTS", 4096)
+    monkeypatch.setattr(gpu_packed, "SIZES", (64,))
+    monkeypatch.setattr(gpu_packed, "BATCHES", (4,))
+    monkeypatch.setattr(gpu_packed, "FASTER", {64: (1.0,)})
+    monkeypatch.setattr(gpu_packed, "CONV", (8, 8, 3, 8, 2))
+    monkeypatch.setattr(gpu_timing, "ROUNDS", 1)
+    rows = [row for bench in gpu.benches(torch.device("cpu"), "cpu") for row in bench()]
+    assert all(row.seconds > 0.0 for row in rows)
+    lines = list(gpu.verdicts(rows, "cpu"))
+    asked = [want for figures in gpu_training.ASKED.values() for want in figures]
+    assert len(lines) == len(asked) + sum(want.smaller is not None for want in asked) + len({"linear", "conv2d"})
+    assert all("asked" in line for line in lines), lines

@@ -35,8 +35,9 @@ OPS = [
 
 @pytest.fixture
 def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An op with the backends cpu and reference, known to this test alone, as if the extension were here."""
+    """An op with the backends cpu and reference, known to this test alone, as if the extensions were here."""
     monkeypatch.setattr(extension, "MISSING", "")
+    monkeypatch.setattr(extension, "cuda_missing", lambda: "")
     monkeypatch.setattr(dispatch, "_implementations", {})
     dispatch._choose.cache_clear()
     dispatch.register("probe", "reference", lambda: "reference ran")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
 
 from bqnn.ops._int8 import integer_limit, quantize_rows, round_levels
 from tests import formulas
+from tests.helpers import triton_devices
 from tests.shapes import EVERY_M
 
 # Columns for which level integers may reach 127, 60 and 15.
@@ -77,6 +80,24 @@ def test_no_sum_overflows() -> None:
         with pytest.raises(ValueError, match=f"precision must not be 'int8' .* more than {most} weights"):
             integer_limit(most + 1, num_levels)
     assert (integer_limit(133_144, 2), integer_limit(133_145, 2)) == (127, 126)
+
+
+@pytest.mark.parametrize("device", triton_devices("packed_linear"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [1, 15, 5000])
+def test_the_kernel_rounds_rows_by_the_rule(columns: int, dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randn(9, columns, generator=generator)
+    x[:, 0] = 1.0
+    x = (x * torch.logspace(-37, 37, 9)[:, None]).to(dtype)
+    x[3] = 0.0
+    # An odd multiple of half a step is a tie.
+    x[4] = 127.0 * (torch.arange(columns) == 0) + 0.5 * (torch.arange(columns) % 2)
+    x[5, -1], x[6, 0] = float("nan"), float("-inf")
+    q, scale = importlib.import_module("bqnn.kernels.packed").quantize_rows(x.to(device))
+    expected, expected_scale = quantize_rows(x.float())
+    assert torch.equal(q.cpu().float(), expected)
+    assert torch.equal(scale.cpu().nan_to_num(-1.0), expected_scale.flatten().nan_to_num(-1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,24 @@ from bqnn.ops._packed_layout import make_layout
 from bqnn.ops.packed_conv2d import packed_conv2d
 from bqnn.packing import pack_codes
 from tests import formulas
-from tests.helpers import usable_backends
-from tests.shapes import EVERY_M
+from tests.helpers import skip_what_is_interpreted_wrongly, triton_devices, usable_backends
+from tests.shapes import INTERPRETED
 
-BACKENDS = [param for param in usable_backends("packed_conv2d") if param.values[0][0] == "cpu"]
-GEOMETRIES = [
-    pytest.param((1, 1, 1), (1, 1), {}, id="1x1"),
-    pytest.param((7, 6, 1), (5, 5), {}, id="lenet1"),
-    pytest.param((5, 16, 6), (3, 2), {"stride": (2, 1), "padding": (1, 2)}, id="stride-padding"),
-    pytest.param((3, 9, 4), 3, {"padding": 4, "dilation": (2, 3)}, id="dilation"),
-    pytest.param((2, 12, 8), (3, 3), {"groups": 4, "padding": 1}, id="groups"),
-    pytest.param((2, 10, 5), 3, {"groups": 5, "stride": 3}, id="depthwise"),
+BACKENDS = [param for param in usable_backends("packed_conv2d") if not INTERPRETED or param.values[0][1] == "triton"]
+IMAGE = (7, 8) if INTERPRETED else (11, 13)
+GEOMETRIES: dict[str, tuple[tuple[int, int, int], int | tuple[int, int], dict[str, Any]]] = {
+    "1x1": ((1, 1, 1), (1, 1), {}),
+    "linear": ((3, 9, 7), 1, {}),
+    "lenet1": ((7, 6, 1), (5, 5), {}),
+    "stride-padding": ((5, 16, 6), (3, 2), {"stride": (2, 1), "padding": (1, 2)}),
+    "dilation": ((3, 9, 4), 3, {"padding": 4, "dilation": (2, 3)}),
+    "groups": ((2, 12, 8), (3, 3), {"groups": 4, "padding": 1}),
+    "depthwise": ((2, 10, 5), 3, {"groups": 5, "stride": 3}),
+}
+CASES = [
+    pytest.param(num_levels, *case, id=f"M{num_levels}-{name}")
+    for name, case in GEOMETRIES.items()
+    for num_levels in ((3,) if INTERPRETED and name != "1x1" else range(2, 17))
 ]
 
 
@@ -42,37 +50,56 @@ def make_case(
     codebooks = channels if granularity == "channel" else 1
     levels = torch.randn(codebooks, num_levels, generator=generator).sort(1).values
     weight = torch.stack([levels[n % codebooks][codes[n].long()] for n in range(channels)]).double()
-    x = torch.randn(batch, inputs, 11, 13, generator=generator)
+    x = torch.randn(batch, inputs, *IMAGE, generator=generator)
     bias = torch.randn(channels, generator=generator)
     return x, pack_codes(codes.flatten(1), num_levels), levels, bias, weight
+
+
+def run(backend: tuple[str, str], x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    """The convolution by a backend on its device, moved back."""
+    tensors = (tensor if tensor is None else tensor.to(backend[0]) for tensor in (x, codes, levels, bias))
+    return packed_conv2d(*tensors, *args, backend=backend[1]).cpu()  # type: ignore[arg-type]
+
+
+def arguments_of(kernel_size: Any, geometry: dict[str, Any], precision: str = "fp32") -> tuple[Any, ...]:
+    """What follows the bias among the arguments of the op."""
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    return kernel_size, *(defaults | geometry).values(), precision
 
 
 def relative_error(y: Tensor, exact: Tensor) -> float:
     return float((y.double() - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-@pytest.mark.parametrize("num_levels", EVERY_M)
-@pytest.mark.parametrize(("shape", "kernel_size", "geometry"), GEOMETRIES)
+@pytest.mark.parametrize(("num_levels", "shape", "kernel_size", "geometry"), CASES)
 def test_fp32(
-    num_levels: int, granularity: str, shape: tuple[int, int, int], kernel_size: Any, geometry: dict[str, Any]
+    num_levels: int,
+    granularity: str,
+    shape: tuple[int, int, int],
+    kernel_size: Any,
+    geometry: dict[str, Any],
+    backend: tuple[str, str],
 ) -> None:
     x, codes, levels, bias, weight = make_case(num_levels, granularity, shape, kernel_size, geometry.get("groups", 1))
-    y = packed_conv2d(x, codes, levels, bias, kernel_size, **geometry)
+    y = run(backend, x, codes, levels, bias, *arguments_of(kernel_size, geometry))
     exact = F.conv2d(x.double(), weight, bias.double(), **geometry)
     assert y.shape == exact.shape
     assert y.dtype == torch.float32
     assert relative_error(y, exact) <= 1e-5
-    y = packed_conv2d(x.double(), codes, levels, None, kernel_size, **geometry)
+    y = run(backend, x.double(), codes, levels, None, *arguments_of(kernel_size, geometry))
     assert relative_error(y, F.conv2d(x.double(), weight, None, **geometry)) <= 1e-12
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_levels", [2, 3, 16])
-def test_bf16_rounds_the_operands_only(num_levels: int) -> None:
+def test_bf16_rounds_the_operands_only(num_levels: int, backend: tuple[str, str]) -> None:
+    skip_what_is_interpreted_wrongly(backend[1], torch.bfloat16)
     x, codes, levels, bias, weight = make_case(num_levels, "channel", (4, 9, 6), 3)
     x *= torch.logspace(-4, 4, 4).view(-1, 1, 1, 1)
     exact = F.conv2d(x.bfloat16().double(), weight.bfloat16().double(), bias.double(), padding=1)
-    assert relative_error(packed_conv2d(x, codes, levels, bias, 3, padding=1, precision="bf16"), exact) <= 1e-6
+    assert relative_error(run(backend, x, codes, levels, bias, 3, 1, 1, 1, 1, "bf16"), exact) <= 1e-6
 
 
 def int8_convolution(
@@ -101,8 +128,7 @@ def int8_convolution(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-@pytest.mark.parametrize("num_levels", EVERY_M)
-@pytest.mark.parametrize(("shape", "kernel_size", "geometry"), GEOMETRIES)
+@pytest.mark.parametrize(("num_levels", "shape", "kernel_size", "geometry"), CASES)
 def test_int8_gives_the_stated_bits(
     num_levels: int,
     granularity: str,
@@ -113,11 +139,11 @@ def test_int8_gives_the_stated_bits(
 ) -> None:
     x, codes, levels, bias, _ = make_case(num_levels, granularity, shape, kernel_size, geometry.get("groups", 1))
     x *= torch.logspace(-30, 30, len(x)).view(-1, 1, 1, 1)
-    y = packed_conv2d(x, codes, levels, bias, kernel_size, **geometry, precision="int8", backend=backend[1])
+    y = run(backend, x, codes, levels, bias, *arguments_of(kernel_size, geometry, "int8"))
     kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
     assert torch.equal(y, int8_convolution(x, codes, levels, bias, kernel, geometry))
     last = x.contiguous(memory_format=torch.channels_last)
-    again = packed_conv2d(last, codes, levels, bias, kernel_size, **geometry, precision="int8", backend=backend[1])
+    again = run(backend, last, codes, levels, bias, *arguments_of(kernel_size, geometry, "int8"))
     assert torch.equal(again, y)
 
 
@@ -126,12 +152,28 @@ def test_int8_of_extreme_samples(backend: tuple[str, str]) -> None:
     x, codes, levels, bias, _ = make_case(3, "channel", (5, 9, 6), 3)
     x[0] = 0.0
     x[1] *= 1e-43
-    x[2, 1, 2, 3], x[3, 5, 10, 12] = float("nan"), float("-inf")
-    y = packed_conv2d(x, codes, levels, bias, 3, padding=1, precision="int8", backend=backend[1])
+    x[2, 1, 2, 3], x[3, 5, -1, -1] = float("nan"), float("-inf")
+    y = run(backend, x, codes, levels, bias, 3, 1, 1, 1, 1, "int8")
     assert torch.equal(y[0], bias.view(-1, 1, 1).expand_as(y[0]))
     assert y[2:4].isnan().all()
     x, y = x[[0, 1, 4]], y[[0, 1, 4]]
     assert torch.equal(y, int8_convolution(x, codes, levels, bias, (3, 3), {"padding": (1, 1)}))
+
+
+@pytest.mark.parametrize("device", triton_devices("packed_conv2d"))
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_product_in_parts(groups: int, granularity: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more processors than tiles, each takes a part of the columns."""
+    launch = importlib.import_module("bqnn.kernels.launch")
+    monkeypatch.setattr(launch, "processors", lambda device: 5 * groups)
+    x, codes, levels, bias, weight = make_case(3, granularity, (1, 6, 64 * groups), (5, 2), groups)
+    for b in (bias, None):
+        exact = F.conv2d(x.double(), weight, None if b is None else b.double(), groups=groups)
+        arguments = (5, 2), 1, 0, 1, groups
+        assert relative_error(run((device, "triton"), x, codes, levels, b, *arguments, "fp32"), exact) <= 1e-5
+        expected = packed_conv2d(x, codes, levels, b, *arguments, "int8", backend="reference")
+        assert torch.equal(run((device, "triton"), x, codes, levels, b, *arguments, "int8"), expected)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -149,6 +191,8 @@ def test_a_layout_changes_nothing(precision: str) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_layouts_and_empty_batch(precision: str) -> None:
+    if precision == "bf16":
+        skip_what_is_interpreted_wrongly(dispatch.choose("packed_conv2d", torch.device("cpu")), torch.bfloat16)
     x, codes, levels, bias, _ = make_case(3, "channel", (4, 9, 6), 3)
     y = packed_conv2d(x, codes, levels, bias, 3, precision=precision)
     assert y.is_contiguous()

@@ -12,6 +12,7 @@ import torch
 from bqnn.ops import philox
 from bqnn.ops.philox import fresh_seed, normal, normals_from_words, philox4x32, random_words
 from tests import formulas
+from tests.helpers import SEED, triton_devices
 
 CPU = torch.device("cpu")
 ONES = 0xFFFFFFFF
@@ -154,3 +155,30 @@ def test_fresh_seeds_stay_on_the_cpu_under_a_default_device() -> None:
         seed = fresh_seed()
     assert seed.device.type == "cpu"
     assert int(seed) == expected
+
+
+@pytest.mark.parametrize("device", triton_devices("sample_linear"))
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("seed", [0, 1, SEED, 2**63 - 1])
+def test_kernels_draw_the_same_words(seed: int, offset: int, device: str) -> None:
+    from tests.philox_kernels import words_kernel
+
+    words = torch.empty((4, 37), dtype=torch.int64, device=device)
+    words_kernel[(3,)](words, seed, offset, 37, BLOCK=16)
+    assert torch.equal(words, random_words(seed, offset, 0, 37, torch.device(device)))
+
+
+@pytest.mark.parametrize("device", triton_devices("sample_linear"))
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_kernels_make_the_same_normals(offset: int, device: str) -> None:
+    from tests.philox_kernels import normals_kernel, normals_of_rows_kernel
+
+    expected = normal(torch.tensor(SEED), offset, (8, 60), CPU, torch.float64)
+    for launch in (
+        lambda out: normals_kernel[(4,)](out, SEED, offset, 480, BLOCK=128),
+        lambda out: normals_of_rows_kernel[(2, 4)](out, SEED, offset, 60, BR=4, BC=16, ALIGNED=True),
+        lambda out: normals_of_rows_kernel[(4, 2)](out, SEED, offset, 60, BR=2, BC=32, ALIGNED=False),
+    ):
+        out = torch.empty(8, 60, device=device)
+        launch(out)
+        torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-6, atol=1e-6)

@@ -40,6 +40,20 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> dict[str, Rates]:
     return rates
 
 
+# An H200's data sheet, and what a call takes from Python, about.
+GPU_BYTES, GPU_OPERATIONS, GPU_CALL = 4.8e12, {torch.float32: 60e12, torch.bfloat16: 800e12}, 2e-5
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """As if there were a GPU with Triton."""
+    rates = {dtype: Roofline(GPU_BYTES, operations, GPU_CALL) for dtype, operations in GPU_OPERATIONS.items()}
+    monkeypatch.setattr(speed, "roofline", lambda device, dtype=torch.float32: rates[dtype])
+    monkeypatch.setattr(speed, "packed_call_seconds", lambda *arguments: 3e-5)
+    monkeypatch.setattr(dispatch, "choose", lambda *arguments: "triton")
+    return torch.device("cuda")
+
+
 def test_roofline_is_the_longer_of_two() -> None:
     assert MACHINE.seconds(1e10, 1) == pytest.approx(1.0 + 1e-6)
     assert MACHINE.seconds(1, 1e11) == pytest.approx(1.0 + 1e-6)
@@ -50,10 +64,33 @@ def test_expected_seconds_by_the_roofline(monkeypatch: pytest.MonkeyPatch) -> No
     assert WORK.packed_seconds(MACHINE, "triton") == pytest.approx(1e-6 + (400_012 + 12_000) / 1e10)
     many = WORK._replace(rows=1000, activations=3_000_000)
     assert many.dense_seconds(MACHINE) == pytest.approx(1e-6 + 2 * 1000 * 2_000_000 / 1e11)
-    monkeypatch.setattr(speed, "roofline", lambda device: MACHINE)
+    monkeypatch.setattr(speed, "roofline", lambda device, dtype=torch.float32: MACHINE)
     for case in (WORK, many):
         packed, dense = case.expected_seconds(CPU, "reference")
         assert packed > dense
+
+
+def test_a_gpu_decodes_once_for_each_tile_of_rows(gpu: torch.device) -> None:
+    weights = 16384 * 16384
+    work = LayerWork("packed_linear", 3, "bf16", 16384, 16384, rows=1, activations=32768, packed_bytes=weights // 5)
+    packed, dense = work.gpu_seconds(gpu)
+    assert dense == pytest.approx(GPU_CALL + 2 * (weights + 32768) / GPU_BYTES)
+    decode = speed.DECODE_INSTRUCTIONS[2] * weights / 30e12
+    assert packed == pytest.approx(3e-5 + decode + 2 * weights / (speed.GPU_PRODUCT_SHARE * 800e12))
+    many, _ = work._replace(rows=speed.GPU_TILE_ROWS + 1).gpu_seconds(gpu)
+    assert many > packed + decode
+    assert work._replace(precision="fp32").gpu_seconds(gpu)[1] > dense
+    # Where there is next to nothing to compute, the bytes count.
+    wide = work._replace(channels=1, columns=1, activations=10**9)
+    assert wide.gpu_seconds(gpu)[0] == pytest.approx(3e-5 + (weights // 5 + 2 * 10**9) / GPU_BYTES)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_gpu_runs_large_layers_packed_for_few_rows(gpu: torch.device, precision: str) -> None:
+    first, last = packed_rows("packed_linear", gpu, (16384, 16384), 3, precision, 16384 * 16384 // 5)
+    assert first == 0
+    assert last == math.inf if precision == "int8" else 1 <= last < 1024
+    assert packed_rows("packed_linear", gpu, (64, 64), 3, "bf16", 64 * 64 // 5) == NEVER  # a call costs more
 
 
 def test_expected_seconds_of_the_cpu_kernels(kernel: dict[str, Rates]) -> None:

@@ -81,7 +81,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     step = torch.full_like(largest, MAX_INTEGER) / (largest * factor)
     q = ((x * factor) * step).round().clamp(-MAX_INTEGER, MAX_INTEGER)
     q = torch.where((largest > 0) & largest.isfinite(), q, 0.0)
-    return q, torch.where(largest.isfinite(), largest / MAX_INTEGER, torch.nan)
+    scale = largest / torch.full_like(largest, MAX_INTEGER)  # a GPU would multiply by the reciprocal of a number
+    return q, torch.where(largest.isfinite(), scale, torch.nan)
 
 
 def multiply_int8(

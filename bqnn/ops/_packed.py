@@ -19,7 +19,8 @@ class DenseWeight(NamedTuple):
     """A decoded weight as a precision uses it."""
 
     values: Tensor
-    """float32, [N, columns] or the shape of a kernel: levels, those rounded to bfloat16, or for "int8" integers."""
+    """float32, [N, columns] or the shape of a kernel: levels, those rounded to bfloat16, or for "int8" integers; the
+    rounded ones may be bfloat16 themselves."""
     scale: Tensor | None
     """float32 [1 or N]: for "int8", what the integers are multiplied by."""
 
@@ -50,6 +51,8 @@ def multiply(
         with torch.autocast(x.device.type, enabled=False):
             return multiply(product, x, weight, bias, precision, accumulate)
     values, scale = weight
+    if x.dtype == values.dtype == torch.bfloat16:
+        return product(x, values, None if bias is None else bias.to(x.dtype))
     # On a GPU a float32 product may be one of TF32 operands, which keep 10 bits.
     dtype = accumulate if x.is_cuda else x.dtype
     if precision == "fp32" and x.dtype == values.dtype == dtype and (bias is None or bias.dtype == dtype):

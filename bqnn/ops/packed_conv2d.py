@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn import dispatch
+from bqnn.ops import _packed_triton
 from bqnn.ops._check import check_conv2d_input
 from bqnn.ops._packed import DenseWeight, check_packed, decode_rounded, is_half, multiply, pair
 from bqnn.ops._packed_layout import KERNEL_DTYPES, make_layout
 from bqnn.ops._register import register_op
+from bqnn.ops._triton import serves
 
 
 def output_size(
@@ -85,6 +87,30 @@ def packed_conv2d_cpu(
     return torch.ops.bqnn_cpu.packed_conv2d(x, layout, bias, stride, padding, dilation)
 
 
+def packed_conv2d_triton(
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    precision: str,
+    layout: Tensor | None,
+) -> Tensor:
+    """The kernels, which take half-precision activations as they are; the reference for float64 and empty batches."""
+    geometry = (kernel_size, stride, padding, dilation, groups)
+    if not serves(x, levels, bias):
+        return packed_conv2d_reference(x, codes, levels, bias, *geometry, precision, layout)
+    size = output_size(x.shape[2:], kernel_size, stride, [2 * p for p in padding], dilation)
+    y = _packed_triton.packed_conv2d(x, codes, levels, bias, size, *geometry, precision, layout)
+    if _memory_format(x) == torch.channels_last:
+        return y
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device).copy_(y)
+
+
 def packed_conv2d_fake(
     x: Tensor,
     codes: Tensor,
@@ -113,6 +139,7 @@ register_op(
     packed_conv2d_fake,
 )
 dispatch.register("packed_conv2d", "cpu", packed_conv2d_cpu)
+dispatch.register("packed_conv2d", "triton", packed_conv2d_triton)
 
 
 def packed_conv2d(

@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn import dispatch
+from bqnn.ops import _packed_triton
 from bqnn.ops._check import check_linear_input
 from bqnn.ops._packed import check_packed, decode_rounded, is_half, multiply
+from bqnn.ops._packed_cuda import packed_linear_cuda
 from bqnn.ops._packed_layout import KERNEL_DTYPES, make_layout
 from bqnn.ops._register import register_op
+from bqnn.ops._triton import serves
 
 
 def packed_linear_reference(
@@ -46,6 +49,15 @@ def packed_linear_cpu(
     return torch.ops.bqnn_cpu.packed_linear(x, layout, bias)
 
 
+def packed_linear_triton(
+    x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, layout: Tensor | None
+) -> Tensor:
+    """The kernels, which take half-precision activations as they are; the reference for float64 and empty batches."""
+    if not serves(x, levels, bias):
+        return packed_linear_reference(x, codes, levels, bias, precision, layout)
+    return _packed_triton.packed_linear(x, codes, levels, bias, precision, layout)
+
+
 def packed_linear_fake(
     x: Tensor,
     codes: Tensor,
@@ -67,6 +79,8 @@ register_op(
     packed_linear_fake,
 )
 dispatch.register("packed_linear", "cpu", packed_linear_cpu)
+dispatch.register("packed_linear", "cuda", packed_linear_cuda)
+dispatch.register("packed_linear", "triton", packed_linear_triton)
 
 
 def packed_linear(

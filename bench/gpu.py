@@ -1,0 +1,132 @@
+"""Everything that needs a GPU, in one command: ``make gpu``, or ``python -m bench.gpu`` where bqnn is installed.
+
+Runs the tests that use a GPU, compute-sanitizer (memcheck, racecheck) on small cases where it is installed, and the
+benches; writes bench/results/<gpu>.json and prints a table. Needs torch, triton and pytest, and no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench import gpu_packed, gpu_training
+from bench.gpu_timing import copy_bandwidth
+from bench.gpu_training import Asked, Row
+from bench.machine import describe_machine
+from bench.save import RESULTS
+
+OPS = ("sample_linear", "sample_conv2d", "moment_linear", "moment_conv2d", "spike_slab_kl", "assign_codes")
+PACKED = ("packed_linear", "packed_conv2d")
+TESTS = [f"tests/test_{op}.py" for op in (*OPS, *PACKED)]
+SANITIZED = "cuda and (triton or cuda-cuda) and M3 and (B1 or B2)"
+KL_WEIGHTS = 1 << 24
+KL_BYTES = 24  # a weight: read twice in forward and twice in backward, two gradients written
+KL_BANDWIDTH = 0.7
+
+
+def run_tests() -> dict[str, str]:
+    """The closing line of pytest, and of each of compute-sanitizer's tools."""
+    found = {"pytest": _last_line([sys.executable, "-m", "pytest", "-q", *TESTS, "-k", "cuda"])}
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in ("memcheck", "racecheck") if sanitizer else ():
+        pytest = [sys.executable, "-m", "pytest", "-q", "-x", *TESTS, "-k", SANITIZED]
+        found[tool] = _last_line([str(sanitizer), "--tool", tool, "--target-processes", "all", *pytest])
+    return found
+
+
+def _last_line(command: list[str]) -> str:
+    print(" ".join(command), flush=True)
+    output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    print(output.stdout[-4000:], flush=True)
+    return f"exit {output.returncode}: {output.stdout.strip().splitlines()[-1]}"
+
+
+def benches(device: torch.device, ours: str) -> Iterator[Callable[[], Iterable[Row]]]:
+    """Each makes the rows of one case."""
+    for kind in gpu_training.KINDS:
+        for name in gpu_training.LAYERS:
+            yield partial(gpu_training.layer_rows, kind, name, device, ours)
+    yield partial(gpu_training.kl_rows, KL_WEIGHTS, device, ours)
+    for model in gpu_training.NETWORKS:
+        yield partial(gpu_training.network_rows, model, device, ours)
+    for size in gpu_packed.SIZES:
+        for batch in gpu_packed.BATCHES:
+            yield partial(gpu_packed.linear_rows, size, batch, device)
+    yield partial(gpu_packed.conv2d_rows, device)
+
+
+def verdicts(rows: list[Row], ours: str) -> Iterator[str]:
+    """A line for each figure that is asked: what, asked, measured."""
+    by_case: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_case.setdefault(row.case, {})[row.variant] = row
+    asked: dict[str, list[Asked]] = {**gpu_training.ASKED, **gpu_packed.asked()}
+    for case, variants in by_case.items():
+        own = [variants[name] for name in (ours, *gpu_packed.ALLOWED) if name in variants]
+        for want in asked.get(case, asked.get(case.split("-")[0], [])):
+            rival = variants.get("bf16 dense" if case.startswith("packed") else want.rival)
+            if rival is None or not own:
+                continue
+            if any(row.error is not None and row.error > gpu_training.ALLOWED for row in own if row.variant == ours):
+                yield f"{case}: no figure, the result is {own[0].error:.2g} away from the reference's"
+                break
+            best = min(own, key=lambda row: row.seconds)
+            yield _verdict(f"{case}: time of {rival.variant} over ours", want.faster, rival.seconds / best.seconds)
+            if want.smaller is not None:
+                ratio = rival.peak_bytes / max(1, best.peak_bytes)
+                yield _verdict(f"{case}: peak memory of {rival.variant} over ours", want.smaller, ratio)
+
+
+def _verdict(text: str, asked: float, measured: float) -> str:
+    return f"{text:<78} asked {asked:>5.2f}  measured {measured:>6.2f}  {'met' if measured >= asked else 'NOT MET'}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-tests", action="store_true", help="benches alone")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.gpu: there is no GPU here")
+    device, ours = torch.device("cuda"), "triton"
+    result: dict[str, object] = {"machine": describe_machine()}
+    if not arguments.no_tests:
+        result["tests"] = run_tests()
+    bandwidth = copy_bandwidth(device)
+    rows: list[Row] = []
+    failures: list[str] = []
+    for bench in benches(device, ours):
+        try:
+            for row in bench():
+                rows.append(row)
+                print(
+                    f"{row.case:<44}{row.variant:<22}{1e6 * row.seconds:>12.1f} us{row.peak_bytes / 2**20:>10.1f} MiB",
+                    flush=True,
+                )
+        except Exception as error:  # the other cases are still worth their time
+            failures.append(f"{type(error).__name__}: {error}")
+            print(failures[-1], flush=True)
+        torch.cuda.empty_cache()
+    lines = list(verdicts(rows, ours))
+    kl = next((row for row in rows if row.case.startswith("spike_slab_kl") and row.variant == ours), None)
+    if kl is not None:
+        share = KL_BYTES * KL_WEIGHTS / kl.seconds / bandwidth
+        lines.append(_verdict(f"{kl.case}: share of the copy's bandwidth", KL_BANDWIDTH, share))
+    result |= {"copy_bytes_per_second": bandwidth, "rows": [row._asdict() for row in rows], "failures": failures}
+    name = torch.cuda.get_device_name().lower().replace(" ", "-")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{name}.json").write_text(json.dumps({**result, "verdicts": lines}, indent=1) + "\n")
+    print("\n".join(lines))
+    print(result.get("tests", ""))
+
+
+if __name__ == "__main__":
+    main()

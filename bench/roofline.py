@@ -1,0 +1,122 @@
+"""``python -m bench.roofline``: what GPU kernels can reach at most, beside what was measured.
+
+A kernel here is a function that gives the :class:`Work` of one call for every case. A call takes as long as the longest
+of four things: moving its bytes, its products, the integer instructions that are neither, and its multiplications of
+integers, all of which run beside each other. Prints the table, and with ``--save`` keeps it as
+bench/results/roofline_packed.json, where measured times stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bqnn.ops._gpu_layout import row_words
+from bqnn.ops._packed_cuda import MAX_ROWS
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TABLE = RESULTS / "roofline_packed.json"
+
+
+class Gpu(NamedTuple):
+    """What a GPU does in a second."""
+
+    datasheet_bytes: float
+    bytes: float  # as a copy was measured
+    products: float  # bfloat16 operations, an addition and a multiplication being two, as a large product was measured
+    integers: float  # lanes of the integer units, and as many of the multiplier beside them
+    issued: float  # lanes of instructions of any kind
+
+
+# 132 multiprocessors of 4 schedulers at 1.7 GHz: each issues 32 lanes a cycle and has 16 lanes for integers.
+H200 = Gpu(4.8e12, 4.3e12, 790e12, 132 * 4 * 16 * 1.7e9, 132 * 4 * 32 * 1.7e9)
+
+
+class Work(NamedTuple):
+    """One call: bytes that have to move, operations of its products, and lanes of its other instructions."""
+
+    kernel: str
+    case: str
+    bytes: float
+    operations: float
+    integers: float = 0.0
+    issued: float = 0.0
+
+    def seconds(self, gpu: Gpu) -> dict[str, float]:
+        """The least time of each kind of work, and of all of them at once ("expected")."""
+        limits = {
+            "datasheet memory": self.bytes / gpu.datasheet_bytes,
+            "memory": self.bytes / gpu.bytes,
+            "products": self.operations / gpu.products,
+            "instructions": max(self.integers / gpu.integers, self.issued / gpu.issued),
+        }
+        return {**limits, "expected": max(list(limits.values())[1:])}
+
+
+def linear_bf16(rows: int, side: int) -> Work:
+    """A dense layer of side x side in bfloat16: what cuBLAS has to do."""
+    return Work(
+        "linear bf16", f"{side}x{side} B{rows}", 2.0 * (side * side + 2 * rows * side), 2.0 * rows * side * side
+    )
+
+
+def packed_linear(rows: int, side: int, num_levels: int = 3) -> Work:
+    """The same with packed weights, x and y in bfloat16; instructions are those of the kernel for few rows."""
+    n_bytes = 4.0 * side * row_words(num_levels, side) + 2.0 * 2 * rows * side
+    integers, issued = decoding(rows, num_levels)
+    weights = side * side
+    name = f"packed_linear M{num_levels} bf16"
+    return Work(name, f"{side}x{side} B{rows}", n_bytes, 2.0 * rows * weights, integers * weights, issued * weights)
+
+
+def decoding(rows: int, num_levels: int) -> tuple[float, float]:
+    """Integer and all instructions a weight, of the kernel for sm_90 in cuda_resources.json; 0 where it has no part."""
+    if rows > MAX_ROWS:
+        return 0.0, 0.0
+    capacity = next(size for size in (2, 4, 8, 16) if num_levels <= size)
+    name = f"packed_linear_fwd_kernel<{capacity}, 1, {1 if rows <= 8 else 2}>"
+    kernels = json.loads((RESULTS / "cuda_resources.json").read_text())["kernels"]
+    kernel = next(kernel for kernel in kernels if (kernel["architecture"], kernel["name"]) == ("90", name))
+    return max(kernel["integer"], kernel["multiplied"]), kernel["issued"]
+
+
+def packed_cases() -> Iterator[tuple[Work, Work]]:
+    """Every case, and the dense one that it is compared with."""
+    for num_levels in (2, 3, 16):
+        for side in (4096, 8192, 16384):
+            for rows in (1, 8, 16, 64, 128, 1024):
+                yield packed_linear(rows, side, num_levels), linear_bf16(rows, side)
+
+
+def table(gpu: Gpu, measured: dict[str, float | None]) -> list[dict[str, Any]]:
+    """A row for each case; times in microseconds, ``measured`` by kernel and case."""
+    rows = []
+    for work, dense in packed_cases():
+        times = {name: round(1e6 * seconds, 2) for name, seconds in work.seconds(gpu).items()}
+        ratio = dense.seconds(gpu)["expected"] / work.seconds(gpu)["expected"]
+        row = {"kernel": work.kernel, "case": work.case, "bytes": int(work.bytes), "operations": int(work.operations)}
+        rows.append(
+            {**row, **times, "dense / packed": round(ratio, 2), "measured": measured.get(work.kernel + work.case)}
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help=f"write {TABLE.name}")
+    save = parser.parse_args().save
+    kept = json.loads(TABLE.read_text())["rows"] if TABLE.exists() else []
+    rows = table(H200, {row["kernel"] + row["case"]: row["measured"] for row in kept})
+    print("  ".join(f"{name:>16}" for name in rows[0]), " (H200, microseconds)")
+    for row in rows:
+        print("  ".join(f"{'-' if value is None else value:>16}" for value in row.values()))
+    if save:
+        lines = ",\n  ".join(json.dumps(row) for row in rows)
+        TABLE.write_text(f'{{\n "gpu": {json.dumps(H200._asdict())},\n "rows": [\n  {lines}\n ]\n}}\n')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""packed_linear: the product with a weight of codes, decoded field by field in registers.
+
+Shapes: x [M, K], words [N, W] (bqnn.ops._gpu_layout), y [M, N]. A single row is multiplied as it is decoded; more rows
+go through tensor cores, a product for each field of a tile of words.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from bqnn.kernels.decode import codebook, decode, few_levels
+from bqnn.kernels.launch import processors, rows_of, splits_of
+from bqnn.kernels.packed import finish, flags_of_packed, quantize_rows, sum_of_parts
+
+# Up to so many rows, each takes a pass of its own over the words. Float32 products are FMA, for which tiles of a few
+# rows are padded to 16.
+GEMV_ROWS = {"fp32": 3, "bf16": 1, "int8": 1}
+GEMV_WORDS = 2048  # of a block: four 16-byte loads a lane before the first is used
+
+# Tiles by rows: the first line whose BM is not below them, else the last. BW words are BW columns of each product.
+# Float32 takes its fields in a loop: unrolled, its FMA would not fit the instruction cache.
+TILES = {
+    "fp32": ({"BM": 16, "BN": 64, "BW": 16}, {"BM": 32, "BN": 64, "BW": 16}, {"BM": 64, "BN": 64, "BW": 16}),
+    "bf16": (
+        {"BM": 16, "BN": 64, "BW": 32},
+        {"BM": 32, "BN": 64, "BW": 32},
+        {"BM": 64, "BN": 128, "BW": 16},
+        {"BM": 128, "BN": 128, "BW": 16},
+    ),
+    "int8": (
+        {"BM": 16, "BN": 64, "BW": 32},
+        {"BM": 32, "BN": 64, "BW": 32},
+        {"BM": 64, "BN": 128, "BW": 32},
+        {"BM": 128, "BN": 128, "BW": 32},
+    ),
+}
+STAGE_BYTES = 128 * 1024  # of activations on their way, over all stages: what leaves room for the decoded tile
+
+
+@triton.jit
+def load_columns(p_row, m_m, o_k, K, OPERAND: tl.constexpr):
+    """The columns o_k [BW] of rows p_row [BM, 1]: OPERAND [BM, BW], 0 beyond the last row and column."""
+    m_x = m_m[:, None] & (o_k < K)[None, :]
+    return tl.load(p_row + o_k[None, :], mask=m_x, other=0).to(OPERAND)
+
+
+@triton.jit
+def packed_linear_gemv_kernel(
+    p_x,
+    p_words,
+    p_levels,
+    p_scale,
+    p_row_scale,
+    p_bias,
+    p_y,
+    N,
+    K,
+    W,
+    stride_x,
+    BLOCK_WORDS: tl.constexpr,
+    NUM_LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    INT8: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+):
+    PER_WORD: tl.constexpr = 32 // BITS
+    SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
+    i_n, i_m = tl.program_id(0), tl.program_id(1)
+    o_n, o_m = i_n * BN + tl.arange(0, BN), i_m + tl.arange(0, 1)
+    m_n = o_n < N
+    p_row, p_word = p_x + i_m.to(tl.int64) * stride_x, p_words + o_n.to(tl.int64)[:, None] * W
+    p_book = codebook(p_levels, tl.where(m_n, o_n, 0), PER_CHANNEL, STRIDE)
+    c0, c1, c2, c3 = few_levels(p_book, NUM_LEVELS, OPERAND)
+    b_sum = tl.zeros((BN, BW), SUM)
+    for first in range(0, W, BW):
+        o_w = first + tl.arange(0, BW)
+        o_k = (o_w // BLOCK_WORDS) * (BLOCK_WORDS * PER_WORD) + o_w % BLOCK_WORDS
+        b_words = tl.load(p_word + o_w[None, :], mask=m_n[:, None] & (o_w < W)[None, :], other=0)
+        for i in tl.static_range(PER_WORD):
+            o_x = o_k + i * BLOCK_WORDS
+            b_x = tl.load(p_row + o_x, mask=o_x < K, other=0).to(OPERAND).to(SUM)
+            b_w = decode(b_words, i, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS, OPERAND)
+            b_sum += b_w.to(SUM) * b_x[None, :]
+    b_y = tl.sum(b_sum, axis=1)[None, :]
+    y = finish(b_y, p_scale, p_row_scale, p_bias, o_m, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL)
+    tl.store(p_y + o_m.to(tl.int64)[:, None] * N + o_n[None, :], y, mask=m_n[None, :])
+
+
+@triton.jit
+def packed_linear_fwd_kernel(
+    p_x,
+    p_words,
+    p_levels,
+    p_scale,
+    p_row_scale,
+    p_bias,
+    p_y,
+    M,
+    N,
+    K,
+    W,
+    stride_x,
+    span,
+    BLOCK_WORDS: tl.constexpr,
+    NUM_LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    INT8: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+):
+    PER_WORD: tl.constexpr = 32 // BITS
+    i_m, i_n, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+    m_m, m_n = o_m < M, o_n < N
+    p_row, p_word = p_x + o_m.to(tl.int64)[:, None] * stride_x, p_words + o_n.to(tl.int64)[:, None] * W
+    p_book = codebook(p_levels, tl.where(m_n, o_n, 0), PER_CHANNEL, STRIDE)
+    c0, c1, c2, c3 = few_levels(p_book, NUM_LEVELS, OPERAND)
+    b_y = tl.zeros((BM, BN), tl.int32 if INT8 else tl.float32)
+    for first in range(i_s * span, tl.minimum(W, (i_s + 1) * span), BW):
+        o_w = first + tl.arange(0, BW)
+        o_k = (o_w // BLOCK_WORDS) * (BLOCK_WORDS * PER_WORD) + o_w % BLOCK_WORDS
+        b_words = tl.load(p_word + o_w[None, :], mask=m_n[:, None] & (o_w < W)[None, :], other=0)
+        if UNROLLED:
+            for i in tl.static_range(PER_WORD):
+                b_x = load_columns(p_row, m_m, o_k + i * BLOCK_WORDS, K, OPERAND)
+                b_w = decode(b_words, i, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS, OPERAND)
+                b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")  # [BM, BW] @ [BW, BN]
+        else:
+            for i in range(PER_WORD):
+                b_x = load_columns(p_row, m_m, o_k + i * BLOCK_WORDS, K, OPERAND)
+                b_w = decode(b_words, i, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS, OPERAND)
+                b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")  # [BM, BW] @ [BW, BN]
+    o_y = (i_s.to(tl.int64) * M + o_m)[:, None] * N + o_n[None, :]
+    if not SPLIT:
+        o_row = tl.where(m_m, o_m, 0)
+        b_y = finish(b_y, p_scale, p_row_scale, p_bias, o_row, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL)
+    tl.store(p_y + o_y, b_y, mask=m_m[:, None] & m_n[None, :])
+
+
+def tiles(rows, x, precision, per_word):
+    """Tile sizes, warps and stages for so many rows of x, multiplied in ``precision``."""
+    lines = TILES[precision]
+    line = dict(next((line for line in lines if line["BM"] >= rows), lines[-1]))
+    unrolled = precision != "fp32"
+    if per_word == 32 and precision == "bf16":
+        line["BW"] = 16  # 32 fields of twice as many columns would leave no room for a second stage
+    stage = line["BM"] * line["BW"] * x.element_size() * (per_word if unrolled else 1)
+    return {
+        **line,
+        "UNROLLED": unrolled,
+        "num_warps": 8 if line["BM"] * line["BN"] > 64 * 64 else 4,
+        "num_stages": max(1, min(3, STAGE_BYTES // stage)),
+    }
+
+
+def _gemv(rows, words, book, scale, row_scale, bias, y, flags, block_words):
+    (M, K), (N, W) = rows.shape, words.shape
+    BW = min(512, triton.next_power_of_2(W))
+    BN = min(GEMV_WORDS // BW, triton.next_power_of_2(max(1, N // (4 * processors(rows.device)))))
+    packed_linear_gemv_kernel[(triton.cdiv(N, BN), M)](
+        rows, words, book, scale, row_scale, bias, y, N, K, W, rows.stride(0), block_words, BN=BN, BW=BW, **flags
+    )
+    return y
+
+
+def forward(x, words, num_levels, book, scale, bias, precision, block_words):
+    """y [..., N] in x's dtype, of x [..., K], not empty.
+
+    ``words`` int32 [N, W], contiguous, of blocks of ``block_words``; ``book`` the levels, float32 [1 or N, M], or for
+    "int8" integers, int8 [1 or N, M or more], with their scales, float32 [1 or N], in ``scale``.
+    """
+    rows = rows_of(x)
+    flags = flags_of_packed(num_levels, book, scale, bias, precision)
+    y = torch.empty((rows.shape[0], words.shape[0]), device=x.device, dtype=x.dtype)
+    row_scale = None
+    if precision == "int8":
+        rows, row_scale = quantize_rows(rows.contiguous())
+    multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, block_words)
+    return y.view(*x.shape[:-1], -1)
+
+
+def multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, block_words):
+    """Fills y [M, N] with the product of rows [M, K], integers for "int8", and the words."""
+    (M, K), (N, W) = rows.shape, words.shape
+    if GEMV_ROWS[precision] >= M:
+        return _gemv(rows, words, book, scale, row_scale, bias, y, flags, block_words)
+    if precision == "bf16":
+        rows = rows.to(torch.bfloat16)  # once, not in every block of channels
+    config = tiles(M, rows, precision, 32 // flags["BITS"])
+    blocks = (triton.cdiv(M, config["BM"]), triton.cdiv(N, config["BN"]))
+    splits, span = splits_of(blocks, W, config["BW"], rows.device)
+    sums = y
+    if splits > 1:
+        sums = torch.empty((splits, M, N), device=y.device, dtype=torch.int32 if precision == "int8" else torch.float32)
+    packed_linear_fwd_kernel[(*blocks, splits)](
+        rows, words, book, scale, row_scale, bias, sums, M, N, K, W, rows.stride(0), span, block_words,
+        SPLIT=splits > 1, **config, **flags,
+    )  # fmt: skip
+    return y if splits == 1 else sum_of_parts(sums, scale, row_scale, bias, y)

@@ -1,0 +1,61 @@
+"""The build of the CUDA kernels, without a GPU: what they take when compiled, and what setup.py says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.nvcc import ROOT, TOOLKIT, Kernel, compiled, disassembler
+
+ARCHITECTURES = ("80", "90")
+TABLE = ROOT / "bench" / "results" / "cuda_resources.json"
+LEEWAY = 1.05  # instructions; what a changed constant may move
+
+
+@pytest.mark.skipif(TOOLKIT is None or disassembler() is None, reason="no CUDA toolkit, or no cuobjdump")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_resources(architecture: str) -> None:
+    assert TOOLKIT is not None
+    kernels = compiled(TOOLKIT, architecture)
+    assert len(kernels) == 16
+    for kernel in kernels:
+        assert (kernel.local, kernel.stack) == (0, 0), f"{kernel.name} spills: {kernel}"
+        assert kernel.shared <= 48 * 1024, kernel  # more has to be asked for
+    table = json.loads(TABLE.read_text())
+    if tuple(table["nvcc"]) != TOOLKIT.release:
+        return
+    rows = [row for row in table["kernels"] if row.pop("architecture") == architecture]
+    before = [Kernel(**row) for row in rows]
+    assert [kernel.name for kernel in kernels] == [kernel.name for kernel in before], "make the table again"
+    for kernel, old in zip(kernels, before):
+        assert kernel.registers <= old.registers and kernel.shared <= old.shared, f"{kernel}, before {old}"
+        assert kernel.issued <= LEEWAY * old.issued, f"{kernel}, before {old}"
+
+
+@pytest.mark.parametrize(
+    ("switch", "message"),
+    [
+        pytest.param("0", "CUDA kernels skipped: BQNN_CUDA=0", id="off"),
+        pytest.param("", "CUDA kernels skipped: (the toolkit in .* is of CUDA 9.0 and torch|this torch)", id="other"),
+        pytest.param("1", "BQNN_CUDA=1, and (the toolkit in .* is of CUDA 9.0 and torch|this torch)", id="demanded"),
+    ],
+)
+def test_setup_says_why_it_skips(switch: str, message: str, tmp_path: Path) -> None:
+    for folder in ("bin", "include"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    nvcc = tmp_path / "bin" / "nvcc"  # of a toolkit that no torch was built with
+    nvcc.write_text("#!/bin/sh\necho 'release 9.0, V9.0.1'\n")
+    nvcc.chmod(0o755)
+    environment = {**os.environ, "BQNN_CPU": "0", "BQNN_CUDA": switch, "CUDA_HOME": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (run.returncode != 0) == (switch == "1")
+    assert re.search(message, run.stderr)
