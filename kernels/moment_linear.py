@@ -18,7 +18,7 @@ from bqnn.kernels.moment import (
     weight_moments,
 )
 from bqnn.kernels.philox import normals_of_rows
-from bqnn.kernels.quantizer import group_of
+from bqnn.kernels.quantizer import codebook_of
 
 # A tile of the outputs, or of the gradient of x, has so many columns and takes so many contracted indices a step.
 WIDTH, STEP, WARPS = 64, 32, 8
@@ -28,13 +28,6 @@ WIDTH, STEP, WARPS = 64, 32, 8
 OPERATIONS_FUSED = 54
 OPERATIONS_OF_THRESHOLD = 25
 OPERATIONS_OF_GAUSSIAN = 8
-WEIGHT_TILES = {
-    "BM": 32,
-    "BN": 64,
-    "BK": 128,
-    "BR": 8,
-    "num_warps": 4,
-}  # of the weight's gradient; BR: rows at a time at its end
 
 
 @triton.heuristics(
@@ -81,13 +74,13 @@ def moment_linear_fwd_kernel(
     i_n, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < M, o_n < N
-    o_group = group_of(o_n, m_n, PER_CHANNEL)
     p_row = p_x + o_m.to(tl.int64)[:, None] * stride_x
     b_mean = tl.zeros((BM, BN), tl.float32)
     b_variance = tl.zeros((BM, BN), tl.float32)
     for first in range(i_s * span, tl.minimum(K, (i_s + 1) * span), BK):
         o_k = first + tl.arange(0, BK)
         m_k = (o_k < K)[None, :]
+        o_group = codebook_of(o_n, m_n, first, NUM_LEVELS, PER_CHANNEL)
         b_x = tl.load(p_row + o_k[None, :], mask=m_m[:, None] & m_k, other=0.0)
         o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
         b_e, b_v = weight_moments(
@@ -149,7 +142,7 @@ def moment_linear_bwd_kernel_input(
         b_grad = tl.load(p_grad + o_row * stride_grad + o_n[None, :], mask=m_grad, other=0.0)
         b_slope = tl.load(p_slope + o_row * N + o_n[None, :], mask=m_grad, other=0.0)
         o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
-        o_group = group_of(o_n, m_n, PER_CHANNEL)
+        o_group = codebook_of(o_n, m_n, first, NUM_LEVELS, PER_CHANNEL)
         b_e, b_v = weight_moments(
             p_weight, p_log_sigma2, p_levels, p_thresholds, o_w, m_n[:, None] & m_k, o_group, NUM_LEVELS, MODE
         )
@@ -229,6 +222,13 @@ def _rows_of_block(rows, dtype):
     return min(max(16, triton.next_power_of_2(rows)), 64 if dtype == torch.float32 else 128)
 
 
+def _weight_tiles(dtype):
+    """Those of the weight's gradient; BR is the rows at its end that are finished at once."""
+    if dtype == torch.float32:  # its products take registers for their operands too
+        return {"BM": 32, "BN": 32, "BK": 64, "BR": 8, "num_warps": 4}
+    return {"BM": 32, "BN": 64, "BK": 128, "BR": 8, "num_warps": 4}
+
+
 def _grid(x, columns, length):
     """Grid, and a part's share of the contraction, of a product [rows of x, length] @ [length, columns]."""
     blocks = (triton.cdiv(columns, WIDTH), triton.cdiv(len(x), _rows_of_block(len(x), x.dtype)))
@@ -295,10 +295,11 @@ def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offse
         )  # fmt: skip
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
     grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(weight)
-    blocks = (triton.cdiv(N, WEIGHT_TILES["BN"]), triton.cdiv(K, WEIGHT_TILES["BK"]))
+    tiles = _weight_tiles(x.dtype)
+    blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(K, tiles["BK"]))
     sums = torch.empty((blocks[1], N, codebook_sums(levels.shape[1], mode)), device=x.device)
     moment_linear_bwd_kernel_weight[blocks](
         grad, slope, rows, *posterior, grad_weight, grad_log_sigma2, sums, M, N, K, grad.stride(0), rows.stride(0),
-        sums.shape[2], **flags, **WEIGHT_TILES,
+        sums.shape[2], **flags, **tiles,
     )  # fmt: skip
     return grad_x, grad_weight, grad_log_sigma2, *codebook_gradients(sums, levels, thresholds)

@@ -1,6 +1,6 @@
 """The partition and the levels of a block of weights, as in ``bqnn.ops.quantizer``.
 
-A codebook's row is found with ``o_group`` [BN, 1] of :func:`codebook_of`.
+A codebook's row is found with ``o_group`` of :func:`codebook_of`.
 """
 
 import triton
@@ -9,15 +9,16 @@ import triton.language as tl
 
 @triton.jit
 def codebook_of(o_n, m_n, step, NUM_LEVELS: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """The row of the codebook of channels o_n [BN], those outside the mask have the first: [BN, 1].
+    """The row of the codebook of channels o_n [BN], those outside the mask have the first: [BN, 1], or a scalar where
+    channels share it, so that levels are loaded once.
 
     ``step``, 0 or a loop's variable that is never negative, keeps long codebooks in the loop: hoisted out of it they
     would fill the registers.
     """
-    o_group = tl.where(m_n, o_n, 0)[:, None] * PER_CHANNEL
-    if NUM_LEVELS * (1 + PER_CHANNEL) > 8:
-        o_group += tl.minimum(step, 0)
-    return o_group
+    o_first = tl.minimum(step, 0) if NUM_LEVELS * (1 + PER_CHANNEL) > 8 else tl.minimum(0, 0)
+    if PER_CHANNEL:
+        o_first += tl.where(m_n, o_n, 0)[:, None]
+    return o_first
 
 
 @triton.jit
@@ -46,15 +47,6 @@ def store_level_sums(values, code, p_sums, o_n, m_n, NUM_LEVELS: tl.constexpr):
     for m in range(NUM_LEVELS):
         sums = tl.sum(tl.where(code == m, values, 0.0), axis=1)
         tl.store(p_sums + o_n * NUM_LEVELS + m, sums, mask=m_n)
-
-
-@triton.jit
-def group_of(o_n, m_n, PER_CHANNEL: tl.constexpr):
-    """The codebook's row of channels o_n [BN]; a shared one is a scalar, so that levels stay scalars as well."""
-    if PER_CHANNEL:
-        return tl.where(m_n, o_n, 0)[:, None]
-    else:
-        return 0
 
 
 @triton.jit

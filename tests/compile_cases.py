@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from bqnn.kernels import sample, sample_linear
+from bqnn.kernels import launch, moment, moment_linear, sample, sample_linear
 
 SEED, OFFSET = 2**62, 2**33
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,6 +50,43 @@ def _sample(columns: int, num_levels: int, groups: int) -> None:
         sample.sample_backward(weight.to(dtype), weight, log_sigma2, levels, thresholds, SEED, OFFSET)
 
 
+def _moment_linear(
+    batch: int,
+    dtype: torch.dtype,
+    columns: int = 512,
+    num_levels: int = 3,
+    groups: int = 1,
+    mode: str = "categorical",
+    coarse: bool = True,
+) -> None:
+    channels = 256
+    x, grad = torch.zeros(batch, columns, dtype=dtype), torch.zeros(batch, channels, dtype=dtype)
+    tensors = posterior((channels, columns), num_levels, groups)
+    _, slope = moment_linear.forward(x, *tensors, torch.zeros(channels), SEED, OFFSET, mode, coarse)
+    moment_linear.backward(grad, slope if coarse else None, x, *tensors, SEED, OFFSET, mode, True)
+
+
+def _moment_linear_in_parts(batch: int, dtype: torch.dtype) -> None:
+    with mock.patch.object(launch, "processors", lambda device: 132):
+        _moment_linear(batch, dtype)
+
+
+def _moment(columns: int, num_levels: int, groups: int, mode: str) -> None:
+    tensors = posterior((64, columns), num_levels, groups)
+    for dtype in PRODUCT_DTYPES:
+        moment.moments(*tensors, mode, dtype)
+        grad = torch.zeros(64, columns, dtype=dtype)
+        moment.moments_backward(grad, grad, *tensors, mode)
+
+
+def _noisy(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    for dtype in PRODUCT_DTYPES:
+        y = torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
+        moment.noisy(y, y, SEED, OFFSET, y, y.bfloat16())
+        moment.noisy(y, y, SEED, OFFSET, y, None)
+        moment.noisy(None, y, SEED, OFFSET, None, y)
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -69,4 +107,26 @@ SAMPLE_LINEAR: Cases = {
     "sample-M16-K25-channel": partial(_sample, 25, 16, 64),
 }
 
-CASES: Cases = {**SAMPLE_LINEAR}
+MOMENT_LINEAR: Cases = {
+    **{f"moment_linear-bfloat16-B{batch}": partial(_moment_linear, batch, torch.bfloat16) for batch in (1, 32, 64)},
+    **{f"moment_linear-{_name(dtype)}-B128": partial(_moment_linear, 128, dtype) for dtype in PRODUCT_DTYPES},
+    **{
+        f"moment_linear-{_name(dtype)}-B128-M16-K511-channel": partial(_moment_linear, 128, dtype, 511, 16, 256)
+        for dtype in (torch.bfloat16, torch.float32)
+    },
+    "moment_linear-bfloat16-B128-channel": partial(_moment_linear, 128, torch.bfloat16, groups=256),
+    "moment_linear-bfloat16-B128-exact": partial(_moment_linear, 128, torch.bfloat16, coarse=False),
+    "moment_linear-bfloat16-B128-parts": partial(_moment_linear_in_parts, 128, torch.bfloat16),
+    **{
+        f"moment_linear-bfloat16-B128-{mode}": partial(_moment_linear, 128, torch.bfloat16, 512, 16, mode=mode)
+        for mode in ("gaussian", "straight_through")
+    },
+    "moment-M3": partial(_moment, 512, 3, 1, "categorical"),
+    "moment-M16-K25-channel": partial(_moment, 25, 16, 64, "categorical"),
+    "moment-M16-straight_through": partial(_moment, 512, 16, 1, "straight_through"),
+    "moment-gaussian": partial(_moment, 512, 3, 1, "gaussian"),
+    "noise": partial(_noisy, (64, 512), torch.contiguous_format),
+    "noise-channels_last": partial(_noisy, (4, 16, 8, 8), torch.channels_last),
+}
+
+CASES: Cases = {**SAMPLE_LINEAR, **MOMENT_LINEAR}
