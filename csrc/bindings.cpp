@@ -286,6 +286,8 @@ Tensor new_output(bool half, const std::vector<int64_t>& size, bool channels_las
 Tensor packed_layout_op(Tensor codes, Tensor levels, Tensor int8_levels, Tensor int8_scale, int64_t columns,
                         std::vector<int64_t> kernel_size, int64_t dilation_w, int64_t groups, std::string precision) {
   const int precision_index = precision == "fp32" ? 0 : precision == "bf16" ? 1 : 2;
+  const bool linear = kernel_size.empty();
+  if (linear) kernel_size = {1, 1};
   const int64_t channels = codes.size(0), taps = kernel_size.at(0) * kernel_size.at(1);
   STD_TORCH_CHECK(columns > 0 && columns % taps == 0 && groups > 0 && channels % groups == 0,
                   "columns must be a multiple of the kernel's taps, and channels of groups");
@@ -301,7 +303,8 @@ Tensor packed_layout_op(Tensor codes, Tensor levels, Tensor int8_levels, Tensor 
                             static_cast<int>(kernel_size[0]),
                             static_cast<int>(kernel_size[1]),
                             static_cast<int>(dilation_w),
-                            static_cast<Precision>(precision_index)};
+                            static_cast<Precision>(precision_index),
+                            linear && isa() >= Isa::avx512};
   Tensor layout = torch::stable::new_empty(codes, {static_cast<int64_t>(layout_bytes(weight))});
   make_layout(weight, layout.mutable_data_ptr());
   return layout;

@@ -22,7 +22,7 @@ def make_layout(
     levels: Tensor,
     columns: int,
     precision: str,
-    kernel_size: Sequence[int] = (1, 1),
+    kernel_size: Sequence[int] = (),
     dilation_w: int = 1,
     groups: int = 1,
 ) -> Tensor:
@@ -33,7 +33,8 @@ def make_layout(
         levels: float32 [1 or N, M].
         columns: K; for a convolution C/groups * kh * kw.
         precision: "fp32", "bf16" or "int8".
-        kernel_size, dilation_w, groups: of a convolution; ``dilation_w`` is the dilation along the width.
+        kernel_size, dilation_w, groups: of a convolution; ``dilation_w`` is the dilation along the width. A linear
+            layer has no kernel size.
 
     Returns:
         uint8, bytes that the cpu backend alone reads.

@@ -55,9 +55,10 @@ enum class Kind { bf16, s8 };
   } while (0)
 
 // A product of one or two tiles with one or two blocks, or of up to four tiles with one block, over all steps of a run.
-// Of the nine products of three parts with three, the six above 2^-24 of the whole are added, in one order whatever the
-// shape: a result does not depend on how the rows of a batch are cut into tasks.
-template <Kind kind, int kParts, int kTiles, int kBlocks>
+// Of the nine products of three parts with three, the six above 2^-24 of the whole are added, or all three of three
+// parts with one, in one order whatever the shape: a result does not depend on how the rows of a batch are cut into
+// tasks.
+template <Kind kind, int kParts, int kLevelParts, int kTiles, int kBlocks>
 __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t stride, int64_t step_stride,
                                               int64_t part_stride, const Run& run, const char* panel,
                                               int64_t panel_stride, void* out, bool accumulate) {
@@ -108,6 +109,11 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t 
         };
         if constexpr (kParts == 1) {
           load_b(0), load_a(0), square();
+        } else if constexpr (kLevelParts == 1) {
+          load_b(0);
+          load_a(2), square();
+          load_a(1), square();
+          load_a(0), square();
         } else {
           load_a(0), load_b(2), square();
           load_b(1), square();
@@ -125,10 +131,16 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t 
             BQNN_DOT(1, 4, 7);
           }
         };
-        BQNN_LOAD(4, a(0, 0), stride);
-        if constexpr (kParts == 1) {
-          row(0);
+        if constexpr (kLevelParts == 1) {
+          BQNN_LOAD(6, b0, 64);
+          if constexpr (kBlocks > 1) BQNN_LOAD(7, b1, 64);
+          for (int part = kParts - 1; part >= 0; --part) {
+            BQNN_LOAD(4, a(0, part), stride);
+            BQNN_DOT(0, 4, 6);
+            if constexpr (kBlocks > 1) BQNN_DOT(1, 4, 7);
+          }
         } else {
+          BQNN_LOAD(4, a(0, 0), stride);
           row(2), row(1);
           BQNN_LOAD(4, a(0, 1), stride);
           row(1);
@@ -154,9 +166,9 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t 
             BQNN_DOT(3, 5, 6);
           }
         };
-        if constexpr (kParts == 1) {
+        if constexpr (kLevelParts == 1) {
           BQNN_LOAD(6, b0, 64);
-          column(0);
+          for (int part = kParts - 1; part >= 0; --part) column(part);
         } else {
           BQNN_LOAD(6, b0 + 2 * kTileBytes, 64);
           column(0);
@@ -166,7 +178,7 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t 
           column(2), column(1), column(0);
         }
       }
-      b0 += kParts * kTileBytes, b1 += kParts * kTileBytes;
+      b0 += kLevelParts * kTileBytes, b1 += kLevelParts * kTileBytes;
     }
   }
   _tile_stored(0, c, kRow);
@@ -184,16 +196,17 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, int64_t 
 }
 
 // [tiles * 16] positions times [blocks * 16] channels, one or two blocks, in whatever tiles fit best.
-template <Kind kind, int kParts>
+template <Kind kind, int kParts, int kLevelParts>
 inline void multiply_amx(int tiles, int blocks, const Strip& strip, const Run& run, const char* panel,
                          int64_t panel_stride, void* out, bool accumulate) {
   const auto part_of = [&](int tile, int block, auto call) {
     call(strip.tile + tile, panel + block * panel_stride,
          static_cast<char*>(out) + (tile * 16 * kWidth + block * 16) * 4);
   };
-#define BQNN_PRODUCT(t, b)                                                                                            \
-  [&](const char* const* tile, const char* p, void* o) {                                                              \
-    multiply_tiles<kind, kParts, t, b>(tile, strip.row, strip.step, strip.part, run, p, panel_stride, o, accumulate); \
+#define BQNN_PRODUCT(t, b)                                                                                   \
+  [&](const char* const* tile, const char* p, void* o) {                                                     \
+    multiply_tiles<kind, kParts, kLevelParts, t, b>(tile, strip.row, strip.step, strip.part, run, p,         \
+                                                    panel_stride, o, accumulate);                            \
   }
   if (tiles == 1) {
     if (blocks == 2) return part_of(0, 0, BQNN_PRODUCT(1, 2));
@@ -231,13 +244,13 @@ inline void decode_amx(const PackedLayout& layout, int64_t group, int64_t block,
     constexpr int64_t kStep = 64 / Op::kElement, kWords = kStep * bits.value / 32;
     const uint32_t* words = layout.block(group, block) + first * kWords * kBlock;
     int64_t left = layout.segment - first % (layout.padded / kStep) * kStep;  // of the segment, from this step on
-    for (int64_t step = 0; step < steps; ++step, words += kWords * kBlock, panel += Op::kParts * kTileBytes) {
+    for (int64_t step = 0; step < steps; ++step, words += kWords * kBlock, panel += Op::kLevelParts * kTileBytes) {
       // The words of the next chunk of K follow; without this each chunk begins with the latency of the L3 cache.
       for (int line = 0; line < kWords; ++line)
         _mm_prefetch(reinterpret_cast<const char*>(words + (steps * kWords + line) * kBlock), _MM_HINT_T1);
       decoder(words, panel);
       if (left < kStep)
-        for (int p = 0; p < Op::kParts; ++p) clear_beyond<4 / Op::kElement>(panel + p * kTileBytes, left);
+        for (int p = 0; p < Op::kLevelParts; ++p) clear_beyond<4 / Op::kElement>(panel + p * kTileBytes, left);
       left = left > kStep ? left - kStep : layout.segment;
     }
   });
@@ -310,10 +323,14 @@ inline void stream_blocks(const PackedLayout& layout, int64_t first_block, int b
     stream_amx<kind, Op, 1>(layout, first_block + b, strip, steps, static_cast<char*>(out) + b * 64);
 }
 
-template <int kPartCount>
+// Activations and levels in so many bfloat16 parts. Three of the ones and one of the others: the levels are affine, and
+// a product is of their steps.
+template <int kActivationParts, int kPartsOfLevels = kActivationParts>
 struct Bf16Operand {
   using Product = float;
-  static constexpr int kParts = kPartCount;
+  static constexpr int kParts = kActivationParts;
+  static constexpr int kLevelParts = kPartsOfLevels;
+  static constexpr bool kAffine = kLevelParts < kParts;
   static constexpr int kElement = 2;  // bytes of an activation
   static constexpr bool kInt8 = false;
   using Thread = TileConfig;
@@ -321,10 +338,11 @@ struct Bf16Operand {
   // Decodes a step of 32 weights: a tile a part.
   template <int kBits, bool kShared>
   struct Decoder {
-    Bf16Decoder<kBits, kShared> part[kParts];
+    Bf16Decoder<kBits, kShared> part[kLevelParts];
 
     void start(const PackedLayout& layout, int64_t channel) {
-      for (int p = 0; p < kParts; ++p) part[p].start(layout, channel, p);
+      const float* entries = kAffine ? layout.affine_steps : layout.level_table();
+      for (int p = 0; p < kLevelParts; ++p) part[p].start(layout, entries, channel, p);
     }
 
     __attribute__((noinline)) void operator()(const uint32_t* words, char* tile) const {
@@ -335,14 +353,14 @@ struct Bf16Operand {
         for (int r = 0; r < 16 / kBits; ++r) {
           const __m512i shifted = _mm512_srli_epi32(word, r * kBits);
 #pragma GCC unroll 3
-          for (int p = 0; p < kParts; ++p)
+          for (int p = 0; p < kLevelParts; ++p)
             _mm512_store_si512(tile + p * kTileBytes + (g * (16 / kBits) + r) * 64, part[p](shifted));
         }
       }
     }
   };
 
-  static int64_t panel_bytes(int64_t steps) { return steps * kParts * kTileBytes; }
+  static int64_t panel_bytes(int64_t steps) { return steps * kLevelParts * kTileBytes; }
 
   static void decode(const PackedLayout& layout, int64_t group, int64_t block, int64_t first, int64_t steps,
                      char* panel) {
@@ -351,13 +369,16 @@ struct Bf16Operand {
 
   static void multiply(int tiles, int blocks, const Strip& strip, const Run& run, const char* panel,
                        int64_t panel_stride, Product* out, bool accumulate) {
-    multiply_amx<Kind::bf16, kParts>(tiles, blocks, strip, run, panel, panel_stride, out, accumulate);
+    multiply_amx<Kind::bf16, kParts, kLevelParts>(tiles, blocks, strip, run, panel, panel_stride, out, accumulate);
   }
 
   static void stream(const PackedLayout& layout, int64_t block, int blocks, const Strip& strip, int64_t steps,
                      Product* out) {
     stream_blocks<Kind::bf16, Bf16Operand>(layout, block, blocks, strip, steps, out);
   }
+
+  // Numbers whose products are as they should be: finite, and finite after rounding to bfloat16; sums of them, too.
+  static bool fits(__m512 x) { return amx::fits(x, kAffine ? 0x6F800000 : 0x7F7F7FFF); }
 
   // Writes n <= 32 activations as one 64-byte step of each part; false where one of them does not fit.
   template <class X>
@@ -371,38 +392,38 @@ struct Bf16Operand {
       split(low, high, parts);
       for (int p = 0; p < 3; ++p) _mm512_storeu_si512(to + p * part, parts[p]);
     }
-    return fits_bf16(low) && fits_bf16(high);
+    return fits(low) && fits(high);
   }
 
   // Writes n activations next to each other.
   template <class X>
   static bool pack_run(const X* x, int64_t n, const RowScale& scale, char* to, int64_t part) {
-    bool fits = true;
+    bool all = true;
     int64_t i = 0;
     if constexpr (kParts == 1 && sizeof(X) == 2) {  // nothing to convert
       const __m512i infinity = _mm512_set1_epi16(0x7F80), sign = _mm512_set1_epi16(static_cast<short>(0x8000));
       for (; i < n; i += 32) {
         const __mmask32 lanes = n - i >= 32 ? 0xFFFFFFFFu : (1u << (n - i)) - 1;
         const __m512i v = _mm512_maskz_loadu_epi16(lanes, x + i);
-        fits &= _mm512_cmpge_epu16_mask(_mm512_andnot_si512(sign, v), infinity) == 0;
+        all &= _mm512_cmpge_epu16_mask(_mm512_andnot_si512(sign, v), infinity) == 0;
         _mm512_mask_storeu_epi16(to + 2 * i, lanes, v);
       }
-      return fits;
+      return all;
     }
-    for (; i + 32 <= n; i += 32) fits &= pack_step(x + i, 32, scale, to + 2 * i, part);
+    for (; i + 32 <= n; i += 32) all &= pack_step(x + i, 32, scale, to + 2 * i, part);
     for (; i < n; i += 16) {
       const __m512 v = load_activations(x + i, first_lanes(n - i));
-      fits &= pack_square(&v, 1, static_cast<int>(n - i < 16 ? n - i : 16), scale, to + 2 * i, 0, part);
+      all &= pack_square(&v, 1, static_cast<int>(n - i < 16 ? n - i : 16), scale, to + 2 * i, 0, part);
     }
-    return fits;
+    return all;
   }
 
   // The 16 x 16 values v, positions by activations, go to `to`, `row` bytes from position to position, n of them each.
   static bool pack_square(const __m512* v, int positions, int n, const RowScale&, char* to, int64_t row, int64_t part) {
-    bool fits = true;
+    bool all = true;
     const __mmask16 lanes = first_lanes(n);
     for (int i = 0; i < positions; ++i) {
-      fits &= fits_bf16(v[i]);
+      all &= fits(v[i]);
       if constexpr (kParts == 1) {
         _mm256_mask_storeu_epi16(to + i * row, lanes, _mm512_castsi512_si256(to_bf16(v[i], v[i])));
       } else {
@@ -412,13 +433,14 @@ struct Bf16Operand {
           _mm256_mask_storeu_epi16(to + i * row + p * part, lanes, _mm512_castsi512_si256(parts[p]));
       }
     }
-    return fits;
+    return all;
   }
 };
 
 struct Int8Operand {
   using Product = int32_t;
-  static constexpr int kParts = 1;
+  static constexpr int kParts = 1, kLevelParts = 1;
+  static constexpr bool kAffine = false;
   static constexpr int kElement = 1;
   static constexpr bool kInt8 = true;
   using Thread = TileConfig;
@@ -450,7 +472,7 @@ struct Int8Operand {
 
   static void multiply(int tiles, int blocks, const Strip& strip, const Run& run, const char* panel,
                        int64_t panel_stride, Product* out, bool accumulate) {
-    multiply_amx<Kind::s8, 1>(tiles, blocks, strip, run, panel, panel_stride, out, accumulate);
+    multiply_amx<Kind::s8, 1, 1>(tiles, blocks, strip, run, panel, panel_stride, out, accumulate);
   }
 
   static void stream(const PackedLayout& layout, int64_t block, int blocks, const Strip& strip, int64_t steps,
@@ -482,6 +504,8 @@ struct Int8Operand {
 
 #include "packed_amx_linear.h"
 
+#include "packed_amx_affine.h"
+
 #include "packed_amx_conv2d.h"
 
 // Measured: float32 in three parts, six products for one, is no faster than FMA in a linear layer; and up to so many
@@ -512,7 +536,8 @@ void conv2d(const Conv2dCall& call, const Parallel& parallel) {
   const Precision precision = call.weight->precision;
   const bool done = precision == Precision::int8   ? run_conv2d<Int8Operand>(call, parallel)
                     : precision == Precision::bf16 ? run_conv2d<Bf16Operand<1>>(call, parallel)
-                                                   : run_conv2d<Bf16Operand<3>>(call, parallel);
+                    : call.weight->affine        ? run_conv2d<Bf16Operand<3, 1>>(call, parallel)
+                                                 : run_conv2d<Bf16Operand<3>>(call, parallel);
   if (!done) avx512::conv2d(call, parallel);
 }
 

@@ -10,6 +10,7 @@ struct ConvPlan {
   int64_t lines, line_tiles, pitch;  // tiles of a line; positions from an output row to the next
   int64_t steps;                     // of a segment
   int64_t image, part;               // bytes of all groups of an image, of all images of a part
+  int64_t sums;                      // of activations, of a group's padded image
   const int64_t *offset, *tile;      // [segments], [tiles]: bytes from a position's first activation to a segment's,
                                      // and from an image to a tile's first activation
   int64_t tiles() const { return lines * line_tiles; }
@@ -26,6 +27,7 @@ inline ConvPlan plan_conv2d(const Conv2dCall& call) {
   const int64_t beyond = (kTile * call.stride_w + 2 * call.padding_w) * p.pixel + 128;
   p.plane = (padded_h * p.padded_w * p.pixel + beyond + 63) / 64 * 64;
   p.image = layout.groups * p.plane;
+  p.sums = Op::kAffine ? padded_h * p.padded_w + kTile * call.stride_w : 0;
   const int64_t flat = ((call.out_height - 1) * p.padded_w + call.out_width + kTile - 1) / kTile;
   const int64_t by_rows = call.out_height * ((call.out_width + kTile - 1) / kTile);
   if (call.stride_h == 1 && call.stride_w == 1 && flat < by_rows) {
@@ -48,10 +50,10 @@ inline ConvPlan plan_conv2d(const Conv2dCall& call) {
   return p;
 }
 
-// Packs row h of an image, of every group; false where a number does not fit.
+// Packs row h of an image, of every group, and sums its channels; false where a number does not fit.
 template <class Op, class X>
 inline bool pack_pixels(const Conv2dCall& call, const ConvPlan& plan, const X* image, int64_t h, RowScale scale,
-                        char* to) {
+                        char* to, float* sums) {
   const PackedLayout& layout = *call.weight;
   const int64_t inputs = layout.inputs, groups = layout.groups, size = call.height * call.width;
   const int64_t row_bytes = plan.padded_w * plan.pixel, left = call.padding_w * plan.pixel;
@@ -65,7 +67,10 @@ inline bool pack_pixels(const Conv2dCall& call, const ConvPlan& plan, const X* i
       __builtin_memset(at + row_bytes - left, 0, static_cast<size_t>(2 * left));
     }
     row += left;
+    float* sum = Op::kAffine ? sums + g * plan.sums + (h + call.padding_h) * plan.padded_w + call.padding_w : nullptr;
     if (call.channels_last) {
+      if constexpr (Op::kAffine)
+        add_channels(image + h * call.width * inputs * groups + g * inputs, inputs, inputs * groups, call.width, sum);
       // A group's channels of a pixel, or of the whole row where there is one group, are one run.
       const int64_t run = groups == 1 ? call.width * inputs : inputs, runs = groups == 1 ? 1 : call.width;
       for (int64_t i = 0; i < runs; ++i)
@@ -81,6 +86,7 @@ inline bool pack_pixels(const Conv2dCall& call, const ConvPlan& plan, const X* i
         __m512 v[16];
         for (int i = 0; i < 16; ++i)
           v[i] = i < channels ? load_activations(from + i * size + w, first_lanes(pixels)) : _mm512_setzero_ps();
+        if constexpr (Op::kAffine) add_channels(v, first_lanes(pixels), c == 0, sum + w);
         transpose(v);
         fits &= Op::pack_square(v, static_cast<int>(pixels), channels, scale, row + w * plan.pixel + c * Op::kElement,
                                 plan.pixel, plan.part);
@@ -92,7 +98,9 @@ inline bool pack_pixels(const Conv2dCall& call, const ConvPlan& plan, const X* i
 
 // The rows of zeros above and below an image, and what is read beyond it.
 template <class Op>
-inline void pack_borders(const Conv2dCall& call, const ConvPlan& plan, char* to) {
+inline void pack_borders(const Conv2dCall& call, const ConvPlan& plan, char* to, float* sums) {
+  if constexpr (Op::kAffine)
+    __builtin_memset(sums, 0, static_cast<size_t>(call.weight->groups * plan.sums) * sizeof(float));
   const int64_t border = call.padding_h * plan.padded_w * plan.pixel;
   const int64_t end = (call.padding_h + call.height) * plan.padded_w * plan.pixel;
   for (int64_t g = 0; g < call.weight->groups; ++g)
@@ -104,11 +112,11 @@ inline void pack_borders(const Conv2dCall& call, const ConvPlan& plan, char* to)
 }
 
 // Writes the outputs of `width` channels from `channel` on whose positions are in [first, last) of one image;
-// products [last - first][kWidth].
+// products [last - first][kWidth]; `sums` of the group.
 template <class Op, class Y>
-inline void finish_pixels(const Conv2dCall& call, const ConvPlan& plan, const typename Op::Product* products,
-                          int64_t first, int64_t last, int64_t channel, int64_t lane, int64_t width, float scale,
-                          Y* image) {
+inline void finish_pixels(const Conv2dCall& call, const ConvPlan& plan, typename Op::Product* products,
+                          const float* sums, int64_t first, int64_t last, int64_t channel, int64_t lane, int64_t width,
+                          float scale, Y* image) {
   const PackedLayout& layout = *call.weight;
   const float* bias = call.bias ? call.bias + channel : nullptr;
   const float* step = Op::kInt8 ? layout.int8_scales() + lane : nullptr;
@@ -116,7 +124,9 @@ inline void finish_pixels(const Conv2dCall& call, const ConvPlan& plan, const ty
   for (int64_t h = first / plan.pitch; h < call.out_height && h * plan.pitch < last; ++h) {
     const int64_t origin = h * plan.pitch, from = first > origin ? first - origin : 0;
     const int64_t to = last - origin < call.out_width ? last - origin : call.out_width;
-    const auto* row = products + (origin - first) * kWidth;
+    auto* row = products + (origin - first) * kWidth;
+    if constexpr (Op::kAffine)
+      apply_levels(call, sums, plan.padded_w, h, from, to - from, width, row + from * kWidth);
     if (call.channels_last) {
       finish_row(row + from * kWidth, to - from, width, bias, step, scale,
                  image + (h * call.out_width + from) * layout.channels + channel, layout.channels);
@@ -155,8 +165,8 @@ struct Ahead {
 // 64 channels from `block` on of a group, at the tiles [first, last) of `images` packed images.
 template <class Op, class Y>
 inline void multiply_pixels(const Conv2dCall& call, const ConvPlan& plan, const char* packed, const float* scales,
-                            int64_t images, int64_t group, int64_t block, int64_t first, int64_t last, Y* y,
-                            Ahead* ahead) {
+                            const float* sums, int64_t images, int64_t group, int64_t block, int64_t first,
+                            int64_t last, Y* y, Ahead* ahead) {
   using Product = typename Op::Product;
   const PackedLayout& layout = *call.weight;
   const int64_t span = last - first, count = images * span;
@@ -188,8 +198,9 @@ inline void multiply_pixels(const Conv2dCall& call, const ConvPlan& plan, const 
                 lane = (group * layout.blocks + block) * kBlock;
   const int64_t rest = layout.group_channels() - block * kBlock, width = rest < kWidth ? rest : kWidth;
   for (int64_t i = 0; i < images; ++i)
-    finish_pixels<Op>(call, plan, products + i * span * kTile * kWidth, first * kTile, last * kTile, channel, lane,
-                      width, Op::kInt8 ? scales[i] : 1.0f, y + i * layout.channels * call.out_height * call.out_width);
+    finish_pixels<Op>(call, plan, products + i * span * kTile * kWidth, sums + (i * layout.groups + group) * plan.sums,
+                      first * kTile, last * kTile, channel, lane, width, Op::kInt8 ? scales[i] : 1.0f,
+                      y + i * layout.channels * call.out_height * call.out_width);
 }
 
 template <class Op, class X>
@@ -207,6 +218,10 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
   const int64_t work = tiles * kTile * layout.segments * layout.padded * layout.groups * channel_tasks * kWidth;
   bool fits = true;
   const auto misfit = [&fits] { __atomic_store_n(&fits, false, __ATOMIC_RELAXED); };
+  const int64_t image_sums = layout.groups * plan.sums;
+  const auto sums_of = [&](int64_t images) {
+    return reinterpret_cast<float*>(scratch(Scratch::sums, static_cast<size_t>(images * image_sums) * sizeof(float)));
+  };
   const auto scale_of = [&](int64_t image) {
     return Op::kInt8 ? row_scale(largest(x + image * image_in, image_in)) : RowScale{};
   };
@@ -222,15 +237,18 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
       typename Op::Thread thread(kTile);
       char* packed = scratch(Scratch::activations, static_cast<size_t>(plan.part * Op::kParts));
       float* scales = reinterpret_cast<float*>(scratch(Scratch::scales, static_cast<size_t>(together) * sizeof(float)));
+      float* sums = sums_of(together);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t first = chunk * together,
                       images = call.images - first < together ? call.images - first : together;
         for (int64_t i = 0; i < images; ++i) {
           const RowScale scale = scale_of(first + i);
           scales[i] = scale.scale;
-          pack_borders<Op>(call, plan, packed + i * plan.image);
+          pack_borders<Op>(call, plan, packed + i * plan.image, sums + i * image_sums);
           for (int64_t h = 0; h < call.height; ++h)
-            if (!pack_pixels<Op>(call, plan, x + (first + i) * image_in, h, scale, packed + i * plan.image)) misfit();
+            if (!pack_pixels<Op>(call, plan, x + (first + i) * image_in, h, scale, packed + i * plan.image,
+                                 sums + i * image_sums))
+              misfit();
         }
         const X* next = x + (first + images) * image_in;
         const int64_t coming =
@@ -241,7 +259,7 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
         for (int64_t g = 0; g < layout.groups; ++g)
           for (int64_t block = 0; block < layout.blocks; block += kWidth / kBlock)
             for (int64_t t = 0; t < tiles; t += kTaskTiles)
-              multiply_pixels<Op>(call, plan, packed, scales, images, g, block, t,
+              multiply_pixels<Op>(call, plan, packed, scales, sums, images, g, block, t,
                                   tiles - t < kTaskTiles ? tiles : t + kTaskTiles, y + first * image_out, &ahead);
       }
     });
@@ -254,16 +272,18 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
   float* scales = reinterpret_cast<float*>(scratch(Scratch::scales, static_cast<size_t>(call.images) * sizeof(float)));
   RowScale* row_scales =
       reinterpret_cast<RowScale*>(scratch(Scratch::row_scales, static_cast<size_t>(call.images) * sizeof(RowScale)));
+  float* sums = sums_of(call.images);
   for (int64_t i = 0; i < call.images; ++i) {
     row_scales[i] = scale_of(i);
     scales[i] = row_scales[i].scale;
-    pack_borders<Op>(call, plan, packed + i * plan.image);
+    pack_borders<Op>(call, plan, packed + i * plan.image, sums + i * image_sums);
   }
   const int64_t row_work = layout.inputs * layout.groups * call.width;
   parallel_for(parallel, call.images * call.height, 1 + (1 << 15) / row_work, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t i = row / call.height;
-      if (!pack_pixels<Op>(call, plan, x + i * image_in, row % call.height, row_scales[i], packed + i * plan.image))
+      if (!pack_pixels<Op>(call, plan, x + i * image_in, row % call.height, row_scales[i], packed + i * plan.image,
+                           sums + i * image_sums))
         misfit();
     }
   });
@@ -279,7 +299,7 @@ inline bool run_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
       const int64_t t = task % spans * span, block = task / spans % channel_tasks * (kWidth / kBlock);
       const int64_t g = task / (spans * channel_tasks) % layout.groups,
                     i = task / (spans * channel_tasks * layout.groups);
-      multiply_pixels<Op>(call, plan, packed + i * plan.image, scales + i, 1, g, block, t,
+      multiply_pixels<Op>(call, plan, packed + i * plan.image, scales + i, sums + i * image_sums, 1, g, block, t,
                           tiles - t < span ? tiles : t + span, y + i * image_out, &nothing);
     }
   });

@@ -100,9 +100,9 @@ inline float largest(const Bf16* x, int64_t n) {
   return float_of((odd > even ? odd : even) << 16);
 }
 
-// Numbers that AMX multiplies as they are: finite, and finite after rounding to bfloat16.
-inline bool fits_bf16(__m512 x) {
-  return _mm512_cmpgt_epu32_mask(_mm512_castps_si512(magnitude(x)), _mm512_set1_epi32(0x7F7F7FFF)) == 0;
+// Whether no magnitude is above that of a float with the bits `most`; NaN is above all.
+inline bool fits(__m512 x, int32_t most) {
+  return _mm512_cmpgt_epu32_mask(_mm512_castps_si512(magnitude(x)), _mm512_set1_epi32(most)) == 0;
 }
 
 // Vectors of decoded weights, 16 channels by the lanes of a channel's word. One codebook for all (kShared): a permute;
@@ -114,10 +114,9 @@ struct Bf16Decoder {
   __m512i rung[kShared ? 1 : kTable];
   int levels;
 
-  // `part` 0 is the level rounded to bfloat16, 1 and 2 what rounding left.
-  void start(const PackedLayout& layout, int64_t channel, int part) {
+  // Of the levels in `entries`; `part` 0 is the level rounded to bfloat16, 1 and 2 what rounding left.
+  void start(const PackedLayout& layout, const float* entries, int64_t channel, int part) {
     levels = layout.num_levels;
-    const float* entries = layout.level_table();
     if constexpr (kShared) {
       const __m512 t = _mm512_loadu_ps(entries);
       __m512i parts[3];

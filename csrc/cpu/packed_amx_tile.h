@@ -6,7 +6,8 @@
 //
 //     Product                     float or int32_t, what is accumulated
 //     kElement, kInt8             bytes of an activation, and whether it is an integer
-//     kParts                      copies of the activations (a float32 is three bfloat16 parts)
+//     kParts, kLevelParts         copies of the activations (a float32 is three bfloat16 parts), and of the levels
+//     kAffine                     whether levels are offset + scale * what is multiplied, see affine_levels.h
 //     panel_bytes(steps)          of one block of 16 channels
 //     decode(layout, group, block, first_step, steps, panel)
 //     multiply(tiles, blocks, strip, run, panel, panel_stride, out, accumulate)

@@ -3,6 +3,8 @@
 #include <cstring>
 #include <vector>
 
+#include "affine_levels.h"
+
 namespace bqnn {
 namespace {
 
@@ -51,8 +53,24 @@ PackedLayout plan(const PackedWeight& w) {
   }
   // One vector more: kernels load words at byte offsets.
   p.words = part(p.groups * p.blocks * p.block_words() * sizeof(uint32_t) + 64);
+  if (w.triples && w.num_levels == 3 && w.codebooks == 1 && w.precision != Precision::int8)
+    p.triples = part(p.blocks * p.triple_words() * kBlock * sizeof(uint32_t));
   p.bytes = end;
   return p;
+}
+
+// Adds the triples of a channel with the given codes.
+void add_triples(const PackedLayout& p, int64_t channel, const uint8_t* codes, uint32_t* triples) {
+  const int64_t block = channel / kBlock, unit = block / kTripleBlocks, left = p.blocks - unit * kTripleBlocks;
+  const int64_t stride = (left < kTripleBlocks ? left : kTripleBlocks) * kBlock;
+  uint32_t* word = triples + unit * p.triple_words() * kTripleBlocks * kBlock + block % kTripleBlocks * kBlock +
+                   channel % kBlock;
+  constexpr uint32_t kPower[3] = {1, 3, 9};
+  for (int64_t first = 0; first < p.columns; first += kTripleWeights, word += stride)
+    for (int64_t k = first; k < first + kTripleWeights && k < p.columns; ++k) {
+      const int triple = static_cast<int>(k - first) / 3;
+      *word += kPower[(k - first) % 3] * codes[k] << (triple * kTripleBits);
+    }
 }
 
 }  // namespace
@@ -60,7 +78,15 @@ PackedLayout plan(const PackedWeight& w) {
 size_t layout_bytes(const PackedWeight& weight) { return static_cast<size_t>(plan(weight).bytes); }
 
 void make_layout(const PackedWeight& w, void* memory) {
-  const PackedLayout p = plan(w);
+  PackedLayout p = plan(w);
+  const int period = 1 << p.bits, digits = digits_per_byte(w.num_levels);
+  AffineLevels affine;
+  if (w.precision == Precision::fp32 && w.codebooks == 1 && find_affine(w.levels, w.num_levels, &affine)) {
+    p.affine = 1;
+    p.affine_offset = affine.offset;
+    p.affine_scale = affine.scale;
+    for (int i = 0; i < kTable; ++i) p.affine_steps[i] = affine.step[i % period < w.num_levels ? i % period : 0];
+  }
   char* base = static_cast<char*>(memory);
   std::memset(base, 0, static_cast<size_t>(p.bytes));
   std::memcpy(base, &p, sizeof p);
@@ -70,7 +96,6 @@ void make_layout(const PackedWeight& w, void* memory) {
   auto* sum = reinterpret_cast<int32_t*>(base + p.int8_sum);
   auto* words = reinterpret_cast<uint32_t*>(base + p.words);
   const bool int8 = w.precision == Precision::int8;
-  const int period = 1 << p.bits, digits = digits_per_byte(w.num_levels);
   const int64_t width = (w.columns + digits - 1) / digits, taps = int64_t{w.kernel_h} * w.kernel_w;
   const auto fill_tables = [&](int64_t table, int64_t codebook) {
     for (int i = 0; i < kTable; ++i) {
@@ -89,6 +114,7 @@ void make_layout(const PackedWeight& w, void* memory) {
       unsigned byte = w.codes[n * width + i];
       for (int d = 0; d < digits; ++d, byte /= w.num_levels) codes[i * digits + d] = byte % w.num_levels;
     }
+    if (p.triples != 0) add_triples(p, n, codes.data(), reinterpret_cast<uint32_t*>(base + p.triples));
     const int64_t group = n / p.group_channels(), in_group = n % p.group_channels();
     const int64_t lane = group * p.blocks * kBlock + in_group, codebook = w.codebooks == 1 ? 0 : n;
     if (w.codebooks > 1) fill_tables(lane, codebook);

@@ -11,6 +11,13 @@
 // are contiguous in the activations. A linear layer has one, a convolution one for each kernel row (r; s and the
 // channels run inside it, channels fastest), or one for each (r, s) where dilation sets the columns apart. Every
 // segment is padded to whole steps of one 64-byte row of activations.
+//
+// A linear layer with one codebook of three levels, in "fp32" or "bf16", may have its codes a second time, for few rows
+// on AVX-512: three codes are a number below 27, and a word holds six of these,
+//
+//     triple i of a word is at bit 5 i, and weight j of a triple counts 3^j
+//
+// Up to 8 blocks stand side by side, so that a kernel reads them as one stream.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +29,8 @@ enum class Precision : int32_t { fp32, bf16, int8 };
 
 constexpr int kBlock = 16;  // output channels side by side
 constexpr int kTable = 16;  // entries of a decoding table: the levels, at most 16, repeated with period 2^bits
+constexpr int kTripleBits = 5, kTripleWeights = 18;  // of a word of triples
+constexpr int kTripleBlocks = 8;                     // side by side
 
 struct PackedLayout {
   uint64_t magic;
@@ -34,8 +43,11 @@ struct PackedLayout {
   int32_t segments, kernel_h, kernel_w, dilation_w;
   int32_t num_levels, bits, unit, codebooks;
   Precision precision;
-  int32_t reserved;
+  int32_t affine;                     // whether the levels are offset + scale * step, see affine_levels.h
+  double affine_offset, affine_scale;
+  float affine_steps[kTable];         // as in a decoding table
   int64_t words, levels, int8_levels, int8_scale, int8_sum;  // where each part begins, in bytes
+  int64_t triples;                                           // likewise, or 0 where there are none
 
   int64_t word_weights() const { return 32 / bits; }
   int64_t block_words() const { return segments * padded / word_weights() * kBlock; }
@@ -45,6 +57,11 @@ struct PackedLayout {
   // The words of 16 channels, [segments * padded / word_weights][16].
   const uint32_t* block(int64_t group, int64_t index) const {
     return reinterpret_cast<const uint32_t*>(at(words)) + (group * blocks + index) * block_words();
+  }
+  int64_t triple_words() const { return (columns + kTripleWeights - 1) / kTripleWeights; }
+  // The triples of 8 blocks, of fewer at the end, [triple_words][blocks][16].
+  const uint32_t* triple_unit(int64_t index) const {
+    return reinterpret_cast<const uint32_t*>(at(triples)) + index * triple_words() * kTripleBlocks * kBlock;
   }
   // [1, or groups * blocks * 16][16]: the levels of a codebook; a channel beyond the last one has zeros.
   const float* level_table() const { return reinterpret_cast<const float*>(at(levels)); }
@@ -62,6 +79,7 @@ struct PackedWeight {
   int64_t channels, columns, groups;
   int num_levels, codebooks, kernel_h, kernel_w, dilation_w;
   Precision precision;
+  bool triples;  // whether a kernel may read triples: AVX-512, and a linear layer
 };
 
 // Bytes of the layout of `weight`.

@@ -23,10 +23,13 @@
 
 #if BQNN_LANES == 16
 #include "packed_few_rows.h"
+
+#include "packed_triples.h"
 #endif
 
 void linear(const LinearCall& call, const Parallel& parallel) {
 #if BQNN_LANES == 16
+  if (call.half ? run_triples<Bf16>(call, parallel) : run_triples<float>(call, parallel)) return;
   if (call.half ? run_few_rows<Bf16>(call, parallel) : run_few_rows<float>(call, parallel)) return;
 #endif
   const bool int8 = call.weight->precision == Precision::int8;

@@ -426,7 +426,8 @@ PackedWeight weight_of(const Case& c, const Operands& o, const uint8_t* codes) {
           c.kernel.h,
           c.kernel.w,
           c.dilation.w,
-          c.precision};
+          c.precision,
+          !c.conv};
 }
 
 template <class T>
