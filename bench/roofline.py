@@ -3,14 +3,14 @@
 A kernel here is a function that gives the :class:`Work` of one call for every case. A call takes as long as the longest
 of four things: moving its bytes, its products, the integer instructions that are neither, and its multiplications of
 integers, all of which run beside each other. Prints the table, and with ``--save`` keeps it as
-bench/results/roofline_packed.json, where measured times stay as they are.
+bench/results/roofline_packed.json, where measured times stay as they are. Training: bench/roofline_training.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ class Gpu(NamedTuple):
 # 132 multiprocessors of 4 schedulers at 1.7 GHz: each issues 32 lanes a cycle and has 16 lanes for integers.
 H200 = Gpu(4.8e12, 4.3e12, 790e12, 132 * 4 * 16 * 1.7e9, 132 * 4 * 32 * 1.7e9)
 
+Rows = list[dict[str, Any]]
+
 
 class Work(NamedTuple):
     """One call: bytes that have to move, operations of its products, and lanes of its other instructions."""
@@ -54,6 +56,17 @@ class Work(NamedTuple):
             "instructions": max(self.integers / gpu.integers, self.issued / gpu.issued),
         }
         return {**limits, "expected": max(list(limits.values())[1:])}
+
+    def row(self, gpu: Gpu) -> dict[str, Any]:
+        """What the table says of the call, times in microseconds."""
+        times = {name: round(1e6 * seconds, 2) for name, seconds in self.seconds(gpu).items()}
+        return {
+            "kernel": self.kernel,
+            "case": self.case,
+            "bytes": int(self.bytes),
+            "operations": int(self.operations),
+            **times,
+        }
 
 
 def linear_bf16(rows: int, side: int) -> Work:
@@ -91,32 +104,35 @@ def packed_cases() -> Iterator[tuple[Work, Work]]:
                 yield packed_linear(rows, side, num_levels), linear_bf16(rows, side)
 
 
-def table(gpu: Gpu, measured: dict[str, float | None]) -> list[dict[str, Any]]:
-    """A row for each case; times in microseconds, ``measured`` by kernel and case."""
+def table(gpu: Gpu, measured: dict[str, float | None]) -> Rows:
+    """A row for each case; ``measured`` by kernel and case."""
     rows = []
     for work, dense in packed_cases():
-        times = {name: round(1e6 * seconds, 2) for name, seconds in work.seconds(gpu).items()}
         ratio = dense.seconds(gpu)["expected"] / work.seconds(gpu)["expected"]
-        row = {"kernel": work.kernel, "case": work.case, "bytes": int(work.bytes), "operations": int(work.operations)}
         rows.append(
-            {**row, **times, "dense / packed": round(ratio, 2), "measured": measured.get(work.kernel + work.case)}
+            {
+                **work.row(gpu),
+                "dense / packed": round(ratio, 2),
+                "measured": measured.get(work.kernel + work.case),
+            }
         )
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help=f"write {TABLE.name}")
+def publish(path: Path, make_rows: Callable[[Gpu, dict[str, float | None]], Rows], description: str | None) -> None:
+    """The command line: prints the rows for an H200, and writes them to ``path`` if asked to."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help=f"write {path.name}")
     save = parser.parse_args().save
-    kept = json.loads(TABLE.read_text())["rows"] if TABLE.exists() else []
-    rows = table(H200, {row["kernel"] + row["case"]: row["measured"] for row in kept})
-    print("  ".join(f"{name:>16}" for name in rows[0]), " (H200, microseconds)")
-    for row in rows:
-        print("  ".join(f"{'-' if value is None else value:>16}" for value in row.values()))
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = make_rows(H200, {row["kernel"] + row["case"]: row["measured"] for row in kept})
+    widths = [max(len(str(value)) for value in [name, *(row[name] for row in rows)]) for name in rows[0]]
+    for line in (list(rows[0]), *(["-" if value is None else value for value in row.values()] for row in rows)):
+        print("  ".join(f"{value:>{width}}" for value, width in zip(line, widths, strict=True)))
     if save:
         lines = ",\n  ".join(json.dumps(row) for row in rows)
-        TABLE.write_text(f'{{\n "gpu": {json.dumps(H200._asdict())},\n "rows": [\n  {lines}\n ]\n}}\n')
+        path.write_text(f'{{\n "gpu": {json.dumps(H200._asdict())},\n "rows": [\n  {lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":
-    main()
+    publish(TABLE, table, __doc__)

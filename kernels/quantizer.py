@@ -15,38 +15,11 @@ def codebook_of(o_n, m_n, step, NUM_LEVELS: tl.constexpr, PER_CHANNEL: tl.conste
     ``step``, 0 or a loop's variable that is never negative, keeps long codebooks in the loop: hoisted out of it they
     would fill the registers.
     """
-    o_first = tl.minimum(step, 0) if NUM_LEVELS * (1 + PER_CHANNEL) > 8 else tl.minimum(0, 0)
     if PER_CHANNEL:
-        o_first += tl.where(m_n, o_n, 0)[:, None]
-    return o_first
-
-
-@triton.jit
-def quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
-    """Q(w) = c_code(w), float32 [BN, BK]."""
-    quantized = tl.broadcast_to(tl.load(p_levels + o_group * NUM_LEVELS).to(tl.float32), w.shape)
-    for j in tl.static_range(NUM_LEVELS - 1):
-        threshold = tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)
-        level = tl.load(p_levels + o_group * NUM_LEVELS + j + 1).to(tl.float32)
-        quantized = tl.where(w > threshold, level, quantized)
-    return quantized
-
-
-@triton.jit
-def partition(w, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
-    """code(w) = #{j : w > t_j}, int32 [BN, BK]."""
-    code = tl.zeros(w.shape, tl.int32)
-    for j in tl.static_range(NUM_LEVELS - 1):
-        code += (w > tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)).to(tl.int32)
-    return code
-
-
-@triton.jit
-def store_level_sums(values, code, p_sums, o_n, m_n, NUM_LEVELS: tl.constexpr):
-    """The sums of ``values`` [BN, BK] over each cell of each row, to p_sums[row, level]."""
-    for m in range(NUM_LEVELS):
-        sums = tl.sum(tl.where(code == m, values, 0.0), axis=1)
-        tl.store(p_sums + o_n * NUM_LEVELS + m, sums, mask=m_n)
+        o_first = tl.where(m_n, o_n, 0)[:, None]
+        return o_first + tl.minimum(step, 0) if NUM_LEVELS > 4 else o_first
+    else:
+        return tl.cast(0, tl.int32)
 
 
 @triton.jit
@@ -59,3 +32,30 @@ def level_at(p_levels, o_group, m, NUM_LEVELS: tl.constexpr):
 def threshold_at(p_thresholds, o_group, j, NUM_LEVELS: tl.constexpr):
     """The threshold between levels j and j + 1, float32, of o_group's shape."""
     return tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)
+
+
+@triton.jit
+def quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
+    """Q(w) = c_code(w), float32 [BN, BK]."""
+    quantized = tl.broadcast_to(level_at(p_levels, o_group, 0, NUM_LEVELS), w.shape)
+    for j in tl.static_range(NUM_LEVELS - 1):
+        level = level_at(p_levels, o_group, j + 1, NUM_LEVELS)
+        quantized = tl.where(w > threshold_at(p_thresholds, o_group, j, NUM_LEVELS), level, quantized)
+    return quantized
+
+
+@triton.jit
+def partition(w, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
+    """code(w) = #{j : w > t_j}, int32 [BN, BK]."""
+    code = tl.zeros(w.shape, tl.int32)
+    for j in tl.static_range(NUM_LEVELS - 1):
+        code += (w > threshold_at(p_thresholds, o_group, j, NUM_LEVELS)).to(tl.int32)
+    return code
+
+
+@triton.jit
+def store_level_sums(values, code, p_sums, o_n, m_n, NUM_LEVELS: tl.constexpr):
+    """The sums of ``values`` [BN, BK] over each cell of each row, to p_sums[row, level]."""
+    for m in range(NUM_LEVELS):
+        sums = tl.sum(tl.where(code == m, values, 0.0), axis=1)
+        tl.store(p_sums + o_n * NUM_LEVELS + m, sums, mask=m_n)

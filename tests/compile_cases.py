@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bqnn.kernels import launch, moment, moment_linear, sample, sample_linear
+from bqnn.kernels import assign_codes, launch, moment, moment_linear, sample, sample_linear, spike_slab_kl
 
 SEED, OFFSET = 2**62, 2**33
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -129,4 +129,27 @@ MOMENT_LINEAR: Cases = {
     "noise-channels_last": partial(_noisy, (4, 16, 8, 8), torch.channels_last),
 }
 
-CASES: Cases = {**SAMPLE_LINEAR, **MOMENT_LINEAR}
+
+def _spike_slab_kl(num_levels: int, groups: int = 1, columns: int = 4096) -> None:
+    weight, log_sigma2, levels, _ = posterior((64, columns), num_levels, groups)
+    spike_slab_kl.forward(weight, log_sigma2, levels, levels)
+    spike_slab_kl.backward(torch.zeros(()), weight, log_sigma2, levels, levels)
+
+
+def _assign_codes(num_levels: int, groups: int = 1, columns: int = 4096) -> None:
+    weight, _, _, thresholds = posterior((64, columns), num_levels, groups)
+    for packed in (False, True):
+        assign_codes.assign_codes(weight, thresholds, packed)
+
+
+ELEMENTWISE: Cases = {
+    f"{name}-M{num_levels}": partial(call, num_levels)
+    for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
+    for num_levels in (2, 3, 4, 5, 8, 16)
+} | {
+    f"{name}-M{num_levels}-K25-channel": partial(call, num_levels, 64, 25)
+    for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
+    for num_levels in (3, 16)
+}
+
+CASES: Cases = {**SAMPLE_LINEAR, **MOMENT_LINEAR, **ELEMENTWISE}

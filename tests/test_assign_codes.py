@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 
@@ -14,11 +15,12 @@ from bqnn.dispatch import status
 from bqnn.ops import assign_codes
 from bqnn.packing import pack_codes, packed_width, unpack_codes
 from tests import formulas
-from tests.helpers import digest, lower_isas, make_case, run_on_isa, usable_backends
+from tests.helpers import digest, lower_isas, make_case, run_on_isa, triton_devices, usable_backends
 from tests.shapes import (
     CONV2D_GRID,
     EVERY_M,
     GRANULARITIES,
+    INTERPRETED,
     LINEAR_GRID,
     SMALL_CONV2D,
     SMALL_LINEAR,
@@ -43,6 +45,18 @@ def test_codes(shape: LinearShape | Conv2dShape, num_levels: int, granularity: s
     packed = assign_codes(weight, thresholds, packed=True, backend=backend)
     assert torch.equal(packed.cpu(), pack_codes(expected.flatten(1), num_levels))
     assert torch.equal(unpack_codes(packed.cpu(), num_levels, expected[0].numel()), expected.flatten(1))
+
+
+@pytest.mark.parametrize("device", triton_devices("assign_codes"))
+@pytest.mark.parametrize("elements", [64, 8192])
+@pytest.mark.parametrize("num_levels", [2, 3, 6, 16])
+def test_tiles_of_any_size(num_levels: int, elements: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("bqnn.kernels.assign_codes"), "MATRIX_BLOCK", elements)
+    for shape in (LinearShape(1, 3, 131), LinearShape(1, 21, 9)):
+        case = make_case(shape, num_levels, "channel").to(device)
+        for packed in (False, True):
+            expected = assign_codes(case.weight, case.thresholds, packed, "reference")
+            assert torch.equal(assign_codes(case.weight, case.thresholds, packed, "triton"), expected)
 
 
 @pytest.mark.parametrize("runs_on", RUNS_ON)
@@ -160,7 +174,7 @@ def test_compiles(packed: bool) -> None:
     assert torch.equal(compiled(case.weight, case.thresholds, packed), expected)
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda", "abacus"])
+@pytest.mark.parametrize("backend", ["cuda", "abacus"] if INTERPRETED else ["triton", "cuda", "abacus"])
 def test_a_forced_backend_that_can_not_run_says_why(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(SMALL_LINEAR, 3, "tensor")
     with pytest.raises(BackendError, match=rf"'{backend}' can not run bqnn::assign_codes: \w+ .*\w"):

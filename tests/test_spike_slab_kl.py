@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,12 +23,14 @@ from tests.helpers import (
     lower_isas,
     make_case,
     run_on_isa,
+    triton_devices,
     usable_backends,
 )
 from tests.shapes import (
     CONV2D_GRID,
     EVERY_M,
     GRANULARITIES,
+    INTERPRETED,
     LINEAR_GRID,
     SMALL_CONV2D,
     SMALL_LINEAR,
@@ -81,7 +84,11 @@ def test_gradients_keep_their_precision(
     shape: LinearShape | Conv2dShape, num_levels: int, granularity: str, runs_on: tuple[str, str]
 ) -> None:
     device, backend = runs_on
-    case, tau = make_prior(shape, num_levels, granularity, 0.375, zero=False)
+    assert_gradients(*make_prior(shape, num_levels, granularity, 0.375, zero=False), device, backend)
+
+
+def assert_gradients(case: Case, tau: Tensor, device: str, backend: str) -> None:
+    """The gradients of ``backend`` keep the distance rule, the reference in float32 being plain PyTorch."""
     exact, plain, here = case.to(torch.float64).leaves(), case.leaves(), case.to(device).leaves()
     run(exact, tau.double(), "reference").backward()
     run(plain, tau, "reference").backward()
@@ -92,6 +99,39 @@ def test_gradients_keep_their_precision(
         allowed = 2.0 * error(getattr(plain, name).grad, expected, "rms")
         assert error(found, expected, "rms") <= allowed + 1e-6 * float(expected.square().mean().sqrt())
         assert error(found, expected, "rms") <= 1e-4 * float(expected.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("device", triton_devices("spike_slab_kl"))
+@pytest.mark.parametrize(
+    ("elements", "channels", "columns"), [(32, 3, 140), (32, 21, 9), (512, 3, 1100), (4096, 41, 27)]
+)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_tiles_of_any_size(
+    granularity: str, elements: int, channels: int, columns: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs that take one tile, all of theirs and some, with rows that end in the middle of one."""
+    monkeypatch.setattr(importlib.import_module("bqnn.kernels.spike_slab_kl"), "MOST_ELEMENTS", elements)
+    case, tau = make_prior(LinearShape(1, channels, columns), 3, granularity, 0.375, zero=False)
+    expected = run(case.to(torch.float64), tau.double(), "reference").item()
+    assert run(case.to(device), tau.to(device), "triton").item() == pytest.approx(expected, rel=1e-6)
+    assert_gradients(case, tau, device, "triton")
+
+
+@pytest.mark.parametrize("device", triton_devices("spike_slab_kl"))
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_half_precision_is_that_of_what_is_stored(granularity: str, device: str) -> None:
+    case, tau = make_prior(LinearShape(1, 5, 129), 3, granularity, 0.375, zero=False)
+    here, tau = case.to(device, torch.float16).leaves(), tau.half()
+    exact = here.to("cpu", torch.float64).leaves()
+    value, expected = run(here, tau.to(device), "triton"), run(exact, tau.double(), "reference")
+    value.backward()
+    expected.backward()
+    roundoff = torch.finfo(torch.float16).eps
+    assert value.dtype == torch.float16 and value.item() == pytest.approx(expected.item(), rel=roundoff)
+    for name in GRADIENTS:
+        found, of_exact = getattr(here, name).grad, getattr(exact, name).grad
+        assert found.dtype == torch.float16
+        assert error(found, of_exact, "rms") <= roundoff * float(of_exact.square().mean().sqrt())
 
 
 @pytest.mark.parametrize(("num_levels", "zero"), [(2, False), (3, False), (3, True), (16, False)])
@@ -284,7 +324,7 @@ def test_compiles() -> None:
         assert torch.equal(getattr(compiled, name).grad, getattr(eager, name).grad)
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda", "abacus"])
+@pytest.mark.parametrize("backend", ["cuda", "abacus"] if INTERPRETED else ["triton", "cuda", "abacus"])
 def test_a_forced_backend_that_can_not_run_says_why(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, tau = make_prior(SMALL_LINEAR, 3, "tensor", 0.375, zero=False)
     with pytest.raises(BackendError, match=rf"'{backend}' can not run bqnn::spike_slab_kl: \w+ .*\w"):

@@ -12,6 +12,7 @@ from bqnn.ops import quantizer
 from bqnn.ops._check import check_thresholds, check_weight
 from bqnn.ops._cpu import all_float32
 from bqnn.ops._register import register_op
+from bqnn.ops._triton import kernels, serves
 from bqnn.packing import pack_codes, packed_width
 
 
@@ -28,9 +29,19 @@ def assign_codes_cpu(weight: Tensor, thresholds: Tensor, packed: bool) -> Tensor
         shape = (shape[0], packed_width(math.prod(shape[1:]), int(thresholds.shape[1]) + 1))
     codes = weight.new_empty(shape, dtype=torch.uint8)
     torch.ops.bqnn_cpu.assign_codes(weight.contiguous(), thresholds.contiguous(), packed, codes)
-    if packed or weight.is_contiguous():
-        return codes
-    return torch.empty_like(weight, dtype=torch.uint8).copy_(codes)
+    return codes if packed else _laid_out_as(weight, codes)
+
+
+def assign_codes_triton(weight: Tensor, thresholds: Tensor, packed: bool) -> Tensor:
+    if not serves(weight, thresholds):
+        return assign_codes_reference(weight, thresholds, packed)
+    codes = kernels("assign_codes").assign_codes(weight.contiguous(), thresholds.contiguous(), packed)
+    return codes if packed else _laid_out_as(weight, codes)
+
+
+def _laid_out_as(weight: Tensor, codes: Tensor) -> Tensor:
+    """The contiguous ``codes`` with the weight's strides."""
+    return codes if weight.is_contiguous() else torch.empty_like(weight, dtype=torch.uint8).copy_(codes)
 
 
 def _fake(weight: Tensor, thresholds: Tensor, packed: bool = False, backend: str | None = None) -> Tensor:
@@ -46,6 +57,7 @@ register_op(
     assign_codes_reference,
     _fake,
 )
+dispatch.register("assign_codes", "triton", assign_codes_triton)
 dispatch.register("assign_codes", "cpu", assign_codes_cpu)
 
 

@@ -11,6 +11,7 @@ from bqnn import dispatch
 from bqnn.ops._check import check_levels, check_same_shape, check_weight
 from bqnn.ops._cpu import all_float32
 from bqnn.ops._register import call, register_op
+from bqnn.ops._triton import contiguous, kernels, serves
 from bqnn.ops.quantizer import assign, column, look_up, midpoints, sum_to_groups
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695  # Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14
@@ -141,6 +142,22 @@ def spike_slab_kl_backward_cpu(
     return gradients
 
 
+def spike_slab_kl_triton(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor) -> Tensor:
+    tensors = weight, log_sigma2, levels, tau
+    if not serves(*tensors):
+        return spike_slab_kl_reference(*tensors)
+    return kernels("spike_slab_kl").forward(*contiguous(*tensors))
+
+
+def spike_slab_kl_backward_triton(
+    grad: Tensor, weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = grad, weight, log_sigma2, levels, tau
+    if not serves(*tensors):
+        return spike_slab_kl_backward_reference(*tensors)
+    return kernels("spike_slab_kl").backward(*contiguous(*tensors))
+
+
 def _fake(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor, backend: str | None = None) -> Tensor:
     return weight.new_empty(())
 
@@ -175,6 +192,8 @@ register_op(
     _setup_context,
     _backward,
 )
+dispatch.register("spike_slab_kl", "triton", spike_slab_kl_triton)
+dispatch.register("spike_slab_kl_backward", "triton", spike_slab_kl_backward_triton)
 dispatch.register("spike_slab_kl", "cpu", spike_slab_kl_cpu)
 dispatch.register("spike_slab_kl_backward", "cpu", spike_slab_kl_backward_cpu)
 
