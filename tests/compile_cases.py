@@ -9,11 +9,22 @@ from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from bqnn.kernels import assign_codes, moment_conv2d, sample, sample_conv2d, sample_linear, spike_slab_kl
+from bqnn.kernels import (
+    assign_codes,
+    launch,
+    moment,
+    moment_conv2d,
+    moment_linear,
+    sample,
+    sample_conv2d,
+    sample_linear,
+    spike_slab_kl,
+)
 from bqnn.kernels.conv2d import output_of
 from bqnn.kernels.packed import sum_of_parts
 from bqnn.ops.packed_conv2d import packed_conv2d_triton
@@ -81,6 +92,43 @@ def _conv2d(
         torch.backends.cudnn.allow_tf32 = before
 
 
+def _moment_linear(
+    batch: int,
+    dtype: torch.dtype,
+    columns: int = 512,
+    num_levels: int = 3,
+    groups: int = 1,
+    mode: str = "categorical",
+    coarse: bool = True,
+) -> None:
+    channels = 256
+    x, grad = torch.zeros(batch, columns, dtype=dtype), torch.zeros(batch, channels, dtype=dtype)
+    tensors = posterior((channels, columns), num_levels, groups)
+    _, slope = moment_linear.forward(x, *tensors, torch.zeros(channels), SEED, OFFSET, mode, coarse)
+    moment_linear.backward(grad, slope if coarse else None, x, *tensors, SEED, OFFSET, mode, True)
+
+
+def _moment_linear_in_parts(batch: int, dtype: torch.dtype) -> None:
+    with mock.patch.object(launch, "processors", lambda device: 132):
+        _moment_linear(batch, dtype)
+
+
+def _moment(columns: int, num_levels: int, groups: int, mode: str) -> None:
+    tensors = posterior((64, columns), num_levels, groups)
+    for dtype in PRODUCT_DTYPES:
+        moment.moments(*tensors, mode, dtype)
+        grad = torch.zeros(64, columns, dtype=dtype)
+        moment.moments_backward(grad, grad, *tensors, mode)
+
+
+def _noisy(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    for dtype in PRODUCT_DTYPES:
+        y = torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
+        moment.noisy(y, y, SEED, OFFSET, y, y.bfloat16())
+        moment.noisy(y, y, SEED, OFFSET, y, None)
+        moment.noisy(None, y, SEED, OFFSET, None, y)
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -131,6 +179,28 @@ def _conv2d_cases(op: ModuleType, **mode: Any) -> Cases:
 CONV2D: Cases = {
     **_conv2d_cases(sample_conv2d),
     **_conv2d_cases(moment_conv2d, mode="categorical", coarse=True),
+}
+
+MOMENT_LINEAR: Cases = {
+    **{f"moment_linear-bfloat16-B{batch}": partial(_moment_linear, batch, torch.bfloat16) for batch in (1, 32, 64)},
+    **{f"moment_linear-{_name(dtype)}-B128": partial(_moment_linear, 128, dtype) for dtype in PRODUCT_DTYPES},
+    **{
+        f"moment_linear-{_name(dtype)}-B128-M16-K511-channel": partial(_moment_linear, 128, dtype, 511, 16, 256)
+        for dtype in (torch.bfloat16, torch.float32)
+    },
+    "moment_linear-bfloat16-B128-channel": partial(_moment_linear, 128, torch.bfloat16, groups=256),
+    "moment_linear-bfloat16-B128-exact": partial(_moment_linear, 128, torch.bfloat16, coarse=False),
+    "moment_linear-bfloat16-B128-parts": partial(_moment_linear_in_parts, 128, torch.bfloat16),
+    **{
+        f"moment_linear-bfloat16-B128-{mode}": partial(_moment_linear, 128, torch.bfloat16, 512, 16, mode=mode)
+        for mode in ("gaussian", "straight_through")
+    },
+    "moment-M3": partial(_moment, 512, 3, 1, "categorical"),
+    "moment-M16-K25-channel": partial(_moment, 25, 16, 64, "categorical"),
+    "moment-M16-straight_through": partial(_moment, 512, 16, 1, "straight_through"),
+    "moment-gaussian": partial(_moment, 512, 3, 1, "gaussian"),
+    "noise": partial(_noisy, (64, 512), torch.contiguous_format),
+    "noise-channels_last": partial(_noisy, (4, 16, 8, 8), torch.channels_last),
 }
 
 
@@ -202,4 +272,4 @@ PACKED: Cases = {
     "packed_sum-int32": partial(_packed_sum, torch.int32),
 }
 
-CASES: Cases = {**SAMPLE_LINEAR, **ELEMENTWISE, **CONV2D, **PACKED}
+CASES: Cases = {**SAMPLE_LINEAR, **MOMENT_LINEAR, **CONV2D, **ELEMENTWISE, **PACKED}
