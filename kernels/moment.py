@@ -12,7 +12,7 @@ import triton.language as tl
 from bqnn.kernels.conv2d import in_channels_last, parts_of, taps_of
 from bqnn.kernels.launch import MATRIX_BLOCK, blocks_of_matrix, flags_of_codebook, level_sums
 from bqnn.kernels.philox import normals_of_rows
-from bqnn.kernels.quantizer import group_of, level_at, partition, quantize, store_level_sums, threshold_at
+from bqnn.kernels.quantizer import codebook_of, level_at, partition, quantize, store_level_sums, threshold_at
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def weight_moments(
 ):
     """E and V of a block in a mode of ``bqnn.ops._moment``: float32 [BN, BK], something finite outside the weight.
 
-    ``o_group`` is ``group_of`` the block's channels.
+    ``o_group`` is ``codebook_of`` the block's channels.
     """
     mu = tl.load(p_weight + o_w, mask=m_w, other=0.0).to(tl.float32)
     log_sigma2 = tl.load(p_log_sigma2 + o_w, mask=m_w, other=0.0).to(tl.float32)
@@ -57,7 +57,10 @@ def weight_moments(
         mean = tl.broadcast_to(lower, mu.shape)
         variance = tl.zeros(mu.shape, tl.float32)
         twice_below = tl.zeros(mu.shape, tl.float32)
-        for j in tl.static_range(NUM_LEVELS - 1):
+        # Unrolled, a product's loop around it can be pipelined. Not with a codebook a channel: Triton would make such a
+        # block in every warp that multiplies it; nor with many levels, which would fill the registers.
+        UNROLL: tl.constexpr = NUM_LEVELS - 1 if NUM_LEVELS <= 3 and len(o_group.shape) == 0 else 1
+        for j in tl.range(0, NUM_LEVELS - 1, loop_unroll_factor=UNROLL):
             upper = level_at(p_levels, o_group, j + 1, NUM_LEVELS)
             z = standardised(mu, inverse_sigma, threshold_at(p_thresholds, o_group, j, NUM_LEVELS))
             below, above, _ = normal_distribution(z)
@@ -94,22 +97,22 @@ def store_moment_gradients(
     log_sigma2 = tl.load(p_log_sigma2 + o_w, mask=m_w, other=0.0).to(tl.float32)
     if MODE == "categorical":
         mu = tl.load(p_weight + o_w, mask=m_w, other=0.0).to(tl.float32)
-        o_group = group_of(o_n, m_n, PER_CHANNEL)
+        o_group = codebook_of(o_n, m_n, 0, NUM_LEVELS, PER_CHANNEL)
         inverse_sigma = tl.exp(-0.5 * log_sigma2)
-        lower = level_at(p_levels, o_group, 0, NUM_LEVELS)
-        mean = tl.broadcast_to(lower, mu.shape)
-        for j in tl.static_range(NUM_LEVELS - 1):
+        mean = tl.broadcast_to(level_at(p_levels, o_group, 0, NUM_LEVELS), mu.shape)
+        # Neither loop is unrolled: probabilities and densities of the first, kept for the second, would fill registers.
+        for j in range(NUM_LEVELS - 1):
+            lower = level_at(p_levels, o_group, j, NUM_LEVELS)
             upper = level_at(p_levels, o_group, j + 1, NUM_LEVELS)
             z = standardised(mu, inverse_sigma, threshold_at(p_thresholds, o_group, j, NUM_LEVELS))
             below, _, _ = normal_distribution(z)
             mean += (upper - lower) * below
-            lower = upper
         grad_weight = tl.zeros(mu.shape, tl.float32)
         grad_log_sigma2 = tl.zeros(mu.shape, tl.float32)
         p_row = p_sums + o_n * (2 * NUM_LEVELS - 1)
         lower = level_at(p_levels, o_group, 0, NUM_LEVELS)
         before = tl.full(mu.shape, 1.0, tl.float32)
-        for j in tl.static_range(NUM_LEVELS - 1):
+        for j in range(NUM_LEVELS - 1):
             upper = level_at(p_levels, o_group, j + 1, NUM_LEVELS)
             z = standardised(mu, inverse_sigma, threshold_at(p_thresholds, o_group, j, NUM_LEVELS))
             below, _, density = normal_distribution(z)
@@ -131,7 +134,7 @@ def store_moment_gradients(
         tl.store(p_grad_log_sigma2 + o_w, grad_variance * tl.exp(log_sigma2), mask=m_w)
         if MODE == "straight_through":
             mu = tl.load(p_weight + o_w, mask=m_w, other=0.0).to(tl.float32)
-            code = partition(mu, p_thresholds, group_of(o_n, m_n, PER_CHANNEL), NUM_LEVELS)
+            code = partition(mu, p_thresholds, codebook_of(o_n, m_n, 0, NUM_LEVELS, PER_CHANNEL), NUM_LEVELS)
             store_level_sums(grad_mean, code, p_sums, o_n, m_n, NUM_LEVELS)
 
 
@@ -167,7 +170,7 @@ def moment_fwd_kernel(
     m_n = o_n < N
     o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
     m_w = m_n[:, None] & (o_k < K)[None, :]
-    o_group = group_of(o_n, m_n, PER_CHANNEL)
+    o_group = codebook_of(o_n, m_n, 0, NUM_LEVELS, PER_CHANNEL)
     mean, variance = weight_moments(p_weight, p_log_sigma2, p_levels, p_thresholds, o_w, m_w, o_group, NUM_LEVELS, MODE)
     o_moment = o_n.to(tl.int64)[:, None] * K + in_channels_last(o_k, K, taps)[None, :]
     tl.store(p_mean + o_moment, mean, mask=m_w)

@@ -18,16 +18,16 @@ from bqnn.kernels.moment import (
     weight_moments,
 )
 from bqnn.kernels.philox import normals_of_rows
-from bqnn.kernels.quantizer import group_of
+from bqnn.kernels.quantizer import codebook_of
 
-LARGEST_BM = 128
+# A tile of the outputs, or of the gradient of x, has so many columns and takes so many contracted indices a step.
+WIDTH, STEP, WARPS = 64, 32, 8
 # Operations a weight that may be spent on making moments again, in all row blocks but the first, before it costs more
 # than writing and reading them. An estimate for an H200, not a measurement: 8 bytes of two moments in bfloat16, written
 # and read, take as long as 54 operations.
 OPERATIONS_FUSED = 54
 OPERATIONS_OF_THRESHOLD = 25
 OPERATIONS_OF_GAUSSIAN = 8
-WEIGHT_TILES = {"BM": 32, "BN": 64, "BK": 64, "num_warps": 8}  # of the weight's gradient
 
 
 @triton.heuristics(
@@ -74,13 +74,13 @@ def moment_linear_fwd_kernel(
     i_n, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < M, o_n < N
-    o_group = group_of(o_n, m_n, PER_CHANNEL)
     p_row = p_x + o_m.to(tl.int64)[:, None] * stride_x
     b_mean = tl.zeros((BM, BN), tl.float32)
     b_variance = tl.zeros((BM, BN), tl.float32)
     for first in range(i_s * span, tl.minimum(K, (i_s + 1) * span), BK):
         o_k = first + tl.arange(0, BK)
         m_k = (o_k < K)[None, :]
+        o_group = codebook_of(o_n, m_n, first, NUM_LEVELS, PER_CHANNEL)
         b_x = tl.load(p_row + o_k[None, :], mask=m_m[:, None] & m_k, other=0.0)
         o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
         b_e, b_v = weight_moments(
@@ -142,7 +142,7 @@ def moment_linear_bwd_kernel_input(
         b_grad = tl.load(p_grad + o_row * stride_grad + o_n[None, :], mask=m_grad, other=0.0)
         b_slope = tl.load(p_slope + o_row * N + o_n[None, :], mask=m_grad, other=0.0)
         o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
-        o_group = group_of(o_n, m_n, PER_CHANNEL)
+        o_group = codebook_of(o_n, m_n, first, NUM_LEVELS, PER_CHANNEL)
         b_e, b_v = weight_moments(
             p_weight, p_log_sigma2, p_levels, p_thresholds, o_w, m_n[:, None] & m_k, o_group, NUM_LEVELS, MODE
         )
@@ -180,6 +180,7 @@ def moment_linear_bwd_kernel_weight(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    BR: tl.constexpr,
 ):
     i_n, i_k = tl.program_id(0), tl.program_id(1)
     o_n, o_k = i_n * BN + tl.arange(0, BN), i_k * BK + tl.arange(0, BK)
@@ -197,31 +198,69 @@ def moment_linear_bwd_kernel_weight(
         # [BN, BM] @ [BM, BK]
         b_grad_mean = tl.dot(tl.trans(b_grad), b_x, b_grad_mean, input_precision=PRECISION)
         b_grad_variance = tl.dot(tl.trans(b_scaled), b_x * b_x, b_grad_variance, input_precision=PRECISION)
-    o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
-    store_moment_gradients(
-        b_grad_mean, b_grad_variance, p_weight, p_log_sigma2, p_levels, p_thresholds, p_grad_weight, p_grad_log_sigma2,
-        p_sums + i_k.to(tl.int64) * N * sums, o_n, m_n, o_w, m_n[:, None] & m_k, NUM_LEVELS, PER_CHANNEL, MODE,
-    )  # fmt: skip
+    # Through the outputs, a few rows at a time: registers hold the two sums, but not what their gradients need beside.
+    o_tile = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
+    m_tile = m_n[:, None] & m_k
+    tl.store(p_grad_weight + o_tile, b_grad_mean, mask=m_tile)
+    tl.store(p_grad_log_sigma2 + o_tile, b_grad_variance, mask=m_tile)
+    tl.debug_barrier()
+    for first in range(i_n * BN, tl.minimum(N, (i_n + 1) * BN), BR):
+        o_r = first + tl.arange(0, BR)
+        m_r = o_r < N
+        o_w = o_r.to(tl.int64)[:, None] * K + o_k[None, :]
+        m_w = m_r[:, None] & m_k
+        grad_mean = tl.load(p_grad_weight + o_w, mask=m_w, other=0.0).to(tl.float32)
+        grad_variance = tl.load(p_grad_log_sigma2 + o_w, mask=m_w, other=0.0).to(tl.float32)
+        store_moment_gradients(
+            grad_mean, grad_variance, p_weight, p_log_sigma2, p_levels, p_thresholds, p_grad_weight, p_grad_log_sigma2,
+            p_sums + i_k.to(tl.int64) * N * sums, o_r, m_r, o_w, m_w, NUM_LEVELS, PER_CHANNEL, MODE,
+        )  # fmt: skip
 
 
-def _tiles(rows, dtype):
-    """Tile sizes and warps: the rows in as few blocks as registers allow, since each makes the moments anew."""
-    BM = min(max(16, triton.next_power_of_2(rows)), LARGEST_BM)
-    return {"BM": BM, "BN": 64, "BK": 32 if dtype == torch.float32 else 64, "num_warps": 8 if BM > 64 else 4}
+def _rows_of_block(rows, dtype):
+    """The rows in as few blocks as registers have two accumulators for, since each makes the moments anew."""
+    return min(max(16, triton.next_power_of_2(rows)), 64 if dtype == torch.float32 else 128)
+
+
+def _weight_tiles(dtype):
+    """Those of the weight's gradient; BR is the rows at its end that are finished at once."""
+    if dtype == torch.float32:  # its products take registers for their operands too
+        return {"BM": 32, "BN": 32, "BK": 64, "BR": 8, "num_warps": 4}
+    return {"BM": 32, "BN": 64, "BK": 128, "BR": 8, "num_warps": 4}
+
+
+def _grid(x, columns, length):
+    """Grid, and a part's share of the contraction, of a product [rows of x, length] @ [length, columns]."""
+    blocks = (triton.cdiv(columns, WIDTH), triton.cdiv(len(x), _rows_of_block(len(x), x.dtype)))
+    splits, span = splits_of(blocks, length, STEP, x.device)
+    return (*blocks, splits), span
 
 
 def is_fused(x, weight, levels, mode):
     """Whether the products make the weight's moments; otherwise they are made once and torch multiplies."""
     cost = OPERATIONS_OF_THRESHOLD * (levels.shape[1] - 1) if mode == "categorical" else OPERATIONS_OF_GAUSSIAN
-    return (triton.cdiv(leading(x), LARGEST_BM) - 1) * cost <= OPERATIONS_FUSED
+    blocks = triton.cdiv(leading(x), _rows_of_block(leading(x), x.dtype))
+    return (blocks - 1) * cost <= OPERATIONS_FUSED
 
 
-def _forward_kernel(rows, posterior, bias, seed, offset, y, slope, variance, span, mode, grid, tiles):
-    (M, K), N = rows.shape, posterior[0].shape[0]
-    moment_linear_fwd_kernel[grid](
-        rows, *posterior, bias, seed, offset, y, slope, variance, M, N, K, rows.stride(0), span, MODE=mode,
-        **flags_of_product(rows, posterior[2]), **tiles,
-    )  # fmt: skip
+def _write_outputs(x, posterior, bias, seed, offset, mode, y, slope):
+    """Writes y and dy/dvariance, or one of them, as ``noisy`` does."""
+    (M, K), N = x.shape, posterior[0].shape[0]
+    grid, span = _grid(x, N, K)
+
+    def multiply(bias, y, slope, variance):
+        moment_linear_fwd_kernel[grid](
+            x, *posterior, bias, seed, offset, y, slope, variance, M, N, K, x.stride(0), span, MODE=mode,
+            **flags_of_product(x, posterior[2]), BM=_rows_of_block(M, x.dtype), BN=WIDTH, BK=STEP, num_warps=WARPS,
+        )  # fmt: skip
+
+    if grid[2] == 1 and y is not None:
+        multiply(bias, y, slope, None)
+        return
+    variance = torch.empty((grid[2], M, N), device=x.device)
+    mean = None if y is None else torch.empty_like(variance)
+    multiply(None, mean, None, variance)
+    noisy(mean, variance, seed, offset, y, slope, bias)
 
 
 def forward(x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode, coarse):
@@ -229,35 +268,10 @@ def forward(x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode,
 
     Nothing is empty; the parameters are contiguous.
     """
-    rows, posterior = rows_of(x), (weight, log_sigma2, levels, thresholds)
-    (M, K), N = rows.shape, weight.shape[0]
-    y = torch.empty((M, N), device=x.device, dtype=x.dtype)
-    slope = torch.empty((M, N), device=x.device, dtype=torch.bfloat16) if coarse else None
-    tiles = _tiles(M, x.dtype)
-    blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(M, tiles["BM"]))
-    splits, span = splits_of(blocks, K, tiles["BK"], x.device)
-    grid = (*blocks, splits)
-    if splits == 1:
-        _forward_kernel(rows, posterior, bias, seed, offset, y, slope, None, span, mode, grid, tiles)
-    else:
-        mean, variance = torch.empty((2, splits, M, N), device=x.device)
-        _forward_kernel(rows, posterior, None, seed, offset, mean, None, variance, span, mode, grid, tiles)
-        noisy(mean, variance, seed, offset, y, slope, bias)
-    shape = (*x.shape[:-1], N)
-    return y.view(shape), y.new_empty(0) if slope is None else slope.view(shape)
-
-
-def _slope(rows, posterior, seed, offset, mode):
-    """dy/dvariance [M, N], made again, in the dtype of ``rows``."""
-    (M, K), N = rows.shape, posterior[0].shape[0]
-    tiles = _tiles(M, rows.dtype)
-    blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(M, tiles["BM"]))
-    splits, span = splits_of(blocks, K, tiles["BK"], rows.device)
-    variance = torch.empty((splits, M, N), device=rows.device)
-    _forward_kernel(rows, posterior, None, seed, offset, None, None, variance, span, mode, (*blocks, splits), tiles)
-    slope = torch.empty((M, N), device=rows.device, dtype=rows.dtype)
-    noisy(None, variance, seed, offset, None, slope)
-    return slope
+    y = torch.empty((*x.shape[:-1], weight.shape[0]), device=x.device, dtype=x.dtype)
+    slope = torch.empty_like(y, dtype=torch.bfloat16) if coarse else None
+    _write_outputs(rows_of(x), (weight, log_sigma2, levels, thresholds), bias, seed, offset, mode, y, slope)
+    return y, y.new_empty(0) if slope is None else slope
 
 
 def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offset, mode, input_gradient):
@@ -267,22 +281,25 @@ def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offse
     """
     rows, grad, posterior = rows_of(x), rows_of(grad), (weight, log_sigma2, levels, thresholds)
     (M, K), N = rows.shape, weight.shape[0]
-    slope = _slope(rows, posterior, seed, offset, mode) if slope is None else slope.reshape(M, N).contiguous()
-    tiles, flags = _tiles(M, x.dtype), {**flags_of_product(x, levels), "MODE": mode}
+    if slope is None:
+        slope = torch.empty((M, N), device=x.device, dtype=x.dtype)
+        _write_outputs(rows, posterior, None, seed, offset, mode, None, slope)
+    slope, flags = slope.contiguous(), {**flags_of_product(x, levels), "MODE": mode}
     grad_x = x.new_empty(0)
     if input_gradient:
-        blocks = (triton.cdiv(K, tiles["BK"]), triton.cdiv(M, tiles["BM"]))
-        splits, span = splits_of(blocks, N, tiles["BN"], x.device)
-        grad_x = torch.empty((splits, M, K), device=x.device, dtype=x.dtype if splits == 1 else torch.float32)
-        moment_linear_bwd_kernel_input[(*blocks, splits)](
-            grad, slope, rows, *posterior, grad_x, M, N, K, grad.stride(0), rows.stride(0), span, **flags, **tiles
-        )
+        grid, span = _grid(rows, K, N)
+        grad_x = torch.empty((grid[2], M, K), device=x.device, dtype=x.dtype if grid[2] == 1 else torch.float32)
+        moment_linear_bwd_kernel_input[grid](
+            grad, slope, rows, *posterior, grad_x, M, N, K, grad.stride(0), rows.stride(0), span, **flags,
+            BM=_rows_of_block(M, x.dtype), BN=STEP, BK=WIDTH, num_warps=WARPS,
+        )  # fmt: skip
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
     grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(weight)
-    blocks = (triton.cdiv(N, WEIGHT_TILES["BN"]), triton.cdiv(K, WEIGHT_TILES["BK"]))
+    tiles = _weight_tiles(x.dtype)
+    blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(K, tiles["BK"]))
     sums = torch.empty((blocks[1], N, codebook_sums(levels.shape[1], mode)), device=x.device)
     moment_linear_bwd_kernel_weight[blocks](
         grad, slope, rows, *posterior, grad_weight, grad_log_sigma2, sums, M, N, K, grad.stride(0), rows.stride(0),
-        sums.shape[2], **flags, **WEIGHT_TILES,
+        sums.shape[2], **flags, **tiles,
     )  # fmt: skip
     return grad_x, grad_weight, grad_log_sigma2, *codebook_gradients(sums, levels, thresholds)

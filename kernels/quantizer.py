@@ -1,6 +1,6 @@
 """The partition and the levels of a block of weights, as in ``bqnn.ops.quantizer``.
 
-A codebook's row is found with ``o_group`` [BN, 1] of :func:`codebook_of`.
+A codebook's row is found with ``o_group`` of :func:`codebook_of`.
 """
 
 import triton
@@ -9,52 +9,17 @@ import triton.language as tl
 
 @triton.jit
 def codebook_of(o_n, m_n, step, NUM_LEVELS: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """The row of the codebook of channels o_n [BN], those outside the mask have the first: [BN, 1].
+    """The row of the codebook of channels o_n [BN], those outside the mask have the first: [BN, 1], or a scalar where
+    channels share it, so that levels are loaded once.
 
     ``step``, 0 or a loop's variable that is never negative, keeps long codebooks in the loop: hoisted out of it they
     would fill the registers.
     """
-    o_group = tl.where(m_n, o_n, 0)[:, None] * PER_CHANNEL
-    if NUM_LEVELS * (1 + PER_CHANNEL) > 8:
-        o_group += tl.minimum(step, 0)
-    return o_group
-
-
-@triton.jit
-def quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
-    """Q(w) = c_code(w), float32 [BN, BK]."""
-    quantized = tl.broadcast_to(tl.load(p_levels + o_group * NUM_LEVELS).to(tl.float32), w.shape)
-    for j in tl.static_range(NUM_LEVELS - 1):
-        threshold = tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)
-        level = tl.load(p_levels + o_group * NUM_LEVELS + j + 1).to(tl.float32)
-        quantized = tl.where(w > threshold, level, quantized)
-    return quantized
-
-
-@triton.jit
-def partition(w, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
-    """code(w) = #{j : w > t_j}, int32 [BN, BK]."""
-    code = tl.zeros(w.shape, tl.int32)
-    for j in tl.static_range(NUM_LEVELS - 1):
-        code += (w > tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)).to(tl.int32)
-    return code
-
-
-@triton.jit
-def store_level_sums(values, code, p_sums, o_n, m_n, NUM_LEVELS: tl.constexpr):
-    """The sums of ``values`` [BN, BK] over each cell of each row, to p_sums[row, level]."""
-    for m in range(NUM_LEVELS):
-        sums = tl.sum(tl.where(code == m, values, 0.0), axis=1)
-        tl.store(p_sums + o_n * NUM_LEVELS + m, sums, mask=m_n)
-
-
-@triton.jit
-def group_of(o_n, m_n, PER_CHANNEL: tl.constexpr):
-    """The codebook's row of channels o_n [BN]; a shared one is a scalar, so that levels stay scalars as well."""
     if PER_CHANNEL:
-        return tl.where(m_n, o_n, 0)[:, None]
+        o_first = tl.where(m_n, o_n, 0)[:, None]
+        return o_first + tl.minimum(step, 0) if NUM_LEVELS > 4 else o_first
     else:
-        return 0
+        return tl.cast(0, tl.int32)
 
 
 @triton.jit
@@ -67,3 +32,30 @@ def level_at(p_levels, o_group, m, NUM_LEVELS: tl.constexpr):
 def threshold_at(p_thresholds, o_group, j, NUM_LEVELS: tl.constexpr):
     """The threshold between levels j and j + 1, float32, of o_group's shape."""
     return tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)
+
+
+@triton.jit
+def quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
+    """Q(w) = c_code(w), float32 [BN, BK]."""
+    quantized = tl.broadcast_to(level_at(p_levels, o_group, 0, NUM_LEVELS), w.shape)
+    for j in tl.static_range(NUM_LEVELS - 1):
+        level = level_at(p_levels, o_group, j + 1, NUM_LEVELS)
+        quantized = tl.where(w > threshold_at(p_thresholds, o_group, j, NUM_LEVELS), level, quantized)
+    return quantized
+
+
+@triton.jit
+def partition(w, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
+    """code(w) = #{j : w > t_j}, int32 [BN, BK]."""
+    code = tl.zeros(w.shape, tl.int32)
+    for j in tl.static_range(NUM_LEVELS - 1):
+        code += (w > threshold_at(p_thresholds, o_group, j, NUM_LEVELS)).to(tl.int32)
+    return code
+
+
+@triton.jit
+def store_level_sums(values, code, p_sums, o_n, m_n, NUM_LEVELS: tl.constexpr):
+    """The sums of ``values`` [BN, BK] over each cell of each row, to p_sums[row, level]."""
+    for m in range(NUM_LEVELS):
+        sums = tl.sum(tl.where(code == m, values, 0.0), axis=1)
+        tl.store(p_sums + o_n * NUM_LEVELS + m, sums, mask=m_n)

@@ -9,11 +9,22 @@ from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from bqnn.kernels import assign_codes, moment_conv2d, sample, sample_conv2d, sample_linear, spike_slab_kl
+from bqnn.kernels import (
+    assign_codes,
+    launch,
+    moment,
+    moment_conv2d,
+    moment_linear,
+    sample,
+    sample_conv2d,
+    sample_linear,
+    spike_slab_kl,
+)
 from bqnn.kernels.conv2d import output_of
 from tests.shapes import Conv2dShape
 
@@ -50,6 +61,43 @@ def _sample(columns: int, num_levels: int, groups: int) -> None:
     for dtype in PRODUCT_DTYPES:
         sample.sample(weight, log_sigma2, levels, thresholds, SEED, OFFSET, dtype)
         sample.sample_backward(weight.to(dtype), weight, log_sigma2, levels, thresholds, SEED, OFFSET)
+
+
+def _moment_linear(
+    batch: int,
+    dtype: torch.dtype,
+    columns: int = 512,
+    num_levels: int = 3,
+    groups: int = 1,
+    mode: str = "categorical",
+    coarse: bool = True,
+) -> None:
+    channels = 256
+    x, grad = torch.zeros(batch, columns, dtype=dtype), torch.zeros(batch, channels, dtype=dtype)
+    tensors = posterior((channels, columns), num_levels, groups)
+    _, slope = moment_linear.forward(x, *tensors, torch.zeros(channels), SEED, OFFSET, mode, coarse)
+    moment_linear.backward(grad, slope if coarse else None, x, *tensors, SEED, OFFSET, mode, True)
+
+
+def _moment_linear_in_parts(batch: int, dtype: torch.dtype) -> None:
+    with mock.patch.object(launch, "processors", lambda device: 132):
+        _moment_linear(batch, dtype)
+
+
+def _moment(columns: int, num_levels: int, groups: int, mode: str) -> None:
+    tensors = posterior((64, columns), num_levels, groups)
+    for dtype in PRODUCT_DTYPES:
+        moment.moments(*tensors, mode, dtype)
+        grad = torch.zeros(64, columns, dtype=dtype)
+        moment.moments_backward(grad, grad, *tensors, mode)
+
+
+def _noisy(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    for dtype in PRODUCT_DTYPES:
+        y = torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
+        moment.noisy(y, y, SEED, OFFSET, y, y.bfloat16())
+        moment.noisy(y, y, SEED, OFFSET, y, None)
+        moment.noisy(None, y, SEED, OFFSET, None, y)
 
 
 def _conv2d(
@@ -97,6 +145,51 @@ SAMPLE_LINEAR: Cases = {
     "sample-M16-K25-channel": partial(_sample, 25, 16, 64),
 }
 
+MOMENT_LINEAR: Cases = {
+    **{f"moment_linear-bfloat16-B{batch}": partial(_moment_linear, batch, torch.bfloat16) for batch in (1, 32, 64)},
+    **{f"moment_linear-{_name(dtype)}-B128": partial(_moment_linear, 128, dtype) for dtype in PRODUCT_DTYPES},
+    **{
+        f"moment_linear-{_name(dtype)}-B128-M16-K511-channel": partial(_moment_linear, 128, dtype, 511, 16, 256)
+        for dtype in (torch.bfloat16, torch.float32)
+    },
+    "moment_linear-bfloat16-B128-channel": partial(_moment_linear, 128, torch.bfloat16, groups=256),
+    "moment_linear-bfloat16-B128-exact": partial(_moment_linear, 128, torch.bfloat16, coarse=False),
+    "moment_linear-bfloat16-B128-parts": partial(_moment_linear_in_parts, 128, torch.bfloat16),
+    **{
+        f"moment_linear-bfloat16-B128-{mode}": partial(_moment_linear, 128, torch.bfloat16, 512, 16, mode=mode)
+        for mode in ("gaussian", "straight_through")
+    },
+    "moment-M3": partial(_moment, 512, 3, 1, "categorical"),
+    "moment-M16-K25-channel": partial(_moment, 25, 16, 64, "categorical"),
+    "moment-M16-straight_through": partial(_moment, 512, 16, 1, "straight_through"),
+    "moment-gaussian": partial(_moment, 512, 3, 1, "gaussian"),
+    "noise": partial(_noisy, (64, 512), torch.contiguous_format),
+    "noise-channels_last": partial(_noisy, (4, 16, 8, 8), torch.channels_last),
+}
+
+
+def _spike_slab_kl(num_levels: int, groups: int = 1, columns: int = 4096) -> None:
+    weight, log_sigma2, levels, _ = posterior((64, columns), num_levels, groups)
+    spike_slab_kl.forward(weight, log_sigma2, levels, levels)
+    spike_slab_kl.backward(torch.zeros(()), weight, log_sigma2, levels, levels)
+
+
+def _assign_codes(num_levels: int, groups: int = 1, columns: int = 4096) -> None:
+    weight, _, _, thresholds = posterior((64, columns), num_levels, groups)
+    for packed in (False, True):
+        assign_codes.assign_codes(weight, thresholds, packed)
+
+
+ELEMENTWISE: Cases = {
+    f"{name}-M{num_levels}": partial(call, num_levels)
+    for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
+    for num_levels in (2, 3, 4, 5, 8, 16)
+} | {
+    f"{name}-M{num_levels}-K25-channel": partial(call, num_levels, 64, 25)
+    for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
+    for num_levels in (3, 16)
+}
+
 WIDE_CONV2D = Conv2dShape(4, 128, 128, 16, 16, (3, 3), padding=(1, 1))
 TO_FEW_CONV2D = Conv2dShape(4, 160, 12, 16, 16, (3, 3), padding=(1, 1))
 FROM_FEW_CONV2D = Conv2dShape(8, 6, 16, 14, 14, (5, 5))
@@ -130,26 +223,4 @@ CONV2D: Cases = {
 }
 
 
-def _spike_slab_kl(num_levels: int, groups: int = 1, columns: int = 4096) -> None:
-    weight, log_sigma2, levels, _ = posterior((64, columns), num_levels, groups)
-    spike_slab_kl.forward(weight, log_sigma2, levels, levels)
-    spike_slab_kl.backward(torch.zeros(()), weight, log_sigma2, levels, levels)
-
-
-def _assign_codes(num_levels: int, groups: int = 1, columns: int = 4096) -> None:
-    weight, _, _, thresholds = posterior((64, columns), num_levels, groups)
-    for packed in (False, True):
-        assign_codes.assign_codes(weight, thresholds, packed)
-
-
-ELEMENTWISE: Cases = {
-    f"{name}-M{num_levels}": partial(call, num_levels)
-    for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
-    for num_levels in (2, 3, 4, 5, 8, 16)
-} | {
-    f"{name}-M{num_levels}-K25-channel": partial(call, num_levels, 64, 25)
-    for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
-    for num_levels in (3, 16)
-}
-
-CASES: Cases = {**SAMPLE_LINEAR, **ELEMENTWISE, **CONV2D}
+CASES: Cases = {**SAMPLE_LINEAR, **MOMENT_LINEAR, **ELEMENTWISE, **CONV2D}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +14,17 @@ from bqnn import BackendError
 from bqnn.ops import moment_linear, quantizer, sample_linear
 from bqnn.ops._moment import MODES
 from tests import formulas
-from tests.helpers import SEED, Case, assert_matches, compare_layouts, make_case, moment_product, usable_backends
+from tests.helpers import (
+    SEED,
+    Case,
+    assert_matches,
+    compare_layouts,
+    make_case,
+    moment_product,
+    skip_what_is_interpreted_wrongly,
+    triton_devices,
+    usable_backends,
+)
 from tests.shapes import EVERY_M, GRANULARITIES, LINEAR_GRID, SMALL_LINEAR, SOME_M, LinearShape
 
 RUNS_ON = usable_backends("moment_linear")
@@ -28,9 +39,14 @@ GRADIENTS = {
 
 
 def run(
-    case: Case, mode: str = "categorical", backend: str | None = None, seed: int = SEED, offset: int = OFFSET
+    case: Case,
+    mode: str = "categorical",
+    backend: str | None = None,
+    seed: int = SEED,
+    offset: int = OFFSET,
+    coarse: bool = False,
 ) -> Tensor:
-    return moment_linear(*case.tensors(), torch.tensor(seed), offset, mode, backend=backend)
+    return moment_linear(*case.tensors(), torch.tensor(seed), offset, mode, coarse, backend)
 
 
 def formula_for(case: Case, mode: str) -> partial[Tensor]:
@@ -59,8 +75,62 @@ def test_values_and_gradients(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_input_and_float32_weight(dtype: torch.dtype, mode: str, runs_on: tuple[str, str]) -> None:
     device, backend = runs_on
+    skip_what_is_interpreted_wrongly(backend, dtype)
     case = make_case(LinearShape(9, 33, 129), 5, "channel").to(x=dtype)
     assert_matches(partial(run, mode=mode, backend=backend), formula_for(case, mode), case, device, GRADIENTS[mode])
+
+
+def choose_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the backend "triton" multiply in one of its ways, whatever the shape."""
+    if way == "before":
+        monkeypatch.setattr(importlib.import_module("bqnn.kernels.moment_linear"), "OPERATIONS_FUSED", -1)
+    if way == "parts":
+        monkeypatch.setattr(importlib.import_module("bqnn.kernels.launch"), "processors", lambda device: 132)
+
+
+@pytest.mark.parametrize("device", triton_devices("moment_linear"))
+@pytest.mark.parametrize("way", ["parts", "before"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_other_ways_to_multiply(
+    granularity: str, mode: str, way: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose_way(way, monkeypatch)
+    case = make_case(LinearShape(5, 41, 141), 5, granularity)
+    assert_matches(partial(run, mode=mode, backend="triton"), formula_for(case, mode), case, device, GRADIENTS[mode])
+
+
+@pytest.mark.parametrize("device", triton_devices("moment_linear"))
+@pytest.mark.parametrize("way", ["fused", "parts", "before"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_coarse_variance_changes_values_and_gradients_by_its_rounding(
+    mode: str, way: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose_way(way, monkeypatch)
+    case = make_case(LinearShape(9, 41, 101), 3, "tensor").to(device)
+    exact, coarse = case.leaves(), case.leaves()
+    outputs = run(exact, mode, "reference"), run(coarse, mode, "triton", coarse=True)
+    upstream = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(5)).to(device)
+    for y in outputs:
+        y.backward(upstream)
+    pairs = {name: (getattr(exact, name).grad, getattr(coarse, name).grad) for name in GRADIENTS[mode]}
+    assert not torch.allclose(*outputs, rtol=1e-5, atol=1e-5), "nothing was rounded"
+    for name, (expected, found) in {"y": outputs, **pairs}.items():
+        difference = (found - expected).square().mean().sqrt()
+        assert difference <= 2.0**-7 * expected.square().mean().sqrt(), name
+
+
+@pytest.mark.parametrize("device", triton_devices("moment_linear"))
+@pytest.mark.parametrize("channels", [72, 71], ids=["aligned", "odd"])
+def test_noise_does_not_depend_on_tiles(channels: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = importlib.import_module("bqnn.kernels.moment_linear")
+    case = make_case(LinearShape(21, channels, 37), 3, "tensor").to(device)
+    expected = run(case, backend="reference")
+    for rows, width, step in ((16, 16, 64), (32, 128, 16), (64, 32, 32)):
+        monkeypatch.setattr(kernels, "_rows_of_block", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(kernels, "WIDTH", width)
+        monkeypatch.setattr(kernels, "STEP", step)
+        torch.testing.assert_close(run(case, backend="triton"), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)

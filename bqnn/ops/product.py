@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,6 +22,10 @@ class Product(Protocol):
         ...
 
     def bias_gradient(self, grad: Tensor) -> Tensor: ...
+
+    def __iter__(self) -> Iterator[Any]:
+        """The values of the geometry."""
+        ...
 
 
 class LinearProduct(NamedTuple):
