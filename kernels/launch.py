@@ -46,10 +46,10 @@ def processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def splits_of(blocks, length, step, device):
+def splits_of(blocks, length, step, device, most=MAX_SPLITS):
     """Into how many parts a contraction of ``length`` is cut so that the tiles keep a GPU busy, and a part's length."""
     steps = triton.cdiv(length, step)
-    parts = max(1, min(steps, processors(device) // math.prod(blocks), MAX_SPLITS))
+    parts = max(1, min(steps, processors(device) // math.prod(blocks), most))
     span = triton.cdiv(steps, parts)
     return triton.cdiv(steps, span), span * step
 
@@ -58,7 +58,7 @@ def sum_of_splits(parts, bias, dtype):
     """The sum of parts [S, ...], and of the bias if there is more than one part: a single one has it already."""
     if parts.shape[0] == 1:
         return parts[0]
-    total = parts.sum(0)
+    total = torch.sum(parts, 0, out=torch.empty_like(parts[0]))  # with the strides of a part
     return (total if bias is None else total.add_(bias)).to(dtype)
 
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bqnn.kernels.conv2d import in_channels_last, parts_of, taps_of
 from bqnn.kernels.launch import MATRIX_BLOCK, blocks_of_matrix, flags_of_codebook, level_sums
 from bqnn.kernels.philox import normals_of_rows
 from bqnn.kernels.quantizer import codebook_of, level_at, partition, quantize, store_level_sums, threshold_at
@@ -157,6 +158,7 @@ def moment_fwd_kernel(
     p_variance,
     N,
     K,
+    taps,
     NUM_LEVELS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     MODE: tl.constexpr,
@@ -170,8 +172,9 @@ def moment_fwd_kernel(
     m_w = m_n[:, None] & (o_k < K)[None, :]
     o_group = codebook_of(o_n, m_n, 0, NUM_LEVELS, PER_CHANNEL)
     mean, variance = weight_moments(p_weight, p_log_sigma2, p_levels, p_thresholds, o_w, m_w, o_group, NUM_LEVELS, MODE)
-    tl.store(p_mean + o_w, mean, mask=m_w)
-    tl.store(p_variance + o_w, variance, mask=m_w)
+    o_moment = o_n.to(tl.int64)[:, None] * K + in_channels_last(o_k, K, taps)[None, :]
+    tl.store(p_mean + o_moment, mean, mask=m_w)
+    tl.store(p_variance + o_moment, variance, mask=m_w)
 
 
 @triton.jit
@@ -187,6 +190,8 @@ def moment_bwd_kernel(
     p_sums,
     N,
     K,
+    taps,
+    parts,
     sums,
     NUM_LEVELS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
@@ -199,8 +204,13 @@ def moment_bwd_kernel(
     m_n = o_n < N
     o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
     m_w = m_n[:, None] & (o_k < K)[None, :]
-    grad_mean = tl.load(p_grad_mean + o_w, mask=m_w, other=0.0).to(tl.float32)
-    grad_variance = tl.load(p_grad_variance + o_w, mask=m_w, other=0.0).to(tl.float32)
+    o_moment = in_channels_last(o_k, K, taps)[None, :]
+    grad_mean = tl.zeros((BN, BK), tl.float32)
+    grad_variance = tl.zeros((BN, BK), tl.float32)
+    for part in range(parts):
+        o_grad = (part * N + o_n.to(tl.int64))[:, None] * K + o_moment
+        grad_mean += tl.load(p_grad_mean + o_grad, mask=m_w, other=0.0).to(tl.float32)
+        grad_variance += tl.load(p_grad_variance + o_grad, mask=m_w, other=0.0).to(tl.float32)
     store_moment_gradients(
         grad_mean, grad_variance, p_weight, p_log_sigma2, p_levels, p_thresholds, p_grad_weight, p_grad_log_sigma2,
         p_sums + i_k.to(tl.int64) * N * sums, o_n, m_n, o_w, m_w, NUM_LEVELS, PER_CHANNEL, MODE,
@@ -284,26 +294,31 @@ def codebook_gradients(sums, levels, thresholds):
     )
 
 
-def moments(weight, log_sigma2, levels, thresholds, mode, dtype):
-    """E and V in ``dtype``, contiguous in the weight's shape; the tensors are contiguous."""
-    mean, variance = (torch.empty(weight.shape, device=weight.device, dtype=dtype) for _ in range(2))
+def moments(weight, log_sigma2, levels, thresholds, mode, dtype, memory_format=torch.contiguous_format):
+    """E and V in ``dtype``, in the weight's shape and this memory format; the other tensors are contiguous."""
+    mean, variance = (
+        torch.empty(weight.shape, device=weight.device, dtype=dtype, memory_format=memory_format) for _ in range(2)
+    )
     N, K = weight.shape[0], weight[0].numel()
     grid, blocks = blocks_of_matrix(N, K)
     moment_fwd_kernel[grid](
-        weight, log_sigma2, levels, thresholds, mean, variance, N, K, **flags_of_codebook(levels), MODE=mode, **blocks
-    )
+        weight, log_sigma2, levels, thresholds, mean, variance, N, K, taps_of(mean),
+        **flags_of_codebook(levels), MODE=mode, **blocks,
+    )  # fmt: skip
     return mean, variance
 
 
 def moments_backward(grad_mean, grad_variance, weight, log_sigma2, levels, thresholds, mode):
-    """The gradients of weight, log_sigma2, levels and thresholds, from dL/dE and dL/dV, contiguous in any dtype."""
+    """The gradients of weight, log_sigma2, levels and thresholds, from dL/dE and dL/dV in any dtype, or parts
+    [S, *weight.shape] of them to be added up, contiguous or channels-last; the other tensors are contiguous."""
     N, K = weight.shape[0], weight[0].numel()
     grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(weight)
     grid, blocks = blocks_of_matrix(N, K)
     sums = torch.empty((grid[1], N, codebook_sums(levels.shape[1], mode)), device=weight.device)
+    parts, taps = parts_of(grad_mean, weight)
     moment_bwd_kernel[grid](
         grad_mean, grad_variance, weight, log_sigma2, levels, thresholds, grad_weight, grad_log_sigma2, sums, N, K,
-        sums.shape[2], **flags_of_codebook(levels), MODE=mode, **blocks,
+        taps, parts, sums.shape[2], **flags_of_codebook(levels), MODE=mode, **blocks,
     )  # fmt: skip
     return grad_weight, grad_log_sigma2, *codebook_gradients(sums, levels, thresholds)
 

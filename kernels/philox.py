@@ -47,6 +47,16 @@ def normals_at(seed, offset, index):
 
 
 @triton.jit
+def normals_of_calls(seed, call):
+    """The four normals of each call [R, C], side by side: float32 [R, 4 C]."""
+    w0, w1, w2, w3 = random_words(seed, call)
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
+    quads = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # [R, C, 2, 2]
+    return tl.reshape(quads, (call.shape[0], 4 * call.shape[1]))
+
+
+@triton.jit
 def normals_of_rows(seed, offset, o_row, first, columns, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
     """The normals of rows o_row [R] and the columns from ``first`` on of a matrix with ``columns`` columns.
 
@@ -56,10 +66,6 @@ def normals_of_rows(seed, offset, o_row, first, columns, COLUMNS: tl.constexpr, 
     row = o_row.to(tl.int64) * columns
     if ALIGNED:
         o_quad = first // 4 + tl.arange(0, COLUMNS // 4)
-        w0, w1, w2, w3 = random_words(seed, offset + (row // 4)[:, None] + o_quad[None, :])
-        n0, n1 = box_muller(w0, w1)
-        n2, n3 = box_muller(w2, w3)
-        quads = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # [R, COLUMNS / 4, 2, 2]
-        return tl.reshape(quads, (o_row.shape[0], COLUMNS))
+        return normals_of_calls(seed, offset + (row // 4)[:, None] + o_quad[None, :])
     else:
         return normals_at(seed, offset, row[:, None] + (first + tl.arange(0, COLUMNS))[None, :])

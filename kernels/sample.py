@@ -1,12 +1,14 @@
 """The sampled weight Q(mu + sigma * eps) and its gradients: a block of it, for the fused products, and all of it.
 
-A weight is a matrix [N, K] here; a convolution's is one of N rows.
+A weight is a matrix [N, K] here; a convolution's is one of N rows. What products read and write of it may be in
+channels-last order, where ``taps`` is the number of pixels of the kernel; it is 1 where the order is the weight's own.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from bqnn.kernels.conv2d import in_channels_last, parts_of, taps_of
 from bqnn.kernels.launch import blocks_of_matrix, flags_of_codebook, heuristics_of_posterior, level_sums
 from bqnn.kernels.philox import normals_of_rows
 from bqnn.kernels.quantizer import codebook_of, partition, quantize, store_level_sums
@@ -51,6 +53,7 @@ def sample_fwd_kernel(
     p_quantized,
     N,
     K,
+    taps,
     NUM_LEVELS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -64,8 +67,8 @@ def sample_fwd_kernel(
     o_group = codebook_of(o_n, m_n, 0, NUM_LEVELS, PER_CHANNEL)
     w, _ = sampled_block(p_weight, p_log_sigma2, seed, offset, o_n, i_k * BK, N, K, BK, STOCHASTIC, ALIGNED)
     quantized = quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS)
-    o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
-    tl.store(p_quantized + o_w, quantized, mask=m_n[:, None] & (o_k < K)[None, :])
+    o_q = o_n.to(tl.int64)[:, None] * K + in_channels_last(o_k, K, taps)[None, :]
+    tl.store(p_quantized + o_q, quantized, mask=m_n[:, None] & (o_k < K)[None, :])
 
 
 @heuristics_of_posterior
@@ -82,6 +85,8 @@ def sample_bwd_kernel(
     p_sums,
     N,
     K,
+    taps,
+    parts,
     NUM_LEVELS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -91,9 +96,12 @@ def sample_bwd_kernel(
 ):
     i_n, i_k = tl.program_id(0), tl.program_id(1)
     o_n, o_k = i_n * BN + tl.arange(0, BN), i_k * BK + tl.arange(0, BK)
-    o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
     m_w = (o_n < N)[:, None] & (o_k < K)[None, :]
-    grad = tl.load(p_grad + o_w, mask=m_w, other=0.0).to(tl.float32)
+    o_p = in_channels_last(o_k, K, taps)[None, :]
+    grad = tl.zeros((BN, BK), tl.float32)
+    for part in range(parts):
+        o_row = (part * N + o_n.to(tl.int64))[:, None] * K
+        grad += tl.load(p_grad + o_row + o_p, mask=m_w, other=0.0).to(tl.float32)
     store_sample_gradients(
         grad, p_weight, p_log_sigma2, p_thresholds, seed, offset, p_grad_weight, p_grad_log_sigma2,
         p_sums + i_k.to(tl.int64) * N * NUM_LEVELS, o_n, i_k * BK, N, K, NUM_LEVELS, PER_CHANNEL, STOCHASTIC, ALIGNED,
@@ -135,27 +143,33 @@ def store_sample_gradients(
     store_level_sums(grad, partition(w, p_thresholds, o_group, NUM_LEVELS), p_sums, o_n, m_n, NUM_LEVELS)
 
 
-def sample(weight, log_sigma2, levels, thresholds, seed, offset, dtype):
-    """Q(mu + sigma * eps) in ``dtype``, contiguous in the weight's shape; the other tensors are contiguous."""
-    quantized = torch.empty(weight.shape, device=weight.device, dtype=dtype)
+def sample(weight, log_sigma2, levels, thresholds, seed, offset, dtype, memory_format=torch.contiguous_format):
+    """Q(mu + sigma * eps) in ``dtype``, in the weight's shape and this memory format; the other tensors are
+    contiguous."""
+    quantized = torch.empty(weight.shape, device=weight.device, dtype=dtype, memory_format=memory_format)
     N, K = weight.shape[0], weight[0].numel()
     grid, blocks = blocks_of_matrix(N, K)
     sample_fwd_kernel[grid](
-        weight, log_sigma2, levels, thresholds, seed, offset, quantized, N, K,
+        weight, log_sigma2, levels, thresholds, seed, offset, quantized, N, K, taps_of(quantized),
         **flags_of_codebook(levels), **blocks,
     )  # fmt: skip
     return quantized
 
 
 def sample_backward(grad, weight, log_sigma2, levels, thresholds, seed, offset):
-    """The gradients of mu, log_sigma2 (empty without it) and levels, from dL/dQ in any floating-point dtype."""
+    """The gradients of mu, log_sigma2 (empty without it) and levels, all contiguous.
+
+    ``grad`` is dL/dQ in any floating-point dtype, or parts [S, *weight.shape] of it to be added up, each contiguous or
+    channels-last.
+    """
     N, K = weight.shape[0], weight[0].numel()
     grad_weight = torch.empty_like(weight)
     grad_log_sigma2 = weight.new_empty(0) if log_sigma2 is None else torch.empty_like(weight)
     grid, blocks = blocks_of_matrix(N, K)
     sums = torch.empty((grid[1], N, levels.shape[1]), device=weight.device)
+    parts, taps = parts_of(grad, weight)
     sample_bwd_kernel[grid](
-        grad, weight, log_sigma2, thresholds, seed, offset, grad_weight, grad_log_sigma2, sums, N, K,
+        grad, weight, log_sigma2, thresholds, seed, offset, grad_weight, grad_log_sigma2, sums, N, K, taps, parts,
         **flags_of_codebook(levels), **blocks,
     )  # fmt: skip
     return grad_weight, grad_log_sigma2, level_sums(sums, levels)

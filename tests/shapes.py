@@ -67,6 +67,20 @@ CONV2D_SHAPES = [
     Conv2dShape(1, 5, 5, 8, 8, (3, 3), padding=(1, 1), groups=5),
     Conv2dShape(1, 7, 129, 6, 5, (5, 1), stride=(1, 3), padding=(2, 4), dilation=(2, 1)),
 ]
+# Between them they take every way through an implicit product: few channels on either side, groups, strides that leave
+# pixels without a tap or share a divisor with the dilation, a linear layer of the pixels.
+GATHERED_CONV2D = [
+    pytest.param(shape, id=shape.id)
+    for shape in (
+        Conv2dShape(2, 20, 18, 5, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+        Conv2dShape(1, 6, 34, 6, 5, (3, 3), padding=(1, 1), groups=2),
+        Conv2dShape(2, 33, 3, 6, 5, (3, 3), padding=(1, 1), dilation=(1, 2)),
+        Conv2dShape(1, 40, 32, 5, 4, (3, 3), padding=(1, 1), groups=2),
+        Conv2dShape(2, 17, 5, 7, 8, (1, 2), stride=(3, 2)),
+        Conv2dShape(1, 4, 7, 11, 9, (2, 3), stride=(2, 4), padding=(3, 1), dilation=(4, 2)),
+        Conv2dShape(2, 5, 7, 3, 4, (1, 1)),
+    )
+]
 SMALL_LINEAR = LinearShape(3, 7, 13)
 SMALL_CONV2D = Conv2dShape(2, 4, 6, 5, 7, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,9 +24,11 @@ from tests.helpers import (
     geometry_arguments,
     make_case,
     moment_product,
+    skip_what_is_interpreted_wrongly,
+    triton_devices,
     usable_backends,
 )
-from tests.shapes import CONV2D_GRID, GRANULARITIES, SMALL_CONV2D, SOME_M, Conv2dShape
+from tests.shapes import CONV2D_GRID, GATHERED_CONV2D, GRANULARITIES, SMALL_CONV2D, SOME_M, Conv2dShape
 
 RUNS_ON = usable_backends("moment_conv2d")
 OFFSET = 2**32 - 2  # the calls of the noise cross into the counter's second word
@@ -71,8 +74,101 @@ def test_values_and_gradients(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_input_and_float32_weight(dtype: torch.dtype, mode: str, runs_on: tuple[str, str]) -> None:
     device, backend = runs_on
+    skip_what_is_interpreted_wrongly(backend, dtype)
     case = make_case(SMALL_CONV2D, 5, "channel").to(x=dtype)
     assert_matches(partial(run, mode=mode, backend=backend), formula_for(case, mode), case, device, GRADIENTS[mode])
+
+
+# What the backend "triton" chooses among, by what its kernels say.
+WAYS = {
+    "made": {"MADE_BLOCKS": 10**9},
+    "made-before": {"MADE_BLOCKS": 0},
+    "torch": {"is_fused": lambda *_: False},
+}
+
+
+def force(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(importlib.import_module("bqnn.kernels.moment_conv2d"), name, value)
+
+
+@pytest.mark.parametrize("device", triton_devices("moment_conv2d"))
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", GATHERED_CONV2D)
+def test_every_way(shape: Conv2dShape, way: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(way, monkeypatch)
+    case = make_case(shape, 3, "channel")
+    assert_matches(partial(run, backend="triton"), formula_for(case, "categorical"), case, device, NAMES)
+
+
+@pytest.mark.parametrize("device", triton_devices("moment_conv2d"))
+@pytest.mark.parametrize("way", ["made", "made-before"])
+@pytest.mark.parametrize("shape", GATHERED_CONV2D[:2])
+def test_parts_of_a_product(shape: Conv2dShape, way: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(way, monkeypatch)
+    for module in ("launch", "conv2d"):
+        monkeypatch.setattr(importlib.import_module(f"bqnn.kernels.{module}"), "processors", lambda _: 64)
+    case = make_case(shape, 3, "tensor")
+    function, formula = partial(run, backend="triton"), formula_for(case, "categorical")
+    assert_matches(function, formula, case, device, NAMES)
+    assert_matches(function, formula, channels_last(case, ("x",)), device, NAMES)
+
+
+@pytest.mark.parametrize("device", triton_devices("moment_conv2d"))
+@pytest.mark.parametrize("way", ["made", "made-before"])
+@pytest.mark.parametrize("shape", GATHERED_CONV2D[:2])
+def test_float16_gathered(shape: Conv2dShape, way: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(way, monkeypatch)
+    case = make_case(shape, 5, "channel").to(x=torch.float16)
+    assert_matches(partial(run, backend="triton"), formula_for(case, "categorical"), case, device, NAMES)
+
+
+@pytest.mark.parametrize("device", triton_devices("moment_conv2d"))
+def test_tiles_do_not_matter(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(Conv2dShape(1, 20, 37, 3, 4, (3, 2), padding=(1, 1)), 3, "channel").to(device)
+    for way in ("made", "made-before"):
+        force(way, monkeypatch)
+        expected = run(case, backend="reference")
+        for side in (16, 32):
+            limited = lambda _, most, side=side: min(side, most)  # noqa: E731
+            monkeypatch.setattr(importlib.import_module("bqnn.kernels.conv2d"), "tile_side", limited)
+            torch.testing.assert_close(run(case, backend="triton"), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", triton_devices("moment_conv2d"))
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("processors", [1, 64], ids=["whole", "parts"])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("shape", [GATHERED_CONV2D[0], GATHERED_CONV2D[-1]])
+def test_coarse_variance(
+    shape: Conv2dShape,
+    layout: tuple[str, ...],
+    processors: int,
+    way: str,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Values, what is kept and gradients are the reference's, but for a rounding to bfloat16, in its memory formats."""
+    force(way, monkeypatch)
+    monkeypatch.setattr(importlib.import_module("bqnn.kernels.launch"), "processors", lambda _: processors)
+    case = channels_last(make_case(shape, 3, "tensor").to(device), layout)
+    seed, geometry = torch.tensor(SEED), geometry_arguments(case)
+    noise = (seed, 3, "categorical")
+    (y, kept), (expected, slope) = (
+        torch.ops.bqnn.moment_conv2d(*case.tensors(), *noise, True, *geometry, backend)
+        for backend in ("triton", "reference")
+    )
+    assert (y.stride(), kept.stride()) == (expected.stride(), slope.stride())
+    assert kept.dtype == torch.bfloat16
+    assert (y - expected).square().mean() <= 2.0**-16 * expected.square().mean()
+    torch.testing.assert_close(kept, slope, rtol=2**-6, atol=0.0)
+    found, expected = (
+        torch.ops.bqnn.moment_conv2d_backward(y, slope, *case.tensors()[:5], *noise, True, *geometry, backend)
+        for backend in ("triton", "reference")
+    )
+    assert [tensor.stride() for tensor in found] == [tensor.stride() for tensor in expected]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,9 +24,11 @@ from tests.helpers import (
     geometry_arguments,
     make_case,
     sampled_product,
+    skip_what_is_interpreted_wrongly,
+    triton_devices,
     usable_backends,
 )
-from tests.shapes import CONV2D_GRID, EVERY_M, GRANULARITIES, SMALL_CONV2D, Conv2dShape
+from tests.shapes import CONV2D_GRID, EVERY_M, GATHERED_CONV2D, GRANULARITIES, SMALL_CONV2D, Conv2dShape
 
 RUNS_ON = usable_backends("sample_conv2d")
 OFFSET = 2**32 - 2  # the calls of the noise cross into the counter's second word
@@ -81,9 +84,91 @@ def test_deterministic(shape: Conv2dShape, num_levels: int, granularity: str, ru
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_input_and_float32_weight(dtype: torch.dtype, granularity: str, runs_on: tuple[str, str]) -> None:
     device, backend = runs_on
+    skip_what_is_interpreted_wrongly(backend, dtype)
     case = sampled_case(SMALL_CONV2D, 5, granularity).to(x=dtype)
     formula = partial(sampled_product, noise=noise_of(case))
     assert_matches(partial(run, backend=backend), formula, case, device, GRADIENTS)
+
+
+# What the backend "triton" chooses among, by the constants of its kernels.
+WAYS = {
+    "sampled": {"SAMPLED_BLOCKS": 10**9},
+    "sampled-before": {"SAMPLED_BLOCKS": 0, "NARROW": 10**9},
+    "torch": {"SAMPLED_BLOCKS": 0, "NARROW": 0},
+}
+
+
+def force(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(importlib.import_module("bqnn.kernels.sample_conv2d"), name, value)
+
+
+@pytest.mark.parametrize("device", triton_devices("sample_conv2d"))
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", GATHERED_CONV2D)
+def test_every_way(shape: Conv2dShape, way: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(way, monkeypatch)
+    case = sampled_case(shape, 3, "channel")
+    formula = partial(sampled_product, noise=noise_of(case))
+    assert_matches(partial(run, backend="triton"), formula, case, device, GRADIENTS)
+
+
+@pytest.mark.parametrize("device", triton_devices("sample_conv2d"))
+@pytest.mark.parametrize("way", ["sampled", "sampled-before"])
+@pytest.mark.parametrize("shape", GATHERED_CONV2D[:2])
+def test_parts_of_a_product(shape: Conv2dShape, way: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(way, monkeypatch)
+    for module in ("launch", "conv2d"):
+        monkeypatch.setattr(importlib.import_module(f"bqnn.kernels.{module}"), "processors", lambda _: 64)
+    case = sampled_case(shape, 3, "tensor")
+    formula = partial(sampled_product, noise=noise_of(case))
+    assert_matches(partial(run, backend="triton"), formula, case, device, GRADIENTS)
+    assert_matches(partial(run, backend="triton"), formula, channels_last(case, ("x",)), device, GRADIENTS)
+
+
+@pytest.mark.parametrize("device", triton_devices("sample_conv2d"))
+@pytest.mark.parametrize("way", ["sampled", "sampled-before"])
+@pytest.mark.parametrize("shape", GATHERED_CONV2D[:2])
+def test_float16_gathered(shape: Conv2dShape, way: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(way, monkeypatch)
+    case = sampled_case(shape, 5, "channel").to(x=torch.float16)
+    formula = partial(sampled_product, noise=noise_of(case))
+    assert_matches(partial(run, backend="triton"), formula, case, device, GRADIENTS)
+
+
+@pytest.mark.parametrize("device", triton_devices("sample_conv2d"))
+@pytest.mark.parametrize("way", WAYS)
+def test_the_sample_does_not_depend_on_tiles(way: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit: with an impulse as its input, a convolution gives its weight."""
+    force(way, monkeypatch)
+    for inputs in (3, 18):
+        case = sampled_case(Conv2dShape(1, inputs, 19, 1, 1, (3, 2), padding=(2, 1)), 3, "channel")
+        impulse = torch.eye(inputs).view(inputs, inputs, 1, 1)
+        case = replace(case, x=impulse, bias=torch.zeros(19)).to(device)
+        expected = run(case, "reference")
+        for side in (16, 32):
+            limited = lambda _, most, side=side: min(side, most)  # noqa: E731
+            monkeypatch.setattr(importlib.import_module("bqnn.kernels.conv2d"), "tile_side", limited)
+            assert torch.equal(run(case, "triton"), expected), side
+
+
+@pytest.mark.parametrize("device", triton_devices("sample_conv2d"))
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("shape", [GATHERED_CONV2D[0], GATHERED_CONV2D[-1]])
+def test_memory_formats_are_those_of_the_reference(
+    shape: Conv2dShape, layout: tuple[str, ...], way: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(way, monkeypatch)
+    case = channels_last(make_case(shape, 3, "tensor").to(device), layout)
+    seed, geometry = torch.tensor(SEED), geometry_arguments(case)
+    y, expected = (run(case, backend) for backend in ("triton", "reference"))
+    assert y.stride() == expected.stride()
+    found, expected = (
+        torch.ops.bqnn.sample_conv2d_backward(y, *case.tensors()[:5], seed, 3, True, *geometry, backend)
+        for backend in ("triton", "reference")
+    )
+    assert [tensor.stride() for tensor in found] == [tensor.stride() for tensor in expected]
 
 
 def test_float64() -> None:

@@ -21,10 +21,3 @@ def all_float32(*tensors: Tensor | None) -> bool:
 def multiplies_bfloat16() -> bool:
     """Whether bfloat16 products are faster than float32 ones: where there are tiles for them."""
     return cpu_isa() == "amx"
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """The tensor, in an order of elements that the kernels know: row-major, or channels-last."""
-    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
-        return tensor
-    return tensor.contiguous()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bqnn import dispatch
 from bqnn.ops import _moment
-from bqnn.ops._cpu import all_float32, dense, kernels, multiplies_bfloat16
-from bqnn.ops.product import Product, bind, channels_last
+from bqnn.ops._cpu import all_float32, kernels, multiplies_bfloat16
+from bqnn.ops.product import Product, bind, channels_last, dense
 
 LARGE_LINEAR = 1 << 18  # weights from which on a linear layer's bfloat16 products are faster than its float32 ones
 

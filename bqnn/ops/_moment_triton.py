@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bqnn import dispatch
 from bqnn.ops import _moment
-from bqnn.ops._triton import contiguous, kernels, number, serves
+from bqnn.ops._triton import contiguous, kernels, number, order_for, serves
 from bqnn.ops.product import Product, bind
 
 
@@ -41,7 +41,7 @@ def _moment_product(
     fused, elementwise = kernels(name), kernels("moment")
     if fused.is_fused(x, weight, levels, mode, *product):
         return fused.forward(x, *posterior, bias, *noise, mode, coarse, *product)
-    mean, variance = elementwise.moments(*posterior, mode, x.dtype)
+    mean, variance = elementwise.moments(*posterior, mode, x.dtype, order_for(x))
     y = product.forward(x, mean, bias)
     slope = _moment.coarse_order(x, torch.empty_like(y, dtype=torch.bfloat16)) if coarse else None
     elementwise.noisy(y, product.forward(x * x, variance), *noise, y, slope)
@@ -72,7 +72,7 @@ def _moment_product_backward(
     fused, elementwise = kernels(name), kernels("moment")
     if fused.is_fused(x, weight, levels, mode, *product):
         return fused.backward(grad, slope, x, *posterior, *noise, mode, input_gradient, *product)
-    mean, variance = elementwise.moments(*posterior, mode, x.dtype)
+    mean, variance = elementwise.moments(*posterior, mode, x.dtype, order_for(x))
     square = x * x
     if slope is None:
         y_variance = product.forward(square, variance)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bqnn import dispatch
 from bqnn.ops import _sample
-from bqnn.ops._triton import contiguous, kernels, number, serves
-from bqnn.ops.product import Product, bind
+from bqnn.ops._triton import contiguous, kernels, number, order_for, serves
+from bqnn.ops.product import Product, bind, dense
 
 
 def _sampled_product(
@@ -35,7 +35,8 @@ def _sampled_product(
     fused = kernels(name)
     if fused.is_fused(x, weight, *product):
         return fused.forward(x, *posterior, bias, *noise, *product)
-    return product.forward(x, kernels("sample").sample(*posterior, *noise, x.dtype), bias)
+    quantized = kernels("sample").sample(*posterior, *noise, x.dtype, order_for(x))
+    return product.forward(x, quantized, bias)
 
 
 def _sampled_product_backward(
@@ -60,9 +61,9 @@ def _sampled_product_backward(
     fused, elementwise = kernels(name), kernels("sample")
     if fused.is_fused(x, weight, *product):
         return fused.backward(grad, x, *posterior, *noise, input_gradient, *product)
-    quantized = elementwise.sample(*posterior, *noise, x.dtype)
+    quantized = elementwise.sample(*posterior, *noise, x.dtype, order_for(x))
     grad_x, grad_weight = product.backward(grad, x, quantized, input_gradient)
-    return grad_x, *elementwise.sample_backward(grad_weight.contiguous(), *posterior, *noise)
+    return grad_x, *elementwise.sample_backward(dense(grad_weight), *posterior, *noise)
 
 
 def register(name: str, product_of: Callable[..., Product]) -> None:

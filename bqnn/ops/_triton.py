@@ -25,6 +25,13 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
+def order_for(x: Tensor) -> torch.memory_format:
+    """The memory format of a weight that torch multiplies x with: channels-last only if x is, since y follows both."""
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 def number(seed: Tensor | None) -> int:
     """The seed as a kernel's argument; it is on the CPU, so that reading it waits for nothing."""
     return 0 if seed is None else int(seed)

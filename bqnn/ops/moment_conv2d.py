@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bqnn.ops import _moment, _moment_cpu
+from bqnn.ops import _moment, _moment_cpu, _moment_triton
 from bqnn.ops._check import check_bias, check_conv2d_input
 from bqnn.ops._register import call
 from bqnn.ops.product import CONV2D_GEOMETRY, Conv2dProduct
 
 _moment.register("moment_conv2d", Conv2dProduct, CONV2D_GEOMETRY)
 _moment_cpu.register("moment_conv2d", Conv2dProduct)
+_moment_triton.register("moment_conv2d", Conv2dProduct)
 
 
 def moment_conv2d(

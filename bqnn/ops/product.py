@@ -78,3 +78,10 @@ def bind(function: Callable[..., Any], product_of: Callable[..., Product], count
 def channels_last(tensor: Tensor) -> Tensor:
     """An image's tensor, or a convolution's weight, in channels-last order; any other one as it is."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, in an order of elements that kernels know: row-major, or channels-last."""
+    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        return tensor
+    return tensor.contiguous()

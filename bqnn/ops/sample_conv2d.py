@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bqnn.ops import _sample, _sample_cpu
+from bqnn.ops import _sample, _sample_cpu, _sample_triton
 from bqnn.ops._check import check_bias, check_conv2d_input
 from bqnn.ops._register import call
 from bqnn.ops.product import CONV2D_GEOMETRY, Conv2dProduct
 
 _sample.register("sample_conv2d", Conv2dProduct, CONV2D_GEOMETRY)
 _sample_cpu.register("sample_conv2d", Conv2dProduct)
+_sample_triton.register("sample_conv2d", Conv2dProduct)
 
 
 def sample_conv2d(

@@ -1,0 +1,288 @@
+"""Convolutions as implicit matrix products: what the kernels of sample_conv2d and moment_conv2d share.
+
+A convolution and the gradient for its input are one product here. The pixel (i, j) of an output y gathers at each tap
+(t, u) the channels of the pixel (i step + origin + t delta, likewise in the other direction) of a source x, which is
+dense and channels-last. Forward, these are the images and the outputs. Backward, the source is the gradient of the
+outputs, and the pixels of an image that leave the same remainder modulo the stride see the same taps: they are one
+product. The gradient for the weight is the sum over pixels of what one side has there times what the other gathers.
+"""
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from bqnn.kernels.launch import processors, splits_of
+
+ROWS = 128  # pixels of a tile
+
+
+@triton.jit
+def in_channels_last(o_k, K, taps):
+    """Where element o_k of a row [C, taps] of K elements stands in [taps, C]; the same where there is one tap."""
+    return o_k % taps * (K // taps) + o_k // taps
+
+
+@triton.jit
+def pixels_at(o_m, rows, columns):
+    """Image, row and column of pixels counted through the images."""
+    o_p = o_m % (rows * columns)
+    return o_m // (rows * columns), o_p // columns, o_p % columns
+
+
+@triton.jit
+def step_at(step, C, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, BK: tl.constexpr, ORDER: tl.constexpr):
+    """What a step of the contraction goes over: taps t and u, channels [1, BK], and which of them exist.
+
+    ORDER is "blocks": BK channels at one tap, t and u are scalars, and a block of channels meets every tap before the
+    next; or all of it in one dimension, [1, BK] each: "channels_last" as in a weight [N, TAPS_H, TAPS_W, C],
+    "contiguous" as in one [N, C, TAPS_H, TAPS_W].
+    """
+    TAPS: tl.constexpr = TAPS_H * TAPS_W
+    if ORDER == "blocks":
+        tap = step % TAPS
+        o_c = (step // TAPS * BK + tl.arange(0, BK))[None, :]
+        m_k = o_c < C
+    else:
+        o_k = (step * BK + tl.arange(0, BK))[None, :]
+        if ORDER == "contiguous":
+            tap, o_c = o_k % TAPS, o_k // TAPS
+        else:
+            tap, o_c = o_k // C, o_k % C
+        m_k = o_k < C * TAPS
+    return tap // TAPS_W, tap % TAPS_W, o_c, m_k
+
+
+@triton.jit
+def sources_of(image, row, column, step_h, step_w, origin_h, origin_w, height, width, channels):
+    """Row, column and offset of the pixels' sources at the first tap, which may lie outside the image: [BM, 1]."""
+    o_h, o_w = (row * step_h + origin_h)[:, None], (column * step_w + origin_w)[:, None]
+    return o_h, o_w, ((image.to(tl.int64)[:, None] * height + o_h) * width + o_w) * channels
+
+
+@triton.jit
+def gathered(o_h, o_w, t, u, o_c, delta_h, delta_w, height, width, channels):
+    """Offsets of a tap's channels from the sources, [1, BK], and which sources lie in their image, [BM, 1 or BK]."""
+    o_h, o_w = o_h + t * delta_h, o_w + u * delta_w
+    inside = (o_h >= 0) & (o_h < height) & (o_w >= 0) & (o_w < width)
+    return (t * delta_h * width + u * delta_w) * channels + o_c, inside
+
+
+def taps_of(weight):
+    """The ``taps`` of :func:`in_channels_last` for a weight's own order, contiguous or channels-last."""
+    return 1 if weight.is_contiguous() else weight[0, 0].numel()
+
+
+def parts_of(gradient, weight):
+    """How many parts [S, *weight.shape] a weight's gradient is, 1 in the weight's own shape, and their ``taps``."""
+    if gradient.dim() == weight.dim():
+        return 1, taps_of(gradient)
+    return gradient.shape[0], taps_of(gradient[0])
+
+
+class Axis(NamedTuple):
+    """One direction of a product; see the top of the file."""
+
+    step: int
+    origin: int
+    delta: int
+
+
+def forward_axes(stride, padding, dilation):
+    return tuple(Axis(s, -p, d) for s, p, d in zip(stride, padding, dilation))
+
+
+def gradient_axes(size, taps, stride, padding, dilation):
+    """Pixels, taps and Axis of each product that the gradient for ``size`` rows or columns of x consists of."""
+    common = gcd(stride, dilation)
+    for remainder in range(min(stride, size)):
+        first = next((tap for tap in range(taps) if (remainder + padding - tap * dilation) % stride == 0), taps)
+        axis = Axis(1, (remainder + padding - first * dilation) // stride, -(dilation // common))
+        yield slice(remainder, None, stride), slice(first, None, stride // common), axis
+
+
+def gradient_products(shape, kernel, stride, padding, dilation):
+    """The products that the gradient for x [B, C, H, W] consists of: indices of pixels and of their taps, and axes."""
+    rows, columns = (list(gradient_axes(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i])) for i in (0, 1))
+    for rows_h, taps_h, axis_h in rows:
+        for columns_w, taps_w, axis_w in columns:
+            yield (..., rows_h, columns_w), (..., taps_h, taps_w), (axis_h, axis_w)
+
+
+def geometry(x, y, weight, axes, groups, transposed=False):
+    """The arguments that tell a kernel where x, y [..., B, channels, rows, columns] and weight [N, C, kh, kw] are.
+
+    x is dense and channels-last. ``transposed``: x has the outputs' channels, and y those of the images.
+    """
+    out, into = (1, 0) if transposed else (0, 1)
+    images, _, rows, columns = y.shape[-4:]
+    return {
+        "M": images * rows * columns,
+        "N": y.shape[-3] // groups,
+        "C": x.shape[1] // groups,
+        "rows": rows,
+        "columns": columns,
+        "height": x.shape[2],
+        "width": x.shape[3],
+        "channels": x.shape[1],
+        "step_h": axes[0].step,
+        "step_w": axes[1].step,
+        "origin_h": axes[0].origin,
+        "origin_w": axes[1].origin,
+        "delta_h": axes[0].delta,
+        "delta_w": axes[1].delta,
+        "w_group": weight.shape[0] // groups * weight.stride(0),
+        "w_out": weight.stride(out),
+        "w_in": weight.stride(into),
+        "w_h": weight.stride(2),
+        "w_w": weight.stride(3),
+        "y_image": y.stride(-4),
+        "y_channel": y.stride(-3),
+        "y_row": y.stride(-2),
+        "y_column": y.stride(-1),
+        "groups": groups,
+        "TAPS_H": weight.shape[2],
+        "TAPS_W": weight.shape[3],
+    }
+
+
+class Plan(NamedTuple):
+    """How a kernel cuts a product up."""
+
+    order: str  # of ``step_at``
+    tiles: dict[str, int]
+    splits: int  # of what is summed over
+
+
+def tile_side(size, largest):
+    """The largest power of two, from 16 on, that pads ``size`` by at most a quarter more than the best does."""
+    padded = {side: triton.cdiv(size, side) * side for side in (16, 32, 64, 128) if side <= largest}
+    return max(side for side in padded if padded[side] <= 1.25 * min(padded.values()))
+
+
+def depth_of(channels, taps, order):
+    return channels if order == "blocks" else channels * taps
+
+
+def order_of(channels, taps):
+    """Fewer channels than a tile is deep share it with those of other taps."""
+    return "channels_last" if channels < 16 and taps > 1 else "blocks"
+
+
+def steps_of(channels, taps, order, BK):
+    return triton.cdiv(depth_of(channels, taps, order), BK) * (taps if order == "blocks" else 1)
+
+
+def _tiles(outputs, depth, largest, order, dtype):
+    """BN and BK. Products of float32 take registers for their operands too, and where taps share a tile, the address
+    and the mask of every gathered element do."""
+    blocked = order == "blocks"
+    if dtype.itemsize == 2:
+        return tile_side(outputs, largest[0]), tile_side(depth, largest[1] if blocked else largest[1] // 2)
+    return tile_side(outputs, 32), tile_side(depth, 32 if blocked else 16)
+
+
+def _warps(tile, gathered, order, dtype):
+    return 8 if dtype.itemsize == 4 or tile >= 8192 or (order != "blocks" and gathered >= 2048) else 4
+
+
+def product_plan(x, shape, taps, groups, largest, order=None):
+    """The plan of a product y of this shape with so many taps; ``largest`` is the most (BN, BK), of 2 bytes each."""
+    N, C = shape[1] // groups, x.shape[1] // groups
+    order = order or order_of(C, taps)
+    BN, BK = _tiles(N, depth_of(C, taps, order), largest, order, x.dtype)
+    BM = min(ROWS if x.dtype.itemsize == 2 else 64, max(16, triton.next_power_of_2(pixels_of(shape))))
+    blocks = (triton.cdiv(pixels_of(shape), BM), triton.cdiv(N, BN), groups)
+    splits, _ = splits_of(blocks, steps_of(C, taps, order, BK), 1, x.device)
+    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": _warps(BM * BN, BM * BK, order, x.dtype)}, splits)
+
+
+def product_launch(plan, places):
+    """Grid and arguments of one of a plan's products."""
+    steps = steps_of(places["C"], places["TAPS_H"] * places["TAPS_W"], plan.order, plan.tiles["BK"])
+    blocks = triton.cdiv(places["M"], plan.tiles["BM"]) * triton.cdiv(places["N"], plan.tiles["BN"])
+    grid = (blocks, places["groups"], plan.splits)
+    return grid, {"steps": steps, "span": triton.cdiv(steps, plan.splits), "ORDER": plan.order, **plan.tiles}
+
+
+def weight_plan(x, y, taps, groups, largest):
+    """The plan of the sum over the pixels of y [B, ...] of what y has there times what is gathered from x; ``largest``
+    as for the product."""
+    N, C = y.shape[1] // groups, x.shape[1] // groups
+    order = order_of(C, taps)
+    BN, BK = _tiles(N, depth_of(C, taps, order), largest, order, x.dtype)
+    BM = (64 if x.dtype.itemsize == 2 else 32) // (1 if order == "blocks" else 2)
+    blocks = (triton.cdiv(N, BN), steps_of(C, taps, order, BK), groups)
+    splits, _ = splits_of(blocks, pixels_of(y.shape), BM, x.device, most=processors(x.device))
+    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": _warps(BN * BK, BM * BK, order, x.dtype)}, splits)
+
+
+def weight_launch(plan, places):
+    """Grid and arguments of a plan's sum."""
+    tiles = plan.tiles
+    steps = steps_of(places["C"], places["TAPS_H"] * places["TAPS_W"], plan.order, tiles["BK"])
+    span = triton.cdiv(triton.cdiv(places["M"], tiles["BM"]), plan.splits) * tiles["BM"]
+    grid = (steps * triton.cdiv(places["N"], tiles["BN"]), places["groups"], plan.splits)
+    return grid, {"span": span, "ORDER": plan.order, **tiles}
+
+
+def weight_roles(grad, x, kernel, stride, padding, dilation):
+    """``(gathered, at pixels, axes, transposed)`` of the sum over pixels that is a weight's gradient.
+
+    Every tap reads what is gathered again, so it is the side with fewer channels, where the stride is 1: otherwise
+    that could take several sums.
+    """
+    if grad.shape[1] < x.shape[1] and tuple(stride) == (1, 1):
+        ((_, _, axes),) = gradient_products(x.shape, kernel, stride, padding, dilation)
+        return grad, x, axes, True
+    return x, grad, forward_axes(stride, padding, dilation), False
+
+
+def output_of(x, weight, stride, padding, dilation, groups):
+    """Shape and memory format of torch's own convolution, the latter as fakes tell it; raises where torch does."""
+    arguments = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
+    backend = torch._C._select_conv_backend(x, weight, None, *arguments)
+    sides = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+    memory_format = torch._C._conv_determine_backend_memory_format(x, weight, backend)
+    return torch.Size((x.shape[0], weight.shape[0], *sides)), memory_format
+
+
+def pixels_of(shape):
+    """The pixels of images of the shape [B, channels, H, W]."""
+    return shape[0] * shape[2] * shape[3]
+
+
+def row_blocks(shape):
+    return triton.cdiv(pixels_of(shape), ROWS)
+
+
+def output_parts(plan, shape, memory_format, x, dtype=None):
+    """What a product writes, [splits, *shape], every part in this memory format; a single one has x's dtype."""
+    dtype = dtype or (x.dtype if plan.splits == 1 else torch.float32)
+    size = (plan.splits * shape[0], *shape[1:])
+    return torch.empty(size, device=x.device, dtype=dtype, memory_format=memory_format).unflatten(0, (-1, shape[0]))
+
+
+def weight_parts(plan, weight):
+    """What a sum over pixels writes: float32 [splits, *weight.shape], every part in channels-last order."""
+    N, C, kh, kw = weight.shape
+    return torch.empty((plan.splits, N, kh, kw, C), device=weight.device).permute(0, 1, 4, 2, 3)
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def pixels_last(x):
+    """Images [B, C, H, W] as pixels [B, H, W, C]."""
+    return x.permute(0, 2, 3, 1)
+
+
+def precision_of(x):
+    """float32 is multiplied as torch's own convolutions are."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return {"PRECISION": "tf32" if tf32 else "ieee"}
