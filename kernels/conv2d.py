@@ -184,8 +184,8 @@ def _tiles(outputs, depth, largest, order, dtype):
     return tile_side(outputs, 32), tile_side(depth, 32 if blocked else 16)
 
 
-def _warps(tile, gathered, order, dtype):
-    return 8 if dtype.itemsize == 4 or tile >= 8192 or (order != "blocks" and gathered >= 2048) else 4
+def _needs_warps(tile, gathered, order):
+    return tile >= 8192 or (order != "blocks" and gathered >= 2048)
 
 
 def product_plan(x, shape, taps, groups, largest, order=None):
@@ -196,7 +196,8 @@ def product_plan(x, shape, taps, groups, largest, order=None):
     BM = min(ROWS if x.dtype.itemsize == 2 else 64, max(16, triton.next_power_of_2(pixels_of(shape))))
     blocks = (triton.cdiv(pixels_of(shape), BM), triton.cdiv(N, BN), groups)
     splits, _ = splits_of(blocks, steps_of(C, taps, order, BK), 1, x.device)
-    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": _warps(BM * BN, BM * BK, order, x.dtype)}, splits)
+    num_warps = 8 if x.dtype.itemsize == 4 or _needs_warps(BM * BN, BM * BK, order) else 4
+    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps}, splits)
 
 
 def product_launch(plan, places):
@@ -216,7 +217,8 @@ def weight_plan(x, y, taps, groups, largest):
     BM = (64 if x.dtype.itemsize == 2 else 32) // (1 if order == "blocks" else 2)
     blocks = (triton.cdiv(N, BN), steps_of(C, taps, order, BK), groups)
     splits, _ = splits_of(blocks, pixels_of(y.shape), BM, x.device, most=processors(x.device))
-    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": _warps(BN * BK, BM * BK, order, x.dtype)}, splits)
+    num_warps = 8 if _needs_warps(BN * BK, BM * BK, order) else 4
+    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps}, splits)
 
 
 def weight_launch(plan, places):
