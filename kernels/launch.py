@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 import triton
+from triton.runtime import driver
 
 MATRIX_BLOCK = 1024  # elements of a block where every element is treated by itself
 MAX_SPLITS = 8  # of a contraction: each part writes a float32 tensor of the output's size
@@ -44,6 +45,11 @@ def flags_of_product(x, levels):
 def processors(device):
     """Streaming multiprocessors of a GPU; 1 in the interpreter, where nothing runs at once."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def architecture():
+    """Of the GPU that kernels are compiled for, 90 for sm_90; 0 in the interpreter."""
+    return 0 if triton.knobs.runtime.interpret else driver.active.get_current_target().arch
 
 
 def splits_of(blocks, length, step, device, most=MAX_SPLITS):

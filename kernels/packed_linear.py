@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from bqnn.kernels.decode import codebook, decode, few_levels
-from bqnn.kernels.launch import processors, rows_of, splits_of
+from bqnn.kernels.launch import architecture, processors, rows_of, splits_of
 from bqnn.kernels.packed import finish, flags_of_packed, quantize_rows, sum_of_parts
 
 # Up to so many rows, each takes a pass of its own over the words. Float32 products are FMA, for which tiles of a few
@@ -154,7 +154,9 @@ def tiles(rows, x, precision, flags):
     per_word = 32 // flags["BITS"]
     lines = TILES[precision]
     line = dict(next((line for line in lines if line["BM"] >= rows), lines[-1]))
-    unrolled = precision != "fp32"
+    # Triton 3.8 makes a trap of products that follow each other in a pipeline, where they go through tensor memory.
+    through_tensor_memory = architecture() >= 100 and line["BM"] >= 64
+    unrolled = precision != "fp32" and not through_tensor_memory
     if per_word == 32 and precision == "bf16":
         line["BW"] = 16  # 32 fields of twice as many columns would leave no room for a second stage
     if flags["PER_CHANNEL"] and line["BM"] * line["BW"] >= 64 * 32:
@@ -164,7 +166,7 @@ def tiles(rows, x, precision, flags):
         **line,
         "UNROLLED": unrolled,
         "num_warps": 8 if line["BM"] * line["BN"] > 64 * 64 else 4,
-        "num_stages": max(1, min(3, STAGE_BYTES // stage)) if unrolled else 2,
+        "num_stages": max(1, min(3, STAGE_BYTES // stage)) if unrolled else 1 if through_tensor_memory else 2,
     }
 
 

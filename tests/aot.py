@@ -23,7 +23,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 INSTRUCTION_BYTES = 16
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can ask for (CUDA C++ Programming Guide, table 27)
+# Bytes of shared memory that a block can ask for (CUDA C++ Programming Guide, technical specifications).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class Kernel(NamedTuple):
@@ -35,7 +36,7 @@ class Kernel(NamedTuple):
     stack: int
     shared: int
     instructions: int
-    products: str  # "wgmma", "mma" or "": the tensor core instructions in its PTX
+    products: str  # "tcgen05", "wgmma", "mma" or "": the tensor core instructions in its PTX
 
 
 class _Driver:
@@ -82,7 +83,9 @@ def _describe(kernel: Any) -> Kernel:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     count = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
-    products = "wgmma" if "wgmma.mma_async" in ptx else "mma" if re.search(r"\bmma\.sync", ptx) else ""
+    assert not re.search(r"\btrap;", ptx), f"{kernel.name}: the compiler found no way to run it"
+    found = re.search(r"\b(tcgen05)\.mma|\b(wgmma)\.mma_async|\b(mma)\.sync", ptx)
+    products = found[found.lastindex] if found else ""
     instructions = _code_bytes(kernel.asm["cubin"]) // INSTRUCTION_BYTES
     shared = kernel.metadata.shared
     return Kernel(kernel.name, count["REG"], count["LOCAL"], count["STACK"], shared, instructions, products)

@@ -21,6 +21,12 @@ def unwritten_memory_is_nan() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU torch rounds a float32 convolution's operands to TF32 unless it is told not to."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
 def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BQNN_BACKEND", raising=False)
 
