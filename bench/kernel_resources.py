@@ -7,6 +7,9 @@ tests/test_kernels_compile.py compares with: a kernel may not get worse unnotice
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from typing import Any
 
 import triton
 from tqdm import tqdm
@@ -16,14 +19,20 @@ from tests.compile_cases import CASES
 from tests.test_kernels_compile import TABLE
 
 
+def resources(job: tuple[int, str]) -> list[dict[str, Any]]:
+    """A row for each kernel of a case, by name: capability and case."""
+    capability, case = job
+    return [kernel._asdict() for kernel in compiled(CASES[case], capability)]
+
+
 def main() -> None:
-    kernels: dict[str, dict[str, list[dict[str, object]]]] = {}
-    for capability in SHARED_LIMIT:
-        rows = kernels[f"sm_{capability}"] = {}
-        for case, call in tqdm(CASES.items(), desc=f"sm_{capability}"):
-            rows[case] = [kernel._asdict() for kernel in compiled(call, capability)]
-            for kernel in rows[case]:
-                tqdm.write(f"{case:<44}" + "  ".join(f"{key} {value}" for key, value in kernel.items()))
+    kernels: dict[str, dict[str, list[dict[str, Any]]]] = {f"sm_{capability}": {} for capability in SHARED_LIMIT}
+    jobs = list(product(SHARED_LIMIT, CASES))
+    with ProcessPoolExecutor() as pool:
+        for (capability, case), rows in zip(jobs, tqdm(pool.map(resources, jobs), total=len(jobs))):
+            kernels[f"sm_{capability}"][case] = rows
+            for row in rows:
+                tqdm.write(f"sm_{capability} {case:<50}" + "  ".join(f"{key} {value}" for key, value in row.items()))
     TABLE.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
 
 

@@ -204,15 +204,11 @@ class PackedLayer(nn.Module):
             return None
         return self._layout if self._prepare_layout() else None
 
-    def _reads_layout(self) -> bool:
-        """Whether the backend that runs the op reads a layout: whether it has kernels."""
-        return dispatch.choose(self.op, self.codes.device) in self.layout_backends
-
     def _prepare_layout(self) -> bool:
         """Whether the backend that runs the op reads a layout; makes it for that one."""
-        if not self._reads_layout():
-            return False
         backend = dispatch.choose(self.op, self.codes.device)
+        if backend not in self.layout_backends:
+            return False
         if self._layout is None or self._layout_backend != backend:
             # An inference tensor, made in a first call under inference_mode, could not serve later calls outside it.
             with torch.inference_mode(False), torch.no_grad():
@@ -240,17 +236,13 @@ class PackedLayer(nn.Module):
         self._layout, self._layout_backend = None, ""
         self._direct_shapes = {}
         self._dense_shapes = set()
-        self._packed_rows = ALWAYS if self._execution == "packed" else NEVER
+        self._packed_rows = self._packed_rows_of_wide = ALWAYS if self._execution == "packed" else NEVER
         if self._execution == "auto":
             n_bytes = self.codes.nbytes + self.levels.nbytes
-            self._packed_rows = packed_rows(
-                self.op, self.codes.device, self.shape, self.num_levels, self.precision, n_bytes
-            )
-        # A GPU's libraries multiply bfloat16 activations into bfloat16 only: to round wider ones, and keep the sums as
-        # wide, takes the packed kernels, or a float32 product that is slower than they are.
-        self._packed_rows_of_wide = self._packed_rows
-        if self._execution == "auto" and self.precision == "bf16" and self.codes.is_cuda and self._reads_layout():
-            self._packed_rows_of_wide = ALWAYS
+            layer = (self.op, self.codes.device, self.shape, self.num_levels, self.precision, n_bytes)
+            self._packed_rows = self._packed_rows_of_wide = packed_rows(*layer)
+            if self.codes.is_cuda:
+                self._packed_rows = packed_rows(*layer, torch.bfloat16)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         levels = self.levels

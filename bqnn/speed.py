@@ -33,10 +33,10 @@ REFERENCE_DECODE_BYTES = 32
 # The numbers of rows at which packed and dense are compared; beyond the last, the last decides.
 COMPARED_ROWS = tuple(1 << exponent for exponent in range(17))
 
-# Of the GPU kernels: instructions for each weight of a tile, by the bits of a code (counted in the loop of what Triton
-# compiles for sm_90 and 16 rows), the rows of the largest tile, and the share of a library's rate that products are
-# taken to reach. The last is an estimate.
-DECODE_INSTRUCTIONS = {1: 5.0, 2: 7.5, 4: 12.0}
+# Of the GPU kernels: instructions for each weight of a tile, by the bits of a code (counted in the loops of what Triton
+# compiles for sm_90, in bfloat16, for 128 rows; with one bit for 16), the rows of the largest tile, and the share of a
+# library's rate that products are taken to reach. The last is an estimate.
+DECODE_INSTRUCTIONS = {1: 5.0, 2: 7.6, 4: 9.0}
 GPU_TILE_ROWS = 128
 GPU_PRODUCT_SHARE = 0.6
 
@@ -126,9 +126,16 @@ class LayerWork(NamedTuple):
 
 
 def packed_rows(
-    op: str, device: torch.device, shape: tuple[int, ...], num_levels: int, precision: str, packed_bytes: int
+    op: str,
+    device: torch.device,
+    shape: tuple[int, ...],
+    num_levels: int,
+    precision: str,
+    packed_bytes: int,
+    dtype: torch.dtype = torch.float32,
 ) -> RowRange:
-    """For how many rows the packed ``op`` is expected to beat the dense product, for a weight of ``shape``.
+    """For how many rows the packed ``op`` is expected to beat the dense product, for a weight of ``shape`` and
+    activations of ``dtype``.
 
     Returns:
         NEVER, as with the reference; ALWAYS, also where no backend can run ``op``, so that the call itself says why; or
@@ -140,6 +147,10 @@ def packed_rows(
         return ALWAYS
     if backend == "reference":
         return NEVER  # It decodes first and is then the dense product: no rate has to be measured to know.
+    if device.type == "cuda" and precision == "bf16" and dtype != torch.bfloat16:
+        # A GPU's libraries multiply bfloat16 into bfloat16 only: to round wider activations, and keep the sums as wide,
+        # takes the packed kernels, or a float32 product that is slower than they are.
+        return ALWAYS
     channels, columns = shape[0], math.prod(shape[1:])
 
     def wins(rows: int) -> bool:

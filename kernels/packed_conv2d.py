@@ -151,7 +151,7 @@ def forward(
         rows = images.view(P, C)
         packed_linear.multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, block_words)
         return y.view(B, OH, OW, N).permute(0, 3, 1, 2)
-    config = packed_linear.tiles(P, images, precision, 32 // flags["BITS"])
+    config = packed_linear.tiles(P, images, precision, flags)
     config["BN"] = min(config["BN"], max(LEAST_BN, triton.next_power_of_2(N // groups)))
     blocks = (triton.cdiv(P, config["BM"]), triton.cdiv(N // groups, config["BN"]))
     splits, span = splits_of((*blocks, groups), words.shape[1], config["BW"], x.device)

@@ -30,7 +30,7 @@ TILES = {
     "int8": (
         {"BM": 16, "BN": 64, "BW": 32},
         {"BM": 32, "BN": 64, "BW": 32},
-        {"BM": 64, "BN": 128, "BW": 32},
+        {"BM": 64, "BN": 64, "BW": 32},
         {"BM": 128, "BN": 128, "BW": 32},
     ),
 }
@@ -149,19 +149,22 @@ def packed_linear_fwd_kernel(
     tl.store(p_y + o_y, b_y, mask=m_m[:, None] & m_n[None, :])
 
 
-def tiles(rows, x, precision, per_word):
+def tiles(rows, x, precision, flags):
     """Tile sizes, warps and stages for so many rows of x, multiplied in ``precision``."""
+    per_word = 32 // flags["BITS"]
     lines = TILES[precision]
     line = dict(next((line for line in lines if line["BM"] >= rows), lines[-1]))
     unrolled = precision != "fp32"
     if per_word == 32 and precision == "bf16":
         line["BW"] = 16  # 32 fields of twice as many columns would leave no room for a second stage
+    if flags["PER_CHANNEL"] and line["BM"] * line["BW"] >= 64 * 32:
+        line["BN"] //= 2  # levels of each channel in registers: sm_80 would spill
     stage = line["BM"] * line["BW"] * x.element_size() * (per_word if unrolled else 1)
     return {
         **line,
         "UNROLLED": unrolled,
         "num_warps": 8 if line["BM"] * line["BN"] > 64 * 64 else 4,
-        "num_stages": max(1, min(3, STAGE_BYTES // stage)),
+        "num_stages": max(1, min(3, STAGE_BYTES // stage)) if unrolled else 2,
     }
 
 
@@ -198,7 +201,7 @@ def multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, blo
         return _gemv(rows, words, book, scale, row_scale, bias, y, flags, block_words)
     if precision == "bf16":
         rows = rows.to(torch.bfloat16)  # once, not in every block of channels
-    config = tiles(M, rows, precision, 32 // flags["BITS"])
+    config = tiles(M, rows, precision, flags)
     blocks = (triton.cdiv(M, config["BM"]), triton.cdiv(N, config["BN"]))
     splits, span = splits_of(blocks, W, config["BW"], rows.device)
     sums = y

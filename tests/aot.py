@@ -7,6 +7,7 @@ target is enough for everything up to the cubin. Launchers run as they are, on C
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+INSTRUCTION_BYTES = 16
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can ask for (CUDA C++ Programming Guide, table 27)
 
 
@@ -68,7 +70,7 @@ def _recorded(capability: int) -> Iterator[list[Any]]:
     assert driver._active is before
 
 
-def _disassembler(name: str) -> str:
+def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
@@ -76,18 +78,22 @@ def _describe(kernel: Any) -> Kernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage = _output(_disassembler("cuobjdump"), "-res-usage", cubin.name)
-        code = _output(_disassembler("cuobjdump"), "-sass", cubin.name)
+        command = [_tool("cuobjdump"), "-res-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     count = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
     products = "wgmma" if "wgmma.mma_async" in ptx else "mma" if re.search(r"\bmma\.sync", ptx) else ""
-    instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE))
+    instructions = _code_bytes(kernel.asm["cubin"]) // INSTRUCTION_BYTES
     shared = kernel.metadata.shared
     return Kernel(kernel.name, count["REG"], count["LOCAL"], count["STACK"], shared, instructions, products)
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _code_bytes(cubin: bytes) -> int:
+    """The size of the code in an ELF file of 64 bits: of its sections .text.<kernel>. A disassembly takes seconds."""
+    (table,), (entry, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * entry) for i in range(count)]
+    first_name = sections[names][4]
+    return sum(size for name, *_, size in sections if cubin.startswith(b".text.", first_name + name))
 
 
 def compiled(call: Callable[[], Any], capability: int) -> list[Kernel]:

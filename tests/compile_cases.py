@@ -26,6 +26,10 @@ from bqnn.kernels import (
     spike_slab_kl,
 )
 from bqnn.kernels.conv2d import output_of
+from bqnn.kernels.packed import sum_of_parts
+from bqnn.ops.packed_conv2d import packed_conv2d_triton
+from bqnn.ops.packed_linear import packed_linear_triton
+from bqnn.packing import packed_width
 from tests.shapes import Conv2dShape
 
 SEED, OFFSET = 2**62, 2**33
@@ -61,6 +65,31 @@ def _sample(columns: int, num_levels: int, groups: int) -> None:
     for dtype in PRODUCT_DTYPES:
         sample.sample(weight, log_sigma2, levels, thresholds, SEED, OFFSET, dtype)
         sample.sample_backward(weight.to(dtype), weight, log_sigma2, levels, thresholds, SEED, OFFSET)
+
+
+def _conv2d(
+    op: ModuleType,
+    shape: Conv2dShape,
+    dtype: torch.dtype,
+    num_levels: int = 3,
+    groups: int = 1,
+    tf32: bool = True,
+    **mode: Any,
+) -> None:
+    """``mode`` is that of a moment op: without a ``slope`` of forward, backward makes it again."""
+    x = torch.zeros(shape.batch, shape.inputs, shape.height, shape.width, dtype=dtype)
+    weight_shape = (shape.channels, shape.inputs // shape.groups, *shape.kernel)
+    weights, geometry = posterior(weight_shape, num_levels, groups), tuple(shape.geometry.values())
+    grad = torch.zeros(output_of(x, weights[0].to(dtype), *geometry)[0], dtype=dtype)
+    noise, forward, backward = (SEED, OFFSET), mode.values(), [value for key, value in mode.items() if key == "mode"]
+    slopes = [[grad.bfloat16()], [None]] if mode else [[]]
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, tf32
+    try:
+        op.forward(x, *weights, torch.zeros(shape.channels), *noise, *forward, *geometry)
+        for slope in slopes:
+            op.backward(grad, *slope, x, *weights, *noise, *backward, True, *geometry)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _moment_linear(
@@ -100,31 +129,6 @@ def _noisy(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
         moment.noisy(None, y, SEED, OFFSET, None, y)
 
 
-def _conv2d(
-    op: ModuleType,
-    shape: Conv2dShape,
-    dtype: torch.dtype,
-    num_levels: int = 3,
-    groups: int = 1,
-    tf32: bool = True,
-    **mode: Any,
-) -> None:
-    """``mode`` is that of a moment op: without a ``slope`` of forward, backward makes it again."""
-    x = torch.zeros(shape.batch, shape.inputs, shape.height, shape.width, dtype=dtype)
-    weight_shape = (shape.channels, shape.inputs // shape.groups, *shape.kernel)
-    weights, geometry = posterior(weight_shape, num_levels, groups), tuple(shape.geometry.values())
-    grad = torch.zeros(output_of(x, weights[0].to(dtype), *geometry)[0], dtype=dtype)
-    noise, forward, backward = (SEED, OFFSET), mode.values(), [value for key, value in mode.items() if key == "mode"]
-    slopes = [[grad.bfloat16()], [None]] if mode else [[]]
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, tf32
-    try:
-        op.forward(x, *weights, torch.zeros(shape.channels), *noise, *forward, *geometry)
-        for slope in slopes:
-            op.backward(grad, *slope, x, *weights, *noise, *backward, True, *geometry)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -143,6 +147,38 @@ SAMPLE_LINEAR: Cases = {
     ),
     "sample-M3": partial(_sample, 512, 3, 1),
     "sample-M16-K25-channel": partial(_sample, 25, 16, 64),
+}
+
+WIDE_CONV2D = Conv2dShape(4, 128, 128, 16, 16, (3, 3), padding=(1, 1))
+TO_FEW_CONV2D = Conv2dShape(4, 160, 12, 16, 16, (3, 3), padding=(1, 1))
+FROM_FEW_CONV2D = Conv2dShape(8, 6, 16, 14, 14, (5, 5))
+STRIDED_CONV2D = Conv2dShape(8, 64, 128, 32, 32, (3, 3), stride=(2, 2), padding=(1, 1))
+FEW_PIXELS_CONV2D = Conv2dShape(1, 64, 64, 7, 9, (3, 3), padding=(1, 1))
+
+
+def _conv2d_cases(op: ModuleType, **mode: Any) -> Cases:
+    run = partial(_conv2d, op, **mode)
+    name = op.__name__.split(".")[-1]
+    half, single = torch.bfloat16, torch.float32
+    return {
+        f"{name}-bfloat16-wide": partial(run, WIDE_CONV2D, half),
+        f"{name}-float16-wide": partial(run, WIDE_CONV2D, torch.float16),
+        f"{name}-bfloat16-to-few": partial(run, TO_FEW_CONV2D, half),
+        f"{name}-bfloat16-from-few": partial(run, FROM_FEW_CONV2D, half),
+        f"{name}-bfloat16-strided": partial(run, STRIDED_CONV2D, half),
+        f"{name}-bfloat16-few-pixels": partial(run, FEW_PIXELS_CONV2D, half),
+        f"{name}-bfloat16-few-pixels-M16-channel": partial(run, FEW_PIXELS_CONV2D, half, 16, 64),
+        f"{name}-float32-wide": partial(run, WIDE_CONV2D, single),
+        f"{name}-float32-ieee-wide": partial(run, WIDE_CONV2D, single, tf32=False),
+        f"{name}-float32-ieee-to-few": partial(run, TO_FEW_CONV2D, single, tf32=False),
+        f"{name}-float32-ieee-from-few": partial(run, FROM_FEW_CONV2D, single, tf32=False),
+        f"{name}-float32-ieee-few-pixels-M16-channel": partial(run, FEW_PIXELS_CONV2D, single, 16, 64, tf32=False),
+    }
+
+
+CONV2D: Cases = {
+    **_conv2d_cases(sample_conv2d),
+    **_conv2d_cases(moment_conv2d, mode="categorical", coarse=True),
 }
 
 MOMENT_LINEAR: Cases = {
@@ -190,37 +226,50 @@ ELEMENTWISE: Cases = {
     for num_levels in (3, 16)
 }
 
-WIDE_CONV2D = Conv2dShape(4, 128, 128, 16, 16, (3, 3), padding=(1, 1))
-TO_FEW_CONV2D = Conv2dShape(4, 160, 12, 16, 16, (3, 3), padding=(1, 1))
-FROM_FEW_CONV2D = Conv2dShape(8, 6, 16, 14, 14, (5, 5))
-STRIDED_CONV2D = Conv2dShape(8, 64, 128, 32, 32, (3, 3), stride=(2, 2), padding=(1, 1))
-FEW_PIXELS_CONV2D = Conv2dShape(1, 64, 64, 7, 9, (3, 3), padding=(1, 1))
+
+def _packed_weight(channels: int, columns: int, num_levels: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """codes, levels, bias."""
+    codes = torch.zeros(channels, packed_width(columns, num_levels), dtype=torch.uint8)
+    levels = torch.arange(num_levels, dtype=torch.float32).expand(groups, -1).contiguous()
+    return codes, levels, torch.zeros(channels)
 
 
-def _conv2d_cases(op: ModuleType, **mode: Any) -> Cases:
-    run = partial(_conv2d, op, **mode)
-    name = op.__name__.split(".")[-1]
-    half, single = torch.bfloat16, torch.float32
-    return {
-        f"{name}-bfloat16-wide": partial(run, WIDE_CONV2D, half),
-        f"{name}-float16-wide": partial(run, WIDE_CONV2D, torch.float16),
-        f"{name}-bfloat16-to-few": partial(run, TO_FEW_CONV2D, half),
-        f"{name}-bfloat16-from-few": partial(run, FROM_FEW_CONV2D, half),
-        f"{name}-bfloat16-strided": partial(run, STRIDED_CONV2D, half),
-        f"{name}-bfloat16-few-pixels": partial(run, FEW_PIXELS_CONV2D, half),
-        f"{name}-bfloat16-few-pixels-M16-channel": partial(run, FEW_PIXELS_CONV2D, half, 16, 64),
-        f"{name}-float32-wide": partial(run, WIDE_CONV2D, single),
-        f"{name}-float32-ieee-wide": partial(run, WIDE_CONV2D, single, tf32=False),
-        f"{name}-float32-ieee-to-few": partial(run, TO_FEW_CONV2D, single, tf32=False),
-        f"{name}-float32-ieee-from-few": partial(run, FROM_FEW_CONV2D, single, tf32=False),
-        f"{name}-float32-ieee-few-pixels-M16-channel": partial(run, FEW_PIXELS_CONV2D, single, 16, 64, tf32=False),
-    }
+def _packed_linear(batch: int, precision: str, num_levels: int = 3, groups: int = 1, columns: int = 1024) -> None:
+    weight = _packed_weight(512, columns, num_levels, groups)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    packed_linear_triton(torch.zeros(batch, columns, dtype=dtype), *weight, precision, None)
 
 
-CONV2D: Cases = {
-    **_conv2d_cases(sample_conv2d),
-    **_conv2d_cases(moment_conv2d, mode="categorical", coarse=True),
+def _packed_conv2d(shape: tuple[int, int, int, int], channels: int, precision: str, num_levels: int = 3) -> None:
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    weight = _packed_weight(channels, shape[1] * 9, num_levels, 1)
+    geometry = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    packed_conv2d_triton(torch.zeros(shape, dtype=dtype), *weight, *geometry, precision, None)
+
+
+def _packed_sum(dtype: torch.dtype) -> None:
+    parts, rows = torch.zeros(4, 64, 512, dtype=dtype), torch.zeros(64)
+    scale = torch.zeros(512) if dtype == torch.int32 else None
+    sum_of_parts(parts, scale, rows, torch.zeros(512), torch.zeros(64, 512))
+
+
+# A name says the operands' dtype.
+PACKED: Cases = {
+    **{f"packed_linear-bfloat16-B{batch}-M3": partial(_packed_linear, batch, "bf16") for batch in (1, 16, 32, 64, 128)},
+    "packed_linear-bfloat16-B16-M2": partial(_packed_linear, 16, "bf16", 2),
+    "packed_linear-bfloat16-B1-M16": partial(_packed_linear, 1, "bf16", 16),
+    "packed_linear-bfloat16-B128-M4-channel": partial(_packed_linear, 128, "bf16", 4, 512),
+    "packed_linear-bfloat16-B64-M16-K511-channel": partial(_packed_linear, 64, "bf16", 16, 512, 511),
+    **{f"packed_linear-int8-B{batch}-M3": partial(_packed_linear, batch, "int8") for batch in (1, 16, 128)},
+    "packed_linear-int8-B64-M4-channel": partial(_packed_linear, 64, "int8", 4, 512),
+    **{f"packed_linear-float32-B{batch}-M3": partial(_packed_linear, batch, "fp32") for batch in (1, 16, 64)},
+    "packed_linear-float32-B32-M16-K511-channel": partial(_packed_linear, 32, "fp32", 16, 512, 511),
+    "packed_conv2d-bfloat16-C128-M3": partial(_packed_conv2d, (1, 128, 16, 16), 128, "bf16"),
+    "packed_conv2d-bfloat16-C3-M16": partial(_packed_conv2d, (1, 3, 16, 16), 12, "bf16", 16),
+    "packed_conv2d-int8-C128-M3": partial(_packed_conv2d, (1, 128, 8, 8), 128, "int8"),
+    "packed_conv2d-float32-C128-M3": partial(_packed_conv2d, (1, 128, 16, 16), 128, "fp32"),
+    "packed_sum-float32": partial(_packed_sum, torch.float32),
+    "packed_sum-int32": partial(_packed_sum, torch.int32),
 }
 
-
-CASES: Cases = {**SAMPLE_LINEAR, **MOMENT_LINEAR, **ELEMENTWISE, **CONV2D}
+CASES: Cases = {**SAMPLE_LINEAR, **MOMENT_LINEAR, **CONV2D, **ELEMENTWISE, **PACKED}
