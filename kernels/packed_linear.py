@@ -152,10 +152,12 @@ def packed_linear_fwd_kernel(
 def tiles(rows, x, precision, flags):
     """Tile sizes, warps and stages for so many rows of x, multiplied in ``precision``."""
     per_word = 32 // flags["BITS"]
-    lines = TILES[precision]
+    # Triton 3.8 makes a trap of products that follow each other in a pipeline, where they go through tensor memory, and
+    # spills what a tile of 128 rows loads for them.
+    tensor_memory = architecture() >= 100
+    lines = TILES[precision][:3] if tensor_memory else TILES[precision]
     line = dict(next((line for line in lines if line["BM"] >= rows), lines[-1]))
-    # Triton 3.8 makes a trap of products that follow each other in a pipeline, where they go through tensor memory.
-    through_tensor_memory = architecture() >= 100 and line["BM"] >= 64
+    through_tensor_memory = tensor_memory and line["BM"] >= 64
     unrolled = precision != "fp32" and not through_tensor_memory
     if per_word == 32 and precision == "bf16":
         line["BW"] = 16  # 32 fields of twice as many columns would leave no room for a second stage
