@@ -14,7 +14,7 @@ from typing import Any
 import triton
 from tqdm import tqdm
 
-from tests.aot import SHARED_LIMIT, compiled
+from tests.aot import HELD, compiled
 from tests.compile_cases import CASES
 from tests.test_kernels_compile import TABLE
 
@@ -26,8 +26,8 @@ def resources(job: tuple[int, str]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    kernels: dict[str, dict[str, list[dict[str, Any]]]] = {f"sm_{capability}": {} for capability in SHARED_LIMIT}
-    jobs = list(product(SHARED_LIMIT, CASES))
+    kernels: dict[str, dict[str, list[dict[str, Any]]]] = {f"sm_{capability}": {} for capability in HELD}
+    jobs = list(product(HELD, CASES))
     with ProcessPoolExecutor() as pool:
         for (capability, case), rows in zip(jobs, tqdm(pool.map(resources, jobs), total=len(jobs))):
             kernels[f"sm_{capability}"][case] = rows
