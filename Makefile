@@ -31,7 +31,7 @@ data:  ## put MNIST and CIFAR-10 into $BQNN_DATA (default: data/)
 demo: setup  ## run the demonstration
 	$(VENV)/bin/bqnn demo
 
-test: lint sanitize unit interpret  ## lint, then all tests
+test: lint sanitize interpret unit  ## lint, then all tests
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .
