@@ -32,6 +32,9 @@ def level_sums(sums, codebook):
 
 
 def flags_of_codebook(levels):
+    """The flags of a kernel that has a codebook, or with None, of one that multiplies a weight as it is."""
+    if levels is None:
+        return {"NUM_LEVELS": 0, "PER_CHANNEL": 0}
     return {"NUM_LEVELS": levels.shape[1], "PER_CHANNEL": int(levels.shape[0] > 1)}
 
 

@@ -347,14 +347,15 @@ def forward(x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode,
     empty tensor. x is not empty, the parameters are contiguous."""
     shape, memory_format = output_of(x, weight, *product)
     posterior, noise = (weight, log_sigma2, levels, thresholds), (seed, offset)
+    pixels = channels_last(x)
     y = torch.empty(shape, device=x.device, dtype=x.dtype, memory_format=memory_format)
     slope = coarse_order(x, torch.empty_like(y, dtype=torch.bfloat16)) if coarse else None
     source, mode, plan = _prepared(x, shape, posterior, mode, product[-1])
     if plan.splits == 1:
-        _products(x, y[None], slope, None, source, mode, bias, noise, plan, *product)
+        _products(pixels, y[None], slope, None, source, mode, bias, noise, plan, *product)
     else:
         mean, variance = (output_parts(plan, shape, memory_format, x, torch.float32) for _ in range(2))
-        _products(x, mean, None, variance, source, mode, bias, noise, plan, *product)
+        _products(pixels, mean, None, variance, source, mode, bias, noise, plan, *product)
         noisy(mean, variance, *noise, y, slope)
     return y, y.new_empty(0) if slope is None else slope
 
@@ -387,16 +388,15 @@ def _prepared(x, shape, posterior, mode, groups):
 
 
 def _products(x, y, slope, variance, source, mode, bias, noise, plan, stride, padding, dilation, groups):
-    """Runs the forward kernel on y [S, ...], or without it on ``variance`` [S, ...]."""
+    """Runs the forward kernel on y [S, ...], or without it on ``variance`` [S, ...]; x is channels-last."""
     weight, _, levels, _ = source
     output = variance if y is None else y
-    places = geometry(channels_last(x), output, weight, forward_axes(stride, padding, dilation), groups)
+    places = geometry(x, output, weight, forward_axes(stride, padding, dilation), groups)
     grid, cuts = product_launch(plan, places)
-    flags = {"NUM_LEVELS": 0, "PER_CHANNEL": 0} if levels is None else flags_of_codebook(levels)
     channel, column = (0, 0) if slope is None else (slope.stride(1), slope.stride(3))
     moment_conv2d_fwd_kernel[grid](
-        channels_last(x), *source, bias, *noise, y, slope, variance, **places, y_part=output.stride(0),
-        slope_channel=channel, slope_column=column, MODE=mode, **cuts, **flags, **precision_of(x),
+        x, *source, bias, *noise, y, slope, variance, **places, y_part=output.stride(0),
+        slope_channel=channel, slope_column=column, MODE=mode, **cuts, **flags_of_codebook(levels), **precision_of(x),
     )  # fmt: skip
 
 

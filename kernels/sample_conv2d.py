@@ -243,10 +243,10 @@ def _convolve(x, y, posterior, bias, noise, axes, groups, plan, transposed=False
     weight, _, levels, _ = posterior
     places = geometry(x, y, weight, axes, groups, transposed)
     grid, cuts = product_launch(plan, places)
-    flags = {"NUM_LEVELS": 0, "PER_CHANNEL": 0} if levels is None else flags_of_codebook(levels)
     sample_conv2d_fwd_kernel[grid](
         x, *posterior, bias if plan.splits == 1 else None, *noise, y, **places, y_part=y.stride(0),
-        K=weight[0].numel(), SAMPLED=levels is not None, **cuts, **flags, **precision_of(x),
+        K=weight[0].numel(), SAMPLED=levels is not None, **cuts, **flags_of_codebook(levels),
+        **precision_of(x),
     )  # fmt: skip
 
 
