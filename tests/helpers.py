@@ -24,12 +24,14 @@ SEED = 0x1234_5678_9ABC_DEF0  # uses both halves of the key
 MARGIN = 1e-3  # no sampled weight is nearer to a threshold, so that rounding does not choose its cell
 
 
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
 def usable_backends(op: str) -> list[Any]:
     """(device, backend) of everything that can run ``op`` here, as pytest parameters."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [
         pytest.param((device, backend), id=f"{device}-{backend}")
-        for device in devices
+        for device in DEVICES
         for backend in dispatch.ORDER
         if dispatch.status(op, backend, device).usable
     ]
@@ -37,10 +39,9 @@ def usable_backends(op: str) -> list[Any]:
 
 def triton_devices(op: str) -> list[Any]:
     """The devices on which the backend "triton" can run ``op`` here, as pytest parameters."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [
         pytest.param(device, id=f"{device}-triton")
-        for device in devices
+        for device in DEVICES
         if dispatch.status(op, "triton", device).usable
     ]
 
