@@ -48,6 +48,11 @@ BQNN_INLINE float rounded(float x, bool bf16, const RowScale& row) {
 template <class Op>
 BQNN_INLINE typename Op::Element operand(float rounded) {
   using Element = typename Op::Element;
+  if constexpr (Op::kHalf) {
+    Element half;
+    narrow(rounded, &half);
+    return half;
+  }
   if constexpr (!Op::kInt8) return rounded;
   return static_cast<Element>(static_cast<int32_t>(rounded) + static_cast<int32_t>(Op::kZero));
 }

@@ -27,13 +27,9 @@ __attribute__((noinline)) void channel_rows(const PackedLayout& layout, int64_t 
   alignas(64) uint32_t tables[kBlock][16], turned[kBlock][16];
   UInt total[kRows][kBlock] = {};
   for (int c = 0; c < kBlock; ++c) {
-    const int64_t table = (block * kBlock + c) * kTable;
-    if constexpr (Op::kInt8) {
-      for (int i = 0; i < 16; ++i) __builtin_memcpy(&tables[c][i], layout.int8_table() + table + i % 4 * 4, 4);
+    read_table<Op>(layout, (block * kBlock + c) * kTable, tables[c]);
+    if (Op::kInt8)
       for (int i = 0; i < 16; ++i) tables[c][i] ^= 0x80808080u;
-    } else {
-      for (int i = 0; i < 16; ++i) tables[c][i] = level_of<Op>(layout, table + i);
-    }
   }
   const uint32_t* words = layout.block(0, block);
   const int64_t count = layout.padded / kWord;
@@ -49,25 +45,17 @@ __attribute__((noinline)) void channel_rows(const PackedLayout& layout, int64_t 
     for (int c = 0; c < kBlock; ++c) __builtin_memcpy(turned[c], &word[c], sizeof word[c]);
     for (int c = 0; c < kBlock; ++c) {
       const UInt codes = load_lanes(turned[c]);
-      const __m512i table = (__m512i)load_lanes(tables[c]);
-      UInt sum[kRows][2] = {};
+      const UInt table = load_lanes(tables[c]);
+      typename Op::Sum sum[kRows][2] = {};
 #pragma GCC unroll 32
       for (int i = 0; i < kLanesOfWord; ++i) {
-        const int shift = Op::kInt8 ? i * kBits : i % 2 * 16 + i / 2 * kBits;
-        const __m512i index = (__m512i)(codes >> shift);
-        const __m512i level = Op::kInt8 ? _mm512_maskz_permutexvar_epi8(~0ull, index, table)
-                                        : _mm512_maskz_permutexvar_epi32(0xFFFF, index, table);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          const UInt x = load_lanes(row[r] + at + i * 64);
-          UInt& s = sum[r][i % 2];
-          if constexpr (Op::kInt8)
-            s = (UInt)_mm512_dpbusd_epi32((__m512i)s, level, (__m512i)x);
-          else
-            s = (UInt)multiply_add((Float)level, (Float)x, (Float)s);
-        }
+        const int shift = Op::kUnit > 1 ? i * kBits : i % 2 * 16 + i / 2 * kBits;
+        const UInt level = permute<Op>(codes >> shift, table);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+          sum[r][i % 2] = Op::dot(load_lanes(row[r] + at + i * 64), level, sum[r][i % 2]);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) total[r][c] = Op::add(Op::add(total[r][c], sum[r][0]), sum[r][1]);
     }
   }

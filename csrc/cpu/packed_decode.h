@@ -22,31 +22,51 @@ struct Codebook {
 
 template <class Op>
 inline uint32_t level_of(const PackedLayout& layout, int64_t index) {
-  // Where a lane holds four integers, one instruction decodes them: bytes all over a lane.
+  // Where one instruction decodes all that a lane holds, it has the level in each of its places.
   if constexpr (Op::kUnit == 4) return 0x01010101u * static_cast<uint8_t>(layout.int8_table()[index]);
-  if constexpr (Op::kUnit == 2) return static_cast<uint32_t>(int32_t{layout.int8_table()[index]});
+  if constexpr (Op::kUnit == 2 && Op::kInt8) return static_cast<uint32_t>(int32_t{layout.int8_table()[index]});
   float level = Op::kInt8 ? static_cast<float>(layout.int8_table()[index]) : layout.level_table()[index];
   if (layout.precision == Precision::bf16) level = round_to_bf16(level);
   uint32_t bits;
   __builtin_memcpy(&bits, &level, sizeof bits);
-  return bits;
+  return Op::kHalf ? bits | bits >> 16 : bits;
+}
+
+// The levels of the codebook that begins at `first` of the table: a vector for one permute, repeated with the period of
+// the code.
+template <class Op>
+inline void read_table(const PackedLayout& layout, int64_t first, uint32_t (&table)[kBlock]) {
+  constexpr int kPlaces = kBlock * Op::kUnit;  // of a level, in the table
+  if constexpr (Op::kUnit == 4) {
+    for (int i = 0; i < kPlaces; i += kTable)
+      __builtin_memcpy(reinterpret_cast<char*>(table) + i, layout.int8_table() + first, kTable);
+  } else if constexpr (Op::kHalf) {
+    for (int i = 0; i < kPlaces; ++i) {
+      const auto half = static_cast<uint16_t>(level_of<Op>(layout, first + i % kTable));
+      __builtin_memcpy(reinterpret_cast<char*>(table) + 2 * i, &half, sizeof half);
+    }
+  } else {
+    for (int i = 0; i < kTable; ++i) table[i] = level_of<Op>(layout, first + i);
+  }
 }
 
 template <class Op>
 inline void read_codebook(const PackedLayout& layout, int64_t group, int64_t block, Codebook* book) {
-  if (layout.codebooks == 1) {
-    if constexpr (Op::kUnit == 4) {
-      for (int i = 0; i < kBlock * 4; i += kTable)
-        __builtin_memcpy(reinterpret_cast<char*>(book->entries[0]) + i, layout.int8_table(), kTable);
-      return;
-    }
-    for (int i = 0; i < kTable; ++i) book->entries[0][i] = level_of<Op>(layout, i);
-    return;
-  }
+  if (layout.codebooks == 1) return read_table<Op>(layout, 0, book->entries[0]);
   const int64_t channel = (group * layout.blocks + block) * kBlock;
   for (int m = 0; m < kTable; ++m)
     for (int i = 0; i < kBlock; ++i) book->entries[m][i] = level_of<Op>(layout, (channel + i) * kTable + m);
 }
+
+#if BQNN_LANES == 16
+// The entries of a table that the low bits of every byte, half or lane name. GCC 12 warns of permutes without a mask.
+template <class Op>
+BQNN_INLINE UInt permute(UInt index, UInt table) {
+  if constexpr (Op::kInt8) return (UInt)_mm512_maskz_permutexvar_epi8(~0ull, (__m512i)index, (__m512i)table);
+  if constexpr (Op::kHalf) return (UInt)_mm512_maskz_permutexvar_epi16(~0u, (__m512i)index, (__m512i)table);
+  return (UInt)_mm512_maskz_permutexvar_epi32(0xFFFF, (__m512i)index, (__m512i)table);
+}
+#endif
 
 // The levels of the codes in the low bits of each lane of vector `part` of a block; the bits above may be anything.
 template <int kBits, bool kShared>
@@ -54,8 +74,7 @@ BQNN_INLINE UInt look_up(const Codebook& book, UInt word, int part) {
   if constexpr (kShared) {
     const uint32_t* table = book.entries[0];  // repeated with the period of the code
 #if BQNN_LANES == 16
-    // GCC 12 warns of the one without a mask.
-    return (UInt)_mm512_maskz_permutexvar_epi32(0xFFFF, (__m512i)word, (__m512i)load_lanes(table));
+    return permute<FloatOperand>(word, load_lanes(table));
 #elif BQNN_LANES == 8
     const __m256i low = _mm256_permutevar8x32_epi32((__m256i)load_lanes(table), (__m256i)word);
     if constexpr (kBits < 4) return (UInt)low;
@@ -86,20 +105,22 @@ template <class Op, int kBits, bool kShared>
 BQNN_INLINE UInt look_up_lane(const Codebook& book, UInt word, int first, int part) {
   constexpr int kUnit = Op::kInt8 ? 4 : 2;  // of the layout
 #if BQNN_LANES == 16
-  if constexpr (Op::kInt8) {
-    const UInt codes = word >> (first / kUnit * kBits);  // in the low bits of every byte
-    if constexpr (kShared)
-      return (UInt)_mm512_maskz_permutexvar_epi8(~0ull, (__m512i)codes, (__m512i)load_lanes(book.entries[0]));
+  if constexpr (Op::kUnit == kUnit) {  // one instruction for all of the lane
+    const UInt code = word >> (first / kUnit * kBits);
+    if constexpr (kShared) return permute<Op>(code, load_lanes(book.entries[0]));
+    const auto codes = (__m512i)code;
     constexpr int kCodes = 1 << kBits;
     __m512i level[kCodes];
 #pragma GCC unroll 16
     for (int m = 0; m < kCodes; ++m) level[m] = (__m512i)load_lanes(book.entries[m]);
 #pragma GCC unroll 4
     for (int bit = 0; bit < kBits; ++bit) {
-      const __mmask64 odd = _mm512_test_epi8_mask((__m512i)codes, _mm512_set1_epi8(static_cast<char>(1 << bit)));
+      const auto odd = Op::kHalf ? _mm512_test_epi16_mask(codes, _mm512_set1_epi16(static_cast<short>(1 << bit)))
+                                 : _mm512_test_epi8_mask(codes, _mm512_set1_epi8(static_cast<char>(1 << bit)));
 #pragma GCC unroll 8
       for (int m = 0; m < kCodes >> (bit + 1); ++m)
-        level[m] = _mm512_mask_mov_epi8(level[2 * m], odd, level[2 * m + 1]);
+        level[m] = Op::kHalf ? _mm512_mask_mov_epi16(level[2 * m], static_cast<__mmask32>(odd), level[2 * m + 1])
+                             : _mm512_mask_mov_epi8(level[2 * m], odd, level[2 * m + 1]);
     }
     return (UInt)level[0];
   }

@@ -4,7 +4,7 @@
 // Included inside the namespace of the AVX-512 translation unit, after packed_activations.h.
 #pragma once
 
-constexpr int kFewRows = 4;
+constexpr int kFewRows = 8, kFewFloatRows = 4;
 constexpr int kMostBlocks = 8;       // that a kernel computes together
 constexpr int kAhead = 16;           // vectors of words between a prefetch and its use
 constexpr int64_t kWordsOfSum = 256;  // words added up in one float32 sum: error grows with the number of terms
@@ -15,55 +15,63 @@ BQNN_INLINE void prefetch_words(const uint32_t* word) {
 
 #include "packed_channel_rows.h"
 
-// Totals [kRows][kMostBlocks * 16] of 8-bit activations, zeros up to the end of the last word, and levels + 128:
-// vpdpbusd wants one operand unsigned, and 128 times the sum of the activations is to be subtracted. Sums may wrap
-// around on the way.
-template <int kBits, int kRows, int kBlocks>
-__attribute__((noinline)) void int8_rows(const PackedLayout& layout, int64_t block, const char* const* row,
-                                         int32_t* totals) {
-  constexpr int kQuads = 8 / kBits, kSums = kRows == 1 ? 2 : 1;  // enough sums to hide the latency of vpdpbusd
-  const __m512i table = _mm512_xor_si512(
-      _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(layout.int8_table()))),
-      _mm512_set1_epi8(-128));
-  // A permute looks at 6 bits: a table for each code among the low 4, and one shift serves two codes or four.
+// Products [kRows][kMostBlocks * 16] of activations of which a lane holds several, zeros up to the end of the last word.
+// The 8-bit ones are of levels + 128: vpdpbusd wants one operand unsigned, and 128 times the sum of the activations is
+// to be subtracted. Integer sums may wrap around on the way.
+template <class Op, int kBits, int kRows, int kBlocks>
+__attribute__((noinline)) void dot_rows(const PackedLayout& layout, int64_t block, const char* const* rows,
+                                        typename Op::Product* products) {
+  constexpr int kLanesOfWord = 32 / kBits / Op::kUnit;
+  constexpr int kSums = kRows * kBlocks <= 8 ? 2 : 1;  // enough to hide the latency of the product
+  // A permute looks at 5 or 6 bits: a table for each code among the low 4, and one shift serves two codes or four.
   constexpr int kInNibble = 4 / kBits;
-  __m512i tables[kInNibble];
-  UInt entry;  // 64 bytes that count
-  for (int i = 0; i < 16; ++i) entry[i] = 0x03020100u + 0x04040404u * static_cast<uint32_t>(i);
-  for (int i = 0; i < kInNibble; ++i)
-    tables[i] = _mm512_maskz_permutexvar_epi8(~0ull, (__m512i)(entry >> (i * kBits)), table);
+  alignas(64) uint32_t entries[kBlock];
+  read_table<Op>(layout, 0, entries);
+  const UInt table = Op::kInt8 ? load_lanes(entries) ^ 0x80808080u : load_lanes(entries);
+  UInt tables[kInNibble], count_up;  // bytes or halves that count
+  for (uint32_t i = 0; i < 16; ++i)
+    count_up[i] = Op::kInt8 ? 0x03020100u + 0x04040404u * i : 0x00010000u + 0x00020002u * i;
+  for (int i = 0; i < kInNibble; ++i) tables[i] = permute<Op>(count_up >> (i * kBits), table);
+  const char* row[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) row[r] = rows[r];
   const uint32_t* words = layout.block(0, block);
   const int64_t stride = layout.block_words(), count = layout.padded * kBits / 32;
-  UInt sum[kBlocks][kRows][kSums] = {};
-  for (int64_t w = 0; w < count; ++w, words += kBlock) {
-    UInt word[kBlocks];
-#pragma GCC unroll 8
-    for (int b = 0; b < kBlocks; ++b) {
-      prefetch_words(words + b * stride);
-      word[b] = load_lanes(words + b * stride);
-    }
-#pragma GCC unroll 8
-    for (int q = 0; q < kQuads; ++q) {
-      UInt x[kRows];
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) x[r] = broadcast_lane(row[r] + (w * kQuads + q) * 4);
+  for (int64_t first = 0; first < count; first += kWordsOfSum) {
+    const int64_t end = count - first < kWordsOfSum ? count : first + kWordsOfSum;
+    typename Op::Sum sum[kBlocks][kRows][kSums] = {};
+    for (int64_t at = first * kLanesOfWord * 4; at < end * kLanesOfWord * 4; at += kLanesOfWord * 4, words += kBlock) {
+      UInt word[kBlocks];
 #pragma GCC unroll 8
       for (int b = 0; b < kBlocks; ++b) {
-        const UInt codes = word[b] >> (q / kInNibble * 4);
-        const __m512i level = _mm512_maskz_permutexvar_epi8(~0ull, (__m512i)codes, tables[q % kInNibble]);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r)
-          sum[b][r][q % kSums] = (UInt)_mm512_dpbusd_epi32((__m512i)sum[b][r][q % kSums], level, (__m512i)x[r]);
+        prefetch_words(words + b * stride);
+        word[b] = load_lanes(words + b * stride);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanesOfWord; ++i) {
+        UInt level[kBlocks];
+#pragma GCC unroll 8
+        for (int b = 0; b < kBlocks; ++b)
+          level[b] = permute<Op>(word[b] >> (i / kInNibble * 4), tables[i % kInNibble]);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const UInt x = broadcast_lane(row[r] + at + i * 4);
+#pragma GCC unroll 8
+          for (int b = 0; b < kBlocks; ++b) sum[b][r][i % kSums] = Op::dot(x, level[b], sum[b][r][i % kSums]);
+        }
       }
     }
-  }
 #pragma GCC unroll 8
-  for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const UInt total = sum[b][r][0] + (kSums == 2 ? sum[b][r][kSums - 1] : UInt{});
-      __builtin_memcpy(totals + (r * kMostBlocks + b) * kBlock, &total, sizeof total);
-    }
+    for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        typename Op::Product* to = products + (r * kMostBlocks + b) * kBlock;
+        UInt total = (UInt)sum[b][r][0];
+        if (kSums == 2) total = Op::add(total, sum[b][r][kSums - 1]);
+        if (first > 0) total = Op::add(load_lanes(to), total);
+        __builtin_memcpy(to, &total, sizeof total);
+      }
+  }
 }
 
 // Products [kRows][kMostBlocks * 16] of float activations.
@@ -143,7 +151,7 @@ inline char* make_tables(const Codebook& book, int bits, const float* x, int64_t
   return to;
 }
 
-// Calls f(first_block, blocks) with kMost (8, 4 or 1) blocks, a constant, or fewer, until all are done.
+// Calls f(first_block, blocks) with kMost (8, 4, 2 or 1) blocks, a constant, or fewer, until all are done.
 template <int kMost, class F>
 inline void for_blocks(int64_t begin, int64_t end, const F& f) {
   int64_t block = begin;
@@ -151,6 +159,8 @@ inline void for_blocks(int64_t begin, int64_t end, const F& f) {
     for (; block + 8 <= end; block += 8) f(block, Constant<8>{});
   if constexpr (kMost >= 4)
     for (; block + 4 <= end; block += 4) f(block, Constant<4>{});
+  if constexpr (kMost == 2)
+    for (; block + 2 <= end; block += 2) f(block, Constant<2>{});
   for (; block < end; ++block) f(block, Constant<1>{});
 }
 
@@ -167,66 +177,77 @@ inline void run_blocks(const LinearCall& call, const Parallel& parallel, const f
       const int64_t channel = block * kBlock, left = layout.channels - channel;
       const int64_t width = left < blocks.value * kBlock ? left : blocks.value * kBlock;
       const Epilogue strip = epilogue<Op>(layout, call.bias, 0, block);
-      for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < call.rows; ++r)
         finish_row<Op>(products + r * kMostBlocks * kBlock, width, strip, scales[r],
                        static_cast<X*>(call.y) + r * layout.channels + channel);
     });
   });
 }
 
-constexpr int kMostOf[kFewRows + 1] = {0, 8, 4, 4, 4};  // blocks whose sums fit the registers, by rows
+constexpr int kMostOf[kFewRows + 1] = {0, 8, 4, 4, 4, 2, 2, 2, 2};  // blocks whose sums fit the registers, by rows
 
-template <int kRows, class X>
-__attribute__((noinline)) void run_int8_rows(const LinearCall& call, const Parallel& parallel) {
+// Up to kRows rows; those beyond the last are the first one again.
+template <class Op, int kRows, class X>
+__attribute__((noinline)) void run_dot_rows(const LinearCall& call, const Parallel& parallel) {
+  using Element = typename Op::Element;
+  using Product = typename Op::Product;
   const PackedLayout& layout = *call.weight;
   const bool shared = layout.codebooks == 1;
   const int64_t groups = groups_of_words(layout), padded = groups * 16 * layout.word_weights();
-  char* packed = scratch(Scratch::activations, static_cast<size_t>(kRows * padded));
-  char* turned = shared ? nullptr : scratch(Scratch::tables, static_cast<size_t>(kRows * padded));
+  int64_t row_bytes = padded * static_cast<int64_t>(sizeof(Element));
+  if (row_bytes % 1024 == 0) row_bytes += 64;  // rows would meet in a few sets of the caches
+  char* packed = scratch(Scratch::activations, static_cast<size_t>(call.rows * row_bytes));
+  char* turned = shared ? nullptr : scratch(Scratch::tables, static_cast<size_t>(call.rows * row_bytes));
   const char* row[kRows];
   float scales[kRows];
   uint32_t shift[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    const X* x = static_cast<const X*>(call.x) + r * layout.columns;
-    auto* to = reinterpret_cast<int8_t*>(packed + r * padded);
-    const RowScale scale = row_scale(largest(x, layout.columns));
-    pack_row<SignedOperand>(x, layout.columns, false, scale, to);
-    int32_t sum = 0;
-    for (int64_t k = 0; k < layout.columns; ++k) sum += to[k];
-    for (int64_t k = layout.columns; k < padded; ++k) to[k] = 0;
-    row[r] = packed + r * padded;
-    if (!shared) row[r] = turn_activations(row[r], groups, 8 / layout.bits, turned + r * padded);
-    scales[r] = scale.scale;
-    shift[r] = 128u * static_cast<uint32_t>(sum);
-  }
-  const auto subtract_shift = [&](int channels, int32_t* totals) {
-    for (int r = 0; r < kRows; ++r)
-      for (int i = 0; i < channels; ++i) {
-        int32_t& total = totals[r * kMostBlocks * kBlock + i];
-        total = static_cast<int32_t>(static_cast<uint32_t>(total) - shift[r]);
-      }
+  parallel_for(parallel, call.rows, 1 + (1 << 14) / layout.columns, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const X* x = static_cast<const X*>(call.x) + r * layout.columns;
+      auto* to = reinterpret_cast<Element*>(packed + r * row_bytes);
+      RowScale scale{};
+      if constexpr (Op::kInt8) scale = row_scale(largest(x, layout.columns));
+      pack_row<Op>(x, layout.columns, Op::kHalf, scale, to);
+      uint32_t sum = 0;
+      if constexpr (Op::kInt8)
+        for (int64_t k = 0; k < layout.columns; ++k) sum += static_cast<uint32_t>(int32_t{to[k]});
+      for (int64_t k = layout.columns; k < padded; ++k) to[k] = 0;
+      row[r] = packed + r * row_bytes;
+      if (!shared) row[r] = turn_activations(row[r], groups, 32 / layout.bits / Op::kUnit, turned + r * row_bytes);
+      scales[r] = scale.scale;
+      shift[r] = 128u * sum;
+    }
+  });
+  for (int r = 1; r < kRows; ++r)
+    if (r >= call.rows) row[r] = row[0];
+  const auto subtract_shift = [&](int channels, Product* products) {
+    if constexpr (Op::kInt8)
+      for (int r = 0; r < call.rows; ++r)
+        for (int i = 0; i < channels; ++i) {
+          Product& product = products[r * kMostBlocks * kBlock + i];
+          product = static_cast<Product>(static_cast<uint32_t>(product) - shift[r]);
+        }
   };
   if (!shared) {
-    return run_blocks<SignedOperand, 1, kRows, X>(call, parallel, scales, [&](int64_t block, auto, int32_t* totals) {
-      channel_rows_of_bits<SignedOperand, kRows>(layout, block, row, totals);
-      subtract_shift(kBlock, totals);
+    return run_blocks<Op, 1, kRows, X>(call, parallel, scales, [&](int64_t block, auto, Product* products) {
+      channel_rows_of_bits<Op, kRows>(layout, block, row, products);
+      subtract_shift(kBlock, products);
     });
   }
   constexpr int kMost = kMostOf[kRows];
-  run_blocks<SignedOperand, kMost, kRows, X>(call, parallel, scales, [&](int64_t block, auto blocks, int32_t* totals) {
-    const auto of_bits = layout.bits == 1   ? int8_rows<1, kRows, blocks.value>
-                         : layout.bits == 2 ? int8_rows<2, kRows, blocks.value>
-                                            : int8_rows<4, kRows, blocks.value>;
-    of_bits(layout, block, row, totals);
-    subtract_shift(blocks.value * kBlock, totals);
+  run_blocks<Op, kMost, kRows, X>(call, parallel, scales, [&](int64_t block, auto blocks, Product* products) {
+    const auto of_bits = layout.bits == 1   ? dot_rows<Op, 1, kRows, blocks.value>
+                         : layout.bits == 2 ? dot_rows<Op, 2, kRows, blocks.value>
+                                            : dot_rows<Op, 4, kRows, blocks.value>;
+    of_bits(layout, block, row, products);
+    subtract_shift(blocks.value * kBlock, products);
   });
 }
 
 template <int kRows, class X>
 __attribute__((noinline)) void run_float_rows(const LinearCall& call, const Parallel& parallel) {
   const PackedLayout& layout = *call.weight;
-  const bool bf16 = layout.precision == Precision::bf16, shared = layout.codebooks == 1;
-  const bool use_tables = shared && layout.bits < 4;
+  const bool shared = layout.codebooks == 1, use_tables = shared && layout.bits < 4;
   Codebook book;
   if (shared) read_codebook<FloatOperand>(layout, 0, 0, &book);
   const int64_t groups = groups_of_words(layout), padded = groups * 16 * layout.word_weights();
@@ -238,7 +259,7 @@ __attribute__((noinline)) void run_float_rows(const LinearCall& call, const Para
   const float scales[kRows] = {};
   for (int r = 0; r < kRows; ++r) {
     auto* to = reinterpret_cast<float*>(packed + r * row_bytes);
-    pack_row<FloatOperand>(static_cast<const X*>(call.x) + r * layout.columns, layout.columns, bf16, RowScale{}, to);
+    pack_row<FloatOperand>(static_cast<const X*>(call.x) + r * layout.columns, layout.columns, false, RowScale{}, to);
     for (int64_t k = layout.columns; k < padded; ++k) to[k] = 0.0f;
     row[r] = packed + r * row_bytes;
     if (use_tables)
@@ -258,19 +279,27 @@ __attribute__((noinline)) void run_float_rows(const LinearCall& call, const Para
   });
 }
 
-template <int kRows, class X>
-inline void run_rows(const LinearCall& call, const Parallel& parallel) {
-  (call.weight->precision == Precision::int8 ? run_int8_rows<kRows, X> : run_float_rows<kRows, X>)(call, parallel);
+template <class Op, class X>
+inline void run_dots(const LinearCall& call, const Parallel& parallel) {
+  const auto run = call.rows == 1   ? run_dot_rows<Op, 1, X>
+                   : call.rows == 2 ? run_dot_rows<Op, 2, X>
+                   : call.rows <= 4 ? run_dot_rows<Op, 4, X>
+                   : call.rows <= 6 ? run_dot_rows<Op, 6, X>
+                                    : run_dot_rows<Op, 8, X>;
+  run(call, parallel);
 }
 
 // Whether this was a call of few rows, and all of y is written.
 template <class X>
 inline bool run_few_rows(const LinearCall& call, const Parallel& parallel) {
   if (call.rows < 1 || call.rows > kFewRows) return false;
-  const auto run = call.rows == 1   ? run_rows<1, X>
-                   : call.rows == 2 ? run_rows<2, X>
-                   : call.rows == 3 ? run_rows<3, X>
-                                    : run_rows<4, X>;
+  if (call.weight->precision == Precision::int8) return run_dots<SignedOperand, X>(call, parallel), true;
+  if (call.weight->precision == Precision::bf16) return run_dots<HalfOperand, X>(call, parallel), true;
+  if (call.rows > kFewFloatRows) return false;
+  const auto run = call.rows == 1   ? run_float_rows<1, X>
+                   : call.rows == 2 ? run_float_rows<2, X>
+                   : call.rows == 3 ? run_float_rows<3, X>
+                                    : run_float_rows<4, X>;
   run(call, parallel);
   return true;
 }

@@ -68,7 +68,7 @@ template <class X>
 inline bool run_triples(const LinearCall& call, const Parallel& parallel) {
   const PackedLayout& layout = *call.weight;
   const int64_t rows = call.rows;
-  if (layout.triples == 0 || rows < 1 || rows > kTripleRows) return false;
+  if (layout.triples == 0 || layout.precision == Precision::bf16 || rows < 1 || rows > kTripleRows) return false;
   const bool bf16 = layout.precision == Precision::bf16;
   const int64_t count = layout.triple_words(), padded = count * kTripleWeights;
   const int64_t table_bytes = count * kTriplesOfWord * kTripleBytes;

@@ -27,22 +27,35 @@
 #include "packed_triples.h"
 #endif
 
-void linear(const LinearCall& call, const Parallel& parallel) {
-#if BQNN_LANES == 16
-  if (call.half ? run_triples<Bf16>(call, parallel) : run_triples<float>(call, parallel)) return;
-  if (call.half ? run_few_rows<Bf16>(call, parallel) : run_few_rows<float>(call, parallel)) return;
+#if BQNN_LANES != 16
+using HalfOperand = FloatOperand;
 #endif
-  const bool int8 = call.weight->precision == Precision::int8;
-  if (call.half)
-    (int8 ? run_linear<Int8Operand, Bf16> : run_linear<FloatOperand, Bf16>)(call, parallel);
-  else
-    (int8 ? run_linear<Int8Operand, float> : run_linear<FloatOperand, float>)(call, parallel);
+
+template <class X>
+inline void linear_of(const LinearCall& call, const Parallel& parallel) {
+#if BQNN_LANES == 16
+  if (run_triples<X>(call, parallel) || run_few_rows<X>(call, parallel)) return;
+#endif
+  const PackedLayout& layout = *call.weight;
+  if (layout.precision == Precision::int8) return run_linear<Int8Operand, X>(call, parallel);
+  if (layout.precision == Precision::bf16) return run_linear<HalfOperand, X>(call, parallel);
+  run_linear<FloatOperand, X>(call, parallel);
+}
+
+template <class X>
+inline void conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
+  const PackedLayout& layout = *call.weight;
+  if (layout.precision == Precision::int8) return run_conv2d<Int8Operand, X>(call, parallel);
+  // A segment of odd length would end in a pair with its neighbour, which may be infinite, times 0.
+  const bool pairs = layout.precision == Precision::bf16 && layout.segment % 2 == 0;
+  if (pairs) return run_conv2d<HalfOperand, X>(call, parallel);
+  run_conv2d<FloatOperand, X>(call, parallel);
+}
+
+void linear(const LinearCall& call, const Parallel& parallel) {
+  (call.half ? linear_of<Bf16> : linear_of<float>)(call, parallel);
 }
 
 void conv2d(const Conv2dCall& call, const Parallel& parallel) {
-  const bool int8 = call.weight->precision == Precision::int8;
-  if (call.half)
-    (int8 ? run_conv2d<Int8Operand, Bf16> : run_conv2d<FloatOperand, Bf16>)(call, parallel);
-  else
-    (int8 ? run_conv2d<Int8Operand, float> : run_conv2d<FloatOperand, float>)(call, parallel);
+  (call.half ? conv2d_of<Bf16> : conv2d_of<float>)(call, parallel);
 }

@@ -29,7 +29,7 @@ void run_linear(const LinearCall& call, const Parallel& parallel) {
   if (rows == 0) return;
   const bool bf16 = layout.precision == Precision::bf16;
   // Float activations are multiplied where they are, unless their rows would meet in a few sets of the caches; others
-  // are packed. The last lane reads beyond a row's end.
+  // are packed, in whole lanes.
   const char* activations = static_cast<const char*>(call.x);
   int64_t row_bytes = columns * static_cast<int64_t>(sizeof(Element));
   auto* scales = reinterpret_cast<float*>(scratch(Scratch::scales, static_cast<size_t>(rows) * sizeof(float)));
@@ -43,7 +43,9 @@ void run_linear(const LinearCall& call, const Parallel& parallel) {
         RowScale scale{};
         if constexpr (Op::kInt8) scale = row_scale(largest(from, columns));
         scales[row] = scale.scale;
-        pack_row<Op>(from, columns, bf16, scale, reinterpret_cast<Element*>(packed + row * row_bytes));
+        auto* to = reinterpret_cast<Element*>(packed + row * row_bytes);
+        pack_row<Op>(from, columns, bf16, scale, to);
+        for (int64_t k = columns; k % Op::kUnit; ++k) to[k] = static_cast<Element>(Op::kZero);
       }
     });
     activations = packed;
