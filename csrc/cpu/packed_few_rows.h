@@ -4,7 +4,7 @@
 // Included inside the namespace of the AVX-512 translation unit, after packed_activations.h.
 #pragma once
 
-constexpr int kFewRows = 8, kFewFloatRows = 4;
+constexpr int kFewRows = 8;
 constexpr int kMostBlocks = 8;       // that a kernel computes together
 constexpr int kAhead = 16;           // vectors of words between a prefetch and its use
 constexpr int64_t kWordsOfSum = 256;  // words added up in one float32 sum: error grows with the number of terms
@@ -74,81 +74,51 @@ __attribute__((noinline)) void dot_rows(const PackedLayout& layout, int64_t bloc
   }
 }
 
-// Products [kRows][kMostBlocks * 16] of float activations.
-//
-// With kTables, row[r] holds 16 floats for each of a word's eight groups of 4 bits: what the group's weights add for
-// each value of the group. Otherwise a group is one weight, and row[r] holds the activations.
-template <bool kTables, int kRows, int kBlocks>
-__attribute__((noinline)) void float_rows(const PackedLayout& layout, int64_t block, const Codebook& book,
-                                          const char* const* row, float* products) {
-  const __m512i levels = (__m512i)load_lanes(book.entries[0]);
+// Products [kRows][kMostBlocks * 16] of float activations and codes of 4 bits.
+template <int kRows, int kBlocks>
+__attribute__((noinline)) void float_rows(const PackedLayout& layout, int64_t block, const char* const* rows,
+                                          float* products) {
+  alignas(64) uint32_t entries[kBlock];
+  read_table<FloatOperand>(layout, 0, entries);
+  const UInt table = load_lanes(entries);
+  const char* row[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) row[r] = rows[r];
   const uint32_t* words = layout.block(0, block);
-  const int64_t stride = layout.block_words(), count = layout.padded * layout.bits / 32;
-  Float total[kBlocks][kRows] = {};
+  const int64_t stride = layout.block_words(), count = layout.padded * 4 / 32;
   for (int64_t first = 0; first < count; first += kWordsOfSum) {
     const int64_t end = count - first < kWordsOfSum ? count : first + kWordsOfSum;
     Float sum[kBlocks][kRows] = {};
-    for (int64_t w = first; w < end; ++w, words += kBlock) {
+    for (int64_t at = first * 32; at < end * 32; at += 32, words += kBlock) {
 #pragma GCC unroll 8
       for (int b = 0; b < kBlocks; ++b) prefetch_words(words + b * stride);
-#pragma GCC unroll 4
-      for (int byte = 0; byte < 4; ++byte) {
+#pragma GCC unroll 8
+      for (int code = 0; code < 8; ++code) {
+        // Read from the code's byte on, so that every other needs no shift. The last one of a block reads up to 3 bytes
+        // of the next, or of the end of the layout.
+        UInt level[kBlocks];
 #pragma GCC unroll 8
         for (int b = 0; b < kBlocks; ++b) {
-          // Read from this byte on: a lane of the permute looks at 4 bits, and a shift fewer is needed. The last one
-          // of a block reads up to 3 bytes of the next, or of the end of the layout.
-          const UInt codes = load_lanes(reinterpret_cast<const char*>(words + b * stride) + byte);
-#pragma GCC unroll 2
-          for (int half = 0; half < 2; ++half) {
-            const __m512i index = (__m512i)(half ? codes >> 4 : codes);
-            const int group = 2 * byte + half;
-            __m512i level;
-            if constexpr (!kTables) level = _mm512_maskz_permutexvar_epi32(0xFFFF, index, levels);
-#pragma GCC unroll 4
-            for (int r = 0; r < kRows; ++r) {
-              if constexpr (kTables) {
-                const __m512i table = (__m512i)load_lanes(row[r] + (w * 8 + group) * 64);
-                sum[b][r] += (Float)_mm512_maskz_permutexvar_epi32(0xFFFF, index, table);
-              } else {
-                const int weight = group % 4 * 2 + group / 4;  // the layout's order for 4 bits and units of 2
-                const UInt x = broadcast_lane(row[r] + (w * 8 + weight) * 4);
-                sum[b][r] = multiply_add((Float)level, (Float)x, sum[b][r]);
-              }
-            }
-          }
+          const UInt codes = load_lanes(reinterpret_cast<const char*>(words + b * stride) + code / 2);
+          level[b] = permute<FloatOperand>(code % 2 ? codes >> 4 : codes, table);
+        }
+        const int weight = code % 4 * 2 + code / 4;  // the layout's order
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const UInt x = broadcast_lane(row[r] + at + weight * 4);
+#pragma GCC unroll 8
+          for (int b = 0; b < kBlocks; ++b) sum[b][r] = FloatOperand::dot(x, level[b], sum[b][r]);
         }
       }
     }
 #pragma GCC unroll 8
     for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) total[b][r] += sum[b][r];
-  }
 #pragma GCC unroll 8
-  for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) store(products + (r * kMostBlocks + b) * kBlock, total[b][r]);
-}
-
-// The tables of float_rows for n activations, n a multiple of the weights of a word; returns `to`.
-inline char* make_tables(const Codebook& book, int bits, const float* x, int64_t n, char* to) {
-  auto* tables = reinterpret_cast<float*>(to);
-  const int in_group = 4 / bits, in_word = 32 / bits;
-  Float level[4];  // by the value of the group: that of its first weight, its second ...
-  for (int j = 0; j < in_group; ++j) {
-    alignas(64) uint32_t entry[16];
-    for (int value = 0; value < 16; ++value) entry[value] = book.entries[0][value >> (j * bits) & ((1 << bits) - 1)];
-    level[j] = (Float)load_lanes(entry);
+      for (int r = 0; r < kRows; ++r) {
+        float* to = products + (r * kMostBlocks + b) * kBlock;
+        store(to, first == 0 ? sum[b][r] : load(to) + sum[b][r]);
+      }
   }
-  for (int64_t k = 0; k < n; k += in_word)
-    for (int group = 0; group < 8; ++group, tables += 16) {
-      // Every half word has every second weight.
-      const float* first = x + k + group % 4 * in_group * 2 + group / 4;
-      Float sum = level[0] * first[0];
-      for (int j = 1; j < in_group; ++j) sum += level[j] * first[2 * j];
-      store(tables, sum);
-    }
-  return to;
 }
 
 // Calls f(first_block, blocks) with kMost (8, 4, 2 or 1) blocks, a constant, or fewer, until all are done.
@@ -188,7 +158,7 @@ constexpr int kMostOf[kFewRows + 1] = {0, 8, 4, 4, 4, 2, 2, 2, 2};  // blocks wh
 
 // Up to kRows rows; those beyond the last are the first one again.
 template <class Op, int kRows, class X>
-__attribute__((noinline)) void run_dot_rows(const LinearCall& call, const Parallel& parallel) {
+__attribute__((noinline)) void run_rows_of(const LinearCall& call, const Parallel& parallel) {
   using Element = typename Op::Element;
   using Product = typename Op::Product;
   const PackedLayout& layout = *call.weight;
@@ -236,70 +206,35 @@ __attribute__((noinline)) void run_dot_rows(const LinearCall& call, const Parall
   }
   constexpr int kMost = kMostOf[kRows];
   run_blocks<Op, kMost, kRows, X>(call, parallel, scales, [&](int64_t block, auto blocks, Product* products) {
-    const auto of_bits = layout.bits == 1   ? dot_rows<Op, 1, kRows, blocks.value>
-                         : layout.bits == 2 ? dot_rows<Op, 2, kRows, blocks.value>
-                                            : dot_rows<Op, 4, kRows, blocks.value>;
-    of_bits(layout, block, row, products);
+    if constexpr (Op::kUnit == 1) {
+      float_rows<kRows, blocks.value>(layout, block, row, products);
+    } else {
+      const auto of_bits = layout.bits == 1   ? dot_rows<Op, 1, kRows, blocks.value>
+                           : layout.bits == 2 ? dot_rows<Op, 2, kRows, blocks.value>
+                                              : dot_rows<Op, 4, kRows, blocks.value>;
+      of_bits(layout, block, row, products);
+    }
     subtract_shift(blocks.value * kBlock, products);
   });
 }
 
-template <int kRows, class X>
-__attribute__((noinline)) void run_float_rows(const LinearCall& call, const Parallel& parallel) {
-  const PackedLayout& layout = *call.weight;
-  const bool shared = layout.codebooks == 1, use_tables = shared && layout.bits < 4;
-  Codebook book;
-  if (shared) read_codebook<FloatOperand>(layout, 0, 0, &book);
-  const int64_t groups = groups_of_words(layout), padded = groups * 16 * layout.word_weights();
-  const int64_t row_bytes = padded * 4, table_bytes = groups * 16 * 8 * 64;
-  char* packed = scratch(Scratch::activations, static_cast<size_t>(kRows * row_bytes));
-  const int64_t derived = use_tables ? table_bytes : shared ? 0 : row_bytes;
-  char* tables = scratch(Scratch::tables, static_cast<size_t>(kRows * derived));
-  const char* row[kRows];
-  const float scales[kRows] = {};
-  for (int r = 0; r < kRows; ++r) {
-    auto* to = reinterpret_cast<float*>(packed + r * row_bytes);
-    pack_row<FloatOperand>(static_cast<const X*>(call.x) + r * layout.columns, layout.columns, false, RowScale{}, to);
-    for (int64_t k = layout.columns; k < padded; ++k) to[k] = 0.0f;
-    row[r] = packed + r * row_bytes;
-    if (use_tables)
-      row[r] = make_tables(book, layout.bits, to, layout.padded, tables + r * table_bytes);
-    else if (!shared)
-      row[r] = turn_activations(row[r], groups, 32 / layout.bits, tables + r * row_bytes);
-  }
-  if (!shared) {
-    return run_blocks<FloatOperand, 1, kRows, X>(call, parallel, scales, [&](int64_t block, auto, float* products) {
-      channel_rows_of_bits<FloatOperand, kRows>(layout, block, row, products);
-    });
-  }
-  constexpr int kMost = kMostOf[kRows];
-  run_blocks<FloatOperand, kMost, kRows, X>(call, parallel, scales, [&](int64_t block, auto blocks, float* products) {
-    (use_tables ? float_rows<true, kRows, blocks.value> : float_rows<false, kRows, blocks.value>)(layout, block, book,
-                                                                                                 row, products);
-  });
-}
-
 template <class Op, class X>
-inline void run_dots(const LinearCall& call, const Parallel& parallel) {
-  const auto run = call.rows == 1   ? run_dot_rows<Op, 1, X>
-                   : call.rows == 2 ? run_dot_rows<Op, 2, X>
-                   : call.rows <= 4 ? run_dot_rows<Op, 4, X>
-                   : call.rows <= 6 ? run_dot_rows<Op, 6, X>
-                                    : run_dot_rows<Op, 8, X>;
+inline bool run_rows(const LinearCall& call, const Parallel& parallel) {
+  const auto run = call.rows == 1   ? run_rows_of<Op, 1, X>
+                   : call.rows == 2 ? run_rows_of<Op, 2, X>
+                   : call.rows <= 4 ? run_rows_of<Op, 4, X>
+                   : call.rows <= 6 ? run_rows_of<Op, 6, X>
+                                    : run_rows_of<Op, 8, X>;
   run(call, parallel);
+  return true;
 }
 
 // Whether this was a call of few rows, and all of y is written.
 template <class X>
 inline bool run_few_rows(const LinearCall& call, const Parallel& parallel) {
   if (call.rows < 1 || call.rows > kFewRows) return false;
-  if (call.weight->precision == Precision::int8) return run_dots<SignedOperand, X>(call, parallel), true;
-  if (call.weight->precision == Precision::bf16) return run_dots<HalfOperand, X>(call, parallel), true;
-  if (call.rows > kFewFloatRows) return false;
-  const auto run = call.rows == 1   ? run_float_rows<1, X>
-                   : call.rows == 2 ? run_float_rows<2, X>
-                   : call.rows == 3 ? run_float_rows<3, X>
-                                    : run_float_rows<4, X>;
-  run(call, parallel);
-  return true;
+  const Precision precision = call.weight->precision;
+  return precision == Precision::int8   ? run_rows<SignedOperand, X>(call, parallel)
+         : precision == Precision::bf16 ? run_rows<HalfOperand, X>(call, parallel)
+                                        : run_rows<FloatOperand, X>(call, parallel);
 }

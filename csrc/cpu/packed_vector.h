@@ -24,7 +24,7 @@
 #if BQNN_LANES == 16
 #include "packed_few_rows.h"
 
-#include "packed_triples.h"
+#include "packed_sums.h"
 #endif
 
 #if BQNN_LANES != 16
@@ -34,7 +34,7 @@ using HalfOperand = FloatOperand;
 template <class X>
 inline void linear_of(const LinearCall& call, const Parallel& parallel) {
 #if BQNN_LANES == 16
-  if (run_triples<X>(call, parallel) || run_few_rows<X>(call, parallel)) return;
+  if (run_sums<X>(call, parallel) || run_few_rows<X>(call, parallel)) return;
 #endif
   const PackedLayout& layout = *call.weight;
   if (layout.precision == Precision::int8) return run_linear<Int8Operand, X>(call, parallel);
