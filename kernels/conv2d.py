@@ -259,6 +259,11 @@ def output_of(x, weight, stride, padding, dilation, groups):
     return torch.Size((x.shape[0], weight.shape[0], *sides)), memory_format
 
 
+def is_pointwise(weight, stride, padding, dilation, groups):
+    """Whether the convolution is a linear layer of the pixels."""
+    return (*weight.shape[2:], *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
+
+
 def pixels_of(shape):
     """The pixels of images of the shape [B, channels, H, W]."""
     return shape[0] * shape[2] * shape[3]
@@ -288,6 +293,11 @@ def channels_last(x):
 def pixels_last(x):
     """Images [B, C, H, W] as pixels [B, H, W, C]."""
     return x.permute(0, 2, 3, 1)
+
+
+def images_of(pixels, memory_format):
+    """Pixels [B, H, W, C] as images [B, C, H, W] in this memory format."""
+    return pixels.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
 
 
 def precision_of(x):
