@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 INSTRUCTION_BYTES = 16
 # Bytes of shared memory that a block can ask for (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-HELD = (80, 90)  # the targets whose resources are held to a table
+TARGETS = tuple(SHARED_LIMIT)
 
 
 class Kernel(NamedTuple):

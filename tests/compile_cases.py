@@ -153,6 +153,8 @@ WIDE_CONV2D = Conv2dShape(4, 128, 128, 16, 16, (3, 3), padding=(1, 1))
 TO_FEW_CONV2D = Conv2dShape(4, 160, 12, 16, 16, (3, 3), padding=(1, 1))
 FROM_FEW_CONV2D = Conv2dShape(8, 6, 16, 14, 14, (5, 5))
 STRIDED_CONV2D = Conv2dShape(8, 64, 128, 32, 32, (3, 3), stride=(2, 2), padding=(1, 1))
+POINTWISE_CONV2D = Conv2dShape(4, 128, 128, 16, 16, (1, 1))
+FEW_POINTWISE_CONV2D = Conv2dShape(1, 128, 128, 8, 8, (1, 1))
 FEW_PIXELS_CONV2D = Conv2dShape(1, 64, 64, 7, 9, (3, 3), padding=(1, 1))
 
 
@@ -179,6 +181,12 @@ def _conv2d_cases(op: ModuleType, **mode: Any) -> Cases:
 CONV2D: Cases = {
     **_conv2d_cases(sample_conv2d),
     **_conv2d_cases(moment_conv2d, mode="categorical", coarse=True),
+    **{
+        f"moment_conv2d-bfloat16-{name}": partial(
+            _conv2d, moment_conv2d, shape, torch.bfloat16, mode="categorical", coarse=True
+        )
+        for name, shape in (("pointwise", POINTWISE_CONV2D), ("few-pointwise", FEW_POINTWISE_CONV2D))
+    },
 }
 
 MOMENT_LINEAR: Cases = {
@@ -225,6 +233,7 @@ ELEMENTWISE: Cases = {
     for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
     for num_levels in (3, 16)
 }
+ELEMENTWISE["spike_slab_kl-M3-K25"] = partial(_spike_slab_kl, 3, 1, 25)
 
 
 def _packed_weight(channels: int, columns: int, num_levels: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
