@@ -18,6 +18,7 @@ from tests import formulas
 from tests.helpers import (
     Case,
     channels_last,
+    compiled_backends,
     digest,
     error,
     lower_isas,
@@ -313,11 +314,14 @@ def test_opcheck(granularity: str, layout: tuple[str, ...]) -> None:
     torch.library.opcheck(torch.ops.bqnn.spike_slab_kl_backward.default, (torch.tensor(2.0), *tensors, tau))
 
 
-def test_compiles() -> None:
+@pytest.mark.parametrize("runs_on", compiled_backends("spike_slab_kl"))
+def test_compiles(runs_on: tuple[str, str | None]) -> None:
+    device, backend = runs_on
     case, tau = make_prior(SMALL_CONV2D, 3, "channel", 0.375, zero=False)
+    case, tau = case.to(device), tau.to(device)
     eager, compiled = case.leaves(), case.leaves()
-    expected = run(eager, tau)
-    found = torch.compile(run, backend="aot_eager", fullgraph=True)(compiled, tau)
+    expected = run(eager, tau, backend)
+    found = torch.compile(run, backend="aot_eager", fullgraph=True)(compiled, tau, backend)
     assert torch.equal(found, expected)
     expected.backward()
     found.backward()
