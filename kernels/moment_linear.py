@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.launch import flags_of_product, leading, rows_of, splits_of, sum_of_splits
+from bqnn.kernels.launch import fewer_stages, flags_of_product, leading, rows_of, splits_of, sum_of_splits
 from bqnn.kernels.moment import (
     add_noise,
     codebook_gradients,
@@ -231,7 +231,7 @@ def _rows_of_block(rows, dtype):
 def _weight_tiles(dtype):
     """Those of the weight's gradient; BR is the rows at its end that are finished at once."""
     if dtype == torch.float32:  # its products take registers for their operands too
-        return {"BM": 16, "BN": 32, "BK": 64, "BR": 8, "num_warps": 4}
+        return {"BM": 16, "BN": 32, "BK": 64, "BR": 8, "num_warps": 4, **fewer_stages()}
     return {"BM": 32, "BN": 64, "BK": 128, "BR": 8, "num_warps": 4}
 
 

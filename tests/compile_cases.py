@@ -60,6 +60,14 @@ def _sample_linear(
     sample_linear.backward(grad, x, weight, variance, *codebook, SEED, OFFSET, True)
 
 
+def _in_tf32(call: Callable[[], Any]) -> None:
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
+        call()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def _sample(columns: int, num_levels: int, groups: int) -> None:
     weight, log_sigma2, levels, thresholds = posterior((64, columns), num_levels, groups)
     for dtype in PRODUCT_DTYPES:
@@ -139,6 +147,10 @@ SAMPLE_LINEAR: Cases = {
     },
     **{f"sample_linear-float32-B{batch}": partial(_sample_linear, batch, torch.float32) for batch in (1, 32, 64)},
     **{f"sample_linear-{_name(dtype)}-B256": partial(_sample_linear, 256, dtype) for dtype in PRODUCT_DTYPES},
+    **{
+        f"sample_linear-tf32-B{batch}": partial(_in_tf32, partial(_sample_linear, batch, torch.float32))
+        for batch in (32, 256)
+    },
     "sample_linear-bfloat16-B256-M16": partial(_sample_linear, 256, torch.bfloat16, 512, 16),
     "sample_linear-bfloat16-B256-M16-K511-channel": partial(_sample_linear, 256, torch.bfloat16, 511, 16, 256),
     "sample_linear-float32-B256-M16-K511-channel": partial(_sample_linear, 256, torch.float32, 511, 16, 256),
@@ -170,7 +182,7 @@ def _conv2d_cases(op: ModuleType, **mode: Any) -> Cases:
         f"{name}-bfloat16-strided": partial(run, STRIDED_CONV2D, half),
         f"{name}-bfloat16-few-pixels": partial(run, FEW_PIXELS_CONV2D, half),
         f"{name}-bfloat16-few-pixels-M16-channel": partial(run, FEW_PIXELS_CONV2D, half, 16, 64),
-        f"{name}-float32-wide": partial(run, WIDE_CONV2D, single),
+        f"{name}-tf32-wide": partial(run, WIDE_CONV2D, single),
         f"{name}-float32-ieee-wide": partial(run, WIDE_CONV2D, single, tf32=False),
         f"{name}-float32-ieee-to-few": partial(run, TO_FEW_CONV2D, single, tf32=False),
         f"{name}-float32-ieee-from-few": partial(run, FROM_FEW_CONV2D, single, tf32=False),
@@ -195,6 +207,10 @@ MOMENT_LINEAR: Cases = {
     **{
         f"moment_linear-{_name(dtype)}-B128-M16-K511-channel": partial(_moment_linear, 128, dtype, 511, 16, 256)
         for dtype in (torch.bfloat16, torch.float32)
+    },
+    **{
+        f"moment_linear-tf32-B{batch}": partial(_in_tf32, partial(_moment_linear, batch, torch.float32))
+        for batch in (32, 128)
     },
     "moment_linear-bfloat16-B128-channel": partial(_moment_linear, 128, torch.bfloat16, groups=256),
     "moment_linear-bfloat16-B128-exact": partial(_moment_linear, 128, torch.bfloat16, coarse=False),
