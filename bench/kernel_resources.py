@@ -1,6 +1,6 @@
 """``python -m bench.kernel_resources``: registers, shared memory and instructions of every Triton kernel, to a table.
 
-Compiles for sm_80 and sm_90, without a GPU, and writes bench/results/kernel_resources.json, which
+Compiles for sm_80, sm_90 and sm_100, without a GPU, and writes bench/results/kernel_resources.json, which
 tests/test_kernels_compile.py compares with: a kernel may not get worse unnoticed.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import triton
 from tqdm import tqdm
 
-from tests.aot import HELD, compiled
+from tests.aot import TARGETS, compiled
 from tests.compile_cases import CASES
 from tests.test_kernels_compile import TABLE
 
@@ -26,8 +26,8 @@ def resources(job: tuple[int, str]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    kernels: dict[str, dict[str, list[dict[str, Any]]]] = {f"sm_{capability}": {} for capability in HELD}
-    jobs = list(product(HELD, CASES))
+    kernels: dict[str, dict[str, list[dict[str, Any]]]] = {f"sm_{capability}": {} for capability in TARGETS}
+    jobs = list(product(TARGETS, CASES))
     with ProcessPoolExecutor() as pool:
         for (capability, case), rows in zip(jobs, tqdm(pool.map(resources, jobs), total=len(jobs))):
             kernels[f"sm_{capability}"][case] = rows

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.launch import processors, splits_of
+from bqnn.kernels.launch import fewer_stages, processors, splits_of
 
 ROWS = 128  # pixels of a tile
 
@@ -188,6 +188,10 @@ def _needs_warps(tile, gathered, order):
     return tile >= 8192 or (order != "blocks" and gathered >= 2048)
 
 
+def _stages(order, dtype):
+    return fewer_stages() if order != "blocks" or dtype.itemsize == 4 else {}
+
+
 def product_plan(x, shape, taps, groups, largest, order=None):
     """The plan of a product y of this shape with so many taps; ``largest`` is the most (BN, BK), of 2 bytes each."""
     N, C = shape[1] // groups, x.shape[1] // groups
@@ -197,7 +201,8 @@ def product_plan(x, shape, taps, groups, largest, order=None):
     blocks = (triton.cdiv(pixels_of(shape), BM), triton.cdiv(N, BN), groups)
     splits, _ = splits_of(blocks, steps_of(C, taps, order, BK), 1, x.device)
     num_warps = 8 if x.dtype.itemsize == 4 or _needs_warps(BM * BN, BM * BK, order) else 4
-    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps}, splits)
+    tiles = {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps, **_stages(order, x.dtype)}
+    return Plan(order, tiles, splits)
 
 
 def product_launch(plan, places):
@@ -218,7 +223,8 @@ def weight_plan(x, y, taps, groups, largest):
     blocks = (triton.cdiv(N, BN), steps_of(C, taps, order, BK), groups)
     splits, _ = splits_of(blocks, pixels_of(y.shape), BM, x.device, most=processors(x.device))
     num_warps = 8 if _needs_warps(BN * BK, BM * BK, order) else 4
-    return Plan(order, {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps}, splits)
+    tiles = {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps, **_stages(order, x.dtype)}
+    return Plan(order, tiles, splits)
 
 
 def weight_launch(plan, places):
@@ -253,6 +259,11 @@ def output_of(x, weight, stride, padding, dilation, groups):
     return torch.Size((x.shape[0], weight.shape[0], *sides)), memory_format
 
 
+def is_pointwise(weight, stride, padding, dilation, groups):
+    """Whether the convolution is a linear layer of the pixels."""
+    return (*weight.shape[2:], *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
+
+
 def pixels_of(shape):
     """The pixels of images of the shape [B, channels, H, W]."""
     return shape[0] * shape[2] * shape[3]
@@ -282,6 +293,11 @@ def channels_last(x):
 def pixels_last(x):
     """Images [B, C, H, W] as pixels [B, H, W, C]."""
     return x.permute(0, 2, 3, 1)
+
+
+def images_of(pixels, memory_format):
+    """Pixels [B, H, W, C] as images [B, C, H, W] in this memory format."""
+    return pixels.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
 
 
 def precision_of(x):

@@ -55,6 +55,11 @@ def architecture():
     return 0 if triton.knobs.runtime.interpret else driver.active.get_current_target().arch
 
 
+def fewer_stages():
+    """For products that ptxas spills a few registers of on sm_100 if Triton prefetches as far as it does by default."""
+    return {"num_stages": 2} if architecture() >= 100 else {}
+
+
 def splits_of(blocks, length, step, device, most=MAX_SPLITS):
     """Into how many parts a contraction of ``length`` is cut so that the tiles keep a GPU busy, and a part's length."""
     steps = triton.cdiv(length, step)

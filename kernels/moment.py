@@ -270,7 +270,7 @@ def noise_kernel(
             mean += tl.load(p_mean + o_part, mask=m_y, other=0.0).to(tl.float32)
         o_part += part_size
     if HAS_BIAS:
-        mean += tl.load(p_bias + o_c % biases).to(tl.float32)[None, :]
+        mean += tl.load(p_bias + channel[:, None] + (o_c % biases)[None, :]).to(tl.float32)
     noise = normals_of_rows(seed, offset, o_r, i_c * BC, columns, BC, ALIGNED)
     y, slope = add_noise(mean, variance, noise, COARSE)
     if HAS_MEAN:
@@ -332,7 +332,7 @@ def noisy(mean, variance, seed, offset, y, slope, bias=None):
         mean, variance: with the strides of y (without it, of slope), or contiguous parts [S, *y.shape] to be added up;
             mean may be y itself, and is None without y.
         y, slope: what is written, or None; contiguous or, an image's, channels-last.
-        bias: [N] for y [..., N], or None.
+        bias: [N] for y [..., N], or where y is an image that is not contiguous, for its channels; or None.
     """
     output = slope if y is None else y
     parts = variance.shape[0] if variance.dim() > output.dim() else 1
@@ -349,8 +349,8 @@ def noisy(mean, variance, seed, offset, y, slope, bias=None):
     BR = 1 if flat else MATRIX_BLOCK // BC
     noise_kernel[(triton.cdiv(rows, BR) * triton.cdiv(columns, BC),)](
         mean, variance, bias, seed, offset, y, slope, parts, output.numel(), rows, columns, channels,
-        *strides, *slope_strides, 1 if bias is None else bias.shape[0], COARSE=y is not None and slope is not None,
-        BR=BR, BC=BC,
+        *strides, *slope_strides, 1 if bias is None or not flat else bias.shape[0],
+        COARSE=y is not None and slope is not None, BR=BR, BC=BC,
     )  # fmt: skip
 
 

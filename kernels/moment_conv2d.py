@@ -8,15 +8,19 @@ import torch
 import triton
 import triton.language as tl
 
+from bqnn.kernels import moment_linear
 from bqnn.kernels.conv2d import (
     channels_last,
     forward_axes,
     gathered,
     geometry,
     gradient_products,
+    images_of,
+    is_pointwise,
     output_of,
     output_parts,
     pixels_at,
+    pixels_last,
     precision_of,
     product_launch,
     product_plan,
@@ -28,9 +32,9 @@ from bqnn.kernels.conv2d import (
     weight_plan,
     weight_roles,
 )
-from bqnn.kernels.launch import flags_of_codebook, sum_of_splits
+from bqnn.kernels.launch import architecture, flags_of_codebook, sum_of_splits
 from bqnn.kernels.moment import add_noise, moments, moments_backward, noisy, weight_moments
-from bqnn.kernels.philox import normals_at, normals_of_calls
+from bqnn.kernels.philox import normals_of_outputs
 from bqnn.kernels.quantizer import codebook_of
 from bqnn.ops._moment import coarse_order
 
@@ -39,23 +43,7 @@ from bqnn.ops._moment import coarse_order
 MADE_BLOCKS = 2
 # The most (BN, BK): a tile has two sums, and the outputs' noise or a second gathered operand besides.
 FORWARD_TILE, INPUT_TILE, WEIGHT_TILE = (64, 64), (64, 32), (128, 64)
-
-
-@triton.jit
-def normals_of_outputs(seed, offset, i_m, o_row, outputs, size, BM: tl.constexpr, ALIGNED: tl.constexpr):
-    """The normals of outputs counted in [B, outputs, size] order: [BM, BN] for channels o_row and tile i_m of pixels.
-
-    ALIGNED says that ``size``, the pixels of an image, is a multiple of 4, so that a call serves four of them.
-    """
-    first = (o_row.to(tl.int64) * size)[:, None]
-    if ALIGNED:
-        o_m = i_m * BM + 4 * tl.arange(0, BM // 4)
-        index = first + ((o_m // size).to(tl.int64) * outputs * size + o_m % size)[None, :]
-        return tl.trans(normals_of_calls(seed, offset + index // 4))
-    else:
-        o_m = i_m * BM + tl.arange(0, BM)
-        index = first + ((o_m // size).to(tl.int64) * outputs * size + o_m % size)[None, :]
-        return tl.trans(normals_at(seed, offset, index))
+SLOPE_TILE_SM_100 = (64, 32)  # of the variance alone; with more, ptxas spills a few registers for another block
 
 
 @triton.heuristics(
@@ -347,10 +335,16 @@ def forward(x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode,
     empty tensor. x is not empty, the parameters are contiguous."""
     shape, memory_format = output_of(x, weight, *product)
     posterior, noise = (weight, log_sigma2, levels, thresholds), (seed, offset)
+    if _is_linear(x, weight, levels, mode, *product):
+        y, slope = moment_linear.forward(
+            pixels_last(x), *_as_matrices(posterior), bias, *noise, mode, coarse, shape[2] * shape[3]
+        )
+        slope = coarse_order(x, images_of(slope, memory_format)) if coarse else slope
+        return images_of(y, memory_format), slope
     pixels = channels_last(x)
     y = torch.empty(shape, device=x.device, dtype=x.dtype, memory_format=memory_format)
     slope = coarse_order(x, torch.empty_like(y, dtype=torch.bfloat16)) if coarse else None
-    source, mode, plan = _prepared(x, shape, posterior, mode, product[-1])
+    source, mode, plan = _prepared(x, shape, posterior, mode, product[-1], FORWARD_TILE)
     if plan.splits == 1:
         _products(pixels, y[None], slope, None, source, mode, bias, noise, plan, *product)
     else:
@@ -367,6 +361,14 @@ def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offse
     """
     _, memory_format = output_of(x, weight, *product)
     posterior, noise = (weight, log_sigma2, levels, thresholds), (seed, offset)
+    if _is_linear(x, weight, levels, mode, *product):
+        grad, slope, source = (None if tensor is None else pixels_last(tensor) for tensor in (grad, slope, x))
+        grad_x, by_weight, by_log_sigma2, *codebook = moment_linear.backward(
+            grad, slope, source, *_as_matrices(posterior), *noise, mode, input_gradient, x.shape[2] * x.shape[3]
+        )
+        if input_gradient:
+            grad_x = images_of(grad_x, memory_format)
+        return grad_x, by_weight.view(weight.shape), by_log_sigma2.view(weight.shape), *codebook
     pixels = channels_last(x)
     slope = channels_last(_slope(pixels, posterior, noise, mode, *product) if slope is None else slope)
     grad, grad_x = channels_last(grad), x.new_empty(0)
@@ -377,13 +379,23 @@ def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offse
     return grad_x, *moments_backward(*parts, *posterior, mode)
 
 
-def _prepared(x, shape, posterior, mode, groups):
+def _is_linear(x, weight, levels, mode, *product):
+    """Whether the kernels of moment_linear multiply, as they would the pixels of the images."""
+    return is_pointwise(weight, *product) and moment_linear.is_fused(pixels_last(x), weight, levels, mode)
+
+
+def _as_matrices(posterior):
+    weight, log_sigma2, *codebook = posterior
+    return weight.flatten(1), log_sigma2.flatten(1), *codebook
+
+
+def _prepared(x, shape, posterior, mode, groups, tile):
     """What the forward kernel takes as its weight and its mode, and how it is cut up."""
     weight, _, levels, _ = posterior
     taps, made = weight[0, 0].numel(), row_blocks(shape) <= MADE_BLOCKS
     if not made:
         posterior = (*moments(*posterior, mode, x.dtype, torch.channels_last), None, None)
-    plan = product_plan(x, shape, taps, groups, FORWARD_TILE, "contiguous" if made else None)
+    plan = product_plan(x, shape, taps, groups, tile, "contiguous" if made else None)
     return posterior, mode if made else "loaded", plan
 
 
@@ -403,7 +415,8 @@ def _products(x, y, slope, variance, source, mode, bias, noise, plan, stride, pa
 def _slope(x, posterior, noise, mode, *product):
     """dy/dvariance, made again, in x's dtype; x is channels-last."""
     shape, memory_format = output_of(x, posterior[0], *product)
-    source, mode, plan = _prepared(x, shape, posterior, mode, product[-1])
+    tile = SLOPE_TILE_SM_100 if architecture() >= 100 else FORWARD_TILE
+    source, mode, plan = _prepared(x, shape, posterior, mode, product[-1], tile)
     variance = output_parts(plan, shape, memory_format, x, torch.float32)
     _products(x, None, None, variance, source, mode, None, noise, plan, *product)
     slope = torch.empty_like(variance[0], dtype=x.dtype)

@@ -1,14 +1,14 @@
 """moment_linear: mean and variance of the outputs from one load of x and of the weight's parameters.
 
 Shapes: x [M, K], weight [N, K], y [M, N]. Every block of rows makes the moments of the whole weight again; see
-``is_fused``.
+``is_fused``. The rows may be the pixels of images, ``pixels`` of each: noise counts outputs [images, N, pixels] then.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.launch import flags_of_product, leading, rows_of, splits_of, sum_of_splits
+from bqnn.kernels.launch import fewer_stages, flags_of_product, leading, rows_of, splits_of, sum_of_splits
 from bqnn.kernels.moment import (
     add_noise,
     codebook_gradients,
@@ -17,7 +17,7 @@ from bqnn.kernels.moment import (
     store_moment_gradients,
     weight_moments,
 )
-from bqnn.kernels.philox import normals_of_rows
+from bqnn.kernels.philox import normals_of_outputs, normals_of_rows
 from bqnn.kernels.quantizer import codebook_of
 
 # A tile of the outputs, or of the gradient of x, has so many columns and takes so many contracted indices a step.
@@ -32,7 +32,8 @@ OPERATIONS_OF_GAUSSIAN = 8
 
 @triton.heuristics(
     {
-        "ALIGNED": lambda args: args["N"] % 4 == 0,
+        "IMAGES": lambda args: args["pixels"] > 1,
+        "ALIGNED": lambda args: args["pixels" if args["pixels"] > 1 else "N"] % 4 == 0,
         "HAS_BIAS": lambda args: args["p_bias"] is not None,
         "HAS_MEAN": lambda args: args["p_y"] is not None,
         "NOISY": lambda args: args["p_variance"] is None,
@@ -55,11 +56,13 @@ def moment_linear_fwd_kernel(
     M,
     N,
     K,
+    pixels,
     stride_x,
     span,
     NUM_LEVELS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     MODE: tl.constexpr,
+    IMAGES: tl.constexpr,
     ALIGNED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MEAN: tl.constexpr,
@@ -95,7 +98,10 @@ def moment_linear_fwd_kernel(
     o_y = (i_s.to(tl.int64) * M + o_m)[:, None] * N + o_n[None, :]
     m_y = m_m[:, None] & m_n[None, :]
     if NOISY:
-        noise = normals_of_rows(seed, offset, o_m, i_n * BN, N, BN, ALIGNED)
+        if IMAGES:
+            noise = normals_of_outputs(seed, offset, i_m, o_n, N, pixels, BM, ALIGNED)
+        else:
+            noise = normals_of_rows(seed, offset, o_m, i_n * BN, N, BN, ALIGNED)
         b_mean, b_slope = add_noise(b_mean, b_variance, noise, COARSE)
         if COARSE:
             tl.store(p_slope + o_y, b_slope, mask=m_y)
@@ -225,7 +231,7 @@ def _rows_of_block(rows, dtype):
 def _weight_tiles(dtype):
     """Those of the weight's gradient; BR is the rows at its end that are finished at once."""
     if dtype == torch.float32:  # its products take registers for their operands too
-        return {"BM": 32, "BN": 32, "BK": 64, "BR": 8, "num_warps": 4}
+        return {"BM": 16, "BN": 32, "BK": 64, "BR": 8, "num_warps": 4, **fewer_stages()}
     return {"BM": 32, "BN": 64, "BK": 128, "BR": 8, "num_warps": 4}
 
 
@@ -243,14 +249,14 @@ def is_fused(x, weight, levels, mode):
     return (blocks - 1) * cost <= OPERATIONS_FUSED
 
 
-def _write_outputs(x, posterior, bias, seed, offset, mode, y, slope):
-    """Writes y and dy/dvariance, or one of them, as ``noisy`` does."""
+def _write_outputs(x, posterior, bias, seed, offset, mode, y, slope, pixels):
+    """Writes y [M, N] and dy/dvariance, or one of them, as ``noisy`` does."""
     (M, K), N = x.shape, posterior[0].shape[0]
     grid, span = _grid(x, N, K)
 
     def multiply(bias, y, slope, variance):
         moment_linear_fwd_kernel[grid](
-            x, *posterior, bias, seed, offset, y, slope, variance, M, N, K, x.stride(0), span, MODE=mode,
+            x, *posterior, bias, seed, offset, y, slope, variance, M, N, K, pixels, x.stride(0), span, MODE=mode,
             **flags_of_product(x, posterior[2]), BM=_rows_of_block(M, x.dtype), BN=WIDTH, BK=STEP, num_warps=WARPS,
         )  # fmt: skip
 
@@ -260,21 +266,30 @@ def _write_outputs(x, posterior, bias, seed, offset, mode, y, slope):
     variance = torch.empty((grid[2], M, N), device=x.device)
     mean = None if y is None else torch.empty_like(variance)
     multiply(None, mean, None, variance)
+    mean, variance, y, slope = (_as_images(outputs, pixels) for outputs in (mean, variance, y, slope))
     noisy(mean, variance, seed, offset, y, slope, bias)
 
 
-def forward(x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode, coarse):
+def _as_images(outputs, pixels):
+    """Outputs [..., M, N] as images [..., B, N, pixels, 1], which they are in channels-last order."""
+    if outputs is None or pixels == 1:
+        return outputs
+    return outputs.unflatten(-2, (-1, pixels)).mT.unsqueeze(-1)
+
+
+def forward(x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode, coarse, pixels=1):
     """y [..., N] in x's dtype, of x [..., K], and dy/dvariance in bfloat16 if ``coarse``, else an empty tensor.
 
     Nothing is empty; the parameters are contiguous.
     """
     y = torch.empty((*x.shape[:-1], weight.shape[0]), device=x.device, dtype=x.dtype)
     slope = torch.empty_like(y, dtype=torch.bfloat16) if coarse else None
-    _write_outputs(rows_of(x), (weight, log_sigma2, levels, thresholds), bias, seed, offset, mode, y, slope)
+    outputs = (None if tensor is None else tensor.view(-1, tensor.shape[-1]) for tensor in (y, slope))
+    _write_outputs(rows_of(x), (weight, log_sigma2, levels, thresholds), bias, seed, offset, mode, *outputs, pixels)
     return y, y.new_empty(0) if slope is None else slope
 
 
-def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offset, mode, input_gradient):
+def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offset, mode, input_gradient, pixels=1):
     """Gradients for x (empty if not asked for), weight, log_sigma2, levels and thresholds; grad [..., N].
 
     Without ``slope``, dy/dvariance [..., N], it is made again.
@@ -283,7 +298,7 @@ def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offse
     (M, K), N = rows.shape, weight.shape[0]
     if slope is None:
         slope = torch.empty((M, N), device=x.device, dtype=x.dtype)
-        _write_outputs(rows, posterior, None, seed, offset, mode, None, slope)
+        _write_outputs(rows, posterior, None, seed, offset, mode, None, slope, pixels)
     slope, flags = slope.contiguous(), {**flags_of_product(x, levels), "MODE": mode}
     grad_x = x.new_empty(0)
     if input_gradient:

@@ -101,7 +101,8 @@ def packed_conv2d_fwd_kernel(
                     PADDED, OPERAND,
                 )  # fmt: skip
                 b_w = decode(b_words, i, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS, OPERAND)
-                b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")  # [BM, BW] @ [BW, BN]
+                # [BM, BW] @ [BW, BN]
+                b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee", out_dtype=b_y.dtype)
         else:
             for i in range(PER_WORD):
                 b_x = load_windows(
@@ -109,7 +110,8 @@ def packed_conv2d_fwd_kernel(
                     PADDED, OPERAND,
                 )  # fmt: skip
                 b_w = decode(b_words, i, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS, OPERAND)
-                b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")  # [BM, BW] @ [BW, BN]
+                # [BM, BW] @ [BW, BN]
+                b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee", out_dtype=b_y.dtype)
     o_y = (i_s.to(tl.int64) * P + o_m)[:, None] * N + o_n[None, :]
     if not SPLIT:
         o_row = tl.where(m_m, o_b, 0)

@@ -136,12 +136,14 @@ def packed_linear_fwd_kernel(
             for i in tl.static_range(PER_WORD):
                 b_x = load_columns(p_row, m_m, o_k + i * BLOCK_WORDS, K, OPERAND)
                 b_w = decode(b_words, i, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS, OPERAND)
-                b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")  # [BM, BW] @ [BW, BN]
+                # [BM, BW] @ [BW, BN]
+                b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee", out_dtype=b_y.dtype)
         else:
             for i in range(PER_WORD):
                 b_x = load_columns(p_row, m_m, o_k + i * BLOCK_WORDS, K, OPERAND)
                 b_w = decode(b_words, i, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS, OPERAND)
-                b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")  # [BM, BW] @ [BW, BN]
+                # [BM, BW] @ [BW, BN]
+                b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee", out_dtype=b_y.dtype)
     o_y = (i_s.to(tl.int64) * M + o_m)[:, None] * N + o_n[None, :]
     if not SPLIT:
         o_row = tl.where(m_m, o_m, 0)

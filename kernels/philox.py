@@ -69,3 +69,20 @@ def normals_of_rows(seed, offset, o_row, first, columns, COLUMNS: tl.constexpr, 
         return normals_of_calls(seed, offset + (row // 4)[:, None] + o_quad[None, :])
     else:
         return normals_at(seed, offset, row[:, None] + (first + tl.arange(0, COLUMNS))[None, :])
+
+
+@triton.jit
+def normals_of_outputs(seed, offset, i_m, o_row, outputs, size, BM: tl.constexpr, ALIGNED: tl.constexpr):
+    """The normals of outputs counted in [B, outputs, size] order: [BM, BN] for channels o_row and tile i_m of pixels.
+
+    ALIGNED says that ``size``, the pixels of an image, is a multiple of 4, so that a call serves four of them.
+    """
+    first = (o_row.to(tl.int64) * size)[:, None]
+    if ALIGNED:
+        o_m = i_m * BM + 4 * tl.arange(0, BM // 4)
+        index = first + ((o_m // size).to(tl.int64) * outputs * size + o_m % size)[None, :]
+        return tl.trans(normals_of_calls(seed, offset + index // 4))
+    else:
+        o_m = i_m * BM + tl.arange(0, BM)
+        index = first + ((o_m // size).to(tl.int64) * outputs * size + o_m % size)[None, :]
+        return tl.trans(normals_at(seed, offset, index))

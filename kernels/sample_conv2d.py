@@ -14,6 +14,8 @@ from bqnn.kernels.conv2d import (
     gathered,
     geometry,
     gradient_products,
+    images_of,
+    is_pointwise,
     output_of,
     output_parts,
     pixels_at,
@@ -186,7 +188,7 @@ def sample_conv2d_bwd_kernel_weight(
 def is_fused(x, weight, *product):
     """Whether the kernels here, or sample_linear's, multiply; otherwise torch does, by a weight sampled before."""
     shape, _ = output_of(x, weight, *product)
-    if _is_pointwise(weight, *product):
+    if is_pointwise(weight, *product):
         return sample_linear.is_fused(pixels_last(x), weight)
     groups = product[-1]
     outputs = weight.shape[0] // groups
@@ -199,9 +201,9 @@ def forward(x, weight, log_sigma2, levels, thresholds, bias, seed, offset, *prod
     """y in x's dtype and the memory format of torch's convolution; x is not empty, parameters are contiguous."""
     shape, memory_format = output_of(x, weight, *product)
     posterior, noise = (weight, log_sigma2, levels, thresholds), (seed, offset)
-    if _is_pointwise(weight, *product):
+    if is_pointwise(weight, *product):
         y = sample_linear.forward(pixels_last(x), *_as_matrices(posterior), bias, *noise)
-        return y.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+        return images_of(y, memory_format)
     sampled, taps, groups = row_blocks(shape) <= SAMPLED_BLOCKS, weight[0, 0].numel(), product[-1]
     if not sampled:
         posterior = (sample(*posterior, *noise, x.dtype, torch.channels_last), None, None, None)
@@ -215,22 +217,17 @@ def backward(grad, x, weight, log_sigma2, levels, thresholds, seed, offset, inpu
     """Gradients for x (empty if not asked for), weight, log_sigma2 (empty without it) and levels; grad as y."""
     _, memory_format = output_of(x, weight, *product)
     posterior, noise = (weight, log_sigma2, levels, thresholds), (seed, offset)
-    if _is_pointwise(weight, *product):
+    if is_pointwise(weight, *product):
         grad_x, by_weight, by_log_sigma2, by_levels = sample_linear.backward(
             pixels_last(grad), pixels_last(x), *_as_matrices(posterior), *noise, input_gradient
         )
         if input_gradient:
-            grad_x = grad_x.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+            grad_x = images_of(grad_x, memory_format)
         return grad_x, by_weight.view(weight.shape), by_log_sigma2.view(*by_log_sigma2.shape, 1, 1), by_levels
     grad, x, grad_x = channels_last(grad), channels_last(x), x.new_empty(0)
     if input_gradient:
         grad_x = _input_gradient(grad, x.shape, memory_format, posterior, noise, *product)
     return grad_x, *sample_backward(_weight_gradient(grad, x, weight, *product), *posterior, *noise)
-
-
-def _is_pointwise(weight, stride, padding, dilation, groups):
-    """Whether the convolution is a linear layer of the pixels."""
-    return (*weight.shape[2:], *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
 
 
 def _as_matrices(posterior):

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from bqnn.kernels.launch import (
+    fewer_stages,
     flags_of_product,
     heuristics_of_posterior,
     leading,
@@ -160,7 +161,8 @@ def _tiles(rows, dtype):
     if dtype == torch.float32:  # its products take registers for their operands too
         return {"BM": min(_rows_of_block(rows), 64), "BN": 32, "BK": 32, "num_warps": 8}
     BM = min(_rows_of_block(rows), 256)
-    return {"BM": BM, "BN": 64, "BK": 32 if BM > 64 else 64, "num_warps": 8}
+    stages = fewer_stages() if BM <= 32 else {}
+    return {"BM": BM, "BN": 64, "BK": 32 if BM > 64 else 64, "num_warps": 8, **stages}
 
 
 def _weight_tiles(dtype):

@@ -21,8 +21,17 @@ HALF_LN2, HALF_LOG2E = tl.constexpr(0.34657359), tl.constexpr(0.72134752)
 ZERO_TO_TAU = tl.constexpr(1e-3)
 GREATEST_INVERSE = tl.constexpr(63.0)  # log2 of the greatest 1 / sigma, whose square is finite
 FAR = tl.constexpr(1e30)  # a mean that gives no gradient to any level
-TILES = tl.constexpr(4)  # of a program: what it does once for all of them costs as much as two weights of a thread
+MOST_TILES = 16  # of a program: what it does once for all of them costs as much as two weights of a thread
+PROGRAMS = 2048  # that keep a GPU busy; with fewer, they take fewer tiles each
 MOST_ELEMENTS = 512  # of a tile, for 128 threads; a half or a quarter where many levels take many registers
+
+
+heuristics_of_tiles = triton.heuristics(
+    {
+        # Not with many levels, whose registers a loop without masks would overfill.
+        "WHOLE": lambda args: args["NUM_LEVELS"] <= 8 and args["N"] % args["BN"] == 0 and args["K"] % args["BK"] == 0
+    }
+)
 
 
 @triton.jit
@@ -36,9 +45,12 @@ def log2(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x for 2^-126 <= x <= 2^126 by two instructions, where a division takes eight."""
-    root = tl.rsqrt(x)
-    return root * root
+    """1 / x for x <= 2^126, to a unit in the last place, by one instruction, where a division takes eight; the
+    interpreter lacks it."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
 @triton.jit
@@ -81,7 +93,7 @@ def make_windows(weight, levels, inverse_tau2, NUM_LEVELS: tl.constexpr):
         distance = weight - levels[m]
         window = tl.exp2(distance * distance * (inverse_tau2[m] * -HALF_LOG2E))
         windows += (window,)
-        total += window
+        total = window if m == 0 else total + window
     return windows, total
 
 
@@ -104,41 +116,43 @@ def clipped_ratio(distance, inverse_sigma):
 
 @triton.jit
 def power_of(ratio, BY_EXP2: tl.constexpr):
-    """S e / a for a = ratio^2: by exp2, or, to 3e-8 of itself, by a polynomial in place of a special function."""
+    """S e / a for a = ratio^2: by exp2, or by a polynomial in place of a special function, with which F is off by at
+    most 3.5e-7 of itself."""
     x = log2(ratio)
     if BY_EXP2:
         return tl.exp2(x * 0.9739 + -3.62136664)
     else:
-        power = x * 3.62928283e-10 + -8.02728869e-08
-        power = power * x + 1.32972508e-05
-        power = power * x + -0.0014700282
-        return ratio * (power * x + 0.0812568565)
+        return ratio * ((x * 1.3505978e-05 + -0.0014702421) * x + 0.08125675)
 
 
 @triton.jit
-def place_of(N, K, BN: tl.constexpr, BK: tl.constexpr):
-    """A program's rows [BN], and its number and first column in the rows, of which it has TILES * BK columns."""
-    spans = tl.cdiv(K, TILES * BK)
+def place_of(N, K, tiles, BN: tl.constexpr, BK: tl.constexpr):
+    """A program's rows [BN], its number in the rows, its first column, and how many tiles it has."""
+    spans = tl.cdiv(K, tiles * BK)
     i_n, i_k = tl.program_id(0) // spans, (tl.program_id(0) % spans).to(tl.int64)
-    return i_n * BN + tl.arange(0, BN), i_k, i_k * TILES * BK
+    first = i_k * tiles * BK
+    return i_n * BN + tl.arange(0, BN), i_k, first, tl.minimum(tiles, tl.cdiv(K - first, BK)).to(tl.int32)
 
 
 @triton.jit
-def offsets_of(o_n, first, N, K, BK: tl.constexpr):
-    """Offsets [BN, BK] of a tile, and whether they are in the weight."""
+def offsets_of(o_n, first, N, K, BK: tl.constexpr, WHOLE: tl.constexpr):
+    """Offsets [BN, BK] of a tile, and which are in the weight, where WHOLE says that all of them are."""
     o_k = tl.arange(0, BK)[None, :]
-    m_k = o_k < tl.minimum(K - first, BK).to(tl.int32)
-    return (o_n.to(tl.int64) * K + first)[:, None] + o_k, (o_n < N)[:, None] & m_k
+    o_w = (o_n.to(tl.int64) * K + first)[:, None] + o_k
+    if WHOLE:
+        return o_w, tl.full(o_w.shape, True, tl.int1)
+    else:
+        return o_w, (o_n < N)[:, None] & (o_k < tl.minimum(K - first, BK).to(tl.int32))
 
 
 @triton.jit
 def divergences(weight, inverse_sigma, levels, inverse_tau2, ends, NUM_LEVELS: tl.constexpr):
     """The divergence of every weight."""
     windows, total = make_windows(weight, levels, inverse_tau2, NUM_LEVELS)
-    slab = tl.maximum(1.0 - total, 0.0)
+    slab, whole = tl.maximum(1.0 - total, 0.0), tl.maximum(total, 1.0)
     logs, gates = tl.zeros_like(weight), tl.zeros_like(weight)
     # The parts over 1 + e are summed over a common denominator, for four levels at most: e is up to 4e5.
-    numerator, denominator = tl.zeros_like(weight), tl.full(weight.shape, 1.0, tl.float32)
+    numerator, denominator, scale = gates, gates, gates
     for m in tl.static_range(NUM_LEVELS):
         slab_beyond = beyond(weight, ends, m, slab, 0.0)
         part = windows[m] + (slab - slab_beyond)
@@ -146,18 +160,19 @@ def divergences(weight, inverse_sigma, levels, inverse_tau2, ends, NUM_LEVELS: t
         _, ratio = clipped_ratio(weight - levels[m], inverse_sigma)
         a = ratio * ratio
         above_e = a * power_of(ratio, False) + S
-        numerator = numerator * above_e + part * denominator
-        denominator *= above_e
+        numerator = part if m % 4 == 0 else numerator * above_e + part * denominator
+        denominator = above_e if m % 4 == 0 else denominator * above_e
         logs += part * log2(a + 1.0)
         if m % 4 == 3 or m == NUM_LEVELS - 1:
-            gates += numerator * reciprocal(denominator)
-            numerator, denominator = tl.zeros_like(weight), tl.full(weight.shape, 1.0, tl.float32)
-    return reciprocal(tl.maximum(total, 1.0)) * (logs * HALF_LN2 - gates * K1_S) + K1
+            inverse = reciprocal(denominator * whole)
+            gates = numerator * inverse if m < 4 else gates + numerator * inverse
+            scale = denominator * inverse
+    return scale * (logs * HALF_LN2) - (gates * K1_S - K1)
 
 
 @triton.jit
-def gradients(weight, inverse_sigma, levels, inverse_tau2, ends, NUM_LEVELS: tl.constexpr):
-    """The divergence's derivatives by the distance to every level, and by log_sigma2."""
+def gradients(grad, weight, inverse_sigma, levels, inverse_tau2, ends, NUM_LEVELS: tl.constexpr):
+    """``grad`` times the divergence's derivatives by the distance to every level, and by log_sigma2."""
     windows, total = make_windows(weight, levels, inverse_tau2, NUM_LEVELS)
     scale, slab = reciprocal(tl.maximum(total, 1.0)), tl.maximum(1.0 - total, 0.0)
     kl, slab_value, by_log_a = tl.zeros_like(weight), tl.zeros_like(weight), tl.zeros_like(weight)
@@ -178,17 +193,20 @@ def gradients(weight, inverse_sigma, levels, inverse_tau2, ends, NUM_LEVELS: tl.
         by_log_a += slope * a
         values, slopes = values + (value,), slopes + (slope,)
     # A window that grows takes from the slab, or from the other windows where they overlap to more than 1.
-    rest = scale * tl.where(total > 1.0, scale * kl, slab_value)
+    rest = tl.where(total > 1.0, scale * kl, slab_value)
+    scale *= grad
+    rest *= scale
     by_square = scale * inverse_sigma * inverse_sigma
     by_distances = ()
     for m in tl.static_range(NUM_LEVELS):
         by_window = windows[m] * (rest - scale * values[m])
         by_distance = (weight - levels[m]) * (slopes[m] * by_square + by_window * inverse_tau2[m])
         by_distances += (by_distance,)
-    return by_distances, scale * by_log_a * -0.5
+    return by_distances, by_log_a * (scale * -0.5)
 
 
-@triton.jit
+@heuristics_of_tiles
+@triton.jit(do_not_specialize=["tiles"])
 def spike_slab_kl_fwd_kernel(
     p_weight,
     p_log_sigma2,
@@ -197,24 +215,27 @@ def spike_slab_kl_fwd_kernel(
     p_sums,
     N,
     K,
+    tiles,
     NUM_LEVELS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    WHOLE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    o_n, _, begin = place_of(N, K, BN, BK)
+    o_n, _, first, count = place_of(N, K, tiles, BN, BK)
     o_group = tl.where(o_n < N, o_n, 0)[:, None] * PER_CHANNEL
     levels, inverse_tau2, ends = load_codebook(p_levels, p_tau, o_group, NUM_LEVELS)
     sums = tl.zeros((BN, BK), tl.float32)
-    for i in range(tl.minimum(TILES, tl.cdiv(K - begin, BK))):
-        o_w, m_w = offsets_of(o_n, begin + i * BK, N, K, BK)
+    for i in range(count):
+        o_w, m_w = offsets_of(o_n, first + i * BK, N, K, BK, WHOLE)
         weight, inverse_sigma = load_posterior(p_weight, p_log_sigma2, o_w, m_w)
         kl = divergences(weight, inverse_sigma, levels, inverse_tau2, ends, NUM_LEVELS)
         sums += tl.where(m_w, kl, 0.0)
     tl.store(p_sums + tl.program_id(0), tl.sum(sums))
 
 
-@triton.jit
+@heuristics_of_tiles
+@triton.jit(do_not_specialize=["tiles"])
 def spike_slab_kl_bwd_kernel(
     p_grad,
     p_weight,
@@ -226,61 +247,64 @@ def spike_slab_kl_bwd_kernel(
     p_sums,
     N,
     K,
+    tiles,
     NUM_LEVELS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    WHOLE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    o_n, i_k, begin = place_of(N, K, BN, BK)
+    o_n, i_k, first, count = place_of(N, K, tiles, BN, BK)
     o_group = tl.where(o_n < N, o_n, 0)[:, None] * PER_CHANNEL
     levels, inverse_tau2, ends = load_codebook(p_levels, p_tau, o_group, NUM_LEVELS)
     grad = tl.load(p_grad).to(tl.float32)
     sums = ()
     for _ in tl.static_range(NUM_LEVELS):
         sums += (tl.zeros((BN, BK), tl.float32),)
-    for i in range(tl.minimum(TILES, tl.cdiv(K - begin, BK))):
-        o_w, m_w = offsets_of(o_n, begin + i * BK, N, K, BK)
+    for i in range(count):
+        o_w, m_w = offsets_of(o_n, first + i * BK, N, K, BK, WHOLE)
         weight, inverse_sigma = load_posterior(p_weight, p_log_sigma2, o_w, m_w)
         weight = tl.where(m_w, weight, FAR)
-        by_distances, by_log_sigma2 = gradients(weight, inverse_sigma, levels, inverse_tau2, ends, NUM_LEVELS)
-        grad_weight, before = tl.zeros_like(weight), sums
+        by_distances, by_log_sigma2 = gradients(grad, weight, inverse_sigma, levels, inverse_tau2, ends, NUM_LEVELS)
+        grad_weight, before = weight, sums
         sums = ()
         for m in tl.static_range(NUM_LEVELS):
-            grad_weight += by_distances[m]
+            grad_weight = by_distances[m] if m == 0 else grad_weight + by_distances[m]
             sums += (before[m] + by_distances[m],)
-        tl.store(p_grad_weight + o_w, grad * grad_weight, mask=m_w)
-        tl.store(p_grad_log_sigma2 + o_w, grad * by_log_sigma2, mask=m_w)
+        tl.store(p_grad_weight + o_w, grad_weight, mask=m_w)
+        tl.store(p_grad_log_sigma2 + o_w, by_log_sigma2, mask=m_w)
     p_row = p_sums + (i_k * N + o_n) * NUM_LEVELS
     for m in tl.static_range(NUM_LEVELS):
-        tl.store(p_row + m, -grad * tl.sum(sums[m], axis=1), mask=o_n < N)
+        tl.store(p_row + m, -tl.sum(sums[m], axis=1), mask=o_n < N)
 
 
-def _blocks(weight, levels):
-    """Rows and columns of the matrix, numbers of programs along them, and sizes of a tile."""
+def _cut(weight, levels):
+    """Rows and columns of the matrix, tiles of a program, numbers of programs along both, and sizes of a tile."""
     rows = levels.shape[0]
     columns = weight.numel() // rows
     size = MOST_ELEMENTS // (1 if levels.shape[1] <= 4 else 2 if levels.shape[1] <= 8 else 4)
     BK = min(size, triton.next_power_of_2(columns))
     blocks = {"BN": size // BK, "BK": BK}
-    return (rows, columns), (triton.cdiv(rows, blocks["BN"]), triton.cdiv(columns, TILES.value * BK)), blocks
+    tiles = min(MOST_TILES, max(1, triton.next_power_of_2(weight.numel() // (size * PROGRAMS))))
+    return (rows, columns, tiles), (triton.cdiv(rows, blocks["BN"]), triton.cdiv(columns, tiles * BK)), blocks
 
 
 def forward(weight, log_sigma2, levels, tau):
     """The divergence, a scalar in the weight's dtype; tensors are contiguous and not empty."""
-    (N, K), programs, blocks = _blocks(weight, levels)
+    sizes, programs, blocks = _cut(weight, levels)
     grid = (programs[0] * programs[1],)
     sums = torch.empty(grid, device=weight.device)
-    spike_slab_kl_fwd_kernel[grid](weight, log_sigma2, levels, tau, sums, N, K, **flags_of_codebook(levels), **blocks)
+    spike_slab_kl_fwd_kernel[grid](weight, log_sigma2, levels, tau, sums, *sizes, **flags_of_codebook(levels), **blocks)
     return sums.sum().to(weight.dtype)
 
 
 def backward(grad, weight, log_sigma2, levels, tau):
     """The gradients of weight and log_sigma2, in the weight's dtype, and of levels, from ``grad``, a scalar."""
-    (N, K), programs, blocks = _blocks(weight, levels)
+    sizes, programs, blocks = _cut(weight, levels)
     grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(weight)
-    sums = torch.empty((programs[1], N, levels.shape[1]), device=weight.device)
+    sums = torch.empty((programs[1], sizes[0], levels.shape[1]), device=weight.device)
     spike_slab_kl_bwd_kernel[(programs[0] * programs[1],)](
-        grad, weight, log_sigma2, levels, tau, grad_weight, grad_log_sigma2, sums, N, K,
+        grad, weight, log_sigma2, levels, tau, grad_weight, grad_log_sigma2, sums, *sizes,
         **flags_of_codebook(levels), **blocks,
     )  # fmt: skip
     return grad_weight, grad_log_sigma2, level_sums(sums, levels)

@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 INSTRUCTION_BYTES = 16
 # Bytes of shared memory that a block can ask for (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-HELD = (80, 90)  # the targets whose resources are held to a table
+TARGETS = tuple(SHARED_LIMIT)
 
 
 class Kernel(NamedTuple):
@@ -85,6 +85,7 @@ def _describe(kernel: Any) -> Kernel:
     count = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
     assert not re.search(r"\btrap;", ptx), f"{kernel.name}: the compiler found no way to run it"
+    assert not re.search(r"\b(atom|red)\.", ptx), f"{kernel.name} adds up in an order that is left to chance"
     found = re.search(r"\b(tcgen05)\.mma|\b(wgmma)\.mma_async|\b(mma)\.sync", ptx)
     products = found[found.lastindex] if found else ""
     instructions = _code_bytes(kernel.asm["cubin"]) // INSTRUCTION_BYTES

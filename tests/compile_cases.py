@@ -60,6 +60,14 @@ def _sample_linear(
     sample_linear.backward(grad, x, weight, variance, *codebook, SEED, OFFSET, True)
 
 
+def _in_tf32(call: Callable[[], Any]) -> None:
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
+        call()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def _sample(columns: int, num_levels: int, groups: int) -> None:
     weight, log_sigma2, levels, thresholds = posterior((64, columns), num_levels, groups)
     for dtype in PRODUCT_DTYPES:
@@ -139,6 +147,10 @@ SAMPLE_LINEAR: Cases = {
     },
     **{f"sample_linear-float32-B{batch}": partial(_sample_linear, batch, torch.float32) for batch in (1, 32, 64)},
     **{f"sample_linear-{_name(dtype)}-B256": partial(_sample_linear, 256, dtype) for dtype in PRODUCT_DTYPES},
+    **{
+        f"sample_linear-tf32-B{batch}": partial(_in_tf32, partial(_sample_linear, batch, torch.float32))
+        for batch in (32, 256)
+    },
     "sample_linear-bfloat16-B256-M16": partial(_sample_linear, 256, torch.bfloat16, 512, 16),
     "sample_linear-bfloat16-B256-M16-K511-channel": partial(_sample_linear, 256, torch.bfloat16, 511, 16, 256),
     "sample_linear-float32-B256-M16-K511-channel": partial(_sample_linear, 256, torch.float32, 511, 16, 256),
@@ -153,6 +165,8 @@ WIDE_CONV2D = Conv2dShape(4, 128, 128, 16, 16, (3, 3), padding=(1, 1))
 TO_FEW_CONV2D = Conv2dShape(4, 160, 12, 16, 16, (3, 3), padding=(1, 1))
 FROM_FEW_CONV2D = Conv2dShape(8, 6, 16, 14, 14, (5, 5))
 STRIDED_CONV2D = Conv2dShape(8, 64, 128, 32, 32, (3, 3), stride=(2, 2), padding=(1, 1))
+POINTWISE_CONV2D = Conv2dShape(4, 128, 128, 16, 16, (1, 1))
+FEW_POINTWISE_CONV2D = Conv2dShape(1, 128, 128, 8, 8, (1, 1))
 FEW_PIXELS_CONV2D = Conv2dShape(1, 64, 64, 7, 9, (3, 3), padding=(1, 1))
 
 
@@ -168,7 +182,7 @@ def _conv2d_cases(op: ModuleType, **mode: Any) -> Cases:
         f"{name}-bfloat16-strided": partial(run, STRIDED_CONV2D, half),
         f"{name}-bfloat16-few-pixels": partial(run, FEW_PIXELS_CONV2D, half),
         f"{name}-bfloat16-few-pixels-M16-channel": partial(run, FEW_PIXELS_CONV2D, half, 16, 64),
-        f"{name}-float32-wide": partial(run, WIDE_CONV2D, single),
+        f"{name}-tf32-wide": partial(run, WIDE_CONV2D, single),
         f"{name}-float32-ieee-wide": partial(run, WIDE_CONV2D, single, tf32=False),
         f"{name}-float32-ieee-to-few": partial(run, TO_FEW_CONV2D, single, tf32=False),
         f"{name}-float32-ieee-from-few": partial(run, FROM_FEW_CONV2D, single, tf32=False),
@@ -179,6 +193,12 @@ def _conv2d_cases(op: ModuleType, **mode: Any) -> Cases:
 CONV2D: Cases = {
     **_conv2d_cases(sample_conv2d),
     **_conv2d_cases(moment_conv2d, mode="categorical", coarse=True),
+    **{
+        f"moment_conv2d-bfloat16-{name}": partial(
+            _conv2d, moment_conv2d, shape, torch.bfloat16, mode="categorical", coarse=True
+        )
+        for name, shape in (("pointwise", POINTWISE_CONV2D), ("few-pointwise", FEW_POINTWISE_CONV2D))
+    },
 }
 
 MOMENT_LINEAR: Cases = {
@@ -187,6 +207,10 @@ MOMENT_LINEAR: Cases = {
     **{
         f"moment_linear-{_name(dtype)}-B128-M16-K511-channel": partial(_moment_linear, 128, dtype, 511, 16, 256)
         for dtype in (torch.bfloat16, torch.float32)
+    },
+    **{
+        f"moment_linear-tf32-B{batch}": partial(_in_tf32, partial(_moment_linear, batch, torch.float32))
+        for batch in (32, 128)
     },
     "moment_linear-bfloat16-B128-channel": partial(_moment_linear, 128, torch.bfloat16, groups=256),
     "moment_linear-bfloat16-B128-exact": partial(_moment_linear, 128, torch.bfloat16, coarse=False),
@@ -225,6 +249,7 @@ ELEMENTWISE: Cases = {
     for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
     for num_levels in (3, 16)
 }
+ELEMENTWISE["spike_slab_kl-M3-K25"] = partial(_spike_slab_kl, 3, 1, 25)
 
 
 def _packed_weight(channels: int, columns: int, num_levels: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,6 +37,12 @@ def usable_backends(op: str) -> list[Any]:
     ]
 
 
+def compiled_backends(op: str) -> list[Any]:
+    """What torch.compile is tried with: the automatic choice on the CPU, and the backend "triton" where it can run."""
+    automatic = pytest.param(("cpu", None), id="cpu-automatic")
+    return [automatic, *(runs_on for runs_on in usable_backends(op) if runs_on.values[0][1] == "triton")]
+
+
 def triton_devices(op: str) -> list[Any]:
     """The devices on which the backend "triton" can run ``op`` here, as pytest parameters."""
     return [

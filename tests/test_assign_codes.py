@@ -15,7 +15,7 @@ from bqnn.dispatch import status
 from bqnn.ops import assign_codes
 from bqnn.packing import pack_codes, packed_width, unpack_codes
 from tests import formulas
-from tests.helpers import digest, lower_isas, make_case, run_on_isa, triton_devices, usable_backends
+from tests.helpers import compiled_backends, digest, lower_isas, make_case, run_on_isa, triton_devices, usable_backends
 from tests.shapes import (
     CONV2D_GRID,
     EVERY_M,
@@ -166,12 +166,14 @@ def test_opcheck(packed: bool, granularity: str, layout: torch.memory_format) ->
     torch.library.opcheck(torch.ops.bqnn.assign_codes.default, (weight, case.thresholds, packed))
 
 
+@pytest.mark.parametrize("runs_on", compiled_backends("assign_codes"))
 @pytest.mark.parametrize("packed", [False, True], ids=["codes", "packed"])
-def test_compiles(packed: bool) -> None:
-    case = make_case(SMALL_CONV2D, 3, "channel")
+def test_compiles(packed: bool, runs_on: tuple[str, str | None]) -> None:
+    device, backend = runs_on
+    case = make_case(SMALL_CONV2D, 3, "channel").to(device)
     compiled = torch.compile(assign_codes, backend="aot_eager", fullgraph=True)
-    expected = assign_codes(case.weight, case.thresholds, packed)
-    assert torch.equal(compiled(case.weight, case.thresholds, packed), expected)
+    expected = assign_codes(case.weight, case.thresholds, packed, backend)
+    assert torch.equal(compiled(case.weight, case.thresholds, packed, backend), expected)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "abacus"] if INTERPRETED else ["triton", "cuda", "abacus"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,24 +13,23 @@ pytest.importorskip("triton", reason="Triton is not installed: there is nothing 
 
 import triton
 
-from tests.aot import HELD, SHARED_LIMIT, Kernel, compiled
+from tests.aot import SHARED_LIMIT, TARGETS, Kernel, compiled
 from tests.compile_cases import CASES
 
 TABLE = Path(__file__).resolve().parent.parent / "bench" / "results" / "kernel_resources.json"
-BLACKWELL_CASES = ("B32", "B128", "B256", "-wide", "-to-few", "-M3")
 LEEWAY = 1.05  # instructions; what a changed constant may move
 
 
 def has_tensor_core_product(case: str, kernel: Kernel) -> bool:
     """Whether the case's products have a dtype that tensor cores take; an IEEE float32 product is made of FMA, and so
-    is the product of one row. The convolutions called float32-wide are in TF32."""
-    if ("float32" in case and not case.endswith("float32-wide")) or "gemv" in kernel.name:
+    is the product of one row."""
+    if "float32" in case or "gemv" in kernel.name:
         return False
     return any(part in kernel.name for part in ("linear", "conv2d"))
 
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", HELD, ids=lambda capability: f"sm_{capability}")
+@pytest.mark.parametrize("capability", TARGETS, ids=lambda capability: f"sm_{capability}")
 @pytest.mark.parametrize("case", CASES)
 def test_resources(case: str, capability: int) -> None:
     torch.use_deterministic_algorithms(False)  # nothing is computed: no need to fill what is allocated
@@ -42,14 +42,24 @@ def test_resources(case: str, capability: int) -> None:
     assert_no_worse(f"sm_{capability}", case, kernels)
 
 
-@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("case", [case for case in CASES if "bfloat16" in case and case.endswith(BLACKWELL_CASES)])
-def test_sm_100(case: str) -> None:
-    """Blackwell's products go through tensor memory, by another part of the compiler: is there one, and does it fit?"""
-    torch.use_deterministic_algorithms(False)
-    for kernel in compiled(CASES[case], 100):
-        assert kernel.shared <= SHARED_LIMIT[100], kernel
-        assert bool(kernel.products) or not has_tensor_core_product(case, kernel), kernel
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        pytest.param({}, False, id="the-same"),
+        pytest.param({"registers": 1}, True, id="registers"),
+        pytest.param({"shared": 16}, True, id="shared"),
+        pytest.param({"instructions": 8}, False, id="some-instructions"),
+        pytest.param({"instructions": 1000}, True, id="instructions"),
+    ],
+)
+def test_a_kernel_that_gets_worse_is_refused(change: dict[str, int], refused: bool) -> None:
+    table = json.loads(TABLE.read_text())
+    if table["triton"] != triton.__version__:
+        pytest.skip("the table was made by another Triton")
+    first, *rest = [Kernel(**row) for row in table["kernels"]["sm_90"]["spike_slab_kl-M3"]]
+    first = first._replace(**{name: getattr(first, name) + more for name, more in change.items()})
+    with pytest.raises(AssertionError, match="before") if refused else nullcontext():
+        assert_no_worse("sm_90", "spike_slab_kl-M3", [first, *rest])
 
 
 def assert_no_worse(target: str, case: str, kernels: list[Kernel]) -> None:

@@ -99,6 +99,23 @@ def test_noise_counts_outputs_in_row_major_order(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape", [(2, 6, 8, 8), (3, 5, 7, 3)], ids=str)
+def test_noise_does_not_depend_on_blocks(
+    shape: tuple[int, ...], order: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros, ones = (
+        make(shape, device=device).contiguous(memory_format=ORDERS[order]) for make in (torch.zeros, torch.ones)
+    )
+    results = []
+    for elements in (1024, 64, 4096):
+        monkeypatch.setattr(kernels(), "MATRIX_BLOCK", elements)
+        results.append(torch.empty_like(zeros))
+        kernels().noisy(zeros, ones, SEED, OFFSET, results[-1], None)
+    assert torch.equal(results[1], results[0]) and torch.equal(results[2], results[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_noise_of_outputs_in_parts(device: str) -> None:
     mean, variance = torch.randn(3, 4, 7, device=device), torch.rand(3, 4, 7, device=device)
     y, expected, bias = torch.empty(4, 7, device=device), torch.empty(4, 7, device=device), torch.randn(7).to(device)

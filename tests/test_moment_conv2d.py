@@ -21,6 +21,7 @@ from tests.helpers import (
     assert_matches,
     channels_last,
     compare_layouts,
+    compiled_backends,
     geometry_arguments,
     make_case,
     moment_product,
@@ -81,8 +82,9 @@ def test_low_precision_input_and_float32_weight(dtype: torch.dtype, mode: str, r
 
 # What the backend "triton" chooses among, by what its kernels say.
 WAYS = {
-    "made": {"MADE_BLOCKS": 10**9},
-    "made-before": {"MADE_BLOCKS": 0},
+    "linear": {},  # a kernel of one pixel; the others as "made"
+    "made": {"_is_linear": lambda *_: False, "MADE_BLOCKS": 10**9},
+    "made-before": {"_is_linear": lambda *_: False, "MADE_BLOCKS": 0},
     "torch": {"is_fused": lambda *_: False},
 }
 
@@ -99,6 +101,27 @@ def test_every_way(shape: Conv2dShape, way: str, device: str, monkeypatch: pytes
     force(way, monkeypatch)
     case = make_case(shape, 3, "channel")
     assert_matches(partial(run, backend="triton"), formula_for(case, "categorical"), case, device, NAMES)
+
+
+@pytest.mark.parametrize("device", triton_devices("moment_conv2d"))
+@pytest.mark.parametrize("processors", [1, 64], ids=["whole", "parts"])
+@pytest.mark.parametrize("way", ["linear", "made-before"])
+@pytest.mark.parametrize("size", [(3, 5), (2, 6), (1, 1)], ids=str)
+def test_noise_of_a_kernel_of_one_pixel(
+    size: tuple[int, int], way: str, processors: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With x = 1, means of 0 and variances of 1 the outputs are bias and noise, in [image, channel, pixel] order."""
+    force(way, monkeypatch)
+    for module in ("launch", "conv2d"):
+        monkeypatch.setattr(importlib.import_module(f"bqnn.kernels.{module}"), "processors", lambda _: processors)
+    case = make_case(Conv2dShape(3, 70, 6, *size, (1, 1)), 3, "tensor").to(device)
+    x = torch.zeros_like(case.x)
+    x[:, 0] = 1.0
+    zeros = torch.zeros_like(case.weight)
+    case = replace(case, x=x, weight=zeros, log_sigma2=zeros)
+    found = run(case, "gaussian", "triton")
+    torch.testing.assert_close(found, run(case, "gaussian", "reference"), rtol=1e-5, atol=1e-6)
+    assert torch.equal(run(channels_last(case, ("x",)), "gaussian", "triton"), found)
 
 
 @pytest.mark.parametrize("device", triton_devices("moment_conv2d"))
@@ -286,14 +309,16 @@ def test_opcheck_without_what_is_optional() -> None:
     torch.library.opcheck(torch.ops.bqnn.moment_conv2d_backward.default, arguments)
 
 
+@pytest.mark.parametrize("runs_on", compiled_backends("moment_conv2d"))
 @pytest.mark.parametrize("layout", LAYOUTS[::3])
 @pytest.mark.parametrize("mode", MODES)
-def test_compiles(mode: str, layout: tuple[str, ...]) -> None:
-    case = channels_last(make_case(SMALL_CONV2D, 3, "tensor"), layout)
+def test_compiles(mode: str, layout: tuple[str, ...], runs_on: tuple[str, str | None]) -> None:
+    device, backend = runs_on
+    case = channels_last(make_case(SMALL_CONV2D, 3, "tensor").to(device), layout)
     results = []
     for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
         leaves = [tensor.detach().requires_grad_() for tensor in case.tensors()]
-        y = function(Case(*leaves, case.geometry), mode)
+        y = function(Case(*leaves, case.geometry), mode, backend)
         y.square().sum().backward()
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for found, expected in zip(*results, strict=True):

@@ -19,6 +19,7 @@ from tests.helpers import (
     Case,
     assert_matches,
     compare_layouts,
+    compiled_backends,
     make_case,
     moment_product,
     skip_what_is_interpreted_wrongly,
@@ -311,12 +312,14 @@ def test_opcheck_without_what_is_optional() -> None:
     torch.library.opcheck(torch.ops.bqnn.moment_linear_backward.default, arguments)
 
 
+@pytest.mark.parametrize("runs_on", compiled_backends("moment_linear"))
 @pytest.mark.parametrize("mode", MODES)
-def test_compiles(mode: str) -> None:
-    case = make_case(SMALL_LINEAR, 3, "channel")
+def test_compiles(mode: str, runs_on: tuple[str, str | None]) -> None:
+    device, backend = runs_on
+    case = make_case(SMALL_LINEAR, 3, "channel").to(device)
     eager, compiled = case.leaves(), case.leaves()
-    expected = run(eager, mode)
-    found = torch.compile(run, backend="aot_eager", fullgraph=True)(compiled, mode)
+    expected = run(eager, mode, backend)
+    found = torch.compile(run, backend="aot_eager", fullgraph=True)(compiled, mode, backend)
     assert torch.equal(found, expected)
     expected.square().sum().backward()
     found.square().sum().backward()

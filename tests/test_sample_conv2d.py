@@ -21,6 +21,7 @@ from tests.helpers import (
     assert_matches,
     channels_last,
     compare_layouts,
+    compiled_backends,
     geometry_arguments,
     make_case,
     sampled_product,
@@ -288,13 +289,15 @@ def test_opcheck_without_what_is_optional() -> None:
     torch.library.opcheck(torch.ops.bqnn.sample_conv2d_backward.default, arguments)
 
 
+@pytest.mark.parametrize("runs_on", compiled_backends("sample_conv2d"))
 @pytest.mark.parametrize("layout", LAYOUTS[::3])
-def test_compiles(layout: tuple[str, ...]) -> None:
-    case = channels_last(make_case(SMALL_CONV2D, 3, "tensor"), layout)
+def test_compiles(layout: tuple[str, ...], runs_on: tuple[str, str | None]) -> None:
+    device, backend = runs_on
+    case = channels_last(make_case(SMALL_CONV2D, 3, "tensor").to(device), layout)
     results = []
     for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
         leaves = [tensor.detach().requires_grad_() for tensor in case.tensors()]
-        y = function(Case(*leaves, case.geometry))
+        y = function(Case(*leaves, case.geometry), backend)
         y.square().sum().backward()
         results.append([y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
     for found, expected in zip(*results, strict=True):

@@ -18,6 +18,7 @@ from tests.helpers import (
     Case,
     assert_matches,
     compare_layouts,
+    compiled_backends,
     make_case,
     sampled_product,
     skip_what_is_interpreted_wrongly,
@@ -116,7 +117,39 @@ def test_the_sample_does_not_depend_on_tiles(columns: int, device: str, monkeypa
             assert torch.equal(run(case, "triton"), expected), tiles
             monkeypatch.undo()
     monkeypatch.setattr(kernels, "FUSED_ROWS", 0)
-    assert torch.equal(run(case, "triton"), expected)
+    for elements in (16, 64, 1024):
+        monkeypatch.setattr(importlib.import_module("bqnn.kernels.launch"), "MATRIX_BLOCK", elements)
+        assert torch.equal(run(case, "triton"), expected), elements
+
+
+@pytest.mark.parametrize("device", triton_devices("sample_linear"))
+@pytest.mark.parametrize("columns", [64, 63], ids=["aligned", "odd"])
+def test_gradients_do_not_depend_on_tiles(columns: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, where the weight's gradient is the outputs': backward makes the sample of forward again."""
+    kernels, launch = (importlib.import_module(f"bqnn.kernels.{name}") for name in ("sample_linear", "launch"))
+    case = sampled_case(LinearShape(1, 40, columns), 3, "channel")
+    case = replace(case, x=torch.eye(columns), bias=torch.zeros(40)).to(device)
+    upstream = torch.randn(columns, 40, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        leaves = case.leaves()
+        run(leaves, backend).backward(upstream)
+        return leaves.weight.grad, leaves.log_sigma2.grad, leaves.levels.grad
+
+    expected = gradients("triton")
+    torch.testing.assert_close(expected, gradients("reference"), rtol=1e-5, atol=1e-5)
+    for BM, BN, BK in ((16, 16, 32), (64, 32, 16), (32, 128, 64)):
+        tiles = {"BM": BM, "BN": BN, "BK": BK}
+        monkeypatch.setattr(kernels, "_weight_tiles", lambda *_, tiles=tiles: tiles)
+        *found, levels = gradients("triton")
+        assert all(torch.equal(one, other) for one, other in zip(found, expected)), tiles
+        torch.testing.assert_close(levels, expected[2], rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(kernels, "FUSED_ROWS", 0)
+    for elements in (16, 64, 4096):
+        monkeypatch.setattr(launch, "MATRIX_BLOCK", elements)
+        *found, levels = gradients("triton")
+        assert all(torch.equal(one, other) for one, other in zip(found, expected)), elements
+        torch.testing.assert_close(levels, expected[2], rtol=1e-5, atol=1e-5)
 
 
 def test_float64() -> None:
@@ -254,12 +287,14 @@ def test_opcheck_without_what_is_optional(granularity: str) -> None:
     torch.library.opcheck(torch.ops.bqnn.sample_linear_backward.default, arguments)
 
 
+@pytest.mark.parametrize("runs_on", compiled_backends("sample_linear"))
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_compiles(granularity: str) -> None:
-    case = make_case(SMALL_LINEAR, 3, granularity)
+def test_compiles(granularity: str, runs_on: tuple[str, str | None]) -> None:
+    device, backend = runs_on
+    case = make_case(SMALL_LINEAR, 3, granularity).to(device)
     eager, compiled = case.leaves(), case.leaves()
-    expected = run(eager)
-    found = torch.compile(run, backend="aot_eager", fullgraph=True)(compiled)
+    expected = run(eager, backend)
+    found = torch.compile(run, backend="aot_eager", fullgraph=True)(compiled, backend)
     assert torch.equal(found, expected)
     expected.square().sum().backward()
     found.square().sum().backward()

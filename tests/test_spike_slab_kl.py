@@ -18,6 +18,7 @@ from tests import formulas
 from tests.helpers import (
     Case,
     channels_last,
+    compiled_backends,
     digest,
     error,
     lower_isas,
@@ -103,14 +104,15 @@ def assert_gradients(case: Case, tau: Tensor, device: str, backend: str) -> None
 
 @pytest.mark.parametrize("device", triton_devices("spike_slab_kl"))
 @pytest.mark.parametrize(
-    ("elements", "channels", "columns"), [(32, 3, 140), (32, 21, 9), (512, 3, 1100), (4096, 41, 27)]
+    ("elements", "channels", "columns"), [(32, 3, 140), (32, 21, 9), (32, 5, 96), (512, 3, 1100), (4096, 41, 27)]
 )
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_tiles_of_any_size(
     granularity: str, elements: int, channels: int, columns: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Programs that take one tile, all of theirs and some, with rows that end in the middle of one."""
-    monkeypatch.setattr(importlib.import_module("bqnn.kernels.spike_slab_kl"), "MOST_ELEMENTS", elements)
+    """Programs that take one tile, all of theirs and some, with rows that end in the middle of one or with it."""
+    for name, value in {"MOST_ELEMENTS": elements, "MOST_TILES": 4, "PROGRAMS": 1}.items():
+        monkeypatch.setattr(importlib.import_module("bqnn.kernels.spike_slab_kl"), name, value)
     case, tau = make_prior(LinearShape(1, channels, columns), 3, granularity, 0.375, zero=False)
     expected = run(case.to(torch.float64), tau.double(), "reference").item()
     assert run(case.to(device), tau.to(device), "triton").item() == pytest.approx(expected, rel=1e-6)
@@ -312,11 +314,14 @@ def test_opcheck(granularity: str, layout: tuple[str, ...]) -> None:
     torch.library.opcheck(torch.ops.bqnn.spike_slab_kl_backward.default, (torch.tensor(2.0), *tensors, tau))
 
 
-def test_compiles() -> None:
+@pytest.mark.parametrize("runs_on", compiled_backends("spike_slab_kl"))
+def test_compiles(runs_on: tuple[str, str | None]) -> None:
+    device, backend = runs_on
     case, tau = make_prior(SMALL_CONV2D, 3, "channel", 0.375, zero=False)
+    case, tau = case.to(device), tau.to(device)
     eager, compiled = case.leaves(), case.leaves()
-    expected = run(eager, tau)
-    found = torch.compile(run, backend="aot_eager", fullgraph=True)(compiled, tau)
+    expected = run(eager, tau, backend)
+    found = torch.compile(run, backend="aot_eager", fullgraph=True)(compiled, tau, backend)
     assert torch.equal(found, expected)
     expected.backward()
     found.backward()

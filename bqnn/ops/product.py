@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -71,8 +72,10 @@ CONV2D_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"  
 
 
 def bind(function: Callable[..., Any], product_of: Callable[..., Product], count: int) -> Callable[..., Any]:
-    """``function(product, *arguments)`` as an op calls it: with ``count`` arguments, then the product's geometry."""
-    return lambda *args, **_: function(product_of(*args[count:]), *args[:count])
+    """``function(product, *arguments)`` as an op calls it: with ``count`` arguments, the product's geometry, and, if it
+    is a fake's and not the default, the backend."""
+    last = count + len(inspect.signature(product_of).parameters)
+    return lambda *args, **_: function(product_of(*args[count:last]), *args[:count])
 
 
 def channels_last(tensor: Tensor) -> Tensor:
