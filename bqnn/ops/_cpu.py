@@ -19,5 +19,5 @@ def all_float32(*tensors: Tensor | None) -> bool:
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether bfloat16 products are faster than float32 ones: where there are tiles for them."""
-    return cpu_isa() == "amx"
+    """Whether bfloat16 products are faster than float32 ones: where there are instructions for them."""
+    return cpu_isa() in ("avx512", "amx")

@@ -1,7 +1,7 @@
 """The backend "cpu" of the moment-matched product: torch multiplies, kernels make one pass each of what is around.
 
-float32 only. A coarse variance is taken in bfloat16 from the first product on where the processor has tiles for them:
-products several times as fast. Noise is made from the seed wherever it is needed, and never stored.
+float32 only. A coarse variance is taken in bfloat16 from the first product on where the processor has instructions for
+it: products twice to several times as fast. Noise is made from the seed wherever it is needed, and never stored.
 """
 
 from __future__ import annotations
