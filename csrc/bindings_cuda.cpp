@@ -60,7 +60,7 @@ Tensor new_floats(int64_t count, int32_t device) {
 }
 
 void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tensor> bias, std::optional<Tensor> scale,
-                      std::optional<Tensor> row_scale, std::string precision, Tensor y) {
+                      std::optional<Tensor> row_scale, std::string precision, bool relu, Tensor y) {
   STD_TORCH_CHECK(x.dim() == 2 && words.dim() == 2 && levels.dim() == 2 && y.dim() == 2, "matrices are needed");
   const int64_t rows = x.size(0), channels = y.size(1), codebooks = levels.size(0), num_levels = levels.size(1);
   STD_TORCH_CHECK(rows > 0 && y.size(0) == rows && words.size(0) >= channels, "a row for each of x and of the words");
@@ -85,6 +85,7 @@ void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tenso
   call.mode = mode_of(precision);
   call.x_element = element_of(x, "x");
   call.y_element = element_of(y, "y");
+  call.relu = relu;
   STD_TORCH_CHECK(call.mode != cuda::Mode::int8 || (scale && row_scale), "int8 needs scales");
   if (channels == 0) return;
 
@@ -106,7 +107,7 @@ void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tenso
 STABLE_TORCH_LIBRARY(bqnn_cuda, m) {
   m.def(
       "packed_linear(Tensor x, Tensor words, Tensor levels, Tensor? bias, Tensor? scale, Tensor? row_scale,"
-      " str precision, Tensor(a!) y) -> ()");
+      " str precision, bool relu, Tensor(a!) y) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bqnn_cuda, CUDA, m) { m.impl("packed_linear", TORCH_BOX(&packed_linear_op)); }

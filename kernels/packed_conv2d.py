@@ -69,6 +69,7 @@ def packed_conv2d_fwd_kernel(
     OPERAND: tl.constexpr,
     INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     PADDED: tl.constexpr,
     SPLIT: tl.constexpr,
     UNROLLED: tl.constexpr,
@@ -113,7 +114,7 @@ def packed_conv2d_fwd_kernel(
     o_y = (i_s.to(tl.int64) * P + o_m)[:, None] * N + o_n[None, :]
     if not SPLIT:
         o_row = tl.where(m_m, o_b, 0)
-        b_y = finish(b_y, p_scale, p_row_scale, p_bias, o_row, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL)
+        b_y = finish(b_y, p_scale, p_row_scale, p_bias, o_row, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL, RELU)
     tl.store(p_y + o_y, b_y, mask=m_m[:, None] & m_n[None, :])
 
 
@@ -126,6 +127,7 @@ def forward(
     bias,
     precision,
     block_words,
+    relu,
     size,
     kernel_size,
     stride,
@@ -142,7 +144,7 @@ def forward(
         images, row_scale = quantize_rows(images.view(B, -1))
     elif precision == "bf16":
         images = images.to(torch.bfloat16)
-    flags = flags_of_packed(num_levels, book, scale, bias, precision)
+    flags = flags_of_packed(num_levels, book, scale, bias, precision, relu)
     P, K = B * OH * OW, C // groups * math.prod(kernel_size)
     y = torch.empty((P, N), device=x.device, dtype=x.dtype)
     if K == C and groups == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
@@ -164,5 +166,5 @@ def forward(
         **flags,
     )  # fmt: skip
     if splits > 1:
-        sum_of_parts(sums, scale, row_scale, bias, y, rows_a_scale=OH * OW)
+        sum_of_parts(sums, scale, row_scale, bias, y, relu, rows_a_scale=OH * OW)
     return y.view(B, OH, OW, N).permute(0, 3, 1, 2)

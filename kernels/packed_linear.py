@@ -65,6 +65,7 @@ def packed_linear_gemv_kernel(
     OPERAND: tl.constexpr,
     INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
 ):
@@ -87,7 +88,7 @@ def packed_linear_gemv_kernel(
             b_w = decode(b_words, i, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS, OPERAND)
             b_sum += b_w.to(SUM) * b_x[None, :]
     b_y = tl.sum(b_sum, axis=1)[None, :]
-    y = finish(b_y, p_scale, p_row_scale, p_bias, o_m, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL)
+    y = finish(b_y, p_scale, p_row_scale, p_bias, o_m, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL, RELU)
     tl.store(p_y + o_m.to(tl.int64)[:, None] * N + o_n[None, :], y, mask=m_n[None, :])
 
 
@@ -114,6 +115,7 @@ def packed_linear_fwd_kernel(
     OPERAND: tl.constexpr,
     INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     SPLIT: tl.constexpr,
     UNROLLED: tl.constexpr,
     BM: tl.constexpr,
@@ -145,7 +147,7 @@ def packed_linear_fwd_kernel(
     o_y = (i_s.to(tl.int64) * M + o_m)[:, None] * N + o_n[None, :]
     if not SPLIT:
         o_row = tl.where(m_m, o_m, 0)
-        b_y = finish(b_y, p_scale, p_row_scale, p_bias, o_row, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL)
+        b_y = finish(b_y, p_scale, p_row_scale, p_bias, o_row, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL, RELU)
     tl.store(p_y + o_y, b_y, mask=m_m[:, None] & m_n[None, :])
 
 
@@ -182,14 +184,14 @@ def _gemv(rows, words, book, scale, row_scale, bias, y, flags, block_words):
     return y
 
 
-def forward(x, words, num_levels, book, scale, bias, precision, block_words):
-    """y [..., N] in x's dtype, of x [..., K], not empty.
+def forward(x, words, num_levels, book, scale, bias, precision, block_words, relu):
+    """y [..., N] in x's dtype, its ReLU with ``relu``, of x [..., K], not empty.
 
     ``words`` int32 [N, W], contiguous, of blocks of ``block_words``; ``book`` the levels, float32 [1 or N, M], or for
     "int8" integers, int8 [1 or N, M or more], with their scales, float32 [1 or N], in ``scale``.
     """
     rows = rows_of(x)
-    flags = flags_of_packed(num_levels, book, scale, bias, precision)
+    flags = flags_of_packed(num_levels, book, scale, bias, precision, relu)
     y = torch.empty((rows.shape[0], words.shape[0]), device=x.device, dtype=x.dtype)
     row_scale = None
     if precision == "int8":
@@ -215,4 +217,4 @@ def multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, blo
         rows, words, book, scale, row_scale, bias, sums, M, N, K, W, rows.stride(0), span, block_words,
         SPLIT=splits > 1, **config, **flags,
     )  # fmt: skip
-    return y if splits == 1 else sum_of_parts(sums, scale, row_scale, bias, y)
+    return y if splits == 1 else sum_of_parts(sums, scale, row_scale, bias, y, flags["RELU"])

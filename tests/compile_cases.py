@@ -234,10 +234,12 @@ def _packed_weight(channels: int, columns: int, num_levels: int, groups: int) ->
     return codes, levels, torch.zeros(channels)
 
 
-def _packed_linear(batch: int, precision: str, num_levels: int = 3, groups: int = 1, columns: int = 1024) -> None:
+def _packed_linear(
+    batch: int, precision: str, num_levels: int = 3, groups: int = 1, columns: int = 1024, relu: bool = False
+) -> None:
     weight = _packed_weight(512, columns, num_levels, groups)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    packed_linear_triton(torch.zeros(batch, columns, dtype=dtype), *weight, precision, None)
+    packed_linear_triton(torch.zeros(batch, columns, dtype=dtype), *weight, precision, None, relu)
 
 
 def _packed_conv2d(shape: tuple[int, int, int, int], channels: int, precision: str, num_levels: int = 3) -> None:
@@ -250,7 +252,7 @@ def _packed_conv2d(shape: tuple[int, int, int, int], channels: int, precision: s
 def _packed_sum(dtype: torch.dtype) -> None:
     parts, rows = torch.zeros(4, 64, 512, dtype=dtype), torch.zeros(64)
     scale = torch.zeros(512) if dtype == torch.int32 else None
-    sum_of_parts(parts, scale, rows, torch.zeros(512), torch.zeros(64, 512))
+    sum_of_parts(parts, scale, rows, torch.zeros(512), torch.zeros(64, 512), False)
 
 
 # A name says the operands' dtype.
@@ -264,6 +266,8 @@ PACKED: Cases = {
     "packed_linear-int8-B64-M4-channel": partial(_packed_linear, 64, "int8", 4, 512),
     **{f"packed_linear-float32-B{batch}-M3": partial(_packed_linear, batch, "fp32") for batch in (1, 16, 64)},
     "packed_linear-float32-B32-M16-K511-channel": partial(_packed_linear, 32, "fp32", 16, 512, 511),
+    "packed_linear-bfloat16-B128-M3-relu": partial(_packed_linear, 128, "bf16", relu=True),
+    "packed_linear-float32-B64-M3-relu": partial(_packed_linear, 64, "fp32", relu=True),
     "packed_conv2d-bfloat16-C128-M3": partial(_packed_conv2d, (1, 128, 16, 16), 128, "bf16"),
     "packed_conv2d-bfloat16-C3-M16": partial(_packed_conv2d, (1, 3, 16, 16), 12, "bf16", 16),
     "packed_conv2d-int8-C128-M3": partial(_packed_conv2d, (1, 128, 8, 8), 128, "int8"),

@@ -42,7 +42,7 @@ class Call(ctypes.Structure):
         [(name, ctypes.c_void_p) for name in ("words", "levels", "x", "bias", "scale", "row_scale", "partial", "y")]
         + [("channels", ctypes.c_int64)]
         + [(name, ctypes.c_int32) for name in ("row_loads", "x_columns", "rows", "num_levels", "codebooks")]
-        + [(name, ctypes.c_int32) for name in ("mode", "x_element", "y_element", "row_warps", "splits")]
+        + [(name, ctypes.c_int32) for name in ("mode", "x_element", "y_element", "row_warps", "splits", "relu")]
     )
 
 
@@ -65,6 +65,7 @@ class Host:
         scale: Tensor | None,
         row_scale: Tensor | None,
         precision: str,
+        relu: bool,
         y: Tensor,
     ) -> None:
         tensors = (words, levels, x, bias, scale, row_scale, None, y)
@@ -73,7 +74,7 @@ class Host:
         kinds = (MODES.index(precision), DTYPES.index(x.dtype), DTYPES.index(y.dtype))
         call = Call(*map(pointer, tensors), *numbers, *kinds)
         self.library.probe_divide(ctypes.byref(call), 1)
-        call.splits = self.splits
+        call.splits, call.relu = self.splits, relu
         partial = torch.full((call.splits, *y.shape), torch.nan)
         call.partial = pointer(partial)
         self.library.probe_packed_linear(ctypes.byref(call))
@@ -178,6 +179,20 @@ def test_columns_shared_among_blocks(num_levels: int, precision: str, rows: int,
         assert relative_error(shared, y.double()) <= 1e-6
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("precision", MODES)
+@pytest.mark.parametrize("num_levels", EVERY_M)
+def test_relu_is_that_of_torch(num_levels: int, precision: str, splits: int, host: Host) -> None:
+    x, codes, levels, bias, _ = make_case(num_levels, "channel", 3, 9, 1100)
+    x[2, 7], host.splits = torch.nan, splits
+    for given in (x, x.half(), x.bfloat16()):
+        for b in (bias, None):
+            y = packed_linear_cuda(given, codes, levels, b, precision, None)
+            rectified = packed_linear_cuda(given, codes, levels, b, precision, None, relu=True)
+            assert (y < 0).any()
+            torch.testing.assert_close(rectified, y.relu(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("rows", "channels", "columns", "num_levels", "mode", "row_warps", "splits"),
     [
@@ -240,6 +255,7 @@ def test_many_rows_and_float64_are_left_to_the_next_backend(host: Host) -> None:
     x, codes, levels, bias, _ = make_case(3, "tensor", MAX_ROWS + 1, 5, 21)
     expected = packed_linear(x, codes, levels, bias, backend="reference")
     assert torch.equal(packed_linear_cuda(x, codes, levels, bias, "fp32", None), expected)
+    assert torch.equal(packed_linear_cuda(x, codes, levels, bias, "fp32", None, relu=True), expected.relu())
     packed_linear_cuda(x[:2].double(), codes, levels, bias, "fp32", None)
     assert host.launches == 0
 
@@ -284,7 +300,7 @@ def test_a_cuda_graph_of_a_packed_network(precision: str) -> None:
     layers = []
     for columns, channels in ((1000, 4096), (4096, 33)):
         _, codes, levels, bias, _ = make_case(3, "channel", 1, channels, columns)
-        layers.append(PackedLinear(columns, codes, levels, bias, precision, "packed"))
+        layers.append(PackedLinear(columns, codes, levels, bias, precision, "packed", relu=channels > 33))
     net = torch.nn.Sequential(*layers).cuda()
     x = torch.randn(8, 1000, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     with torch.inference_mode():

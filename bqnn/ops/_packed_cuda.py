@@ -20,7 +20,13 @@ MAX_ROWS = 16
 
 
 def packed_linear_cuda(
-    x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, layout: Tensor | None
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    precision: str,
+    layout: Tensor | None,
+    relu: bool = False,
 ) -> Tensor:
     """The kernel, with a layout of this call's own where none is given; for many rows, or float64, the next backend."""
     columns, channels = x.shape[-1], codes.shape[0]
@@ -28,7 +34,7 @@ def packed_linear_cuda(
     if rows > MAX_ROWS or x.dtype == torch.float64:
         usable = dispatch.status("packed_linear", "triton", x.device.type).usable
         run = dispatch.implementation("packed_linear", x.device, "triton" if usable else "reference")
-        return run(x, codes, levels, bias, precision, layout)
+        return run(x, codes, levels, bias, precision, layout, relu=relu)
     y = x.new_empty((*x.shape[:-1], channels))
     if rows == 0:
         return y
@@ -41,9 +47,9 @@ def packed_linear_cuda(
         levels = integers[:, : levels.shape[1]].float()
         x, row_scale = quantize_rows(x.float())
     bias = None if bias is None else bias.float().contiguous()
-    _launch(x, layout, levels.contiguous(), bias, scale, row_scale, precision, y.view(rows, channels))
+    _launch(x, layout, levels.contiguous(), bias, scale, row_scale, precision, relu, y.view(rows, channels))
     return y
 
 
-def _launch(*arguments: Tensor | str | None) -> None:
+def _launch(*arguments: Tensor | str | bool | None) -> None:
     torch.ops.bqnn_cuda.packed_linear(*arguments)

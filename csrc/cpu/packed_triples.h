@@ -93,7 +93,7 @@ inline bool run_triples(const LinearCall& call, const Parallel& parallel) {
       const char* words = reinterpret_cast<const char*>(layout.triple_unit(unit)) + block % kTripleBlocks * 64;
       const int64_t channel = block * kBlock, rest = layout.channels - channel;
       const int64_t width = rest < blocks.value * kBlock ? rest : blocks.value * kBlock;
-      const Epilogue strip = epilogue<FloatOperand>(layout, call.bias, 0, block);
+      const Epilogue strip = epilogue<FloatOperand>(call, 0, block);
       for (int64_t row = 0; row < rows; row += 2) {
         const int together = rows - row < 2 ? 1 : 2;
         alignas(64) float products[2 * kMostBlocks * kBlock];

@@ -1,4 +1,4 @@
-// y = x Q^T + bias for a few rows of x, Q the levels of packed codes: what a call takes, and its launch.
+// y = x Q^T + bias, or its ReLU, for a few rows of x, Q the levels of packed codes: what a call takes, and its launch.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,7 @@ struct PackedLinearCall {
   Element x_element, y_element;
   int32_t row_warps;  // 1, 2, 4 or 8: of a block's 8 warps, so many take rows of their own, the others other columns
   int32_t splits;     // of the columns, over blocks
+  int32_t relu;       // whether negative outputs become 0
 };
 
 // Parts of bfloat16 in which the activations of a call are multiplied.

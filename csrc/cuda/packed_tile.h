@@ -258,6 +258,7 @@ BQNN_HOST_DEVICE void finish(const PackedLinearCall& call, uint32_t sum, int x_r
 #else
   if (call.bias) value = value + call.bias[row];
 #endif
+  if (call.relu && value < 0.0f) value = 0.0f;  // NaN and -0.0 stay, as in torch
   const int64_t place = x_row * call.channels + row;
   if (call.y_element == Element::float32) {
     static_cast<float*>(call.y)[place] = value;
