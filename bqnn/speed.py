@@ -225,7 +225,8 @@ def explain_speed(net: nn.Module, x: Tensor) -> SpeedReport:
     """Runs ``net`` on ``x`` and says, for each packed layer, what runs, what was expected and what was measured.
 
     Each layer is timed alone on its own input (the first one, where it runs more than once), packed and dense. The
-    layout is how codes lie in memory when the packed op runs: on the reference as in the file.
+    layout is how codes lie in memory when the packed op runs: on the reference as in the file; "ReLU" says that the
+    layer's own outputs go through one, which is in all times.
 
     Returns:
         a list of :class:`LayerSpeed`, in the order in which the layers ran; ``print`` it for a table.
@@ -272,7 +273,7 @@ def _explain_layer(name: str, layer: PackedLayer, x: Tensor) -> LayerSpeed:
     return LayerSpeed(
         name=name,
         backend=backend,
-        layout=_layout_name(num_levels, layer.precision, backend),
+        layout=_layout_name(num_levels, layer.precision, backend) + (", ReLU" if layer.relu else ""),
         rows=rows,
         execution=layer.execution_for(x),
         expected_packed=expected_packed,
