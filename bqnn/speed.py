@@ -235,26 +235,36 @@ def explain_speed(net: nn.Module, x: Tensor) -> SpeedReport:
         ValueError: ``net`` has no packed layer, or none that ran.
         bqnn.BackendError: the backend that ``BQNN_BACKEND`` names can not run a layer.
     """
+    with torch.inference_mode():
+        names = {id(module): name for name, module in net.named_modules()}
+        inputs = inputs_of_packed_layers(net, x)
+        return SpeedReport(_explain_layer(names[id(layer)], layer, given) for layer, given in inputs.items())
+
+
+def inputs_of_packed_layers(net: nn.Module, x: Tensor) -> dict[PackedLayer, Tensor]:
+    """Runs ``net`` on ``x``: the packed layers in the order in which they ran, each with its first input.
+
+    Raises:
+        ValueError: ``net`` has no packed layer, or none that ran.
+    """
     from bqnn.packed_layer import PackedLayer  # that module chooses by this one's model
 
     inputs: dict[PackedLayer, Tensor] = {}
-    names = {module: name for name, module in net.named_modules() if isinstance(module, PackedLayer)}
 
     def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         if isinstance(module, PackedLayer):
             inputs.setdefault(module, arguments[0])
 
-    hooks = [module.register_forward_pre_hook(keep) for module in names]
+    layers = [module for module in net.modules() if isinstance(module, PackedLayer)]
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
     try:
-        with torch.inference_mode():
-            net(x)
+        net(x)
     finally:
         for hook in hooks:
             hook.remove()
     if not inputs:
         raise ValueError("net must have a packed layer that runs, as bqnn.pack and bqnn.load make them, got none")
-    with torch.inference_mode():
-        return SpeedReport(_explain_layer(names[layer], layer, layer_input) for layer, layer_input in inputs.items())
+    return inputs
 
 
 def _explain_layer(name: str, layer: PackedLayer, x: Tensor) -> LayerSpeed:

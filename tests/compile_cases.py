@@ -16,10 +16,12 @@ from torch import Tensor
 
 from bqnn.kernels import (
     assign_codes,
+    configs,
     launch,
     moment,
     moment_conv2d,
     moment_linear,
+    packed_linear,
     sample,
     sample_conv2d,
     sample_linear,
@@ -274,6 +276,27 @@ PACKED: Cases = {
     "packed_conv2d-float32-C128-M3": partial(_packed_conv2d, (1, 128, 16, 16), 128, "fp32"),
     "packed_sum-float32": partial(_packed_sum, torch.float32),
     "packed_sum-int32": partial(_packed_sum, torch.int32),
+}
+
+
+X_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+
+
+def _packed_candidate(precision: str, tile: dict[str, int]) -> None:
+    """A product with the rule's configuration of other tiles than the rule's; as many rows as they have."""
+    config = packed_linear.from_tile(tile, X_BYTES[precision], precision, {"BITS": 2, "PER_CHANNEL": 0})
+    with mock.patch.object(configs, "find", lambda make_launch: config):
+        _packed_linear(tile["BM"], precision)
+
+
+# What bqnn.autotune may choose beside the rule's tiles.
+CANDIDATES: Cases = {
+    "-".join(["packed_linear", precision, *(f"{name}{size}" for name, size in tile.items())]): partial(
+        _packed_candidate, precision, tile
+    )
+    for precision in ("fp32", "bf16", "int8")
+    for tile in configs.candidates(precision)
+    if tile not in configs.rule(precision)
 }
 
 CASES: Cases = {**SAMPLE_LINEAR, **MOMENT_LINEAR, **CONV2D, **ELEMENTWISE, **PACKED}

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed: there is nothing 
 import triton
 
 from tests.aot import HELD, SHARED_LIMIT, Kernel, compiled
-from tests.compile_cases import CASES
+from tests.compile_cases import CANDIDATES, CASES
 
 TABLE = Path(__file__).resolve().parent.parent / "bench" / "results" / "kernel_resources.json"
 BLACKWELL_CASES = ("B32", "B128", "B256", "-wide", "-to-few", "-M3")
@@ -50,6 +50,16 @@ def test_sm_100(case: str) -> None:
     for kernel in compiled(CASES[case], 100):
         assert kernel.shared <= SHARED_LIMIT[100], kernel
         assert bool(kernel.products) or not has_tensor_core_product(case, kernel), kernel
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("case", CANDIDATES)
+def test_candidates(case: str) -> None:
+    torch.use_deterministic_algorithms(False)
+    *_, kernel = compiled(CANDIDATES[case], 90)  # after the one that rounds rows
+    assert (kernel.local, kernel.stack) == (0, 0), f"{kernel.name} spills: {kernel}"
+    assert kernel.shared <= SHARED_LIMIT[90], kernel
+    assert kernel.products == ("" if "fp32" in case else "wgmma" if "BM64" in case or "BM128" in case else "mma")
 
 
 def assert_no_worse(target: str, case: str, kernels: list[Kernel]) -> None:
