@@ -80,6 +80,8 @@ class LayerWork(NamedTuple):
     """Elements of input and output together."""
     packed_bytes: int
     """Bytes of codes and levels."""
+    dtype: torch.dtype = torch.float32
+    """Of the activations."""
 
     def dense_seconds(self, machine: Roofline, itemsize: int = 4) -> float:
         """Expected seconds of the product with the decoded weight, by the roofline, numbers taking ``itemsize``."""
@@ -96,19 +98,20 @@ class LayerWork(NamedTuple):
 
     def gpu_seconds(self, device: torch.device) -> tuple[float, float]:
         """Expected seconds of the packed op on a GPU's kernels, and of the dense product, which is one of bfloat16 for
-        "bf16" and one of float32 else. Decoding and products are taken to follow each other."""
+        "bf16" and activations of bfloat16, and one of float32 else. Decoding and products are taken to follow each
+        other."""
         weights = self.channels * self.columns
         float32, bfloat16 = roofline(device), roofline(device, torch.bfloat16)
-        own = bfloat16 if self.precision == "bf16" else float32
-        itemsize = 2 if self.precision == "bf16" else 4
+        dense_half = self.precision == "bf16" and self.dtype == torch.bfloat16
         units = float32 if self.precision == "fp32" else bfloat16
         # An instruction of a lane is half of a fused multiply-add's two operations.
         decode = DECODE_INSTRUCTIONS[code_bits(self.num_levels)] * weights * math.ceil(self.rows / GPU_TILE_ROWS)
         compute = 2 * decode / float32.operations_per_second
         compute += 2 * self.rows * weights / (GPU_PRODUCT_SHARE * units.operations_per_second)
-        transfer = (self.packed_bytes + itemsize * self.activations) / float32.bytes_per_second
+        transfer = (self.packed_bytes + self.dtype.itemsize * self.activations) / float32.bytes_per_second
         call = packed_call_seconds(self.op, self.num_levels, self.precision, device)
-        return call + max(transfer, compute), self.dense_seconds(own, itemsize)
+        dense = self.dense_seconds(bfloat16, 2) if dense_half else self.dense_seconds(float32)
+        return call + max(transfer, compute), dense
 
     def expected_seconds(self, device: torch.device, backend: str) -> tuple[float, float]:
         """Expected seconds of the packed op on ``backend``, and of the dense product."""
@@ -155,7 +158,7 @@ def packed_rows(
 
     def wins(rows: int) -> bool:
         activations = rows * (channels + columns)
-        work = LayerWork(op, num_levels, precision, channels, columns, rows, activations, packed_bytes)
+        work = LayerWork(op, num_levels, precision, channels, columns, rows, activations, packed_bytes, dtype)
         packed, dense = work.expected_seconds(device, backend)
         return packed <= CLEARLY_FASTER * dense
 
@@ -278,6 +281,7 @@ def _explain_layer(name: str, layer: PackedLayer, x: Tensor) -> LayerSpeed:
         rows=rows,
         activations=x.numel() + rows * layer.shape[0],
         packed_bytes=layer.codes.nbytes + layer.levels.nbytes,
+        dtype=x.dtype,
     )
     expected_packed, expected_dense = work.expected_seconds(x.device, backend)
     return LayerSpeed(
