@@ -176,7 +176,7 @@ setup(
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     packages=[*find_packages(include=["bqnn", "bqnn.*"]), "bqnn.kernels"],
     package_dir={"bqnn.kernels": "kernels"},
-    package_data={"bqnn": ["py.typed"]},
+    package_data={"bqnn": ["py.typed"], "bqnn.kernels": ["packed.json"]},
     install_requires=[
         "torch>=2.10",
         "torchvision",  # each release asks for its own torch

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from bench import gpu_packed, gpu_training
-from bench.gpu_timing import copy_bandwidth
-from bench.gpu_training import Asked, Row
+from bench.gpu_timing import Verdict, copy_bandwidth
+from bench.gpu_training import Row
 from bench.machine import describe_machine
 from bench.save import RESULTS
 
@@ -63,30 +63,28 @@ def benches(device: torch.device, ours: str) -> Iterator[Callable[[], Iterable[R
     yield partial(gpu_packed.conv2d_rows, device)
 
 
-def verdicts(rows: list[Row], ours: str) -> Iterator[str]:
-    """A line for each figure that is asked: what, asked, measured."""
+def verdicts(rows: list[Row], ours: str, bandwidth: float) -> Iterator[Verdict | str]:
+    """Of each figure that is asked; a line instead where a result is too far off to have one."""
     by_case: dict[str, dict[str, Row]] = {}
     for row in rows:
         by_case.setdefault(row.case, {})[row.variant] = row
-    asked: dict[str, list[Asked]] = {**gpu_training.ASKED, **gpu_packed.asked()}
     for case, variants in by_case.items():
-        own = [variants[name] for name in (ours, *gpu_packed.ALLOWED) if name in variants]
-        for want in asked.get(case, asked.get(case.split("-")[0], [])):
-            rival = variants.get("bf16 dense" if case.startswith("packed") else want.rival)
-            if rival is None or not own:
+        own = variants.get(ours)
+        for want in gpu_training.ASKED.get(case.split("-")[0], []):
+            rival = variants.get(want.rival)
+            if rival is None or own is None:
                 continue
-            if any(row.error is not None and row.error > gpu_training.ALLOWED for row in own if row.variant == ours):
-                yield f"{case}: no figure, the result is {own[0].error:.2g} away from the reference's"
+            if own.error is not None and own.error > gpu_training.ALLOWED:
+                yield f"{case}: no figure, the result is {own.error:.2g} away from the reference's"
                 break
-            best = min(own, key=lambda row: row.seconds)
-            yield _verdict(f"{case}: time of {rival.variant} over ours", want.faster, rival.seconds / best.seconds)
+            yield Verdict(f"{case}: time of {rival.variant} over ours", want.faster, rival.seconds / own.seconds)
             if want.smaller is not None:
-                ratio = rival.peak_bytes / max(1, best.peak_bytes)
-                yield _verdict(f"{case}: peak memory of {rival.variant} over ours", want.smaller, ratio)
-
-
-def _verdict(text: str, asked: float, measured: float) -> str:
-    return f"{text:<78} asked {asked:>5.2f}  measured {measured:>6.2f}  {'met' if measured >= asked else 'NOT MET'}"
+                ratio = rival.peak_bytes / max(1, own.peak_bytes)
+                yield Verdict(f"{case}: peak memory of {rival.variant} over ours", want.smaller, ratio)
+        if case.startswith("spike_slab_kl") and own is not None:
+            share = KL_BYTES * KL_WEIGHTS / own.seconds / bandwidth
+            yield Verdict(f"{case}: share of the copy's bandwidth", KL_BANDWIDTH, share)
+    yield from gpu_packed.verdicts(rows, bandwidth)
 
 
 def main() -> None:
@@ -101,6 +99,8 @@ def main() -> None:
     if not arguments.no_tests:
         result["tests"] = run_tests()
     bandwidth = copy_bandwidth(device)
+    _, result["rivals not here"] = gpu_packed.rivals()
+    print("\n".join(f"{name}: not timed, {reason}" for name, reason in gpu_packed.rivals()[1].items()), flush=True)
     rows: list[Row] = []
     failures: list[str] = []
     for bench in benches(device, ours):
@@ -115,11 +115,7 @@ def main() -> None:
             failures.append(f"{type(error).__name__}: {error}")
             print(failures[-1], flush=True)
         torch.cuda.empty_cache()
-    lines = list(verdicts(rows, ours))
-    kl = next((row for row in rows if row.case.startswith("spike_slab_kl") and row.variant == ours), None)
-    if kl is not None:
-        share = KL_BYTES * KL_WEIGHTS / kl.seconds / bandwidth
-        lines.append(_verdict(f"{kl.case}: share of the copy's bandwidth", KL_BANDWIDTH, share))
+    lines = [str(verdict) for verdict in verdicts(rows, ours, bandwidth)]
     result |= {"copy_bytes_per_second": bandwidth, "rows": [row._asdict() for row in rows], "failures": failures}
     name = torch.cuda.get_device_name().lower().replace(" ", "-")
     arguments.out.mkdir(parents=True, exist_ok=True)

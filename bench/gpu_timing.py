@@ -20,6 +20,18 @@ class Cost(NamedTuple):
     peak_bytes: int
 
 
+class Verdict(NamedTuple):
+    """A figure that is asked, and the one that was measured; the larger, the better."""
+
+    text: str
+    asked: float
+    measured: float
+
+    def __str__(self) -> str:
+        verdict = "met" if self.measured >= self.asked else "NOT MET"
+        return f"{self.text:<78} asked {self.asked:>5.2f}  measured {self.measured:>6.2f}  {verdict}"
+
+
 def costs(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Cost]:
     """The cost of every call, warm, with cold caches; on the CPU (to try a bench out) time alone."""
     timer = _gpu_seconds if device.type == "cuda" else _cpu_seconds

@@ -25,13 +25,14 @@ DATASET_SIZE = 60_000
 
 
 class Row(NamedTuple):
-    """One variant of one case; ``expected`` seconds are the roofline's, ``error`` the distance from the reference."""
+    """One variant of one case; ``error``: distance from the reference; ``weight_bytes``, where they count."""
 
     case: str
     variant: str
     seconds: float
     peak_bytes: int
     error: float | None = None
+    weight_bytes: int | None = None
 
 
 class Asked(NamedTuple):

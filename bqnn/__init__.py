@@ -1,6 +1,7 @@
 """bqnn: Bayesian asymmetric M-ary quantized neural networks, trained, packed and run (Chien and Chang 2023)."""
 
 from bqnn._version import __version__
+from bqnn.autotune import Tuning, autotune, load_configs
 from bqnn.batchnorm import refresh_batchnorm
 from bqnn.convert import convert, convert_
 from bqnn.dispatch import BackendError, backends
@@ -24,7 +25,9 @@ __all__ = [
     "PackedLinear",
     "Prediction",
     "Report",
+    "Tuning",
     "__version__",
+    "autotune",
     "backends",
     "convert",
     "convert_",
@@ -35,6 +38,7 @@ __all__ = [
     "kl_divergence",
     "kl_warmup",
     "load",
+    "load_configs",
     "pack",
     "parameter_groups",
     "predict",

@@ -2,7 +2,8 @@
 
 The metadata has ``version``; ``factory``, name and arguments of a built-in network, or null; ``layers``, for each
 packed layer ``kind``, ``shape`` of the dense weight, ``num_levels`` and, where they differ from the usual,
-``granularity`` and the geometry of a convolution; and ``alias``, names of tensors that are stored under another one.
+``granularity``, ``relu`` and the geometry of a convolution; and ``alias``, names of tensors that are stored under
+another one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from bqnn import container, models
 from bqnn.atomic import write_atomically
 from bqnn.container import Contents, FormatError
+from bqnn.fuse import relu_after
 from bqnn.layer_spec import build_layer, check_fits, check_spec, describe, tensor_name
 from bqnn.ops._packed import check_precision
 from bqnn.packed_layer import PackedLayer, check_execution
@@ -193,8 +195,9 @@ def _built_in(factory: list[Any] | None) -> nn.Module | None:
 
 
 def _replace(skeleton: nn.Module, layers: Mapping[str, PackedLayer], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of ``skeleton`` with ``layers`` in it, each at its name."""
-    memo: dict[int, PackedLayer] = {}
+    """A copy of ``skeleton`` with ``layers`` in it, each at its name, and without the ReLU that they have done."""
+    memo: dict[int, nn.Module] = {}
+    relus = relu_after(skeleton, (nn.Linear, nn.Conv2d, PackedLayer))
     names: dict[int, str] = {}
     for name, layer in layers.items():
         try:
@@ -206,6 +209,8 @@ def _replace(skeleton: nn.Module, layers: Mapping[str, PackedLayer], tensors: Ma
         if tensors[tensor_name(first, "codes")] is not tensors[tensor_name(name, "codes")]:
             raise FormatError(f"layers {first!r} and {name!r} are one in the model and two in the file")
         memo.setdefault(id(module), layer)
+        if layer.relu and id(module) in relus:
+            memo[id(relus[id(module)])] = nn.Identity()  # the layer's own does, and another would cost time
     # deepcopy takes what its memo holds for the copy.
     return copy.deepcopy(skeleton, memo)
 

@@ -29,6 +29,8 @@ def describe(layer: PackedLayer) -> dict[str, Any]:
     spec = {**_describe_product(layer), "num_levels": layer.num_levels}
     if layer.granularity != "tensor":
         spec["granularity"] = layer.granularity
+    if layer.relu:
+        spec["relu"] = True
     return spec
 
 
@@ -54,9 +56,11 @@ def check_fits(name: str, layer: nn.Module, spec: Mapping[str, Any], has_bias: b
         own = _describe_product(layer)
     except FormatError as error:
         raise FormatError(f"layer {name!r}: {error}") from error
-    stored = {key: value for key, value in spec.items() if key not in ("num_levels", "granularity")}
+    stored = {key: value for key, value in spec.items() if key not in ("num_levels", "granularity", "relu")}
     if own != stored:
         raise FormatError(f"layer {name!r} is {stored} in the file and {own} in the model")
+    if isinstance(layer, PackedLayer) and layer.relu and "relu" not in spec:
+        raise FormatError(f"layer {name!r} ends with a ReLU in the model and not in the file")
     if (layer.bias is not None) != has_bias:
         where = ("file", "model") if has_bias else ("model", "file")
         raise FormatError(f"tensor {tensor_name(name, 'bias')!r} is in the {where[0]} and not in the {where[1]}")
@@ -74,6 +78,7 @@ def check_spec(name: str, spec: Any) -> None:
         "shape": _are_integers(spec.get("shape"), DIMENSIONS[kind], least=1),
         "num_levels": type(spec.get("num_levels")) is int and MIN_LEVELS <= spec["num_levels"] <= MAX_LEVELS,
         "granularity": spec.get("granularity", "channel") == "channel",
+        "relu": spec.get("relu") is True,
     }
     if kind == "conv2d":
         values = {**GEOMETRY, **spec}
@@ -106,10 +111,10 @@ def build_layer(
             raise FormatError(
                 f"tensor {tensor_name(name, part)!r} must have the shape {needed}, got {list(tensor.shape)}"
             )
-    bias = None if bias is None else bias.clone()
+    bias, relu = None if bias is None else bias.clone(), "relu" in spec
     try:
         if spec["kind"] == "linear":
-            return PackedLinear(shape[1], codes, levels, bias, precision, execution)
+            return PackedLinear(shape[1], codes, levels, bias, precision, execution, relu)
         geometry: dict[str, Any] = {key: spec.get(key, default) for key, default in GEOMETRY.items()}
         return PackedConv2d(
             shape[1] * geometry["groups"],
@@ -120,6 +125,7 @@ def build_layer(
             **geometry,
             precision=precision,
             execution=execution,
+            relu=relu,
         )
     except (TypeError, ValueError) as error:
         # The message starts with the name of the argument, which is the last part of the tensor's name.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bqnn.ops._check import check_conv2d_input, check_linear_input
 from bqnn.ops._gpu_layout import make_gpu_layout
-from bqnn.ops._packed import multiply, pair
+from bqnn.ops._packed import multiply, pair, rectified
 from bqnn.ops._packed_layout import make_layout
 from bqnn.ops.packed_conv2d import output_size, packed_conv2d
 from bqnn.ops.packed_linear import packed_linear
@@ -36,6 +36,7 @@ class PackedLinear(PackedLayer):
         bias: [N] or None.
         precision: "fp32", "bf16" or "int8".
         execution: "auto", "packed" or "dense".
+        relu: whether negative outputs become 0; NaN stays.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message starts with its name.
@@ -52,26 +53,30 @@ class PackedLinear(PackedLayer):
         bias: Tensor | None = None,
         precision: str = "fp32",
         execution: str = "auto",
+        relu: bool = False,
     ) -> None:
-        super().__init__((len(codes), in_features), codes, levels, bias, precision, execution)
+        super().__init__((len(codes), in_features), codes, levels, bias, precision, execution, relu)
         self.in_features, self.out_features = in_features, len(codes)
 
     @classmethod
-    def from_bayes(cls, layer: BayesLinear, precision: str = "fp32", execution: str = "auto") -> PackedLinear:
+    def from_bayes(
+        cls, layer: BayesLinear, precision: str = "fp32", execution: str = "auto", relu: bool = False
+    ) -> PackedLinear:
         """The packed form of ``layer``; raises ValueError where one of its parameters is not finite."""
-        return cls(layer.in_features, *_packed_tensors(layer), precision, execution)
+        return cls(layer.in_features, *_packed_tensors(layer), precision, execution, relu)
 
     def rows(self, x: Tensor) -> int:
         return math.prod(x.shape[:-1])
 
     def run_packed(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.codes, self.levels, self.bias, self.precision, self._layout_for(x))
+        layout = self._layout_for(x)
+        return packed_linear(x, self.codes, self.levels, self.bias, self.precision, layout, relu=self.relu)
 
     def run_dense(self, x: Tensor) -> Tensor:
         if self.precision != "int8":
-            return multiply(F.linear, x, self._dense(), self.bias, self.precision, x.dtype)
+            return rectified(multiply(F.linear, x, self._dense(), self.bias, self.precision, x.dtype), self.relu)
         y = multiply(F.linear, x.reshape(-1, self.in_features), self._dense(), self.bias, self.precision, x.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        return rectified(y, self.relu).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
@@ -86,10 +91,10 @@ class PackedLinear(PackedLayer):
 
     def _run_direct(self, x: Tensor) -> Tensor:
         # nn.Module looks for a buffer in three places; here is where it is.
-        return torch.ops.bqnn_cpu.packed_linear.default(x, self._layout, self._buffers["bias"])
+        return torch.ops.bqnn_cpu.packed_linear.default(x, self._layout, self._buffers["bias"], self.relu)
 
     def _run_direct_dense(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._dense().values, self._buffers["bias"])
+        return rectified(F.linear(x, self._dense().values, self._buffers["bias"]), self.relu)
 
 
 class PackedConv2d(PackedLayer):
@@ -104,6 +109,7 @@ class PackedConv2d(PackedLayer):
         bias: [N] or None.
         precision: "fp32", "bf16" or "int8".
         execution: "auto", "packed" or "dense".
+        relu: whether negative outputs become 0; NaN stays.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message starts with its name.
@@ -126,6 +132,7 @@ class PackedConv2d(PackedLayer):
         padding_mode: str = "zeros",
         precision: str = "fp32",
         execution: str = "auto",
+        relu: bool = False,
     ) -> None:
         channels = len(codes)
         if groups < 1 or in_channels % groups or channels % groups:
@@ -134,7 +141,7 @@ class PackedConv2d(PackedLayer):
             )
         kernel = pair("kernel_size", kernel_size, 1)
         shape = (channels, in_channels // groups, *kernel)
-        super().__init__(shape, codes, levels, bias, precision, execution)
+        super().__init__(shape, codes, levels, bias, precision, execution, relu)
         self.in_channels, self.out_channels, self.kernel_size, self.groups = in_channels, channels, kernel, groups
         self.stride, self.dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
         self.padding = padding if isinstance(padding, str) else pair("padding", padding, 0)
@@ -148,7 +155,9 @@ class PackedConv2d(PackedLayer):
         self._zeros = symmetric_padding(self)
 
     @classmethod
-    def from_bayes(cls, layer: BayesConv2d, precision: str = "fp32", execution: str = "auto") -> PackedConv2d:
+    def from_bayes(
+        cls, layer: BayesConv2d, precision: str = "fp32", execution: str = "auto", relu: bool = False
+    ) -> PackedConv2d:
         """The packed form of ``layer``; raises ValueError where one of its parameters is not finite."""
         return cls(
             layer.in_channels,
@@ -161,6 +170,7 @@ class PackedConv2d(PackedLayer):
             padding_mode=layer.padding_mode,
             precision=precision,
             execution=execution,
+            relu=relu,
         )
 
     def rows(self, x: Tensor) -> int:
@@ -174,7 +184,7 @@ class PackedConv2d(PackedLayer):
         layout = self._layout_for(x)
         x, padding = explicit_padding(x, self)
         geometry = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
-        return packed_conv2d(x, self.codes, self.levels, self.bias, *geometry, self.precision, layout)
+        return packed_conv2d(x, self.codes, self.levels, self.bias, *geometry, self.precision, layout, relu=self.relu)
 
     def run_dense(self, x: Tensor) -> Tensor:
         x, padding = explicit_padding(x, self)
@@ -182,7 +192,7 @@ class PackedConv2d(PackedLayer):
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-        return multiply(convolve, x, self._dense(), self.bias, self.precision, x.dtype)
+        return rectified(multiply(convolve, x, self._dense(), self.bias, self.precision, x.dtype), self.relu)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
@@ -204,12 +214,12 @@ class PackedConv2d(PackedLayer):
         return self._zeros is not None and super()._takes_direct_calls()
 
     def _run_direct(self, x: Tensor) -> Tensor:
-        bias = self._buffers["bias"]
-        return torch.ops.bqnn_cpu.packed_conv2d.default(x, self._layout, bias, self.stride, self._zeros, self.dilation)
+        geometry = (self.stride, self._zeros, self.dilation)
+        return torch.ops.bqnn_cpu.packed_conv2d.default(x, self._layout, self._buffers["bias"], *geometry, self.relu)
 
     def _run_direct_dense(self, x: Tensor) -> Tensor:
         geometry = (self.stride, self._zeros or 0, self.dilation, self.groups)
-        return F.conv2d(x, self._dense().values, self._buffers["bias"], *geometry)
+        return rectified(F.conv2d(x, self._dense().values, self._buffers["bias"], *geometry), self.relu)
 
     def _run_checked(self, x: Tensor) -> Tensor:
         if isinstance(x, Tensor) and x.dim() == 3:  # without the batch dimension, as nn.Conv2d takes it too

@@ -42,6 +42,8 @@ class PackedLayer(nn.Module):
     codes: Tensor
     levels: Tensor
     bias: Tensor | None
+    relu: bool = False
+    """Whether negative outputs become 0."""
     _dense_weight: DenseWeight | None
     _layout: Tensor | None
     _layout_backend: str
@@ -56,9 +58,12 @@ class PackedLayer(nn.Module):
         bias: Tensor | None,
         precision: str = "fp32",
         execution: str = "auto",
+        relu: bool = False,
     ) -> None:
         super().__init__()
         check_precision(precision)
+        if not isinstance(relu, bool):
+            raise TypeError(f"relu must be a bool, got {type(relu).__name__}")
         columns = math.prod(shape[1:])
         check_weight(codes, levels, bias, columns)
         if precision == "int8":
@@ -66,6 +71,7 @@ class PackedLayer(nn.Module):
         _check_values(codes, levels, columns)
         self.shape = shape
         self._precision = precision
+        self.relu = relu
         for name, tensor in (("codes", codes), ("levels", levels), ("bias", bias)):
             self.register_buffer(name, None if tensor is None else tensor.detach())
         self.execution = execution
@@ -146,7 +152,7 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"bias={self.bias is not None}, num_levels={self.num_levels}, granularity={self.granularity!r}, "
-            f"precision={self.precision!r}, execution={self.execution!r}"
+            f"precision={self.precision!r}, execution={self.execution!r}" + (", relu=True" if self.relu else "")
         )
 
     def __getstate__(self) -> dict[str, Any]:

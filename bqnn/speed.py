@@ -80,6 +80,8 @@ class LayerWork(NamedTuple):
     """Elements of input and output together."""
     packed_bytes: int
     """Bytes of codes and levels."""
+    dtype: torch.dtype = torch.float32
+    """Of the activations."""
 
     def dense_seconds(self, machine: Roofline, itemsize: int = 4) -> float:
         """Expected seconds of the product with the decoded weight, by the roofline, numbers taking ``itemsize``."""
@@ -96,19 +98,20 @@ class LayerWork(NamedTuple):
 
     def gpu_seconds(self, device: torch.device) -> tuple[float, float]:
         """Expected seconds of the packed op on a GPU's kernels, and of the dense product, which is one of bfloat16 for
-        "bf16" and one of float32 else. Decoding and products are taken to follow each other."""
+        "bf16" and activations of bfloat16, and one of float32 else. Decoding and products are taken to follow each
+        other."""
         weights = self.channels * self.columns
         float32, bfloat16 = roofline(device), roofline(device, torch.bfloat16)
-        own = bfloat16 if self.precision == "bf16" else float32
-        itemsize = 2 if self.precision == "bf16" else 4
+        dense_half = self.precision == "bf16" and self.dtype == torch.bfloat16
         units = float32 if self.precision == "fp32" else bfloat16
         # An instruction of a lane is half of a fused multiply-add's two operations.
         decode = DECODE_INSTRUCTIONS[code_bits(self.num_levels)] * weights * math.ceil(self.rows / GPU_TILE_ROWS)
         compute = 2 * decode / float32.operations_per_second
         compute += 2 * self.rows * weights / (GPU_PRODUCT_SHARE * units.operations_per_second)
-        transfer = (self.packed_bytes + itemsize * self.activations) / float32.bytes_per_second
+        transfer = (self.packed_bytes + self.dtype.itemsize * self.activations) / float32.bytes_per_second
         call = packed_call_seconds(self.op, self.num_levels, self.precision, device)
-        return call + max(transfer, compute), self.dense_seconds(own, itemsize)
+        dense = self.dense_seconds(bfloat16, 2) if dense_half else self.dense_seconds(float32)
+        return call + max(transfer, compute), dense
 
     def expected_seconds(self, device: torch.device, backend: str) -> tuple[float, float]:
         """Expected seconds of the packed op on ``backend``, and of the dense product."""
@@ -155,7 +158,7 @@ def packed_rows(
 
     def wins(rows: int) -> bool:
         activations = rows * (channels + columns)
-        work = LayerWork(op, num_levels, precision, channels, columns, rows, activations, packed_bytes)
+        work = LayerWork(op, num_levels, precision, channels, columns, rows, activations, packed_bytes, dtype)
         packed, dense = work.expected_seconds(device, backend)
         return packed <= CLEARLY_FASTER * dense
 
@@ -225,7 +228,8 @@ def explain_speed(net: nn.Module, x: Tensor) -> SpeedReport:
     """Runs ``net`` on ``x`` and says, for each packed layer, what runs, what was expected and what was measured.
 
     Each layer is timed alone on its own input (the first one, where it runs more than once), packed and dense. The
-    layout is how codes lie in memory when the packed op runs: on the reference as in the file.
+    layout is how codes lie in memory when the packed op runs: on the reference as in the file; "ReLU" says that the
+    layer's own outputs go through one, which is in all times.
 
     Returns:
         a list of :class:`LayerSpeed`, in the order in which the layers ran; ``print`` it for a table.
@@ -234,26 +238,36 @@ def explain_speed(net: nn.Module, x: Tensor) -> SpeedReport:
         ValueError: ``net`` has no packed layer, or none that ran.
         bqnn.BackendError: the backend that ``BQNN_BACKEND`` names can not run a layer.
     """
+    with torch.inference_mode():
+        names = {id(module): name for name, module in net.named_modules()}
+        inputs = inputs_of_packed_layers(net, x)
+        return SpeedReport(_explain_layer(names[id(layer)], layer, given) for layer, given in inputs.items())
+
+
+def inputs_of_packed_layers(net: nn.Module, x: Tensor) -> dict[PackedLayer, Tensor]:
+    """Runs ``net`` on ``x``: the packed layers in the order in which they ran, each with its first input.
+
+    Raises:
+        ValueError: ``net`` has no packed layer, or none that ran.
+    """
     from bqnn.packed_layer import PackedLayer  # that module chooses by this one's model
 
     inputs: dict[PackedLayer, Tensor] = {}
-    names = {module: name for name, module in net.named_modules() if isinstance(module, PackedLayer)}
 
     def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         if isinstance(module, PackedLayer):
             inputs.setdefault(module, arguments[0])
 
-    hooks = [module.register_forward_pre_hook(keep) for module in names]
+    layers = [module for module in net.modules() if isinstance(module, PackedLayer)]
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
     try:
-        with torch.inference_mode():
-            net(x)
+        net(x)
     finally:
         for hook in hooks:
             hook.remove()
     if not inputs:
         raise ValueError("net must have a packed layer that runs, as bqnn.pack and bqnn.load make them, got none")
-    with torch.inference_mode():
-        return SpeedReport(_explain_layer(names[layer], layer, layer_input) for layer, layer_input in inputs.items())
+    return inputs
 
 
 def _explain_layer(name: str, layer: PackedLayer, x: Tensor) -> LayerSpeed:
@@ -267,12 +281,13 @@ def _explain_layer(name: str, layer: PackedLayer, x: Tensor) -> LayerSpeed:
         rows=rows,
         activations=x.numel() + rows * layer.shape[0],
         packed_bytes=layer.codes.nbytes + layer.levels.nbytes,
+        dtype=x.dtype,
     )
     expected_packed, expected_dense = work.expected_seconds(x.device, backend)
     return LayerSpeed(
         name=name,
         backend=backend,
-        layout=_layout_name(num_levels, layer.precision, backend),
+        layout=_layout_name(num_levels, layer.precision, backend) + (", ReLU" if layer.relu else ""),
         rows=rows,
         execution=layer.execution_for(x),
         expected_packed=expected_packed,

@@ -332,7 +332,7 @@ std::optional<Tensor> float_bias(const std::optional<Tensor>& bias, const Packed
 
 const float* data_of(const std::optional<Tensor>& bias) { return bias ? bias->const_data_ptr<float>() : nullptr; }
 
-Tensor packed_linear_op(Tensor x, Tensor layout_tensor, std::optional<Tensor> bias) {
+Tensor packed_linear_op(Tensor x, Tensor layout_tensor, std::optional<Tensor> bias, bool relu) {
   const PackedLayout& layout = layout_of(layout_tensor);
   const int64_t dims = x.dim();
   STD_TORCH_CHECK(dims > 0 && x.size(dims - 1) == layout.columns, "x must have ", layout.columns, " columns");
@@ -343,13 +343,14 @@ Tensor packed_linear_op(Tensor x, Tensor layout_tensor, std::optional<Tensor> bi
   Tensor y = new_output(half, size, false);
   const std::optional<Tensor> floats = float_bias(bias, layout);
   const LinearCall call{&layout,         x.const_data_ptr(),         y.mutable_data_ptr(),
-                        data_of(floats), x.numel() / layout.columns, half};
+                        data_of(floats), x.numel() / layout.columns, half,
+                        relu};
   if (call.rows > 0) packed_kernels(isa()).linear(call, torch_threads());
   return y;
 }
 
 Tensor packed_conv2d_op(Tensor x, Tensor layout_tensor, std::optional<Tensor> bias, std::vector<int64_t> stride,
-                        std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu) {
   const PackedLayout& layout = layout_of(layout_tensor);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == layout.inputs * layout.groups, "x must have the shape [batch, ",
                   layout.inputs * layout.groups, ", height, width]");
@@ -383,7 +384,8 @@ Tensor packed_conv2d_op(Tensor x, Tensor layout_tensor, std::optional<Tensor> bi
                         static_cast<int>(padding[1]),
                         static_cast<int>(dilation[0]),
                         channels_last,
-                        half};
+                        half,
+                        relu};
   if (call.images > 0) packed_kernels(isa()).conv2d(call, torch_threads());
   return y;
 }
@@ -394,8 +396,10 @@ STABLE_TORCH_LIBRARY(bqnn_cpu, m) {
   m.def(
       "packed_layout(Tensor codes, Tensor levels, Tensor int8_levels, Tensor int8_scale, int columns,"
       " int[] kernel_size, int dilation_w, int groups, str precision) -> Tensor");
-  m.def("packed_linear(Tensor x, Tensor layout, Tensor? bias) -> Tensor");
-  m.def("packed_conv2d(Tensor x, Tensor layout, Tensor? bias, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def("packed_linear(Tensor x, Tensor layout, Tensor? bias, bool relu=False) -> Tensor");
+  m.def(
+      "packed_conv2d(Tensor x, Tensor layout, Tensor? bias, int[] stride, int[] padding, int[] dilation,"
+      " bool relu=False) -> Tensor");
   m.def("isa() -> int");
   m.def("random_words(int seed, int first, Tensor(a!) out) -> ()");
   m.def("add_noise(Tensor(a!) mean, Tensor(b!) variance, Tensor seed, int offset, bool keep_slope) -> ()");

@@ -59,8 +59,9 @@ Tensor new_floats(int64_t count, int32_t device) {
   return Tensor(handle);
 }
 
-void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tensor> bias, std::optional<Tensor> scale,
-                      std::optional<Tensor> row_scale, std::string precision, Tensor y) {
+void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tensor> integers, std::optional<Tensor> bias,
+                      std::optional<Tensor> scale, std::optional<Tensor> row_scale, std::string precision, bool relu,
+                      Tensor y) {
   STD_TORCH_CHECK(x.dim() == 2 && words.dim() == 2 && levels.dim() == 2 && y.dim() == 2, "matrices are needed");
   const int64_t rows = x.size(0), channels = y.size(1), codebooks = levels.size(0), num_levels = levels.size(1);
   STD_TORCH_CHECK(rows > 0 && y.size(0) == rows && words.size(0) >= channels, "a row for each of x and of the words");
@@ -70,7 +71,6 @@ void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tenso
                   "levels must be [1 or channels, 2 to 16]");
   cuda::PackedLinearCall call{};
   call.words = static_cast<const uint32_t*>(data_of(words, "words"));
-  call.levels = floats_of(levels, codebooks * num_levels, "levels");
   call.x = data_of(x, "x");
   call.bias = floats_of(bias, channels, "bias");
   call.scale = floats_of(scale, codebooks, "scale");
@@ -83,8 +83,17 @@ void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tenso
   call.num_levels = static_cast<int32_t>(num_levels);
   call.codebooks = static_cast<int32_t>(codebooks);
   call.mode = mode_of(precision);
+  if (call.mode == cuda::Mode::int8) {
+    STD_TORCH_CHECK(integers && integers->scalar_type() == ScalarType::Char && integers->is_cuda() &&
+                        integers->is_contiguous() && integers->numel() == codebooks * cuda::kIntegers,
+                    "integers must be int8 [codebooks, ", cuda::kIntegers, "] on the GPU, contiguous");
+    call.integers = static_cast<const int8_t*>(integers->mutable_data_ptr());
+  } else {
+    call.levels = floats_of(levels, codebooks * num_levels, "levels");
+  }
   call.x_element = element_of(x, "x");
   call.y_element = element_of(y, "y");
+  call.relu = relu;
   STD_TORCH_CHECK(call.mode != cuda::Mode::int8 || (scale && row_scale), "int8 needs scales");
   if (channels == 0) return;
 
@@ -101,15 +110,38 @@ void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tenso
   STD_CUDA_CHECK(static_cast<cudaError_t>(cuda::launch_packed_linear(call, stream)));
 }
 
+void round_rows_op(Tensor x, Tensor q, Tensor scale) {
+  STD_TORCH_CHECK(x.dim() == 2 && q.dim() == 2 && q.size(0) == x.size(0) && q.size(1) == x.size(1) &&
+                      q.scalar_type() == ScalarType::BFloat16,
+                  "q must be bfloat16, of the shape of x");
+  cuda::RoundRowsCall call{};
+  call.x = data_of(x, "x");
+  call.q = static_cast<uint16_t*>(data_of(q, "q"));
+  call.scale = floats_of(scale, x.size(0), "scale");
+  call.columns = x.size(1);
+  call.rows = static_cast<int32_t>(x.size(0));
+  call.x_element = element_of(x, "x");
+  if (call.rows == 0) return;
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STD_CUDA_CHECK(static_cast<cudaError_t>(cuda::launch_round_rows(call, stream)));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(bqnn_cuda, m) {
   m.def(
-      "packed_linear(Tensor x, Tensor words, Tensor levels, Tensor? bias, Tensor? scale, Tensor? row_scale,"
-      " str precision, Tensor(a!) y) -> ()");
+      "packed_linear(Tensor x, Tensor words, Tensor levels, Tensor? integers, Tensor? bias, Tensor? scale,"
+      " Tensor? row_scale, str precision, bool relu, Tensor(a!) y) -> ()");
+  m.def("round_rows(Tensor x, Tensor(a!) q, Tensor(b!) scale) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bqnn_cuda, CUDA, m) { m.impl("packed_linear", TORCH_BOX(&packed_linear_op)); }
+STABLE_TORCH_LIBRARY_IMPL(bqnn_cuda, CUDA, m) {
+  m.impl("packed_linear", TORCH_BOX(&packed_linear_op));
+  m.impl("round_rows", TORCH_BOX(&round_rows_op));
+}
 
 }  // namespace bqnn
 

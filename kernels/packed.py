@@ -41,14 +41,18 @@ def finish(
     INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    RELU: tl.constexpr,
 ):
-    """The output of sums b_y [BM, BN]: times the codebooks' scales and those of rows o_row [BM], plus the bias."""
+    """The output of sums b_y [BM, BN]: times the codebooks' scales and those of rows o_row [BM], plus the bias, or the
+    ReLU of it."""
     y = b_y.to(tl.float32)
     if INT8:
         y = y * tl.load(p_scale + o_n * PER_CHANNEL, mask=m_n, other=0.0)[None, :]
         y = y * tl.load(p_row_scale + o_row)[:, None]
     if HAS_BIAS:
         y += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        y = tl.where(y < 0.0, 0.0, y)  # NaN and -0.0 stay, as in torch
     return y
 
 
@@ -67,6 +71,7 @@ def packed_sum_kernel(
     INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    RELU: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -79,7 +84,7 @@ def packed_sum_kernel(
         p_part += stride_part
         b_y += tl.load(p_part, mask=m_y, other=0)
     o_row = tl.where(m_m, o_m, 0) // rows_a_scale
-    y = finish(b_y, p_scale, p_row_scale, p_bias, o_row, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL)
+    y = finish(b_y, p_scale, p_row_scale, p_bias, o_row, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL, RELU)
     tl.store(p_y + o_m.to(tl.int64)[:, None] * N + o_n[None, :], y, mask=m_y)
 
 
@@ -93,7 +98,7 @@ def quantize_rows(x):
     return q, scale
 
 
-def flags_of_packed(num_levels, book, scale, bias, precision):
+def flags_of_packed(num_levels, book, scale, bias, precision, relu):
     """The flags of a packed product with the codebooks ``book`` [1 or N, M or more]."""
     operand = {"fp32": tl.float32, "bf16": tl.bfloat16, "int8": tl.int8}[precision]
     return {
@@ -104,18 +109,20 @@ def flags_of_packed(num_levels, book, scale, bias, precision):
         "OPERAND": operand,
         "INT8": scale is not None,
         "HAS_BIAS": bias is not None,
+        "RELU": relu,
         # Contracted to a fused multiply-add, the end of an integer product would round once where the rule says twice.
         "enable_fp_fusion": scale is None,
     }
 
 
-def sum_of_parts(parts, scale, row_scale, bias, y, rows_a_scale=1):
+def sum_of_parts(parts, scale, row_scale, bias, y, relu, rows_a_scale=1):
     """Fills y [M, N] from the split sums ``parts`` [S, M, N]; ``rows_a_scale`` rows share a scale."""
     splits, M, N = parts.shape
     grid, blocks = blocks_of_matrix(M, N)
     int8 = scale is not None
     packed_sum_kernel[grid](
         parts, scale, row_scale, bias, y, M, N, M * N, rows_a_scale, SPLITS=splits, INT8=int8,
-        HAS_BIAS=bias is not None, PER_CHANNEL=int(int8 and scale.shape[0] > 1), **blocks, enable_fp_fusion=not int8,
+        HAS_BIAS=bias is not None, PER_CHANNEL=int(int8 and scale.shape[0] > 1), RELU=relu, **blocks,
+        enable_fp_fusion=not int8,
     )  # fmt: skip
     return y

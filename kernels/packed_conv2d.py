@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels import packed_linear
+from bqnn.kernels import configs, packed_linear
 from bqnn.kernels.decode import codebook, decode, few_levels
 from bqnn.kernels.launch import splits_of
 from bqnn.kernels.packed import finish, flags_of_packed, quantize_rows, sum_of_parts
@@ -69,6 +69,7 @@ def packed_conv2d_fwd_kernel(
     OPERAND: tl.constexpr,
     INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     PADDED: tl.constexpr,
     SPLIT: tl.constexpr,
     UNROLLED: tl.constexpr,
@@ -115,7 +116,7 @@ def packed_conv2d_fwd_kernel(
     o_y = (i_s.to(tl.int64) * P + o_m)[:, None] * N + o_n[None, :]
     if not SPLIT:
         o_row = tl.where(m_m, o_b, 0)
-        b_y = finish(b_y, p_scale, p_row_scale, p_bias, o_row, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL)
+        b_y = finish(b_y, p_scale, p_row_scale, p_bias, o_row, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL, RELU)
     tl.store(p_y + o_y, b_y, mask=m_m[:, None] & m_n[None, :])
 
 
@@ -128,6 +129,7 @@ def forward(
     bias,
     precision,
     block_words,
+    relu,
     size,
     kernel_size,
     stride,
@@ -144,27 +146,30 @@ def forward(
         images, row_scale = quantize_rows(images.view(B, -1))
     elif precision == "bf16":
         images = images.to(torch.bfloat16)
-    flags = flags_of_packed(num_levels, book, scale, bias, precision)
+    flags = flags_of_packed(num_levels, book, scale, bias, precision, relu)
     P, K = B * OH * OW, C // groups * math.prod(kernel_size)
     y = torch.empty((P, N), device=x.device, dtype=x.dtype)
     if K == C and groups == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
         if row_scale is not None:
-            row_scale = row_scale.repeat_interleave(H * W, output_size=P)
+            row_scale = row_scale[:, None].expand(B, H * W).reshape(P)
         rows = images.view(P, C)
         packed_linear.multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, block_words)
         return y.view(B, OH, OW, N).permute(0, 3, 1, 2)
-    config = packed_linear.tiles(P, images, precision, flags)
+    config = packed_linear.configuration("packed_conv2d", P, images, precision, flags, N // groups, K, words.shape[1])
     config["BN"] = min(config["BN"], max(LEAST_BN, triton.next_power_of_2(N // groups)))
+    del config["kernel"]  # a product, always
     blocks = (triton.cdiv(P, config["BM"]), triton.cdiv(N // groups, config["BN"]))
-    splits, span = splits_of((*blocks, groups), words.shape[1], config["BW"], x.device)
+    most = config.pop("most_splits")
+    splits, span = splits_of((*blocks, groups), words.shape[1], config["BW"], x.device, most)
     sums = y
     if splits > 1:
         sums = torch.empty((splits, P, N), device=y.device, dtype=torch.int32 if precision == "int8" else torch.float32)
-    packed_conv2d_fwd_kernel[(*blocks, splits * groups)](
+    kernel = packed_conv2d_fwd_kernel[(*blocks, splits * groups)](
         images, words, book, scale, row_scale, bias, sums, P, N, K, words.shape[1], C, H, W, OH, OW, kernel_size[1],
         *stride, *padding, *dilation, groups, span, block_words, PADDED=any(padding), SPLIT=splits > 1, **config,
         **flags,
     )  # fmt: skip
+    configs.compiled(kernel)
     if splits > 1:
-        sum_of_parts(sums, scale, row_scale, bias, y, rows_a_scale=OH * OW)
+        sum_of_parts(sums, scale, row_scale, bias, y, relu, rows_a_scale=OH * OW)
     return y.view(B, OH, OW, N).permute(0, 3, 1, 2)

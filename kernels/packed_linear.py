@@ -7,33 +7,20 @@ go through tensor cores, a product for each field of a tile of words.
 import torch
 import triton
 import triton.language as tl
+from triton.errors import TritonError
 
+from bqnn.kernels import configs
 from bqnn.kernels.decode import codebook, decode, few_levels
-from bqnn.kernels.launch import architecture, processors, rows_of, splits_of
+from bqnn.kernels.launch import MAX_SPLITS, architecture, processors, rows_of, splits_of
 from bqnn.kernels.packed import finish, flags_of_packed, quantize_rows, sum_of_parts
+
+LaunchError = TritonError  # what a configuration that does not fit the GPU raises
 
 # Up to so many rows, each takes a pass of its own over the words. Float32 products are FMA, for which tiles of a few
 # rows are padded to 16.
 GEMV_ROWS = {"fp32": 3, "bf16": 1, "int8": 1}
 GEMV_WORDS = 2048  # of a block: four 16-byte loads a lane before the first is used
 
-# Tiles by rows: the first line whose BM is not below them, else the last. BW words are BW columns of each product.
-# Float32 takes its fields in a loop: unrolled, its FMA would not fit the instruction cache.
-TILES = {
-    "fp32": ({"BM": 16, "BN": 64, "BW": 16}, {"BM": 32, "BN": 64, "BW": 16}, {"BM": 64, "BN": 64, "BW": 16}),
-    "bf16": (
-        {"BM": 16, "BN": 64, "BW": 32},
-        {"BM": 32, "BN": 64, "BW": 32},
-        {"BM": 64, "BN": 128, "BW": 16},
-        {"BM": 128, "BN": 128, "BW": 16},
-    ),
-    "int8": (
-        {"BM": 16, "BN": 64, "BW": 32},
-        {"BM": 32, "BN": 64, "BW": 32},
-        {"BM": 64, "BN": 64, "BW": 32},
-        {"BM": 128, "BN": 128, "BW": 32},
-    ),
-}
 STAGE_BYTES = 128 * 1024  # of activations on their way, over all stages: what leaves room for the decoded tile
 
 
@@ -65,6 +52,7 @@ def packed_linear_gemv_kernel(
     OPERAND: tl.constexpr,
     INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
 ):
@@ -87,7 +75,7 @@ def packed_linear_gemv_kernel(
             b_w = decode(b_words, i, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS, OPERAND)
             b_sum += b_w.to(SUM) * b_x[None, :]
     b_y = tl.sum(b_sum, axis=1)[None, :]
-    y = finish(b_y, p_scale, p_row_scale, p_bias, o_m, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL)
+    y = finish(b_y, p_scale, p_row_scale, p_bias, o_m, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL, RELU)
     tl.store(p_y + o_m.to(tl.int64)[:, None] * N + o_n[None, :], y, mask=m_n[None, :])
 
 
@@ -114,6 +102,7 @@ def packed_linear_fwd_kernel(
     OPERAND: tl.constexpr,
     INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     SPLIT: tl.constexpr,
     UNROLLED: tl.constexpr,
     BM: tl.constexpr,
@@ -147,51 +136,80 @@ def packed_linear_fwd_kernel(
     o_y = (i_s.to(tl.int64) * M + o_m)[:, None] * N + o_n[None, :]
     if not SPLIT:
         o_row = tl.where(m_m, o_m, 0)
-        b_y = finish(b_y, p_scale, p_row_scale, p_bias, o_row, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL)
+        b_y = finish(b_y, p_scale, p_row_scale, p_bias, o_row, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL, RELU)
     tl.store(p_y + o_y, b_y, mask=m_m[:, None] & m_n[None, :])
 
 
-def tiles(rows, x, precision, flags):
-    """Tile sizes, warps and stages for so many rows of x, multiplied in ``precision``."""
+def from_tile(tile, x_bytes, precision, flags):
+    """The configuration of a product with these tile sizes, for activations of so many bytes: what the rule makes of
+    them. Float32 takes its fields in a loop: unrolled, its FMA would not fit the instruction cache."""
     per_word = 32 // flags["BITS"]
-    # Triton 3.8 makes a trap of products that follow each other in a pipeline, where they go through tensor memory, and
-    # spills what a tile of 128 rows loads for them.
-    tensor_memory = architecture() >= 100
-    lines = TILES[precision][:3] if tensor_memory else TILES[precision]
-    line = dict(next((line for line in lines if line["BM"] >= rows), lines[-1]))
-    through_tensor_memory = tensor_memory and line["BM"] >= 64
+    # Triton 3.8 makes a trap of products that follow each other in a pipeline, where they go through tensor memory.
+    through_tensor_memory = architecture() >= 100 and tile["BM"] >= 64
     unrolled = precision != "fp32" and not through_tensor_memory
+    tile = dict(tile)
     if per_word == 32 and precision == "bf16":
-        line["BW"] = 16  # 32 fields of twice as many columns would leave no room for a second stage
-    if flags["PER_CHANNEL"] and line["BM"] * line["BW"] >= 64 * 32:
-        line["BN"] //= 2  # levels of each channel in registers: sm_80 would spill
-    stage = line["BM"] * line["BW"] * x.element_size() * (per_word if unrolled else 1)
+        tile["BW"] = 16  # 32 fields of twice as many columns would leave no room for a second stage
+    if flags["PER_CHANNEL"] and tile["BM"] * tile["BW"] >= 64 * 32:
+        tile["BN"] //= 2  # levels of each channel in registers: sm_80 would spill
+    stage = tile["BM"] * tile["BW"] * x_bytes * (per_word if unrolled else 1)
     return {
-        **line,
+        "kernel": "product",
+        **tile,
         "UNROLLED": unrolled,
-        "num_warps": 8 if line["BM"] * line["BN"] > 64 * 64 else 4,
+        "num_warps": 8 if tile["BM"] * tile["BN"] > 64 * 64 else 4,
         "num_stages": max(1, min(3, STAGE_BYTES // stage)) if unrolled else 1 if through_tensor_memory else 2,
+        "most_splits": MAX_SPLITS,
     }
 
 
-def _gemv(rows, words, book, scale, row_scale, bias, y, flags, block_words):
-    (M, K), (N, W) = rows.shape, words.shape
-    BW = min(512, triton.next_power_of_2(W))
-    BN = min(GEMV_WORDS // BW, triton.next_power_of_2(max(1, N // (4 * processors(rows.device)))))
-    packed_linear_gemv_kernel[(triton.cdiv(N, BN), M)](
-        rows, words, book, scale, row_scale, bias, y, N, K, W, rows.stride(0), block_words, BN=BN, BW=BW, **flags
-    )
-    return y
+def tiles_for(lines):
+    """Those that are for the present architecture: with tensor memory, 128 rows spill what they load."""
+    return [line for line in lines if architecture() < 100 or line["BM"] < 128]
 
 
-def forward(x, words, num_levels, book, scale, bias, precision, block_words):
-    """y [..., N] in x's dtype, of x [..., K], not empty.
+def gemv_config(words, channels, device):
+    BW = min(512, triton.next_power_of_2(words))
+    BN = min(GEMV_WORDS // BW, triton.next_power_of_2(max(1, channels // (4 * processors(device)))))
+    return {"kernel": "gemv", "BN": BN, "BW": BW, "num_warps": 4}
+
+
+def candidates(launch):
+    """The configurations that bqnn.autotune tries for a launch, the rule's among them."""
+    flags = {"BITS": launch.bits, "PER_CHANNEL": int(launch.codebooks == "channel")}
+    found = []
+    if launch.op == "packed_linear" and launch.rows <= 4:
+        sizes = [(BN, BW) for BW in (256, 512) for BN in (1, 2, 4, 8) if BN * BW <= GEMV_WORDS]
+        found += [{"kernel": "gemv", "BN": BN, "BW": BW, "num_warps": 4} for BN, BW in sizes]
+    for tile in tiles_for(configs.candidates(launch.precision)):
+        if tile["BM"] <= max(16, launch.rows) and (tile["BM"] >= 64 or 2 * tile["BM"] >= launch.rows):
+            config = from_tile(tile, launch.x_bytes, launch.precision, flags)
+            stages = config["num_stages"]
+            for num_stages in (stages, stages - 1) if stages > 1 else (stages,):
+                found += [config | {"num_stages": num_stages, "most_splits": most} for most in (MAX_SPLITS, 1)]
+    return [config for i, config in enumerate(found) if config not in found[:i]]
+
+
+def configuration(op, rows, x, precision, flags, channels, columns, words):
+    """How a packed product of so many rows of x, as the kernel loads it, with so many channels is launched."""
+    found = configs.find(lambda: configs.launch_of(op, architecture(), precision, flags, x, rows, channels, columns))
+    if found is not None:
+        return dict(found)
+    if op == "packed_linear" and GEMV_ROWS[precision] >= rows:
+        return gemv_config(words, channels, x.device)
+    lines = tiles_for(configs.rule(precision))
+    tile = next((line for line in lines if line["BM"] >= rows), lines[-1])
+    return from_tile(tile, x.element_size(), precision, flags)
+
+
+def forward(x, words, num_levels, book, scale, bias, precision, block_words, relu):
+    """y [..., N] in x's dtype, its ReLU with ``relu``, of x [..., K], not empty.
 
     ``words`` int32 [N, W], contiguous, of blocks of ``block_words``; ``book`` the levels, float32 [1 or N, M], or for
     "int8" integers, int8 [1 or N, M or more], with their scales, float32 [1 or N], in ``scale``.
     """
     rows = rows_of(x)
-    flags = flags_of_packed(num_levels, book, scale, bias, precision)
+    flags = flags_of_packed(num_levels, book, scale, bias, precision, relu)
     y = torch.empty((rows.shape[0], words.shape[0]), device=x.device, dtype=x.dtype)
     row_scale = None
     if precision == "int8":
@@ -203,18 +221,23 @@ def forward(x, words, num_levels, book, scale, bias, precision, block_words):
 def multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, block_words):
     """Fills y [M, N] with the product of rows [M, K], integers for "int8", and the words."""
     (M, K), (N, W) = rows.shape, words.shape
-    if GEMV_ROWS[precision] >= M:
-        return _gemv(rows, words, book, scale, row_scale, bias, y, flags, block_words)
-    if precision == "bf16":
+    if precision == "bf16" and GEMV_ROWS[precision] < M:
         rows = rows.to(torch.bfloat16)  # once, not in every block of channels
-    config = tiles(M, rows, precision, flags)
+    config = configuration("packed_linear", M, rows, precision, flags, N, K, W)
+    if config.pop("kernel") == "gemv":
+        kernel = packed_linear_gemv_kernel[(triton.cdiv(N, config["BN"]), M)](
+            rows, words, book, scale, row_scale, bias, y, N, K, W, rows.stride(0), block_words, **config, **flags
+        )
+        configs.compiled(kernel)
+        return y
     blocks = (triton.cdiv(M, config["BM"]), triton.cdiv(N, config["BN"]))
-    splits, span = splits_of(blocks, W, config["BW"], rows.device)
+    splits, span = splits_of(blocks, W, config["BW"], rows.device, config.pop("most_splits"))
     sums = y
     if splits > 1:
         sums = torch.empty((splits, M, N), device=y.device, dtype=torch.int32 if precision == "int8" else torch.float32)
-    packed_linear_fwd_kernel[(*blocks, splits)](
+    kernel = packed_linear_fwd_kernel[(*blocks, splits)](
         rows, words, book, scale, row_scale, bias, sums, M, N, K, W, rows.stride(0), span, block_words,
         SPLIT=splits > 1, **config, **flags,
     )  # fmt: skip
-    return y if splits == 1 else sum_of_parts(sums, scale, row_scale, bias, y)
+    configs.compiled(kernel)
+    return y if splits == 1 else sum_of_parts(sums, scale, row_scale, bias, y, flags["RELU"])

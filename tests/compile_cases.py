@@ -16,10 +16,12 @@ from torch import Tensor
 
 from bqnn.kernels import (
     assign_codes,
+    configs,
     launch,
     moment,
     moment_conv2d,
     moment_linear,
+    packed_linear,
     sample,
     sample_conv2d,
     sample_linear,
@@ -259,10 +261,12 @@ def _packed_weight(channels: int, columns: int, num_levels: int, groups: int) ->
     return codes, levels, torch.zeros(channels)
 
 
-def _packed_linear(batch: int, precision: str, num_levels: int = 3, groups: int = 1, columns: int = 1024) -> None:
+def _packed_linear(
+    batch: int, precision: str, num_levels: int = 3, groups: int = 1, columns: int = 1024, relu: bool = False
+) -> None:
     weight = _packed_weight(512, columns, num_levels, groups)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    packed_linear_triton(torch.zeros(batch, columns, dtype=dtype), *weight, precision, None)
+    packed_linear_triton(torch.zeros(batch, columns, dtype=dtype), *weight, precision, None, relu)
 
 
 def _packed_conv2d(shape: tuple[int, int, int, int], channels: int, precision: str, num_levels: int = 3) -> None:
@@ -275,7 +279,7 @@ def _packed_conv2d(shape: tuple[int, int, int, int], channels: int, precision: s
 def _packed_sum(dtype: torch.dtype) -> None:
     parts, rows = torch.zeros(4, 64, 512, dtype=dtype), torch.zeros(64)
     scale = torch.zeros(512) if dtype == torch.int32 else None
-    sum_of_parts(parts, scale, rows, torch.zeros(512), torch.zeros(64, 512))
+    sum_of_parts(parts, scale, rows, torch.zeros(512), torch.zeros(64, 512), False)
 
 
 # A name says the operands' dtype.
@@ -289,12 +293,35 @@ PACKED: Cases = {
     "packed_linear-int8-B64-M4-channel": partial(_packed_linear, 64, "int8", 4, 512),
     **{f"packed_linear-float32-B{batch}-M3": partial(_packed_linear, batch, "fp32") for batch in (1, 16, 64)},
     "packed_linear-float32-B32-M16-K511-channel": partial(_packed_linear, 32, "fp32", 16, 512, 511),
+    "packed_linear-bfloat16-B128-M3-relu": partial(_packed_linear, 128, "bf16", relu=True),
+    "packed_linear-float32-B64-M3-relu": partial(_packed_linear, 64, "fp32", relu=True),
     "packed_conv2d-bfloat16-C128-M3": partial(_packed_conv2d, (1, 128, 16, 16), 128, "bf16"),
     "packed_conv2d-bfloat16-C3-M16": partial(_packed_conv2d, (1, 3, 16, 16), 12, "bf16", 16),
     "packed_conv2d-int8-C128-M3": partial(_packed_conv2d, (1, 128, 8, 8), 128, "int8"),
     "packed_conv2d-float32-C128-M3": partial(_packed_conv2d, (1, 128, 16, 16), 128, "fp32"),
     "packed_sum-float32": partial(_packed_sum, torch.float32),
     "packed_sum-int32": partial(_packed_sum, torch.int32),
+}
+
+
+X_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+
+
+def _packed_candidate(precision: str, tile: dict[str, int]) -> None:
+    """A product with the rule's configuration of other tiles than the rule's; as many rows as they have."""
+    config = packed_linear.from_tile(tile, X_BYTES[precision], precision, {"BITS": 2, "PER_CHANNEL": 0})
+    with mock.patch.object(configs, "find", lambda make_launch: config):
+        _packed_linear(tile["BM"], precision)
+
+
+# What bqnn.autotune may choose beside the rule's tiles.
+CANDIDATES: Cases = {
+    "-".join(["packed_linear", precision, *(f"{name}{size}" for name, size in tile.items())]): partial(
+        _packed_candidate, precision, tile
+    )
+    for precision in ("fp32", "bf16", "int8")
+    for tile in configs.candidates(precision)
+    if tile not in configs.rule(precision)
 }
 
 CASES: Cases = {**SAMPLE_LINEAR, **MOMENT_LINEAR, **CONV2D, **ELEMENTWISE, **PACKED}

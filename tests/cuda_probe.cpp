@@ -121,6 +121,20 @@ extern "C" void probe_divide(bqnn::cuda::PackedLinearCall* call, int multiproces
   bqnn::cuda::divide(call, multiprocessors);
 }
 
+extern "C" void probe_round_rows(const bqnn::cuda::RoundRowsCall* call) {
+  using namespace bqnn::cuda;
+  for (int64_t row = 0; row < call->rows; ++row) {
+    const int64_t first = row * call->columns;
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < call->columns; ++i)
+      largest = std::max(largest, magnitude_of(load_activation(call->x, call->x_element, first + i)));
+    const Rounding rounding = rounding_of(largest);
+    for (int64_t i = 0; i < call->columns; ++i)
+      call->q[first + i] = rounded_activation(load_activation(call->x, call->x_element, first + i), rounding);
+    call->scale[row] = rounding.scale;
+  }
+}
+
 extern "C" void probe_packed_linear(const bqnn::cuda::PackedLinearCall* call) {
   using namespace bqnn::cuda;
   const int m = call->num_levels;

@@ -17,6 +17,7 @@ from bench import (
     bench_packed_linear,
     gpu,
     gpu_packed,
+    gpu_rivals,
     gpu_timing,
     gpu_training,
     interleaved,
@@ -131,7 +132,71 @@ def test_gpu_benches_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_timing, "ROUNDS", 1)
     rows = [row for bench in gpu.benches(torch.device("cpu"), "cpu") for row in bench()]
     assert all(row.seconds > 0.0 for row in rows)
-    lines = list(gpu.verdicts(rows, "cpu"))
+    lines = [str(verdict) for verdict in gpu.verdicts(rows, "cpu", 1e9)]
     asked = [want for figures in gpu_training.ASKED.values() for want in figures]
-    assert len(lines) == len(asked) + sum(want.smaller is not None for want in asked) + len({"linear", "conv2d"})
+    of_packed = ("packed_linear-64-B4: time", "packed_conv2d: time", "packed_conv2d: bytes")
+    of_memory = sum(want.smaller is not None for want in asked) + 1  # the last is the bandwidth of spike_slab_kl
+    assert len(lines) == len(asked) + of_memory + len(of_packed)
     assert all("asked" in line for line in lines), lines
+    assert all(any(line.startswith(text) for line in lines) for text in of_packed)
+
+
+def packed_rows(seconds: float) -> list[gpu_training.Row]:
+    """Every row that a figure of packed products is asked of; cuBLAS and cuDNN take a second."""
+    cases = [gpu_packed.linear_case(size, batch) for size in gpu_packed.SIZES for batch in gpu_packed.BATCHES]
+    return [
+        gpu_training.Row(case, variant, 1.0 if variant == gpu_packed.DENSE else seconds, 0, weight_bytes=n_bytes)
+        for case in (*cases, "packed_conv2d")
+        for variant, n_bytes in (("bf16", 1), ("int8", 1), (gpu_packed.DENSE, 8))
+    ]
+
+
+def test_every_figure_of_packed_products_has_a_verdict() -> None:
+    """18 of linear layers and 2 of "int8", 1 of bandwidth, 2 of the convolution."""
+    verdicts = list(gpu_packed.verdicts(packed_rows(0.5), bandwidth=2 * 16384 * 16384 / 4))
+    assert len(verdicts) == 18 + 2 + 1 + 2
+    times = [verdict for verdict in verdicts if "time of" in verdict.text]
+    assert {verdict.measured for verdict in times} == {2.0}
+    assert sum("over int8" in verdict.text for verdict in times) == 2
+    (share,) = (verdict for verdict in verdicts if "bandwidth" in verdict.text)
+    assert share.text.startswith("packed_linear-16384-B1:") and share.measured == pytest.approx(1.0)
+    (size,) = (verdict for verdict in verdicts if "bytes of the weight" in verdict.text)
+    assert (size.asked, size.measured) == (8.0, 8.0)
+    assert str(size).endswith("  met") and "NOT MET" not in str(size)
+    slower = list(gpu_packed.verdicts(packed_rows(2.0), bandwidth=1.0))
+    assert all(str(verdict).endswith("NOT MET") for verdict in slower if "time of" in verdict.text)
+    assert not list(gpu_packed.verdicts([], bandwidth=1.0))
+
+
+def test_rivals_are_timed_where_they_are_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dense(size: int, copies: int, device: torch.device) -> tuple[list[torch.nn.Module], torch.Tensor]:
+        layers = [torch.nn.Linear(size, size, bias=False).bfloat16() for _ in range(copies)]
+        return layers, layers[0].weight.detach().float()
+
+    def wrong(size: int, copies: int, device: torch.device) -> tuple[list[torch.nn.Module], torch.Tensor]:
+        layers, weight = dense(size, copies, device)
+        return layers, weight + 1
+
+    known = {"right": gpu_rivals.Rival("torch", 2, dense), "wrong": gpu_rivals.Rival("torch", 2, wrong)}
+    known["absent"] = gpu_rivals.Rival("no_such_package", 2, dense)
+    monkeypatch.setattr(gpu_packed, "RIVALS", known)
+    monkeypatch.setattr(gpu_timing, "ROUNDS", 1)
+    here, absent = gpu_packed.rivals()
+    assert (here, list(absent)) == (["right", "wrong"], ["absent"])
+    assert "no_such_package can not be imported (ModuleNotFoundError" in absent["absent"]
+    rows = list(gpu_packed.linear_rows(128, 4, torch.device("cpu")))
+    assert {row.variant for row in rows} >= {"bf16", "int8", gpu_packed.DENSE, "right"}
+    assert "wrong" not in {row.variant for row in rows}
+    assert "no time for wrong, AssertionError: it is" in capsys.readouterr().out
+
+
+def test_rivals_stand_for_the_weight_that_they_draw() -> None:
+    for bits in (2, 4):
+        q, scale, dense = gpu_rivals._draw(256, bits, torch.device("cpu"))
+        assert q.unique().tolist() == list(range(2**bits))
+        groups = q.view(256, -1, gpu_rivals.GROUP)
+        assert (groups.amin(2) == 0).all() and (groups.amax(2) == 2**bits - 1).all()
+        expected = (groups.double() - 2 ** (bits - 1)) * scale.double()
+        assert torch.equal(dense.double(), expected.view(256, 256))

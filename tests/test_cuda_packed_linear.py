@@ -21,6 +21,7 @@ from torch import Tensor
 from bqnn import PackedLinear, dispatch, extension
 from bqnn.ops import _packed_cuda
 from bqnn.ops._gpu_layout import make_gpu_layout, row_words
+from bqnn.ops._int8 import quantize_rows
 from bqnn.ops._packed_cuda import MAX_ROWS, packed_linear_cuda
 from bqnn.ops.packed_linear import packed_linear, packed_linear_reference
 from bqnn.packing import pack_codes
@@ -39,10 +40,21 @@ class Call(ctypes.Structure):
     """PackedLinearCall of csrc/cuda/packed_linear.h."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("words", "levels", "x", "bias", "scale", "row_scale", "partial", "y")]
+        [(name, ctypes.c_void_p) for name in ("words", "levels", "integers", "x", "bias", "scale")]
+        + [(name, ctypes.c_void_p) for name in ("row_scale", "partial", "y")]
         + [("channels", ctypes.c_int64)]
         + [(name, ctypes.c_int32) for name in ("row_loads", "x_columns", "rows", "num_levels", "codebooks")]
-        + [(name, ctypes.c_int32) for name in ("mode", "x_element", "y_element", "row_warps", "splits")]
+        + [(name, ctypes.c_int32) for name in ("mode", "x_element", "y_element", "row_warps", "splits", "relu")]
+    )
+
+
+class RoundCall(ctypes.Structure):
+    """RoundRowsCall of csrc/cuda/packed_linear.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("x", "q", "scale")]
+        + [("columns", ctypes.c_int64)]
+        + [(name, ctypes.c_int32) for name in ("rows", "x_element")]
     )
 
 
@@ -61,23 +73,30 @@ class Host:
         x: Tensor,
         words: Tensor,
         levels: Tensor,
+        integers: Tensor | None,
         bias: Tensor | None,
         scale: Tensor | None,
         row_scale: Tensor | None,
         precision: str,
+        relu: bool,
         y: Tensor,
     ) -> None:
-        tensors = (words, levels, x, bias, scale, row_scale, None, y)
+        tensors = (words, levels, integers, x, bias, scale, row_scale, None, y)
         assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
         numbers = (y.shape[1], words.shape[1] // 4, x.shape[1], len(x), levels.shape[1], len(levels))
         kinds = (MODES.index(precision), DTYPES.index(x.dtype), DTYPES.index(y.dtype))
         call = Call(*map(pointer, tensors), *numbers, *kinds)
         self.library.probe_divide(ctypes.byref(call), 1)
-        call.splits = self.splits
+        call.splits, call.relu = self.splits, relu
         partial = torch.full((call.splits, *y.shape), torch.nan)
         call.partial = pointer(partial)
         self.library.probe_packed_linear(ctypes.byref(call))
         self.launches += 1
+
+    def round_rows(self, x: Tensor, q: Tensor, scale: Tensor) -> None:
+        assert x.is_contiguous() and q.is_contiguous()
+        call = RoundCall(*map(pointer, (x, q, scale)), x.shape[1], len(x), DTYPES.index(x.dtype))
+        self.library.probe_round_rows(ctypes.byref(call))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +111,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Host:
     stand_in = Host(library)
     monkeypatch.setattr(_packed_cuda, "_launch", stand_in)
+    monkeypatch.setattr(_packed_cuda, "_round_rows", stand_in.round_rows)
     return stand_in
 
 
@@ -178,6 +198,20 @@ def test_columns_shared_among_blocks(num_levels: int, precision: str, rows: int,
         assert relative_error(shared, y.double()) <= 1e-6
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("precision", MODES)
+@pytest.mark.parametrize("num_levels", EVERY_M)
+def test_relu_is_that_of_torch(num_levels: int, precision: str, splits: int, host: Host) -> None:
+    x, codes, levels, bias, _ = make_case(num_levels, "channel", 3, 9, 1100)
+    x[2, 7], host.splits = torch.nan, splits
+    for given in (x, x.half(), x.bfloat16()):
+        for b in (bias, None):
+            y = packed_linear_cuda(given, codes, levels, b, precision, None)
+            rectified = packed_linear_cuda(given, codes, levels, b, precision, None, relu=True)
+            assert (y < 0).any()
+            torch.testing.assert_close(rectified, y.relu(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("rows", "channels", "columns", "num_levels", "mode", "row_warps", "splits"),
     [
@@ -214,6 +248,31 @@ def test_int8_sums_are_exact_beyond_24_bits(num_levels: int, run: Run) -> None:
     assert torch.equal(y, packed_linear_reference(x, pack_codes(index, num_levels), levels, None, "int8", None))
 
 
+@pytest.mark.parametrize("where", ["host", "gpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 15, 5000])
+def test_rows_are_rounded_by_the_rule(
+    columns: int, dtype: torch.dtype, where: str, request: pytest.FixtureRequest
+) -> None:
+    if where == "host":
+        request.getfixturevalue("host")
+    elif extension.cuda_missing():
+        pytest.skip(extension.cuda_missing())
+    x = torch.randn(9, columns, generator=torch.Generator().manual_seed(columns))
+    x[:, 0] = 1.0
+    x = (x * torch.logspace(-37, 37, 9)[:, None]).to(dtype)
+    x[3] = 0.0
+    x[4] = 127.0 * (torch.arange(columns) == 0) + 0.5 * (torch.arange(columns) % 2)  # ties
+    x[5, -1], x[6, 0] = float("nan"), float("-inf")
+    x[7, 0] = torch.finfo(dtype).smallest_normal / 4
+    here = x if where == "host" else x.cuda()
+    q, scale = torch.empty_like(here, dtype=torch.bfloat16), torch.empty(9, device=here.device)
+    _packed_cuda._round_rows(here, q, scale)
+    expected, expected_scale = quantize_rows(x.float())
+    assert torch.equal(q.cpu().float(), expected)
+    assert torch.equal(scale.cpu().nan_to_num(-1.0), expected_scale.flatten().nan_to_num(-1.0))
+
+
 def test_wide_range_of_float32(run: Run) -> None:
     x, codes, levels, bias, weight = make_case(5, "channel", 4, 9, 77)
     x *= torch.tensor([1e-25, 1e-12, 1e12, 1e30])[:, None]
@@ -240,6 +299,7 @@ def test_many_rows_and_float64_are_left_to_the_next_backend(host: Host) -> None:
     x, codes, levels, bias, _ = make_case(3, "tensor", MAX_ROWS + 1, 5, 21)
     expected = packed_linear(x, codes, levels, bias, backend="reference")
     assert torch.equal(packed_linear_cuda(x, codes, levels, bias, "fp32", None), expected)
+    assert torch.equal(packed_linear_cuda(x, codes, levels, bias, "fp32", None, relu=True), expected.relu())
     packed_linear_cuda(x[:2].double(), codes, levels, bias, "fp32", None)
     assert host.launches == 0
 
@@ -284,7 +344,7 @@ def test_a_cuda_graph_of_a_packed_network(precision: str) -> None:
     layers = []
     for columns, channels in ((1000, 4096), (4096, 33)):
         _, codes, levels, bias, _ = make_case(3, "channel", 1, channels, columns)
-        layers.append(PackedLinear(columns, codes, levels, bias, precision, "packed"))
+        layers.append(PackedLinear(columns, codes, levels, bias, precision, "packed", relu=channels > 33))
     net = torch.nn.Sequential(*layers).cuda()
     x = torch.randn(8, 1000, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     with torch.inference_mode():

@@ -55,10 +55,18 @@ def make_case(
     return x, pack_codes(codes.flatten(1), num_levels), levels, bias, weight
 
 
-def run(backend: tuple[str, str], x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+def run(
+    backend: tuple[str, str],
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    *args: Any,
+    relu: bool = False,
+) -> Tensor:
     """The convolution by a backend on its device, moved back."""
     tensors = (tensor if tensor is None else tensor.to(backend[0]) for tensor in (x, codes, levels, bias))
-    return packed_conv2d(*tensors, *args, backend=backend[1]).cpu()  # type: ignore[arg-type]
+    return packed_conv2d(*tensors, *args, backend=backend[1], relu=relu).cpu()  # type: ignore[arg-type]
 
 
 def arguments_of(kernel_size: Any, geometry: dict[str, Any], precision: str = "fp32") -> tuple[Any, ...]:
@@ -174,6 +182,41 @@ def test_a_product_in_parts(groups: int, granularity: str, device: str, monkeypa
         assert relative_error(run((device, "triton"), x, codes, levels, b, *arguments, "fp32"), exact) <= 1e-5
         expected = packed_conv2d(x, codes, levels, b, *arguments, "int8", backend="reference")
         assert torch.equal(run((device, "triton"), x, codes, levels, b, *arguments, "int8"), expected)
+        rectified = run((device, "triton"), x, codes, levels, b, *arguments, "int8", relu=True)
+        assert torch.equal(rectified, expected.relu())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize(
+    ("num_levels", "shape", "kernel_size", "geometry"),
+    [case for case in CASES if case.id.startswith("M3-") or case.id.endswith("-1x1")],
+)
+def test_relu_is_that_of_torch(
+    num_levels: int,
+    shape: tuple[int, int, int],
+    kernel_size: Any,
+    geometry: dict[str, Any],
+    granularity: str,
+    backend: tuple[str, str],
+    precision: str,
+) -> None:
+    if precision == "bf16":
+        skip_what_is_interpreted_wrongly(backend[1], torch.bfloat16)
+    x, codes, levels, bias, _ = make_case(num_levels, granularity, shape, kernel_size, geometry.get("groups", 1))
+    bias -= 1
+    x[-1, 0, 0, 0] = torch.nan
+    arguments = arguments_of(kernel_size, geometry, precision)
+    for images in (x, x.contiguous(memory_format=torch.channels_last)):
+        y = run(backend, images, codes, levels, bias, *arguments)
+        rectified = run(backend, images, codes, levels, bias, *arguments, relu=True)
+        assert (y < 0).any() or y.isnan().all()
+        assert rectified.stride() == y.stride()
+        torch.testing.assert_close(rectified, y.relu(), rtol=0, atol=0, equal_nan=True)
+    y = run(backend, x.double(), codes, levels, None, *arguments)
+    rectified = run(backend, x.double(), codes, levels, None, *arguments, relu=True)
+    torch.testing.assert_close(rectified, y.relu(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -61,12 +61,13 @@ def run(
     levels: Tensor,
     bias: Tensor | None = None,
     precision: str = "fp32",
+    relu: bool = False,
 ) -> Tensor:
     """The product by a backend on its device, moved back; skips what can not be interpreted."""
     if precision == "bf16":
         skip_what_is_interpreted_wrongly(backend[1], torch.bfloat16)
     tensors = (tensor if tensor is None else tensor.to(backend[0]) for tensor in (x, codes, levels, bias))
-    return packed_linear(*tensors, precision, backend=backend[1]).cpu()  # type: ignore[arg-type]
+    return packed_linear(*tensors, precision, backend=backend[1], relu=relu).cpu()  # type: ignore[arg-type]
 
 
 def relative_error(y: Tensor, exact: Tensor) -> float:
@@ -202,6 +203,29 @@ def test_a_product_in_parts(processors: int, granularity: str, device: str, monk
         assert relative_error(run((device, "triton"), x, codes, levels, b), exact) <= 1e-5
         expected = packed_linear(x, codes, levels, b, "int8", backend="reference")
         assert torch.equal(run((device, "triton"), x, codes, levels, b, "int8"), expected)
+        assert torch.equal(run((device, "triton"), x, codes, levels, b, "int8", relu=True), expected.relu())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("num_levels", EVERY_M)
+def test_relu_is_that_of_torch(num_levels: int, granularity: str, backend: tuple[str, str], precision: str) -> None:
+    for rows in (1, 6) if INTERPRETED else (1, 2, 6, 40):
+        x, codes, levels, bias, _ = make_case(num_levels, granularity, rows, 37, 21)
+        if rows > 1:
+            x[-1, 0] = torch.nan
+        for b in (bias, None):
+            y = run(backend, x, codes, levels, b, precision)
+            assert (y < 0).any()
+            torch.testing.assert_close(
+                run(backend, x, codes, levels, b, precision, relu=True), y.relu(), rtol=0, atol=0, equal_nan=True
+            )
+    if INTERPRETED:
+        return
+    half = run(backend, x.half(), codes, levels, bias.half(), precision)
+    rectified = run(backend, x.half(), codes, levels, bias.half(), precision, relu=True)
+    torch.testing.assert_close(rectified, half.relu(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -266,13 +290,16 @@ def test_opcheck(precision: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     torch.library.opcheck(torch.ops.bqnn.packed_linear, (x, codes, levels, bias, precision))
     torch.library.opcheck(torch.ops.bqnn.packed_linear, (x, codes, levels, None, precision, None, "reference"))
+    torch.library.opcheck(torch.ops.bqnn.packed_linear, (x, codes, levels, bias, precision), {"relu": True})
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compile(compiler: str) -> None:
     x, codes, levels, bias, _ = make_case(3, "tensor", 4, 5, 21)
     compiled = torch.compile(packed_linear, backend=compiler, fullgraph=True)
-    torch.testing.assert_close(compiled(x, codes, levels, bias), packed_linear(x, codes, levels, bias))
+    y = packed_linear(x, codes, levels, bias)
+    torch.testing.assert_close(compiled(x, codes, levels, bias), y)
+    torch.testing.assert_close(compiled(x, codes, levels, bias, relu=True), y.relu())
 
 
 def test_backward_is_refused() -> None:

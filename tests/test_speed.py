@@ -72,7 +72,8 @@ def test_expected_seconds_by_the_roofline(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_gpu_decodes_once_for_each_tile_of_rows(gpu: torch.device) -> None:
     weights = 16384 * 16384
-    work = LayerWork("packed_linear", 3, "bf16", 16384, 16384, rows=1, activations=32768, packed_bytes=weights // 5)
+    sizes = {"rows": 1, "activations": 32768, "packed_bytes": weights // 5, "dtype": torch.bfloat16}
+    work = LayerWork("packed_linear", 3, "bf16", 16384, 16384, **sizes)
     packed, dense = work.gpu_seconds(gpu)
     assert dense == pytest.approx(GPU_CALL + 2 * (weights + 32768) / GPU_BYTES)
     decode = speed.DECODE_INSTRUCTIONS[2] * weights / 30e12
@@ -80,6 +81,10 @@ def test_a_gpu_decodes_once_for_each_tile_of_rows(gpu: torch.device) -> None:
     many, _ = work._replace(rows=speed.GPU_TILE_ROWS + 1).gpu_seconds(gpu)
     assert many > packed + decode
     assert work._replace(precision="fp32").gpu_seconds(gpu)[1] > dense
+    # Wider activations have a dense product of float32, which explain_speed measures.
+    wider = work._replace(dtype=torch.float32).gpu_seconds(gpu)
+    assert wider == (packed, pytest.approx(GPU_CALL + 4 * (weights + 32768) / GPU_BYTES))
+    assert work._replace(dtype=torch.float16).gpu_seconds(gpu)[1] == wider[1]
     # Where there is next to nothing to compute, the bytes count.
     wide = work._replace(channels=1, columns=1, activations=10**9)
     assert wide.gpu_seconds(gpu)[0] == pytest.approx(3e-5 + (weights // 5 + 2 * 10**9) / GPU_BYTES)
@@ -198,3 +203,18 @@ def test_a_single_layer_has_no_name() -> None:
     layer = pack(bqnn.BayesLinear(4, 4))
     assert isinstance(layer, PackedLinear)
     assert [row.name for row in explain_speed(layer, torch.zeros(3, 4))] == [""]
+
+
+def test_explain_speed_expects_what_the_activations_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = LayerWork.expected_seconds
+
+    def note(self: LayerWork, device: torch.device, backend: str) -> tuple[float, float]:
+        seen.append(self.dtype)
+        return real(self, device, backend)
+
+    monkeypatch.setattr(LayerWork, "expected_seconds", note)
+    layer = pack(bqnn.BayesLinear(4, 4), execution="packed")
+    for dtype in (torch.float32, torch.bfloat16):
+        explain_speed(layer, torch.zeros(3, 4, dtype=dtype))
+    assert seen == [torch.float32, torch.bfloat16]

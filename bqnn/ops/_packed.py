@@ -65,6 +65,11 @@ def multiply(
     return product(x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
+def rectified(y: Tensor, relu: bool) -> Tensor:
+    """``y``, a product that nobody else has, or its ReLU in the same memory."""
+    return y.relu_() if relu else y
+
+
 def is_half(x: Tensor) -> bool:
     """Whether ``x`` is float16 or bfloat16: such activations are computed in float32, and the output rounded."""
     return x.dtype in (torch.float16, torch.bfloat16)

@@ -13,14 +13,19 @@ from torch import Tensor
 
 from bqnn import dispatch
 from bqnn.ops._gpu_layout import integer_codebooks, make_gpu_layout
-from bqnn.ops._int8 import quantize_rows
 
 MAX_ROWS = 16
 """More rows than this are left to the next backend."""
 
 
 def packed_linear_cuda(
-    x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, layout: Tensor | None
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    precision: str,
+    layout: Tensor | None,
+    relu: bool = False,
 ) -> Tensor:
     """The kernel, with a layout of this call's own where none is given; for many rows, or float64, the next backend."""
     columns, channels = x.shape[-1], codes.shape[0]
@@ -28,22 +33,29 @@ def packed_linear_cuda(
     if rows > MAX_ROWS or x.dtype == torch.float64:
         usable = dispatch.status("packed_linear", "triton", x.device.type).usable
         run = dispatch.implementation("packed_linear", x.device, "triton" if usable else "reference")
-        return run(x, codes, levels, bias, precision, layout)
+        return run(x, codes, levels, bias, precision, layout, relu=relu)
     y = x.new_empty((*x.shape[:-1], channels))
     if rows == 0:
         return y
     if layout is None:
         layout = make_gpu_layout(codes, levels, columns, precision)
     x = x.reshape(rows, columns).contiguous()
-    scale = row_scale = None
+    integers = scale = row_scale = None
     if precision == "int8":
         integers, scale = integer_codebooks(layout, channels, len(levels))
-        levels = integers[:, : levels.shape[1]].float()
-        x, row_scale = quantize_rows(x.float())
+        q, row_scale = torch.empty_like(x, dtype=torch.bfloat16), torch.empty(rows, device=x.device)
+        _round_rows(x, q, row_scale)
+        x = q
     bias = None if bias is None else bias.float().contiguous()
-    _launch(x, layout, levels.contiguous(), bias, scale, row_scale, precision, y.view(rows, channels))
+    levels, out = levels.contiguous(), y.view(rows, channels)
+    _launch(x, layout, levels, integers, bias, scale, row_scale, precision, relu, out)
     return y
 
 
-def _launch(*arguments: Tensor | str | None) -> None:
+def _launch(*arguments: Tensor | str | bool | None) -> None:
     torch.ops.bqnn_cuda.packed_linear(*arguments)
+
+
+def _round_rows(x: Tensor, q: Tensor, scale: Tensor) -> None:
+    """Fills ``q`` and ``scale`` by the rule of bqnn.ops._int8.quantize_rows, in one pass of the GPU."""
+    torch.ops.bqnn_cuda.round_rows(x, q, scale)

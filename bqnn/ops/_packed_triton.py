@@ -19,14 +19,20 @@ def _codebooks(layout: Tensor, levels: Tensor, channels: int, precision: str) ->
 
 
 def packed_linear(
-    x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, layout: Tensor | None
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    precision: str,
+    layout: Tensor | None,
+    relu: bool,
 ) -> Tensor:
     """The kernel, with a layout of this call's own where none is given."""
     if layout is None:
         layout = make_gpu_layout(codes, levels, x.shape[-1], precision)
     words = layout[: len(codes)]
     book, scale = _codebooks(layout, levels, len(codes), precision)
-    return kernels("packed_linear").forward(x, words, levels.shape[1], book, scale, bias, precision, BLOCK_WORDS)
+    return kernels("packed_linear").forward(x, words, levels.shape[1], book, scale, bias, precision, BLOCK_WORDS, relu)
 
 
 def packed_conv2d(
@@ -42,6 +48,7 @@ def packed_conv2d(
     groups: int,
     precision: str,
     layout: Tensor | None,
+    relu: bool,
 ) -> Tensor:
     """The kernel, with a layout of this call's own where none is given; channels-last. ``size`` is the output's."""
     taps = math.prod(kernel_size)
@@ -51,5 +58,5 @@ def packed_conv2d(
     book, scale = _codebooks(layout, levels, len(codes), precision)
     geometry = (size, kernel_size, stride, padding, dilation, groups)
     return kernels("packed_conv2d").forward(
-        x, words, levels.shape[1], book, scale, bias, precision, BLOCK_WORDS, *geometry
+        x, words, levels.shape[1], book, scale, bias, precision, BLOCK_WORDS, relu, *geometry
     )

@@ -32,8 +32,9 @@ def register_op(
 ) -> None:
     """Declares ``bqnn::name`` with ``signature``, e.g. ``(Tensor x, str? backend=None) -> Tensor``.
 
-    ``reference`` takes the arguments of the signature without ``backend``, which every signature ends with, and is
-    registered as the backend "reference". The first tensor argument's device chooses the backend. ``setup_context``
+    ``reference`` takes the arguments of the signature without ``backend``, the last positional one of each, and is
+    registered as the backend "reference"; what is keyword-only follows ``backend`` and is handed on by name. The first
+    tensor argument's device chooses the backend. ``setup_context``
     and ``backward`` are those of :func:`torch.library.register_autograd`; an op without them has no gradient, and
     says so when one is asked for.
     """
@@ -42,14 +43,15 @@ def register_op(
     def no_backward(ctx: Any, *gradients: Any) -> Any:
         raise NotImplementedError(f"{qualified} has no gradient")
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **keywords: Any) -> Any:
         filled = (*args, *defaults[len(args) :])
-        return dispatch.implementation(name, args[0].device, filled[-1])(*filled[:-1])
+        return dispatch.implementation(name, args[0].device, filled[-1])(*filled[:-1], **keywords)
 
     _eager[name] = _Eager(run, _function(name, run, setup_context, backward) if setup_context and backward else None)
     torch.library.define(qualified, signature)
     # The dispatcher leaves out trailing arguments that have their default value.
-    defaults = [argument.default_value for argument in getattr(torch.ops.bqnn, name).default._schema.arguments]
+    arguments = getattr(torch.ops.bqnn, name).default._schema.arguments
+    defaults = [argument.default_value for argument in arguments if not argument.kwarg_only]
     dispatch.register(name, "reference", reference)
     torch.library.impl(qualified, "CompositeExplicitAutograd", run)
     torch.library.register_fake(qualified, fake)

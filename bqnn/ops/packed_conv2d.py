@@ -2,7 +2,7 @@
 
 The weight [N, C/groups, kh, kw] is packed a channel as weight[n].flatten(), K = C/groups * kh * kw codes. Precisions
 are those of packed_linear; "int8" has one scale a sample. The output has the dtype of x (float16 and bfloat16 are
-computed in float32) and is channels-last where x is. There is no gradient.
+computed in float32), is its ReLU with ``relu``, and is channels-last where x is. There is no gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from bqnn import dispatch
 from bqnn.ops import _packed_triton
 from bqnn.ops._check import check_conv2d_input
-from bqnn.ops._packed import DenseWeight, check_packed, decode_rounded, is_half, multiply, pair
+from bqnn.ops._packed import DenseWeight, check_packed, decode_rounded, is_half, multiply, pair, rectified
 from bqnn.ops._packed_layout import KERNEL_DTYPES, make_layout
 from bqnn.ops._register import register_op
 from bqnn.ops._triton import serves
@@ -46,11 +46,13 @@ def packed_conv2d_reference(
     groups: int,
     precision: str,
     layout: Tensor | None,
+    relu: bool = False,
 ) -> Tensor:
     """Decodes the weight, then convolves; "int8" accumulates in float64. ``layout`` is of no use to it."""
     if is_half(x):
         geometry = (kernel_size, stride, padding, dilation, groups)
-        return packed_conv2d_reference(x.float(), codes, levels, bias, *geometry, precision, layout).to(x.dtype)
+        y = packed_conv2d_reference(x.float(), codes, levels, bias, *geometry, precision, layout, relu)
+        return y.to(x.dtype)
     channels = x.shape[1] // groups
     values, scale = decode_rounded(codes, levels, channels * kernel_size[0] * kernel_size[1], precision)
     weight = DenseWeight(values.view(-1, channels, *kernel_size), scale)
@@ -58,7 +60,7 @@ def packed_conv2d_reference(
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
-    y = multiply(convolve, x, weight, bias, precision, accumulate=torch.float64)
+    y = rectified(multiply(convolve, x, weight, bias, precision, accumulate=torch.float64), relu)
     return y.contiguous(memory_format=_memory_format(x))
 
 
@@ -74,17 +76,18 @@ def packed_conv2d_cpu(
     groups: int,
     precision: str,
     layout: Tensor | None,
+    relu: bool = False,
 ) -> Tensor:
     """The kernel, with a layout of this call's own where none is given; the reference for float64."""
     geometry = (kernel_size, stride, padding, dilation, groups)
     if x.dtype == torch.float64:
-        return packed_conv2d_reference(x, codes, levels, bias, *geometry, precision, layout)
+        return packed_conv2d_reference(x, codes, levels, bias, *geometry, precision, layout, relu)
     if x.dtype not in KERNEL_DTYPES:
-        return packed_conv2d_cpu(x.float(), codes, levels, bias, *geometry, precision, layout).to(x.dtype)
+        return packed_conv2d_cpu(x.float(), codes, levels, bias, *geometry, precision, layout, relu).to(x.dtype)
     if layout is None:
         columns = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
         layout = make_layout(codes, levels, columns, precision, kernel_size, dilation[1], groups)
-    return torch.ops.bqnn_cpu.packed_conv2d(x, layout, bias, stride, padding, dilation)
+    return torch.ops.bqnn_cpu.packed_conv2d(x, layout, bias, stride, padding, dilation, relu)
 
 
 def packed_conv2d_triton(
@@ -99,13 +102,14 @@ def packed_conv2d_triton(
     groups: int,
     precision: str,
     layout: Tensor | None,
+    relu: bool = False,
 ) -> Tensor:
     """The kernels, which take half-precision activations as they are; the reference for float64 and empty batches."""
     geometry = (kernel_size, stride, padding, dilation, groups)
     if not serves(x, levels, bias):
-        return packed_conv2d_reference(x, codes, levels, bias, *geometry, precision, layout)
+        return packed_conv2d_reference(x, codes, levels, bias, *geometry, precision, layout, relu)
     size = output_size(x.shape[2:], kernel_size, stride, [2 * p for p in padding], dilation)
-    y = _packed_triton.packed_conv2d(x, codes, levels, bias, size, *geometry, precision, layout)
+    y = _packed_triton.packed_conv2d(x, codes, levels, bias, size, *geometry, precision, layout, relu)
     if _memory_format(x) == torch.channels_last:
         return y
     return torch.empty(y.shape, dtype=y.dtype, device=y.device).copy_(y)
@@ -124,6 +128,8 @@ def packed_conv2d_fake(
     precision: str,
     layout: Tensor | None = None,
     backend: str | None = None,
+    *,
+    relu: bool = False,
 ) -> Tensor:
     """The shape, dtype and memory format of the output."""
     size = output_size(x.shape[2:], kernel_size, stride, [2 * p for p in padding], dilation)
@@ -134,7 +140,7 @@ def packed_conv2d_fake(
 register_op(
     "packed_conv2d",
     "(Tensor x, Tensor codes, Tensor levels, Tensor? bias, int[2] kernel_size, int[2] stride, int[2] padding, "
-    "int[2] dilation, int groups, str precision, Tensor? layout=None, str? backend=None) -> Tensor",
+    "int[2] dilation, int groups, str precision, Tensor? layout=None, str? backend=None, *, bool relu=False) -> Tensor",
     packed_conv2d_reference,
     packed_conv2d_fake,
 )
@@ -155,6 +161,8 @@ def packed_conv2d(
     precision: str = "fp32",
     layout: Tensor | None = None,
     backend: str | None = None,
+    *,
+    relu: bool = False,
 ) -> Tensor:
     """The convolution of ``x`` with a packed weight [N, C/groups, kh, kw]; zeros pad, as in torch.nn.functional.conv2d.
 
@@ -168,6 +176,7 @@ def packed_conv2d(
         precision: "fp32", "bf16" or "int8".
         layout: what a backend made of codes and levels when they were loaded, or None: made for this call, if needed.
         backend: forces a backend; None chooses.
+        relu: whether negative outputs become 0.
 
     Returns:
         [B, N, H', W'], x's dtype, channels-last where x is, else contiguous.
@@ -189,7 +198,7 @@ def packed_conv2d(
             f"got {list(x.shape)}"
         )
     geometry = (kernel, stride, padding, dilation, groups)
-    return torch.ops.bqnn.packed_conv2d(x, codes, levels, bias, *geometry, precision, layout, backend)
+    return torch.ops.bqnn.packed_conv2d(x, codes, levels, bias, *geometry, precision, layout, backend, relu=relu)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

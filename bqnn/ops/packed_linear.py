@@ -2,6 +2,8 @@
 
     y[..., n] = sum_k x[..., k] * levels[g(n), code(n, k)] + bias[n],   g(n) = 0 or n
 
+and with ``relu`` the ReLU of it: negative outputs become 0, NaN stays.
+
 ``precision`` says how: "fp32" multiplies in the dtype of x; "bf16" rounds x and the levels to bfloat16 and accumulates
 in the dtype of x; "int8" rounds each row of x and each codebook to 8-bit integers with a scale of its own, and sums
 integers exactly: :mod:`bqnn.ops._int8` has the rule, which gives the same bits on every backend. The output has the
@@ -17,7 +19,7 @@ from torch import Tensor
 from bqnn import dispatch
 from bqnn.ops import _packed_triton
 from bqnn.ops._check import check_linear_input
-from bqnn.ops._packed import check_packed, decode_rounded, is_half, multiply
+from bqnn.ops._packed import check_packed, decode_rounded, is_half, multiply, rectified
 from bqnn.ops._packed_cuda import packed_linear_cuda
 from bqnn.ops._packed_layout import KERNEL_DTYPES, make_layout
 from bqnn.ops._register import register_op
@@ -25,37 +27,55 @@ from bqnn.ops._triton import serves
 
 
 def packed_linear_reference(
-    x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, layout: Tensor | None
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    precision: str,
+    layout: Tensor | None,
+    relu: bool = False,
 ) -> Tensor:
     """Decodes the weight, then multiplies; "int8" accumulates in float64. ``layout`` is of no use to it."""
     if is_half(x):
-        return packed_linear_reference(x.float(), codes, levels, bias, precision, layout).to(x.dtype)
+        return packed_linear_reference(x.float(), codes, levels, bias, precision, layout, relu).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     weight = decode_rounded(codes, levels, x.shape[-1], precision)
     y = multiply(F.linear, rows, weight, bias, precision, accumulate=torch.float64)
-    return y.view(*x.shape[:-1], codes.shape[0])
+    return rectified(y, relu).view(*x.shape[:-1], codes.shape[0])
 
 
 def packed_linear_cpu(
-    x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, layout: Tensor | None
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    precision: str,
+    layout: Tensor | None,
+    relu: bool = False,
 ) -> Tensor:
     """The kernel, with a layout of this call's own where none is given; the reference for float64."""
     if x.dtype == torch.float64:
-        return packed_linear_reference(x, codes, levels, bias, precision, layout)
+        return packed_linear_reference(x, codes, levels, bias, precision, layout, relu)
     if x.dtype not in KERNEL_DTYPES:
-        return packed_linear_cpu(x.float(), codes, levels, bias, precision, layout).to(x.dtype)
+        return packed_linear_cpu(x.float(), codes, levels, bias, precision, layout, relu).to(x.dtype)
     if layout is None:
         layout = make_layout(codes, levels, x.shape[-1], precision)
-    return torch.ops.bqnn_cpu.packed_linear(x, layout, bias)
+    return torch.ops.bqnn_cpu.packed_linear(x, layout, bias, relu)
 
 
 def packed_linear_triton(
-    x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, precision: str, layout: Tensor | None
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    precision: str,
+    layout: Tensor | None,
+    relu: bool = False,
 ) -> Tensor:
     """The kernels, which take half-precision activations as they are; the reference for float64 and empty batches."""
     if not serves(x, levels, bias):
-        return packed_linear_reference(x, codes, levels, bias, precision, layout)
-    return _packed_triton.packed_linear(x, codes, levels, bias, precision, layout)
+        return packed_linear_reference(x, codes, levels, bias, precision, layout, relu)
+    return _packed_triton.packed_linear(x, codes, levels, bias, precision, layout, relu)
 
 
 def packed_linear_fake(
@@ -66,6 +86,8 @@ def packed_linear_fake(
     precision: str,
     layout: Tensor | None = None,
     backend: str | None = None,
+    *,
+    relu: bool = False,
 ) -> Tensor:
     """The shape and dtype of the output; always contiguous."""
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
@@ -73,8 +95,8 @@ def packed_linear_fake(
 
 register_op(
     "packed_linear",
-    "(Tensor x, Tensor codes, Tensor levels, Tensor? bias, str precision, Tensor? layout=None, str? backend=None) "
-    "-> Tensor",
+    "(Tensor x, Tensor codes, Tensor levels, Tensor? bias, str precision, Tensor? layout=None, str? backend=None, *, "
+    "bool relu=False) -> Tensor",
     packed_linear_reference,
     packed_linear_fake,
 )
@@ -91,6 +113,8 @@ def packed_linear(
     precision: str = "fp32",
     layout: Tensor | None = None,
     backend: str | None = None,
+    *,
+    relu: bool = False,
 ) -> Tensor:
     """The product of ``x`` with a packed weight [N, K].
 
@@ -102,6 +126,7 @@ def packed_linear(
         precision: "fp32", "bf16" or "int8".
         layout: what a backend made of codes and levels when they were loaded, or None: made for this call, if needed.
         backend: forces a backend; None chooses.
+        relu: whether negative outputs become 0.
 
     Returns:
         [..., N], x's dtype, contiguous.
@@ -112,4 +137,4 @@ def packed_linear(
     """
     check_linear_input(x, x.shape[-1] if x.dim() else 1)
     check_packed(x, codes, levels, bias, x.shape[-1], precision)
-    return torch.ops.bqnn.packed_linear(x, codes, levels, bias, precision, layout, backend)
+    return torch.ops.bqnn.packed_linear(x, codes, levels, bias, precision, layout, backend, relu=relu)

@@ -20,6 +20,7 @@ struct LinearCall {
   const float* bias;  // [channels] or null
   int64_t rows;
   bool half;  // x and y are bfloat16
+  bool relu;  // negative outputs become 0
 };
 
 struct Conv2dCall {
@@ -31,6 +32,7 @@ struct Conv2dCall {
   int stride_h, stride_w, padding_h, padding_w, dilation_h;
   bool channels_last;  // both x and y, else both contiguous
   bool half;
+  bool relu;
 };
 
 struct PackedKernels {

@@ -72,6 +72,7 @@ struct Epilogue {
   const float* bias;    // or null
   const float* step;    // of the rounded levels, "int8" only
   const int32_t* sums;  // of a channel's rounded weights
+  float least;          // as least_output has it
 };
 
 // The output of channel i, each operation rounded by itself.
@@ -85,7 +86,8 @@ BQNN_INLINE float output(typename Op::Product product, int64_t i, const Epilogue
   } else {
     value = product;
   }
-  return channels.bias ? value + channels.bias[i] : value;
+  if (channels.bias) value += channels.bias[i];
+  return value < channels.least ? channels.least : value;
 }
 
 // Outputs of n channels at one position.
@@ -94,11 +96,12 @@ inline void finish_row(const typename Op::Product* products, int64_t n, const Ep
   for (int64_t i = 0; i < n; ++i) narrow(output<Op>(products[i], i, channels, scale), y + i);
 }
 
-template <class Op>
-inline Epilogue epilogue(const PackedLayout& layout, const float* bias, int64_t group, int64_t block) {
+template <class Op, class Call>
+inline Epilogue epilogue(const Call& call, int64_t group, int64_t block) {
+  const PackedLayout& layout = *call.weight;
   const int64_t lane = (group * layout.blocks + block) * kBlock;
   const int64_t channel = group * layout.group_channels() + block * kBlock;
-  Epilogue e{bias ? bias + channel : nullptr, nullptr, nullptr};
+  Epilogue e{call.bias ? call.bias + channel : nullptr, nullptr, nullptr, least_output(call.relu)};
   if constexpr (Op::kInt8) e.step = layout.int8_scales() + lane, e.sums = layout.int8_sums() + lane;
   return e;
 }

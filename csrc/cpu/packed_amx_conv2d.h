@@ -120,6 +120,7 @@ inline void finish_pixels(const Conv2dCall& call, const ConvPlan& plan, typename
   const PackedLayout& layout = *call.weight;
   const float* bias = call.bias ? call.bias + channel : nullptr;
   const float* step = Op::kInt8 ? layout.int8_scales() + lane : nullptr;
+  const float least = least_output(call.relu);
   const int64_t size = call.out_height * call.out_width;
   for (int64_t h = first / plan.pitch; h < call.out_height && h * plan.pitch < last; ++h) {
     const int64_t origin = h * plan.pitch, from = first > origin ? first - origin : 0;
@@ -128,7 +129,7 @@ inline void finish_pixels(const Conv2dCall& call, const ConvPlan& plan, typename
     if constexpr (Op::kAffine)
       apply_levels(call, sums, plan.padded_w, h, from, to - from, width, row + from * kWidth);
     if (call.channels_last) {
-      finish_row(row + from * kWidth, to - from, width, bias, step, scale,
+      finish_row(row + from * kWidth, to - from, width, bias, step, scale, least,
                  image + (h * call.out_width + from) * layout.channels + channel, layout.channels);
       continue;
     }
@@ -145,6 +146,7 @@ inline void finish_pixels(const Conv2dCall& call, const ConvPlan& plan, typename
           if (Op::kInt8)
             value = _mm512_mul_ps(_mm512_mul_ps(value, _mm512_set1_ps(step[c + i])), _mm512_set1_ps(scale));
           if (bias) value = _mm512_add_ps(value, _mm512_set1_ps(bias[c + i]));
+          value = _mm512_max_ps(_mm512_set1_ps(least), value);
           store_activations(out + i * size, value, lanes);
         }
       }

@@ -120,7 +120,7 @@ inline bool run_linear_of(const LinearCall& call, const Parallel& parallel) {
       for (int64_t row = first_row; row < last_row && row < rows; ++row)
         finish_row(products + (row - first_row) * kWidth, 1, width, call.bias ? call.bias + channel : nullptr,
                    Op::kInt8 ? layout.int8_scales() + channel : nullptr, Op::kInt8 ? scales[row] : 1.0f,
-                   y + row * channels + channel, channels);
+                   least_output(call.relu), y + row * channels + channel, channels);
     }
   });
   return true;

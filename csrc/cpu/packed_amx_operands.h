@@ -182,10 +182,11 @@ inline __m512 load_products(const float* product) { return _mm512_loadu_ps(produ
 inline __m512 load_products(const int32_t* product) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(product)); }
 
 // Outputs of n channels at `positions` positions, products kWidth apart and outputs `stride`: a float product plus the
-// bias, or an integer one times the channel's step and the row's scale plus the bias, each operation rounded by itself.
+// bias, or an integer one times the channel's step and the row's scale plus the bias, each operation rounded by itself;
+// `least` as least_output has it.
 template <class P, class Y>
 inline void finish_row(const P* product, int64_t positions, int64_t n, const float* bias, const float* step,
-                       float scale, Y* y, int64_t stride) {
+                       float scale, float least, Y* y, int64_t stride) {
   for (int64_t c = 0; c < n; c += 16) {
     const __mmask16 lanes = first_lanes(n - c);
     const __m512 factor = step ? _mm512_maskz_loadu_ps(lanes, step + c) : _mm512_setzero_ps();
@@ -194,6 +195,7 @@ inline void finish_row(const P* product, int64_t positions, int64_t n, const flo
       __m512 value = load_products(product + i * kWidth + c);
       if (step) value = _mm512_mul_ps(_mm512_mul_ps(value, factor), _mm512_set1_ps(scale));
       if (bias) value = _mm512_add_ps(value, offset);
+      value = _mm512_max_ps(_mm512_set1_ps(least), value);  // of NaN or two zeros, the second
       store_activations(y + i * stride + c, value, lanes);
     }
   }

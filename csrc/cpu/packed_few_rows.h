@@ -146,7 +146,7 @@ inline void run_blocks(const LinearCall& call, const Parallel& parallel, const f
       compute(block, blocks, products);
       const int64_t channel = block * kBlock, left = layout.channels - channel;
       const int64_t width = left < blocks.value * kBlock ? left : blocks.value * kBlock;
-      const Epilogue strip = epilogue<Op>(layout, call.bias, 0, block);
+      const Epilogue strip = epilogue<Op>(call, 0, block);
       for (int r = 0; r < call.rows; ++r)
         finish_row<Op>(products + r * kMostBlocks * kBlock, width, strip, scales[r],
                        static_cast<X*>(call.y) + r * layout.channels + channel);

@@ -1,4 +1,4 @@
-// What the vector and the tile kernels share: the rule of "int8", and codes as compile-time constants.
+// What the vector and the tile kernels share: the rule of "int8", ReLU, and codes as compile-time constants.
 //
 // Included inside the namespace of a translation unit that has set the target.
 #pragma once
@@ -14,6 +14,10 @@ inline RowScale row_scale(float largest) {
   const float lift = small ? 0x1p64f : 1.0f;
   return {lift, largest > 0.0f ? 127.0f / (largest * lift) : 0.0f, largest / 127.0f};
 }
+
+// What smaller outputs become: `value < least ? least : value` is one instruction, and leaves NaN and -0.0 as torch's ReLU
+// does, or every number where there is none.
+inline float least_output(bool relu) { return relu ? 0.0f : -__builtin_inff(); }
 
 // std::integral_constant without the header.
 template <int kValue>

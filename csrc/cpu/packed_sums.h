@@ -188,7 +188,7 @@ __attribute__((noinline)) void run_sums_of(const LinearCall& call, const Paralle
       }
       const int64_t channel = first_block * kBlock, width = last_block * kBlock - channel;
       const int64_t left = layout.channels - channel;
-      const Epilogue strip = epilogue<FloatOperand>(layout, call.bias, 0, first_block);
+      const Epilogue strip = epilogue<FloatOperand>(call, 0, first_block);
       for (int64_t r = 0; r < count; ++r)
         finish_row<FloatOperand>(sums + r * most, width < left ? width : left, strip, 0.0f,
                                  static_cast<X*>(call.y) + (row + r) * layout.channels + channel);

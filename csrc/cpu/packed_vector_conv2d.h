@@ -202,7 +202,7 @@ void run_conv2d(const Conv2dCall& call, const Parallel& parallel) {
         place_pixels(call, plan, activations + group * plan.plane, first, count, position);
         multiply_strip<Op>(layout, group, first_block, blocks, position, count, offsets, products);
         const int64_t in = first_block * kBlock, width = in_group - in < kWidth ? in_group - in : kWidth;
-        const Epilogue strip = epilogue<Op>(layout, call.bias, group, first_block);
+        const Epilogue strip = epilogue<Op>(call, group, first_block);
         for (int64_t done = 0; done < count;) {
           const int64_t image = (first + done) / positions, from = (first + done) % positions;
           const int64_t here = positions - from < count - done ? positions - from : count - done;

@@ -68,7 +68,7 @@ void run_linear(const LinearCall& call, const Parallel& parallel) {
       multiply_strip<Op>(layout, 0, first_block, blocks, position, count, &offset, products);
       const int64_t channel = first_block * kBlock;
       const int64_t width = channels - channel < kWidth ? channels - channel : kWidth;
-      const Epilogue strip = epilogue<Op>(layout, call.bias, 0, first_block);
+      const Epilogue strip = epilogue<Op>(call, 0, first_block);
       X* to = y + first_row * channels + channel;
       for (int64_t i = 0; i < count; ++i, to += channels)
         finish_row<Op>(products + i * kWidth, width, strip, scales[first_row + i], to);

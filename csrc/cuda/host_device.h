@@ -1,6 +1,8 @@
 // What lets the arithmetic of a kernel compile for the host too, where tests run it without a GPU.
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 

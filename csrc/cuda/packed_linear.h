@@ -1,4 +1,4 @@
-// y = x Q^T + bias for a few rows of x, Q the levels of packed codes: what a call takes, and its launch.
+// y = x Q^T + bias, or its ReLU, for a few rows of x, Q the levels of packed codes: what a call takes, and its launch.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,12 @@ enum class Element : int32_t { float32, bfloat16, float16 };
 // as integers of at most 127, given as such, whose sums are exact.
 enum class Mode : int32_t { fp32, bf16, int8 };
 
+constexpr int kIntegers = 16;
+
 struct PackedLinearCall {
   const uint32_t* words;   // [channels, row_loads * 4] in blocks of 16 words (bqnn/ops/_gpu_layout.py), < 2^31 loads
-  const float* levels;     // [codebooks, num_levels]
+  const float* levels;     // [codebooks, num_levels]; null for int8
+  const int8_t* integers;  // [codebooks, kIntegers], int8 only: the rounded levels
   const void* x;           // [rows, x_columns]
   const float* bias;       // [channels] or null
   const float* scale;      // [codebooks], int8 only
@@ -29,6 +32,7 @@ struct PackedLinearCall {
   Element x_element, y_element;
   int32_t row_warps;  // 1, 2, 4 or 8: of a block's 8 warps, so many take rows of their own, the others other columns
   int32_t splits;     // of the columns, over blocks
+  int32_t relu;       // whether negative outputs become 0
 };
 
 // Parts of bfloat16 in which the activations of a call are multiplied.
@@ -39,6 +43,19 @@ inline int x_parts(const PackedLinearCall& call) {
 
 // Sets row_warps and splits of a call whose other numbers are set. Returns a cudaError_t.
 int plan_packed_linear(PackedLinearCall* call, int device);
+
+// Rows of activations to 8-bit integers, by the rule of bqnn/ops/_int8.py.
+struct RoundRowsCall {
+  const void* x;    // [rows, columns]
+  uint16_t* q;      // [rows, columns]: the integers as bfloat16, which has them all
+  float* scale;     // [rows]
+  int64_t columns;
+  int32_t rows;
+  Element x_element;
+};
+
+// Fills q and scale; `stream` and the result as below.
+int launch_round_rows(const RoundRowsCall& call, void* stream);
 
 // Fills y. `stream` is a cudaStream_t; returns a cudaError_t. Rows are 1 or more; words are aligned to 16 bytes.
 int launch_packed_linear(const PackedLinearCall& call, void* stream);

@@ -131,6 +131,29 @@ BQNN_HOST_DEVICE float load_activation(const void* x, Element element, int64_t i
 #endif
 }
 
+// The rule of bqnn/ops/_int8.py: q = rint((x * lift) * factor), which is x / scale.
+struct Rounding {
+  float lift, factor, scale;
+};
+
+// Magnitudes compare as their bits do, NaN above infinity.
+BQNN_HOST_DEVICE uint32_t magnitude_of(float value) { return bits_of(value) & 0x7fffffffu; }
+
+BQNN_HOST_DEVICE Rounding rounding_of(uint32_t largest_magnitude) {
+  const float largest = float_of(largest_magnitude);
+  if (largest_magnitude >= 0x7f800000u) return {0.0f, 0.0f, float_of(0x7fc00000u)};
+  const float lift = largest < 0x1p-64f ? 0x1p64f : 1.0f;
+  return {lift, largest > 0.0f ? 127.0f / (largest * lift) : 0.0f, largest / 127.0f};
+}
+
+// As the 16 bits of a bfloat16.
+BQNN_HOST_DEVICE uint16_t rounded_activation(float x, const Rounding& rounding) {
+  if (rounding.factor == 0.0f) return 0;  // of zeros, or of a row with an infinity or NaN, whose scale is NaN
+  float q = rintf((x * rounding.lift) * rounding.factor);
+  q = q > 127.0f ? 127.0f : q < -127.0f ? -127.0f : q;
+  return static_cast<uint16_t>(bits_of(q) >> 16);
+}
+
 // The steps of the slice that begins with step `first`.
 template <class T>
 BQNN_HOST_DEVICE int steps_from(const Tile<T>& tile, int first) {
@@ -179,6 +202,7 @@ BQNN_HOST_DEVICE void stage(const PackedLinearCall& call, const Tile<T>& tile, i
 // --- levels -------------------------------------------------------------------------------------------------------
 
 BQNN_HOST_DEVICE float level_of(const PackedLinearCall& call, int64_t codebook, int code) {
+  if (call.mode == Mode::int8) return code < call.num_levels ? call.integers[codebook * kIntegers + code] : 0.0f;
   const float level = code < call.num_levels ? call.levels[codebook * call.num_levels + code] : 0.0f;
   return call.mode == Mode::bf16 ? round_bfloat16(level) : level;
 }
@@ -258,6 +282,7 @@ BQNN_HOST_DEVICE void finish(const PackedLinearCall& call, uint32_t sum, int x_r
 #else
   if (call.bias) value = value + call.bias[row];
 #endif
+  if (call.relu && value < 0.0f) value = 0.0f;  // NaN and -0.0 stay, as in torch
   const int64_t place = x_row * call.channels + row;
   if (call.y_element == Element::float32) {
     static_cast<float*>(call.y)[place] = value;

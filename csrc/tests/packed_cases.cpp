@@ -53,7 +53,7 @@ struct Pair {
 };
 
 struct Case {
-  bool conv, channels_last, half, per_channel, bias;
+  bool conv, channels_last, half, per_channel, bias, relu;
   Precision precision;
   Activations activations;
   int num_levels, threads;
@@ -89,10 +89,10 @@ struct Case {
       std::snprintf(shape, sizeof shape, "linear B%d N%d K%d", static_cast<int>(images), static_cast<int>(outputs),
                     static_cast<int>(inputs));
     }
-    std::snprintf(rest, sizeof rest, " M%d %s %s %s, %s activations%s, %d threads", num_levels,
+    std::snprintf(rest, sizeof rest, " M%d %s %s %s, %s activations%s%s, %d threads", num_levels,
                   per_channel ? "channel" : "tensor", kPrecisions[static_cast<int>(precision)],
                   half ? "bfloat16" : "float", kActivations[static_cast<int>(activations)], bias ? ", bias" : "",
-                  threads);
+                  relu ? ", ReLU" : "", threads);
     return std::string(shape) + rest;
   }
 };
@@ -171,6 +171,7 @@ Case draw_case(Random* random) {
                                    Activations::huge,    Activations::largest,  Activations::zero};
   c.activations = random->chance(60) ? Activations::normal
                                      : random->chance(50) ? random->one_of(kUsual) : random->one_of(kRest);
+  c.relu = random->chance(30);
   return c;
 }
 
@@ -334,6 +335,7 @@ Expected expect(const Case& c, const Operands& o) {
             expected.value[at] = value[i] + (c.bias ? o.bias[n] : 0.0);
             expected.magnitude[at] = magnitude[i] + (c.bias ? std::fabs(o.bias[n]) : 0.0);
           }
+          if (c.relu && expected.value[at] < 0.0) expected.value[at] = 0.0;
         }
       }
     }
@@ -375,6 +377,7 @@ std::string compare(const Case& c, const Expected& expected, const std::vector<f
       if (right && !c.half) worst[static_cast<int>(isa)] = std::max(worst[static_cast<int>(isa)], error / bound);
       squares += value * value, error_squares += error * error;
     }
+    if (c.relu && y[i] < 0.0f) right = false;
     if (!right) {
       char text[200];
       std::snprintf(text, sizeof text, "y[%zu] of %zu is %.9g, expected %.9g, may be off by %.3g", i, y.size(),
@@ -435,10 +438,10 @@ void call_kernel(const Case& c, Isa isa, const PackedLayout* layout, const T* x,
   const PackedKernels& kernels = packed_kernels(isa);
   if (c.conv) {
     kernels.conv2d({layout, x, y, bias, c.images, c.height, c.width, c.out_height, c.out_width, c.stride.h,
-                    c.stride.w, c.padding.h, c.padding.w, c.dilation.h, c.channels_last, c.half},
+                    c.stride.w, c.padding.h, c.padding.w, c.dilation.h, c.channels_last, c.half, c.relu},
                    std_threads(threads));
   } else {
-    kernels.linear({layout, x, y, bias, c.images, c.half}, std_threads(threads));
+    kernels.linear({layout, x, y, bias, c.images, c.half, c.relu}, std_threads(threads));
   }
 }
 

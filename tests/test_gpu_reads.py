@@ -1,0 +1,107 @@
+"""No packed op reads a value back while it runs: that would wait for the GPU, and no CUDA graph could hold it.
+
+The backends run as they would on a GPU, on CPU tensors, with launches that do nothing; every op of torch is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bqnn.ops import _packed_cuda
+from bqnn.ops._gpu_layout import make_gpu_layout
+from bqnn.ops._packed import PRECISIONS
+from bqnn.ops._packed_cuda import packed_linear_cuda
+from bqnn.ops.packed_conv2d import packed_conv2d_triton
+from bqnn.ops.packed_linear import packed_linear_triton
+from tests.test_packed_conv2d import make_case as conv2d_case
+from tests.test_packed_linear import make_case as linear_case
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+aot = pytest.importorskip("tests.aot")
+
+# What a value comes back by, as a number or as the shape of a result.
+READS = {
+    *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim", "_unique2"),
+    *("repeat_interleave.Tensor", "bincount", "histc", "_assert_async"),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class NothingIsRead(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        self.seen.append(name)
+        assert name not in READS and name.split(".")[0] not in READS, f"{name} waits for the GPU"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the kernels that would have been launched."""
+    done: list[str] = []
+
+    def launch(self: Any, *arguments: Any, **keywords: Any) -> None:
+        done.append(self.fn.__name__)
+
+    if triton.knobs.runtime.interpret:
+        pytest.skip("the interpreter has no launches")
+    monkeypatch.setattr(aot.JITFunction, "run", launch)
+    monkeypatch.setattr(aot.driver, "_active", aot._Driver(90))
+    monkeypatch.setattr(_packed_cuda, "_launch", lambda *arguments: done.append("packed_linear"))
+    monkeypatch.setattr(_packed_cuda, "_round_rows", lambda *arguments: done.append("round_rows"))
+    yield done
+
+
+def watched(call: Callable[[], Tensor]) -> Tensor:
+    with NothingIsRead() as mode:
+        y = call()
+    assert mode.seen
+    return y
+
+
+def test_a_read_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="_local_scalar_dense.default waits for the GPU"):
+        watched(lambda: torch.ones(2) * float(torch.ones(())))
+    with pytest.raises(AssertionError, match="nonzero.default waits for the GPU"):
+        watched(lambda: (torch.ones(2) > 0).nonzero())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("rows", [1, 5, 130])
+def test_packed_linear(rows: int, granularity: str, precision: str, dtype: torch.dtype, launches: list[str]) -> None:
+    x, codes, levels, bias, _ = linear_case(3, granularity, rows, 9, 300)
+    layout = make_gpu_layout(codes, levels, 300, precision)
+    arguments = (x.to(dtype), codes, levels, bias, precision, layout, True)
+    y = watched(lambda: packed_linear_triton(*arguments))
+    assert (y.shape, y.dtype) == ((rows, 9), dtype)
+    assert ("quantize_rows_kernel" in launches) == (precision == "int8")
+    launches.clear()
+    if rows <= _packed_cuda.MAX_ROWS:
+        y = watched(lambda: packed_linear_cuda(*arguments))
+        assert (y.shape, y.dtype) == ((rows, 9), dtype)
+        assert launches == (["round_rows"] if precision == "int8" else []) + ["packed_linear"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 2)], ids=str)
+def test_packed_conv2d(kernel: tuple[int, int], precision: str, dtype: torch.dtype, launches: list[str]) -> None:
+    x, codes, levels, bias, _ = conv2d_case(3, "channel", (3, 9, 70), kernel)
+    taps = kernel[0] * kernel[1]
+    layout = make_gpu_layout(codes, levels, 70 * taps, precision, taps)
+    geometry = (kernel, (1, 1), (0, 0), (1, 1), 1)
+    y = watched(lambda: packed_conv2d_triton(x.to(dtype), codes, levels, bias, *geometry, precision, layout, True))
+    assert y.dtype == dtype
+    assert f"packed_{'linear' if kernel == (1, 1) else 'conv2d'}_fwd_kernel" in launches
