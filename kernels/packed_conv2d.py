@@ -151,7 +151,7 @@ def forward(
     y = torch.empty((P, N), device=x.device, dtype=x.dtype)
     if K == C and groups == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
         if row_scale is not None:
-            row_scale = row_scale[:, None].expand(B, H * W).reshape(P)
+            row_scale = row_scale[:, None].expand(B, H * W).contiguous().view(P)
         rows = images.view(P, C)
         packed_linear.multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, block_words)
         return y.view(B, OH, OW, N).permute(0, 3, 1, 2)

@@ -150,8 +150,10 @@ def from_tile(tile, x_bytes, precision, flags):
     tile = dict(tile)
     if per_word == 32 and precision == "bf16":
         tile["BW"] = 16  # 32 fields of twice as many columns would leave no room for a second stage
-    if flags["PER_CHANNEL"] and tile["BM"] * tile["BW"] >= 64 * 32:
-        tile["BN"] //= 2  # levels of each channel in registers: sm_80 would spill
+    # What sm_80 would spill: levels of each channel in registers, pointers to those of each, 32 fields of wide tiles.
+    wide = tile["BM"] * tile["BW"] >= 64 * 32 or (precision == "fp32" and per_word == 8 and tile["BM"] >= 64)
+    if (flags["PER_CHANNEL"] and wide) or (precision == "bf16" and per_word == 32 and tile["BM"] == 64):
+        tile["BN"] //= 2
     stage = tile["BM"] * tile["BW"] * x_bytes * (per_word if unrolled else 1)
     return {
         "kernel": "product",
@@ -198,8 +200,20 @@ def configuration(op, rows, x, precision, flags, channels, columns, words):
     if op == "packed_linear" and GEMV_ROWS[precision] >= rows:
         return gemv_config(words, channels, x.device)
     lines = tiles_for(configs.rule(precision))
+    int8_window = op == "packed_conv2d" and precision == "int8"
+    if int8_window and architecture() < 90:
+        lines = lines[:-1]  # a window takes an address a pixel: 128 of them would be spilled
     tile = next((line for line in lines if line["BM"] >= rows), lines[-1])
-    return from_tile(tile, x.element_size(), precision, flags)
+    config = from_tile(tile, x.element_size(), precision, flags)
+    if op == "packed_conv2d":  # whose gathered addresses take registers too: they would be spilled
+        few_rows = flags["BITS"] == 4 and config["BM"] == 16 and not (int8_window and flags["PER_CHANNEL"])
+        few_warps = few_rows or (int8_window and config["BM"] == 64 and architecture() < 90)
+        config["num_warps"] = 4 if few_warps else 8
+        if int8_window and config["BM"] == 128:
+            config["num_stages"] = 1
+        if precision == "bf16" and flags["BITS"] == 1 and config["BM"] == 64:
+            config["BN"] //= 2
+    return config
 
 
 def forward(x, words, num_levels, book, scale, bias, precision, block_words, relu):

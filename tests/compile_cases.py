@@ -269,11 +269,23 @@ def _packed_linear(
     packed_linear_triton(torch.zeros(batch, columns, dtype=dtype), *weight, precision, None, relu)
 
 
-def _packed_conv2d(shape: tuple[int, int, int, int], channels: int, precision: str, num_levels: int = 3) -> None:
+def _packed_conv2d(
+    shape: tuple[int, int, int, int], channels: int, precision: str, num_levels: int = 3, groups: int = 1
+) -> None:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    weight = _packed_weight(channels, shape[1] * 9, num_levels, 1)
+    weight = _packed_weight(channels, shape[1] * 9, num_levels, groups)
     geometry = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
     packed_conv2d_triton(torch.zeros(shape, dtype=dtype), *weight, *geometry, precision, None)
+
+
+def packed_linear_case(rows: int, precision: str, num_levels: int, groups: int) -> Callable[[], None]:
+    return partial(_packed_linear, rows, precision, num_levels, groups)
+
+
+def packed_conv2d_case(
+    shape: tuple[int, int, int, int], channels: int, precision: str, num_levels: int, groups: int
+) -> Callable[[], None]:
+    return partial(_packed_conv2d, shape, channels, precision, num_levels, groups)
 
 
 def _packed_sum(dtype: torch.dtype) -> None:
@@ -286,12 +298,14 @@ def _packed_sum(dtype: torch.dtype) -> None:
 PACKED: Cases = {
     **{f"packed_linear-bfloat16-B{batch}-M3": partial(_packed_linear, batch, "bf16") for batch in (1, 16, 32, 64, 128)},
     "packed_linear-bfloat16-B16-M2": partial(_packed_linear, 16, "bf16", 2),
+    "packed_linear-bfloat16-B64-M2": partial(_packed_linear, 64, "bf16", 2),
     "packed_linear-bfloat16-B1-M16": partial(_packed_linear, 1, "bf16", 16),
     "packed_linear-bfloat16-B128-M4-channel": partial(_packed_linear, 128, "bf16", 4, 512),
     "packed_linear-bfloat16-B64-M16-K511-channel": partial(_packed_linear, 64, "bf16", 16, 512, 511),
     **{f"packed_linear-int8-B{batch}-M3": partial(_packed_linear, batch, "int8") for batch in (1, 16, 128)},
     "packed_linear-int8-B64-M4-channel": partial(_packed_linear, 64, "int8", 4, 512),
     **{f"packed_linear-float32-B{batch}-M3": partial(_packed_linear, batch, "fp32") for batch in (1, 16, 64)},
+    "packed_linear-float32-B64-M5-channel": partial(_packed_linear, 64, "fp32", 5, 512),
     "packed_linear-float32-B32-M16-K511-channel": partial(_packed_linear, 32, "fp32", 16, 512, 511),
     "packed_linear-bfloat16-B128-M3-relu": partial(_packed_linear, 128, "bf16", relu=True),
     "packed_linear-float32-B64-M3-relu": partial(_packed_linear, 64, "fp32", relu=True),

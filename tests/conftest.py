@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -29,6 +30,17 @@ def float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BQNN_BACKEND", raising=False)
+
+
+@pytest.fixture
+def interpreted_bfloat16() -> Iterator[None]:
+    """Where kernels are interpreted, makes Triton compute with bfloat16 numbers and not with their bits."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    interpreter = pytest.importorskip("tests.interpreter")
+    with interpreter.bfloat16_is_right():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -21,8 +21,10 @@ from bqnn.ops.packed_conv2d import packed_conv2d
 from bqnn.ops.packed_linear import packed_linear
 from bqnn.packed import PackedConv2d, PackedLinear
 from tests import test_packed_conv2d
-from tests.helpers import skip_what_is_interpreted_wrongly, triton_devices
+from tests.helpers import triton_devices
 from tests.test_packed_linear import make_case
+
+pytestmark = pytest.mark.usefixtures("interpreted_bfloat16")
 
 DEVICES = triton_devices("packed_linear")
 
@@ -195,8 +197,6 @@ def spies(monkeypatch: pytest.MonkeyPatch) -> dict[str, Spy]:
 @pytest.mark.parametrize("precision", ["fp32", "int8", "bf16"])
 @pytest.mark.parametrize("rows", [1, 3, 20])
 def test_a_product_with_every_candidate(rows: int, precision: str, device: str, spies: dict[str, Spy]) -> None:
-    if precision == "bf16":
-        skip_what_is_interpreted_wrongly("triton", torch.bfloat16)
     linear = pytest.importorskip("bqnn.kernels.packed_linear")
     x, codes, levels, bias, _ = make_case(3, "tensor", rows, 3 if rows < 4 else 17, 260)
     exact = packed_linear(x, codes, levels, bias, precision, backend="reference")

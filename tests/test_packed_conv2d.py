@@ -18,8 +18,10 @@ from bqnn.ops._packed_layout import make_layout
 from bqnn.ops.packed_conv2d import packed_conv2d
 from bqnn.packing import pack_codes
 from tests import formulas
-from tests.helpers import skip_what_is_interpreted_wrongly, triton_devices, usable_backends
+from tests.helpers import triton_devices, usable_backends
 from tests.shapes import INTERPRETED
+
+pytestmark = pytest.mark.usefixtures("interpreted_bfloat16")
 
 BACKENDS = [param for param in usable_backends("packed_conv2d") if not INTERPRETED or param.values[0][1] == "triton"]
 IMAGE = (7, 8) if INTERPRETED else (11, 13)
@@ -103,7 +105,6 @@ def test_fp32(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_levels", [2, 3, 16])
 def test_bf16_rounds_the_operands_only(num_levels: int, backend: tuple[str, str]) -> None:
-    skip_what_is_interpreted_wrongly(backend[1], torch.bfloat16)
     x, codes, levels, bias, weight = make_case(num_levels, "channel", (4, 9, 6), 3)
     x *= torch.logspace(-4, 4, 4).view(-1, 1, 1, 1)
     exact = F.conv2d(x.bfloat16().double(), weight.bfloat16().double(), bias.double(), padding=1)
@@ -202,8 +203,6 @@ def test_relu_is_that_of_torch(
     backend: tuple[str, str],
     precision: str,
 ) -> None:
-    if precision == "bf16":
-        skip_what_is_interpreted_wrongly(backend[1], torch.bfloat16)
     x, codes, levels, bias, _ = make_case(num_levels, granularity, shape, kernel_size, geometry.get("groups", 1))
     bias -= 1
     x[-1, 0, 0, 0] = torch.nan
@@ -234,8 +233,6 @@ def test_a_layout_changes_nothing(precision: str) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_layouts_and_empty_batch(precision: str) -> None:
-    if precision == "bf16":
-        skip_what_is_interpreted_wrongly(dispatch.choose("packed_conv2d", torch.device("cpu")), torch.bfloat16)
     x, codes, levels, bias, _ = make_case(3, "channel", (4, 9, 6), 3)
     y = packed_conv2d(x, codes, levels, bias, 3, precision=precision)
     assert y.is_contiguous()

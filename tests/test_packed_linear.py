@@ -18,8 +18,10 @@ from bqnn.ops._packed_layout import make_layout
 from bqnn.ops.packed_linear import packed_linear
 from bqnn.packing import pack_codes
 from tests import formulas
-from tests.helpers import skip_what_is_interpreted_wrongly, triton_devices, usable_backends
+from tests.helpers import triton_devices, usable_backends
 from tests.shapes import EVERY_M, GRANULARITIES, INTERPRETED
+
+pytestmark = pytest.mark.usefixtures("interpreted_bfloat16")
 
 BACKENDS = [param for param in usable_backends("packed_linear") if not INTERPRETED or param.values[0][1] == "triton"]
 SHAPES = [
@@ -63,9 +65,7 @@ def run(
     precision: str = "fp32",
     relu: bool = False,
 ) -> Tensor:
-    """The product by a backend on its device, moved back; skips what can not be interpreted."""
-    if precision == "bf16":
-        skip_what_is_interpreted_wrongly(backend[1], torch.bfloat16)
+    """The product by a backend on its device, moved back."""
     tensors = (tensor if tensor is None else tensor.to(backend[0]) for tensor in (x, codes, levels, bias))
     return packed_linear(*tensors, precision, backend=backend[1], relu=relu).cpu()  # type: ignore[arg-type]
 
@@ -184,9 +184,8 @@ def test_any_number_of_rows(num_levels: int, rows: int, backend: tuple[str, str]
     assert relative_error(run(backend, x, codes, levels, bias), exact) <= 1e-5
     expected = packed_linear(x, codes, levels, bias, "int8", backend="reference")
     assert torch.equal(run(backend, x, codes, levels, bias, "int8"), expected)
-    if not INTERPRETED:
-        rounded = F.linear(x.bfloat16().double(), weight.bfloat16().double(), bias.double())
-        assert relative_error(run(backend, x, codes, levels, bias, "bf16"), rounded) <= 1e-6
+    rounded = F.linear(x.bfloat16().double(), weight.bfloat16().double(), bias.double())
+    assert relative_error(run(backend, x, codes, levels, bias, "bf16"), rounded) <= 1e-6
 
 
 @pytest.mark.parametrize("device", triton_devices("packed_linear"))
@@ -269,7 +268,6 @@ def test_empty_batch(precision: str) -> None:
 def test_half_activations_are_computed_in_float32(
     precision: str, dtype: torch.dtype, rows: int, backend: tuple[str, str]
 ) -> None:
-    skip_what_is_interpreted_wrongly(backend[1], dtype)
     x, codes, levels, bias, _ = make_case(3, "tensor", rows, 5, 21)
     x, bias = x.to(dtype), bias.to(dtype)
     y = run(backend, x, codes, levels, bias, precision)
