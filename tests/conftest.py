@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.shapes import INTERPRETED
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +33,10 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BQNN_BACKEND", raising=False)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def interpreted_bfloat16() -> Iterator[None]:
     """Where kernels are interpreted, makes Triton compute with bfloat16 numbers and not with their bits."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not INTERPRETED:
         yield
         return
     interpreter = pytest.importorskip("tests.interpreter")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bqnn import dispatch, extension
 from tests import formulas
-from tests.shapes import INTERPRETED, Conv2dShape, LinearShape
+from tests.shapes import Conv2dShape, LinearShape
 
 SEED = 0x1234_5678_9ABC_DEF0  # uses both halves of the key
 MARGIN = 1e-3  # no sampled weight is nearer to a threshold, so that rounding does not choose its cell
@@ -50,12 +50,6 @@ def triton_devices(op: str) -> list[Any]:
         for device in DEVICES
         if dispatch.status(op, "triton", device).usable
     ]
-
-
-def skip_what_is_interpreted_wrongly(backend: str, dtype: torch.dtype) -> None:
-    """Triton 3.8's interpreter multiplies the bit patterns of bfloat16 numbers, and rounds to them by cutting off."""
-    if INTERPRETED and backend == "triton" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter can not multiply bfloat16; test_kernels_compile.py compiles these products")
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""Triton 3.8's interpreter keeps a bfloat16 as its 16 bits: products multiply those, and casts cut off. Mended here."""
+"""Triton 3.8's interpreter keeps a bfloat16 as its 16 bits: it computes with those, and casts cut off. Mended here."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def bfloat16_is_right() -> Iterator[None]:
-    """Products of bfloat16 are those of the numbers, summed in the accumulator's dtype, and casts to it round."""
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    """Arithmetic of bfloat16 is that of the numbers, rounded; products are summed in the accumulator's dtype; casts round."""
+    binary, cast, dot = InterpreterBuilder.binary_op, InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
     to_float = InterpreterBuilder.create_fp_to_fp
 
     def is_rounding(src: TensorHandle, dst_type: Any) -> bool:
@@ -42,12 +42,19 @@ def bfloat16_is_right() -> Iterator[None]:
             return TensorHandle(rounded(src.data), tl.bfloat16)
         return to_float(self, src, dst_type, mode)
 
+    def binary_op(self: Any, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
+        if lhs.dtype.scalar != tl.bfloat16:
+            return binary(self, lhs, rhs, op)
+        output = op(widened(lhs.data), widened(rhs.data))
+        return TensorHandle(output if output.dtype == np.bool_ else rounded(output), tl.bfloat16)
+
     def create_dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
         if a.dtype.scalar == tl.bfloat16:
             a, b = (TensorHandle(widened(operand.data), tl.float32) for operand in (a, b))
         return dot(self, a, b, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "binary_op", binary_op)
         patch.setattr(InterpreterBuilder, "create_dot", create_dot)
         patch.setattr(InterpreterBuilder, "create_fp_to_fp", create_fp_to_fp)
         for name in ("cast_impl", "create_fp_trunc", "create_fp_ext"):

@@ -24,8 +24,6 @@ from tests import test_packed_conv2d
 from tests.helpers import triton_devices
 from tests.test_packed_linear import make_case
 
-pytestmark = pytest.mark.usefixtures("interpreted_bfloat16")
-
 DEVICES = triton_devices("packed_linear")
 
 PRODUCT = {"kernel": "product", "BM": 32, "BN": 32, "BW": 16, "UNROLLED": True, "num_warps": 4, "num_stages": 2}

@@ -25,7 +25,6 @@ from tests.helpers import (
     geometry_arguments,
     make_case,
     moment_product,
-    skip_what_is_interpreted_wrongly,
     triton_devices,
     usable_backends,
 )
@@ -75,7 +74,6 @@ def test_values_and_gradients(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_input_and_float32_weight(dtype: torch.dtype, mode: str, runs_on: tuple[str, str]) -> None:
     device, backend = runs_on
-    skip_what_is_interpreted_wrongly(backend, dtype)
     case = make_case(SMALL_CONV2D, 5, "channel").to(x=dtype)
     assert_matches(partial(run, mode=mode, backend=backend), formula_for(case, mode), case, device, GRADIENTS[mode])
 

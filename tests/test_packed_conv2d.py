@@ -21,8 +21,6 @@ from tests import formulas
 from tests.helpers import triton_devices, usable_backends
 from tests.shapes import INTERPRETED
 
-pytestmark = pytest.mark.usefixtures("interpreted_bfloat16")
-
 BACKENDS = [param for param in usable_backends("packed_conv2d") if not INTERPRETED or param.values[0][1] == "triton"]
 IMAGE = (7, 8) if INTERPRETED else (11, 13)
 GEOMETRIES: dict[str, tuple[tuple[int, int, int], int | tuple[int, int], dict[str, Any]]] = {

@@ -21,8 +21,6 @@ from tests import formulas
 from tests.helpers import triton_devices, usable_backends
 from tests.shapes import EVERY_M, GRANULARITIES, INTERPRETED
 
-pytestmark = pytest.mark.usefixtures("interpreted_bfloat16")
-
 BACKENDS = [param for param in usable_backends("packed_linear") if not INTERPRETED or param.values[0][1] == "triton"]
 SHAPES = [
     pytest.param(rows, channels, columns, id=f"B{rows}-N{channels}-K{columns}")

@@ -25,7 +25,6 @@ from tests.helpers import (
     geometry_arguments,
     make_case,
     sampled_product,
-    skip_what_is_interpreted_wrongly,
     triton_devices,
     usable_backends,
 )
@@ -85,7 +84,6 @@ def test_deterministic(shape: Conv2dShape, num_levels: int, granularity: str, ru
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_input_and_float32_weight(dtype: torch.dtype, granularity: str, runs_on: tuple[str, str]) -> None:
     device, backend = runs_on
-    skip_what_is_interpreted_wrongly(backend, dtype)
     case = sampled_case(SMALL_CONV2D, 5, granularity).to(x=dtype)
     formula = partial(sampled_product, noise=noise_of(case))
     assert_matches(partial(run, backend=backend), formula, case, device, GRADIENTS)

@@ -21,7 +21,6 @@ from tests.helpers import (
     compiled_backends,
     make_case,
     sampled_product,
-    skip_what_is_interpreted_wrongly,
     triton_devices,
     usable_backends,
 )
@@ -79,7 +78,6 @@ def test_deterministic(shape: LinearShape, num_levels: int, granularity: str, ru
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_input_and_float32_weight(dtype: torch.dtype, granularity: str, runs_on: tuple[str, str]) -> None:
     device, backend = runs_on
-    skip_what_is_interpreted_wrongly(backend, dtype)
     case = sampled_case(LinearShape(9, 33, 129), 5, granularity).to(x=dtype)
     formula = partial(sampled_product, noise=noise_of(case))
     assert_matches(partial(run, backend=backend), formula, case, device, GRADIENTS)
