@@ -304,7 +304,7 @@ Tensor packed_layout_op(Tensor codes, Tensor levels, Tensor int8_levels, Tensor 
                             static_cast<int>(kernel_size[1]),
                             static_cast<int>(dilation_w),
                             static_cast<Precision>(precision_index),
-                            linear && isa() >= Isa::avx512};
+                            linear ? isa() >= Isa::avx512 : isa() == Isa::avx512};
   Tensor layout = torch::stable::new_empty(codes, {static_cast<int64_t>(layout_bytes(weight))});
   make_layout(weight, layout.mutable_data_ptr());
   return layout;

@@ -53,24 +53,27 @@ PackedLayout plan(const PackedWeight& w) {
   }
   // One vector more: kernels load words at byte offsets.
   p.words = part(p.groups * p.blocks * p.block_words() * sizeof(uint32_t) + 64);
-  if (w.triples && w.num_levels == 3 && w.codebooks == 1 && w.precision != Precision::int8)
-    p.triples = part(p.blocks * p.triple_words() * kBlock * sizeof(uint32_t));
+  if (w.numbers && w.num_levels <= 3 && w.codebooks == 1 && w.precision == Precision::fp32)
+    p.numbers = part(p.groups * p.blocks * p.number_words() * kBlock * sizeof(uint32_t));
   p.bytes = end;
   return p;
 }
 
-// Adds the triples of a channel with the given codes.
-void add_triples(const PackedLayout& p, int64_t channel, const uint8_t* codes, uint32_t* triples) {
-  const int64_t block = channel / kBlock, unit = block / kTripleBlocks, left = p.blocks - unit * kTripleBlocks;
-  const int64_t stride = (left < kTripleBlocks ? left : kTripleBlocks) * kBlock;
-  uint32_t* word = triples + unit * p.triple_words() * kTripleBlocks * kBlock + block % kTripleBlocks * kBlock +
-                   channel % kBlock;
-  constexpr uint32_t kPower[3] = {1, 3, 9};
-  for (int64_t first = 0; first < p.columns; first += kTripleWeights, word += stride)
-    for (int64_t k = first; k < first + kTripleWeights && k < p.columns; ++k) {
-      const int triple = static_cast<int>(k - first) / 3;
-      *word += kPower[(k - first) % 3] * codes[k] << (triple * kTripleBits);
+// Adds the numbers of channel n, whose codes are in stored order, [input][tap].
+void add_numbers(const PackedLayout& p, int64_t n, const uint8_t* codes, uint32_t* words) {
+  const int64_t group = n / p.group_channels(), channel = n % p.group_channels(), block = channel / kBlock;
+  const int64_t unit = block / kNumberBlocks, left = p.blocks - unit * kNumberBlocks, taps = p.taps();
+  const int64_t stride = (left < kNumberBlocks ? left : kNumberBlocks) * kBlock;
+  const Numbers number = numbers_of(p.num_levels);
+  words += p.numbers_at(group, unit) + block % kNumberBlocks * kBlock + channel % kBlock;
+  for (int64_t input = 0; input < p.inputs; ++input) {
+    uint32_t power = 1;
+    for (int64_t j = 0; j < input % number.weights; ++j) power *= static_cast<uint32_t>(p.num_levels);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t i = input / number.weights * taps + tap;
+      words[i / number.in_word * stride] += power * codes[input * taps + tap] << (i % number.in_word * number.bits);
     }
+  }
 }
 
 }  // namespace
@@ -114,7 +117,7 @@ void make_layout(const PackedWeight& w, void* memory) {
       unsigned byte = w.codes[n * width + i];
       for (int d = 0; d < digits; ++d, byte /= w.num_levels) codes[i * digits + d] = byte % w.num_levels;
     }
-    if (p.triples != 0) add_triples(p, n, codes.data(), reinterpret_cast<uint32_t*>(base + p.triples));
+    if (p.numbers != 0) add_numbers(p, n, codes.data(), reinterpret_cast<uint32_t*>(base + p.numbers));
     const int64_t group = n / p.group_channels(), in_group = n % p.group_channels();
     const int64_t lane = group * p.blocks * kBlock + in_group, codebook = w.codebooks == 1 ? 0 : n;
     if (w.codebooks > 1) fill_tables(lane, codebook);

@@ -12,12 +12,13 @@
 // channels run inside it, channels fastest), or one for each (r, s) where dilation sets the columns apart. Every
 // segment is padded to whole steps of one 64-byte row of activations.
 //
-// A linear layer with one codebook of three levels, in "fp32" or "bf16", may have its codes a second time, for few rows
-// on AVX-512: three codes are a number below 27, and a word holds six of these,
+// A layer with one codebook of two or three levels, in "fp32", may have its codes a second time, for AVX-512: those of four
+// (three) consecutive inputs at one kernel tap are a number, and a word holds eight (six) of these, in the order
+// [inputs / 4 (3)][r][s],
 //
-//     triple i of a word is at bit 5 i, and weight j of a triple counts 3^j
+//     number i of a word is at bit 4 i (5 i), and weight j of a number counts 2^j (3^j)
 //
-// Up to 8 blocks stand side by side, so that a kernel reads them as one stream.
+// Up to 8 blocks of a group stand side by side, so that a kernel reads them as one stream.
 #pragma once
 
 #include <cstddef>
@@ -29,8 +30,14 @@ enum class Precision : int32_t { fp32, bf16, int8 };
 
 constexpr int kBlock = 16;  // output channels side by side
 constexpr int kTable = 16;  // entries of a decoding table: the levels, at most 16, repeated with period 2^bits
-constexpr int kTripleBits = 5, kTripleWeights = 18;  // of a word of triples
-constexpr int kTripleBlocks = 8;                     // side by side
+constexpr int kNumberBlocks = 8;  // side by side
+
+// Numbers of several weights.
+struct Numbers {
+  int weights, bits, in_word;
+};
+
+constexpr Numbers numbers_of(int num_levels) { return num_levels == 2 ? Numbers{4, 4, 8} : Numbers{3, 5, 6}; }
 
 struct PackedLayout {
   uint64_t magic;
@@ -47,7 +54,7 @@ struct PackedLayout {
   double affine_offset, affine_scale;
   float affine_steps[kTable];         // as in a decoding table
   int64_t words, levels, int8_levels, int8_scale, int8_sum;  // where each part begins, in bytes
-  int64_t triples;                                           // likewise, or 0 where there are none
+  int64_t numbers;                                           // likewise, or 0 where there are none
 
   int64_t word_weights() const { return 32 / bits; }
   int64_t block_words() const { return segments * padded / word_weights() * kBlock; }
@@ -58,10 +65,18 @@ struct PackedLayout {
   const uint32_t* block(int64_t group, int64_t index) const {
     return reinterpret_cast<const uint32_t*>(at(words)) + (group * blocks + index) * block_words();
   }
-  int64_t triple_words() const { return (columns + kTripleWeights - 1) / kTripleWeights; }
-  // The triples of 8 blocks, of fewer at the end, [triple_words][blocks][16].
-  const uint32_t* triple_unit(int64_t index) const {
-    return reinterpret_cast<const uint32_t*>(at(triples)) + index * triple_words() * kTripleBlocks * kBlock;
+  int64_t taps() const { return int64_t{kernel_h} * kernel_w; }
+  int64_t number_words() const {
+    const Numbers number = numbers_of(num_levels);
+    const int64_t count = (inputs + number.weights - 1) / number.weights * taps();
+    return (count + number.in_word - 1) / number.in_word;
+  }
+  // Where the numbers of 8 blocks of a group begin, of fewer at its end: [number_words][blocks][16].
+  int64_t numbers_at(int64_t group, int64_t unit) const {
+    return (group * blocks + unit * kNumberBlocks) * number_words() * kBlock;
+  }
+  const uint32_t* number_unit(int64_t group, int64_t unit) const {
+    return reinterpret_cast<const uint32_t*>(at(numbers)) + numbers_at(group, unit);
   }
   // [1, or groups * blocks * 16][16]: the levels of a codebook; a channel beyond the last one has zeros.
   const float* level_table() const { return reinterpret_cast<const float*>(at(levels)); }
@@ -79,7 +94,7 @@ struct PackedWeight {
   int64_t channels, columns, groups;
   int num_levels, codebooks, kernel_h, kernel_w, dilation_w;
   Precision precision;
-  bool triples;  // whether a kernel may read triples: AVX-512, and a linear layer
+  bool numbers;  // whether a kernel may read them
 };
 
 // Bytes of the layout of `weight`.

@@ -44,6 +44,9 @@ inline void linear_of(const LinearCall& call, const Parallel& parallel) {
 
 template <class X>
 inline void conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
+#if BQNN_LANES == 16
+  if (run_sums_conv2d<X>(call, parallel)) return;
+#endif
   const PackedLayout& layout = *call.weight;
   if (layout.precision == Precision::int8) return run_conv2d<Int8Operand, X>(call, parallel);
   // A segment of odd length would end in a pair with its neighbour, which may be infinite, times 0.

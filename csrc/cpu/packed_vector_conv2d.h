@@ -135,14 +135,15 @@ inline void place_pixels(const Conv2dCall& call, const ConvPlan& plan, const cha
   for (int64_t i = count; i < count + kTile; ++i) position[i] = position[count - 1];
 }
 
-// Writes `count` outputs of `width` channels, from output pixel `first` of an image on.
+// Writes `count` outputs of `width` channels, from output pixel `first` of an image on; products of a pixel are `stride`
+// apart from those of the next.
 template <class Op, class Y>
-inline void finish_pixels(const Conv2dCall& call, const typename Op::Product* products, int64_t first, int64_t count,
-                          int64_t channel, int64_t width, const Epilogue& strip, float scale, Y* image) {
+inline void finish_pixels(const Conv2dCall& call, const typename Op::Product* products, int64_t stride, int64_t first,
+                          int64_t count, int64_t channel, int64_t width, const Epilogue& strip, float scale, Y* image) {
   const int64_t channels = call.weight->channels, positions = call.out_height * call.out_width;
   if (call.channels_last) {
     for (int64_t i = 0; i < count; ++i)
-      finish_row<Op>(products + i * kWidth, width, strip, scale, image + (first + i) * channels + channel);
+      finish_row<Op>(products + i * stride, width, strip, scale, image + (first + i) * channels + channel);
     return;
   }
   using Product = typename Op::Product;
@@ -152,7 +153,7 @@ inline void finish_pixels(const Conv2dCall& call, const typename Op::Product* pr
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
       alignas(64) uint32_t square[kLanes][kLanes];
-      transpose_square(products + i * kWidth + c, kWidth, square);
+      transpose_square(products + i * stride + c, stride, square);
       for (int64_t of = c; of < end; ++of) {
         Product line[kLanes];
         __builtin_memcpy(line, square[of - c], sizeof line);
@@ -161,7 +162,7 @@ inline void finish_pixels(const Conv2dCall& call, const typename Op::Product* pr
     }
     for (; i < count; ++i)
       for (int64_t of = c; of < end; ++of)
-        narrow(output<Op>(products[i * kWidth + of], of, strip, scale), to + of * positions + i);
+        narrow(output<Op>(products[i * stride + of], of, strip, scale), to + of * positions + i);
   }
 }
 
@@ -206,7 +207,7 @@ void run_conv2d(const Conv2dCall& call, const Parallel& parallel) {
         for (int64_t done = 0; done < count;) {
           const int64_t image = (first + done) / positions, from = (first + done) % positions;
           const int64_t here = positions - from < count - done ? positions - from : count - done;
-          finish_pixels<Op>(call, products + done * kWidth, from, here, group * in_group + in, width, strip,
+          finish_pixels<Op>(call, products + done * kWidth, kWidth, from, here, group * in_group + in, width, strip,
                             Op::kInt8 ? scales[image].scale : 1.0f, y + image * layout.channels * positions);
           done += here;
         }

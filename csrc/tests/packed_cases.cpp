@@ -123,6 +123,9 @@ void draw_conv(Random* random, Case* c) {
   if (depthwise) c->groups = random->size(70);
   c->inputs = depthwise ? 1 : random->size(c->groups == 1 ? 140 : 40);
   c->outputs = depthwise ? random->between(1, 2) : random->size(c->groups == 1 ? 140 : 40);
+  if (random->chance(8)) {
+    c->groups = random->between(1, 2), c->inputs = random->size(20), c->outputs = random->between(113, 300);
+  }
   c->kernel = random->chance(25) ? Pair{1, 1} : pair(1, 5, 30, 3);
   c->stride = pair(1, 3, 60, 1);
   c->dilation = pair(1, 3, 70, 1);
@@ -430,7 +433,7 @@ PackedWeight weight_of(const Case& c, const Operands& o, const uint8_t* codes) {
           c.kernel.w,
           c.dilation.w,
           c.precision,
-          !c.conv};
+          true};
 }
 
 template <class T>
