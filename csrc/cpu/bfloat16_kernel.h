@@ -1,6 +1,11 @@
-// bfloat16 in memory, float in registers; and elements that are one or the other.
+// bfloat16 in memory, float in registers.
+//
+// Included inside the namespace of a translation unit that has set the target and included vec.h.
+#pragma once
 
 typedef uint16_t Bits16 __attribute__((vector_size(2 * BQNN_LANES)));
+
+BQNN_INLINE Float widen(Bits16 bits) { return (Float)(__builtin_convertvector(bits, UInt) << 16); }
 
 BQNN_INLINE Float load_bfloat16_first(const uint16_t* p, int count) {
   Bits16 bits = {};
@@ -9,7 +14,7 @@ BQNN_INLINE Float load_bfloat16_first(const uint16_t* p, int count) {
 #else
   for (int i = 0; i < count; ++i) bits[i] = p[i];
 #endif
-  return (Float)(__builtin_convertvector(bits, UInt) << 16);
+  return widen(bits);
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
@@ -25,14 +30,4 @@ BQNN_INLINE void store_bfloat16_first(uint16_t* p, Float x, int count) {
 #else
   for (int i = 0; i < count; ++i) p[i] = bits[i];
 #endif
-}
-
-BQNN_INLINE Float load_elements(const Elements& from, int64_t i, int count) {
-  if (from.bfloat16) return load_bfloat16_first(static_cast<const uint16_t*>(from.data) + i, count);
-  return load_first(static_cast<const float*>(from.data) + i, count);
-}
-
-BQNN_INLINE void store_elements(const Elements& to, int64_t i, Float x, int count) {
-  if (to.bfloat16) return store_bfloat16_first(static_cast<uint16_t*>(to.data) + i, x, count);
-  store_first(static_cast<float*>(to.data) + i, x, count);
 }

@@ -7,6 +7,7 @@
 
 #include "assign_codes_kernel.h"
 #include "bfloat16_kernel.h"
+#include "elements_kernel.h"
 #include "philox_kernel.h"
 #include "spike_slab_kl_kernel.h"
 

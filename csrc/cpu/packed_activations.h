@@ -3,67 +3,60 @@
 // Included inside the namespace of a translation unit that has set the target, after packed_decode.h.
 #pragma once
 
-BQNN_INLINE float widen(float x) { return x; }
-BQNN_INLINE float widen(Bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
+BQNN_INLINE int lanes_left(int64_t left) { return left < kLanes ? static_cast<int>(left) : kLanes; }
 
-BQNN_INLINE void narrow(float x, float* y) { *y = x; }
-BQNN_INLINE void narrow(float x, Bf16* y) {
-  x = round_to_bf16(x);
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  *y = static_cast<Bf16>(bits >> 16);
-}
+BQNN_INLINE Float load_activations(const float* x, int count) { return load_first(x, count); }
+BQNN_INLINE Float load_activations(const Bf16* x, int count) { return load_bfloat16_first(x, count); }
+
+BQNN_INLINE void store_outputs(float* y, Float value, int count) { store_first(y, value, count); }
+BQNN_INLINE void store_outputs(Bf16* y, Float value, int count) { store_bfloat16_first(y, value, count); }
 
 // The largest magnitude of n numbers; a NaN counts as larger than everything.
 template <class X>
 inline float largest(const X* x, int64_t n) {
-  int32_t most = 0;  // magnitudes of floats compare as integers, NaN above infinity
-  for (int64_t i = 0; i < n; ++i) {
-    const float value = widen(x[i]);
-    int32_t bits;
-    __builtin_memcpy(&bits, &value, sizeof bits);
-    bits &= 0x7FFFFFFF;
-    most = bits > most ? bits : most;
+  Int most = {};  // magnitudes of floats compare as integers, NaN above infinity
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Int bits = as_int(abs(load_activations(x + i, lanes_left(n - i))));
+    most = select(bits > most, bits, most);
   }
-  float value;
-  __builtin_memcpy(&value, &most, sizeof value);
+  float value = 0.0f;
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits = most[i] > bits ? most[i] : bits;
+  __builtin_memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-// An activation rounded to what the operands can hold, still a float.
+// Activations rounded to what the operands can hold, still floats; those of pairs are rounded when they are stored.
 template <class Op>
-BQNN_INLINE float rounded(float x, bool bf16, const RowScale& row) {
-  if constexpr (!Op::kInt8) return bf16 ? round_to_bf16(x) : x;
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: from here on floats are integers, rounded to even
-  float q = ((x * row.lift) * row.factor + kShift) - kShift;
-  q = q > -127.0f ? q : -127.0f;  // NaN, which an infinite scale will bring back, becomes a number
-  return q < 127.0f ? q : 127.0f;
+BQNN_INLINE Float rounded(Float x, bool bf16, const RowScale& row) {
+  if constexpr (Op::kHalf) return x;
+  if constexpr (!Op::kInt8) return bf16 ? widen(round_to_bfloat16(x)) : x;
+  const Float q = round((x * row.lift) * row.factor);
+  return min(max(q, broadcast(-127.0f)), broadcast(127.0f));  // NaN, which an infinite scale brings back, is a number now
 }
 
 template <class Op>
-BQNN_INLINE typename Op::Element operand(float rounded) {
-  using Element = typename Op::Element;
+BQNN_INLINE void store_operands(typename Op::Element* to, Float rounded, int count) {
   if constexpr (Op::kHalf) {
-    Element half;
-    narrow(rounded, &half);
-    return half;
+    store_bfloat16_first(to, rounded, count);
+  } else if constexpr (Op::kInt8 && sizeof(typename Op::Element) < 4) {
+    const Int q = to_int(rounded) + static_cast<int>(Op::kZero);
+#if BQNN_LANES == 16
+    _mm512_mask_cvtepi32_storeu_epi8(to, (__mmask16)((1u << count) - 1u), (__m512i)q);
+#else
+    for (int i = 0; i < count; ++i) to[i] = static_cast<typename Op::Element>(q[i]);
+#endif
+  } else {
+    store_first(to, rounded, count);
   }
-  if constexpr (!Op::kInt8) return rounded;
-  return static_cast<Element>(static_cast<int32_t>(rounded) + static_cast<int32_t>(Op::kZero));
 }
 
 template <class Op, class X>
 __attribute__((noinline)) void pack_row(const X* x, int64_t n, bool bf16, const RowScale& row,
                                         typename Op::Element* to) {
-  if (bf16) {
-    for (int64_t i = 0; i < n; ++i) to[i] = operand<Op>(rounded<Op>(widen(x[i]), true, row));
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = operand<Op>(rounded<Op>(widen(x[i]), false, row));
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int count = lanes_left(n - i);
+    store_operands<Op>(to + i, rounded<Op>(load_activations(x + i, count), bf16, row), count);
   }
 }
 
@@ -75,25 +68,45 @@ struct Epilogue {
   float least;          // as least_output has it
 };
 
-// The output of channel i, each operation rounded by itself.
+// Makes outputs of the products of some channels at one position, or of one channel at some: each operation rounded by
+// itself.
 template <class Op>
-BQNN_INLINE float output(typename Op::Product product, int64_t i, const Epilogue& channels, float scale) {
-  float value;
-  if constexpr (Op::kInt8) {
-    const uint32_t shift = static_cast<uint32_t>(Op::kZero) * static_cast<uint32_t>(channels.sums[i]);
-    const auto total = static_cast<int32_t>(static_cast<uint32_t>(product) - shift);
-    value = (static_cast<float>(total) * channels.step[i]) * scale;
-  } else {
-    value = product;
-  }
-  if (channels.bias) value += channels.bias[i];
-  return value < channels.least ? channels.least : value;
-}
+struct Finish {
+  Float bias = {}, step = {};
+  UInt shift = {};
+  bool has_bias;
+  float least;
 
-// Outputs of n channels at one position.
+  // Channels i, i + 1, ..., of which `count` count; the layout's own vectors go on to the end of a block.
+  BQNN_INLINE Finish(const Epilogue& of, int64_t i, int count) : has_bias(of.bias != nullptr), least(of.least) {
+    if (has_bias) bias = load_first(of.bias + i, count);
+    if constexpr (Op::kInt8) step = load(of.step + i), shift = kZero * load_lanes(of.sums + i);
+  }
+  // Channel i.
+  BQNN_INLINE Finish(const Epilogue& of, int64_t i) : has_bias(of.bias != nullptr), least(of.least) {
+    if (has_bias) bias = broadcast(of.bias[i]);
+    if constexpr (Op::kInt8)
+      step = broadcast(of.step[i]), shift = kZero * static_cast<uint32_t>(of.sums[i]) - UInt{};
+  }
+
+  BQNN_INLINE Float operator()(UInt products, float scale) const {
+    Float value = (Float)products;
+    if constexpr (Op::kInt8) value = (to_float((Int)(products - shift)) * step) * scale;
+    if (has_bias) value += bias;
+    return max(broadcast(least), value);
+  }
+
+ private:
+  static constexpr auto kZero = static_cast<uint32_t>(Op::kZero);
+};
+
+// Outputs of n channels at one position; products go on to the end of a block.
 template <class Op, class Y>
 inline void finish_row(const typename Op::Product* products, int64_t n, const Epilogue& channels, float scale, Y* y) {
-  for (int64_t i = 0; i < n; ++i) narrow(output<Op>(products[i], i, channels, scale), y + i);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int count = lanes_left(n - i);
+    store_outputs(y + i, Finish<Op>(channels, i, count)(load_lanes(products + i), scale), count);
+  }
 }
 
 template <class Op, class Call>

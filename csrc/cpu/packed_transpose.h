@@ -20,13 +20,3 @@ inline __attribute__((always_inline)) void transpose(UInt v[kLanes]) {
     }
   }
 }
-
-// Both are squares of kLanes rows of kLanes numbers, `stride` 32-bit numbers apart in `from`.
-inline void transpose_square(const void* from, int64_t stride, uint32_t (&to)[kLanes][kLanes]) {
-  UInt v[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) v[i] = load_lanes(static_cast<const uint32_t*>(from) + i * stride);
-  transpose(v);
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) __builtin_memcpy(to[i], &v[i], sizeof v[i]);
-}

@@ -7,6 +7,8 @@
 
 #include "packed_shared.h"
 
+#include "bfloat16_kernel.h"
+
 #include "packed_operands.h"
 
 #include "packed_transpose.h"

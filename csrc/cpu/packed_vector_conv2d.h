@@ -36,26 +36,36 @@ inline ConvPlan plan_conv2d(const Conv2dCall& call, int threads, int64_t* offset
 template <class Op, class X>
 __attribute__((noinline)) void pack_square(const X* from, int64_t plane, int channels, int pixels, bool bf16,
                                            const RowScale& scale, typename Op::Element* to, int64_t pixel) {
-  float square[kLanes][kLanes];
-  for (int c = 0; c < channels; ++c) {
-    const X* row = from + c * plane;
-    if (pixels == kLanes) {
-      for (int i = 0; i < kLanes; ++i) square[c][i] = rounded<Op>(widen(row[i]), bf16, scale);
-    } else {
-      for (int i = 0; i < pixels; ++i) square[c][i] = rounded<Op>(widen(row[i]), bf16, scale);
-    }
-  }
-  if (channels < kLanes) {
-    for (int i = 0; i < pixels; ++i)
-      for (int c = 0; c < channels; ++c) to[i * pixel + c] = operand<Op>(square[c][i]);
+  UInt v[kLanes];
+#pragma GCC unroll 16
+  for (int c = 0; c < kLanes; ++c)  // beyond the last channel the first again
+    v[c] = (UInt)rounded<Op>(load_activations(from + (c < channels ? c : 0) * plane, pixels), bf16, scale);
+  transpose(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (i < pixels) store_operands<Op>(to + i * pixel, (Float)v[i], channels);
+}
+
+// Copies n pixels of some channels, those of a pixel side by side and pixels `all` apart.
+template <class Op, class X>
+inline void pack_channels(const X* from, int64_t n, int64_t channels, int64_t all, bool bf16, const RowScale& scale,
+                          typename Op::Element* to) {
+  if (channels >= kLanes) {
+    for (int64_t i = 0; i < n; ++i) pack_row<Op>(from + i * all, channels, bf16, scale, to + i * channels);
     return;
   }
-  alignas(64) uint32_t turned[kLanes][kLanes];
-  transpose_square(square, kLanes, turned);
-  for (int i = 0; i < pixels; ++i) {
-    const Float values = (Float)load_lanes(turned[i]);
-    for (int c = 0; c < kLanes; ++c) to[i * pixel + c] = operand<Op>(values[c]);
-  }
+  X line[kLanes];
+  int filled = 0;
+  const auto store_line = [&] {
+    store_operands<Op>(to, rounded<Op>(load_activations(line, filled), bf16, scale), filled);
+    to += filled, filled = 0;
+  };
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < channels; ++c) {
+      line[filled++] = from[i * all + c];
+      if (filled == kLanes) store_line();
+    }
+  store_line();
 }
 
 // Copies row h of one group of an image.
@@ -68,10 +78,7 @@ inline void pack_pixels(const Conv2dCall& call, const X* image, int64_t group, i
   if (call.channels_last) {
     const X* from = image + h * width * all + group * inputs;
     if (layout.groups == 1) return pack_row<Op>(from, width * inputs, bf16, scale, to);
-    for (int64_t w = 0; w < width; ++w)
-      for (int64_t c = 0; c < inputs; ++c)
-        to[w * inputs + c] = operand<Op>(rounded<Op>(widen(from[w * all + c]), bf16, scale));
-    return;
+    return pack_channels<Op>(from, width, inputs, all, bf16, scale, to);
   }
   if (inputs == 1) return pack_row<Op>(image + (group * call.height + h) * width, width, bf16, scale, to);
   for (int64_t c = 0; c < inputs; c += kLanes) {
@@ -126,11 +133,12 @@ inline void pack_wave(const Conv2dCall& call, const ConvPlan& plan, const Parall
 inline void place_pixels(const Conv2dCall& call, const ConvPlan& plan, const char* activations, int64_t first,
                          int64_t count, const char** position) {
   int64_t image = first / plan.positions, h = first % plan.positions / call.out_width, w = first % call.out_width;
-  for (int64_t i = 0; i < count; ++i) {
-    position[i] =
-        activations + image * plan.image + h * call.stride_h * plan.row + w * call.stride_w * plan.pixel;
-    if (++w == call.out_width) w = 0, ++h;
-    if (h == call.out_height) h = 0, ++image;
+  const int64_t step = call.stride_w * plan.pixel;
+  for (int64_t i = 0; i < count; w = 0) {
+    const int64_t left = call.out_width - w, end = i + (left < count - i ? left : count - i);
+    const char* at = activations + image * plan.image + h * call.stride_h * plan.row + w * step;
+    for (; i < end; ++i, at += step) position[i] = at;
+    if (++h == call.out_height) h = 0, ++image;
   }
   for (int64_t i = count; i < count + kTile; ++i) position[i] = position[count - 1];
 }
@@ -141,28 +149,26 @@ template <class Op, class Y>
 inline void finish_pixels(const Conv2dCall& call, const typename Op::Product* products, int64_t stride, int64_t first,
                           int64_t count, int64_t channel, int64_t width, const Epilogue& strip, float scale, Y* image) {
   const int64_t channels = call.weight->channels, positions = call.out_height * call.out_width;
-  if (call.channels_last) {
-    for (int64_t i = 0; i < count; ++i)
-      finish_row<Op>(products + i * stride, width, strip, scale, image + (first + i) * channels + channel);
-    return;
-  }
-  using Product = typename Op::Product;
   for (int64_t c = 0; c < width; c += kLanes) {
-    const int64_t end = width - c < kLanes ? width : c + kLanes;
-    Y* to = image + channel * positions + first;
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      alignas(64) uint32_t square[kLanes][kLanes];
-      transpose_square(products + i * stride + c, stride, square);
-      for (int64_t of = c; of < end; ++of) {
-        Product line[kLanes];
-        __builtin_memcpy(line, square[of - c], sizeof line);
-        for (int p = 0; p < kLanes; ++p) narrow(output<Op>(line[p], of, strip, scale), to + of * positions + i + p);
-      }
+    const int lanes = lanes_left(width - c);
+    if (call.channels_last) {
+      const Finish<Op> finish(strip, c, lanes);
+      Y* to = image + first * channels + channel + c;
+      for (int64_t i = 0; i < count; ++i, to += channels)
+        store_outputs(to, finish(load_lanes(products + i * stride + c), scale), lanes);
+      continue;
     }
-    for (; i < count; ++i)
-      for (int64_t of = c; of < end; ++of)
-        narrow(output<Op>(products[i * stride + of], of, strip, scale), to + of * positions + i);
+    Y* to = image + (channel + c) * positions + first;
+    for (int64_t i = 0; i < count; i += kLanes, to += kLanes) {
+      const int pixels = lanes_left(count - i);
+      UInt v[kLanes];
+#pragma GCC unroll 16
+      for (int p = 0; p < kLanes; ++p) v[p] = load_lanes(products + (i + (p < pixels ? p : 0)) * stride + c);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int of = 0; of < kLanes; ++of)
+        if (of < lanes) store_outputs(to + of * positions, Finish<Op>(strip, c + of)(v[of], scale), pixels);
+    }
   }
 }
 

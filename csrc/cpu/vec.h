@@ -30,14 +30,22 @@ BQNN_INLINE void store(float* p, Float x) { __builtin_memcpy(p, &x, sizeof x); }
 // The first `count` lanes, 0 <= count <= kLanes, from memory and `fill` in the others.
 BQNN_INLINE Float load_first(const float* p, int count, float fill = 0.0f) {
   if (count == kLanes) return load(p);
+#if BQNN_LANES == 16
+  return (Float)_mm512_mask_loadu_ps((__m512)broadcast(fill), (__mmask16)((1u << count) - 1u), p);
+#else
   float padded[kLanes];
   for (int i = 0; i < kLanes; ++i) padded[i] = i < count ? p[i] : fill;
   return load(padded);
+#endif
 }
 
 BQNN_INLINE void store_first(float* p, Float x, int count) {
   if (count == kLanes) return store(p, x);
+#if BQNN_LANES == 16
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1u), (__m512)x);
+#else
   for (int i = 0; i < count; ++i) p[i] = x[i];
+#endif
 }
 
 // --- lanes ------------------------------------------------------------------------------------------------------
