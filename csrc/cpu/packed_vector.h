@@ -23,6 +23,8 @@
 
 #include "packed_vector_conv2d.h"
 
+#include "packed_planar_conv2d.h"
+
 #if BQNN_LANES == 16
 #include "packed_few_rows.h"
 
@@ -54,6 +56,7 @@ inline void conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
   // A segment of odd length would end in a pair with its neighbour, which may be infinite, times 0.
   const bool pairs = layout.precision == Precision::bf16 && layout.segment % 2 == 0;
   if (pairs) return run_conv2d<HalfOperand, X>(call, parallel);
+  if (run_planar_conv2d<X>(call, parallel)) return;
   run_conv2d<FloatOperand, X>(call, parallel);
 }
 

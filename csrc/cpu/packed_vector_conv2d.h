@@ -11,9 +11,18 @@ struct ConvPlan {
   int64_t positions;  // output pixels of an image
 };
 
+// As many images as the L2 caches hold, and enough pixels to repay decoding the weights and waking threads.
+inline int64_t images_of_wave(const Conv2dCall& call, int64_t image_bytes, int threads) {
+  constexpr int64_t kCache = 1 << 20, kEnough = 1 << 12;
+  const int64_t least = ceil_div(kEnough, call.out_height * call.out_width);
+  int64_t wave = kCache * threads / image_bytes;
+  if (wave < least && wave < 4 * threads) wave = least;
+  if (wave > call.images) wave = call.images;
+  return wave < 1 ? 1 : wave;
+}
+
 template <class Op>
 inline ConvPlan plan_conv2d(const Conv2dCall& call, int threads, int64_t* offsets) {
-  constexpr int64_t kCache = 1 << 20, kEnough = 1 << 12;
   const PackedLayout& layout = *call.weight;
   ConvPlan p;
   p.pixel = layout.inputs * static_cast<int64_t>(sizeof(typename Op::Element));
@@ -21,11 +30,7 @@ inline ConvPlan plan_conv2d(const Conv2dCall& call, int threads, int64_t* offset
   p.plane = ((call.height + 2 * call.padding_h) * p.row + 127) / 64 * 64;  // the last lane reads beyond
   p.image = layout.groups * p.plane;
   p.positions = call.out_height * call.out_width;
-  // As many images as the L2 caches hold, and enough pixels to repay decoding the weights and waking threads.
-  p.wave = kCache * threads / p.image;
-  if (p.wave < ceil_div(kEnough, p.positions) && p.wave < 4 * threads) p.wave = ceil_div(kEnough, p.positions);
-  if (p.wave > call.images) p.wave = call.images;
-  if (p.wave < 1) p.wave = 1;
+  p.wave = images_of_wave(call, p.image, threads);
   const int columns = layout.segments / layout.kernel_h;  // 1, or kernel_w where dilation sets them apart
   for (int s = 0; s < layout.segments; ++s)
     offsets[s] = s / columns * call.dilation_h * p.row + s % columns * layout.dilation_w * p.pixel;
