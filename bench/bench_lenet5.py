@@ -1,4 +1,4 @@
-"""Test time of LeNet-5: packed, M = 3, eager and compiled, against the full-precision network, eager, in bf16 and compiled.
+"""Test time of LeNet-5: packed, M = 3, eager and compiled, against the full-precision network, also in bf16.
 
 Weights are random, inputs too; a packed network's logits are compared with the unpacked quantized one's before any
 time is taken.

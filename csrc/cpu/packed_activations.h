@@ -32,7 +32,7 @@ BQNN_INLINE Float rounded(Float x, bool bf16, const RowScale& row) {
   if constexpr (Op::kHalf) return x;
   if constexpr (!Op::kInt8) return bf16 ? widen(round_to_bfloat16(x)) : x;
   const Float q = round((x * row.lift) * row.factor);
-  return min(max(q, broadcast(-127.0f)), broadcast(127.0f));  // NaN, which an infinite scale brings back, is a number now
+  return min(max(q, broadcast(-127.0f)), broadcast(127.0f));  // a number even of NaN: an infinite scale brings that back
 }
 
 template <class Op>

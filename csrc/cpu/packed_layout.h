@@ -12,8 +12,8 @@
 // channels run inside it, channels fastest), or one for each (r, s) where dilation sets the columns apart. Every
 // segment is padded to whole steps of one 64-byte row of activations.
 //
-// A layer with one codebook of two or three levels, in "fp32", may have its codes a second time, for AVX-512: those of four
-// (three) consecutive inputs at one kernel tap are a number, and a word holds eight (six) of these, in the order
+// A layer with one codebook of two or three levels, in "fp32", may have its codes a second time, for AVX-512: those of
+// four (three) consecutive inputs at one kernel tap are a number, and a word holds eight (six) of these, in the order
 // [inputs / 4 (3)][r][s],
 //
 //     number i of a word is at bit 4 i (5 i), and weight j of a number counts 2^j (3^j)

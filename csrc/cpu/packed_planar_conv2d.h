@@ -1,6 +1,6 @@
 // packed_conv2d in floats with few output channels, contiguous: lanes are pixels of a row and weights are broadcast, so
-// that 12 channels, or one of a depthwise layer, do not leave lanes of a block empty, and nothing is transposed. Works on
-// a zero-padded copy of each image.
+// that 12 channels, or one of a depthwise layer, leave no lanes of a block empty, and nothing is transposed. Works on a
+// zero-padded copy of each image.
 //
 // Included inside the namespace of a translation unit that has set the target, after packed_vector_conv2d.h.
 #pragma once
@@ -23,11 +23,12 @@ struct PixelRun {
   int lanes;
 };
 
-// Outputs of a few runs; those of a channel are `plane` floats from the next one's. weight [columns][kBlock]; offset
-// [columns] leads from a run to what a column multiplies.
+// Outputs of channels `channel`, `channel` + 1, ... of a few runs; those of a channel are `plane` floats from the next
+// one's. weight [columns][kBlock]; offset [columns] leads from a run to what a column multiplies.
 template <int kChannels>
-__attribute__((noinline)) void multiply_runs(const PixelRun* runs, int64_t plane, const int64_t* offset,
-                                             const float* weight, int64_t columns, const float* bias, float least) {
+__attribute__((noinline)) void multiply_runs(const PixelRun* runs, int64_t plane, int64_t channel,
+                                             const int64_t* offset, const float* weight, int64_t columns,
+                                             const float* bias, float least) {
   constexpr int kVectors = planar_vectors(kChannels);
   const float* x[kVectors];
 #pragma GCC unroll 8
@@ -42,7 +43,7 @@ __attribute__((noinline)) void multiply_runs(const PixelRun* runs, int64_t plane
       for (int v = 0; v < kVectors; ++v) pixels[v] = load(x[v] + offset[k]);
 #pragma GCC unroll 12
       for (int c = 0; c < kChannels; ++c) {
-        const Float w = broadcast(weight[c]);
+        const Float w = broadcast(weight[channel + c]);
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sum[c][v] = multiply_add(w, pixels[v], sum[c][v]);
       }
@@ -51,9 +52,9 @@ __attribute__((noinline)) void multiply_runs(const PixelRun* runs, int64_t plane
     for (int c = 0; c < kChannels; ++c)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        float* to = runs[v].y + c * plane;
+        float* to = runs[v].y + (channel + c) * plane;
         if (first > 0) sum[c][v] += load_first(to, runs[v].lanes);
-        if (last && bias) sum[c][v] += bias[c];
+        if (last && bias) sum[c][v] += bias[channel + c];
         if (last) sum[c][v] = max(broadcast(least), sum[c][v]);
         store_first(to, sum[c][v], runs[v].lanes);
       }
@@ -174,12 +175,8 @@ void run_planar_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
           }
           const int64_t plane = sizeof(X) == sizeof(float) ? positions : kMostRuns * kLanes;
           for (int64_t c = 0; c < count; c += together) {
-            const int64_t channel = c + together <= count ? c : count - together;
-            PixelRun of_channel[kMostRuns];
-            for (int64_t i = 0; i < vectors; ++i)
-              of_channel[i] = {runs[i].x, runs[i].y + channel * plane, runs[i].lanes};
-            multiply(of_channel, plane, offset, weight + channel, layout.columns, bias ? bias + channel : nullptr,
-                     least_output(call.relu));
+            const int64_t channel = c + together <= count ? c : count - together;  // the last ones, some perhaps again
+            multiply(runs, plane, channel, offset, weight, layout.columns, bias, least_output(call.relu));
           }
           if constexpr (sizeof(X) < sizeof(float))
             for (int64_t c = 0; c < count; ++c)
@@ -195,7 +192,8 @@ void run_planar_conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
 template <class X>
 inline bool run_planar_conv2d(const Conv2dCall& call, const Parallel& parallel) {
   const PackedLayout& layout = *call.weight;
-  if (call.channels_last || layout.blocks > 1 || call.stride_w > 1 || call.images == 0 || call.out_height * call.out_width == 0) return false;
+  if (call.channels_last || layout.blocks > 1 || call.stride_w > 1) return false;
+  if (call.images == 0 || call.out_height * call.out_width == 0) return false;
   // Lanes in use, of pixels and of channels; a block of channels alone is held up by its broadcasts (measured: 0.85).
   const int64_t width = ceil_div(call.out_width, kLanes) * kLanes;
   if (100 * call.out_width * kBlock < 85 * layout.group_channels() * width) return false;

@@ -29,6 +29,10 @@
 #include "packed_few_rows.h"
 
 #include "packed_sums.h"
+
+#include "packed_sums_linear.h"
+
+#include "packed_sums_conv2d.h"
 #endif
 
 #if BQNN_LANES != 16

@@ -148,8 +148,8 @@ inline void place_pixels(const Conv2dCall& call, const ConvPlan& plan, const cha
   for (int64_t i = count; i < count + kTile; ++i) position[i] = position[count - 1];
 }
 
-// Writes `count` outputs of `width` channels, from output pixel `first` of an image on; products of a pixel are `stride`
-// apart from those of the next.
+// Writes `count` outputs of `width` channels, from output pixel `first` of an image on; products of a pixel are
+// `stride` apart from those of the next.
 template <class Op, class Y>
 inline void finish_pixels(const Conv2dCall& call, const typename Op::Product* products, int64_t stride, int64_t first,
                           int64_t count, int64_t channel, int64_t width, const Epilogue& strip, float scale, Y* image) {
