@@ -47,9 +47,13 @@ interpret: setup  ## the tests of Triton kernels, interpreted: no GPU is needed
 TRITON_TESTS := $(wildcard $(patsubst kernels/%.py,tests/test_%.py,$(wildcard kernels/*.py)))
 
 # The programs of csrc/tests, which draw cases for the kernels of csrc/cpu; neither needs torch. Without contraction, as
-# in setup.py, an expression has one value whatever the instruction set. GCC 12 warns of its own intrinsics.
+# in setup.py, an expression has one value whatever the instruction set. GCC 12 warns of its own intrinsics. Where the
+# machine has no tiles, loops stand in for them, so that the AMX kernels run on every machine with AVX-512.
 CASES := packed_cases elementwise_cases
 CASE_FLAGS := -std=c++17 -ffp-contract=off -Wall -Wno-uninitialized -Wno-maybe-uninitialized -Icsrc -pthread -MMD -MP
+ifeq ($(shell grep -wc amx_int8 /proc/cpuinfo 2>/dev/null),0)
+CASE_FLAGS += -DBQNN_EMULATE_TILES  # csrc/tests/tiles.h
+endif
 PLAIN_FLAGS := -O3
 SANITIZE_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 KERNELS := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/cpu/*.cpp))

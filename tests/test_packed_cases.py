@@ -42,4 +42,5 @@ def test_drawn_cases(program: str, cases: int) -> None:
     print(run.stdout)
     assert run.returncode == 0, run.stdout
     assert run.stdout.startswith(f"{cases} cases")
-    assert bqnn.cpu_isa() in run.stdout
+    isa = bqnn.cpu_isa()
+    assert ("amx" if isa == "avx512" else isa) in run.stdout  # tiles are emulated where there are none

@@ -59,6 +59,9 @@ Isa probe() {
                       has(leaf7.ebx, 31)                                                 // F DQ BW VL
                       && has(leaf7.ecx, 1) && has(leaf7.ecx, 11) && has(leaf71.eax, 5);  // VBMI, VNNI, BF16
   if (!avx512 || (states & kZmm) != kZmm) return Isa::avx2;
+#if defined(BQNN_EMULATE_TILES)
+  return Isa::amx;
+#endif
   const bool amx = has(leaf7.edx, 22) && has(leaf7.edx, 24) && has(leaf7.edx, 25);  // bf16, tile, int8
   if (!amx || (states & kTiles) != kTiles || !may_use_tiles()) return Isa::avx512;
   return Isa::amx;

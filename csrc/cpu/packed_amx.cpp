@@ -7,6 +7,10 @@
 
 #include <immintrin.h>
 
+#if defined(BQNN_EMULATE_TILES)
+#include "tests/tiles.h"
+#endif
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,fma,amx-tile,amx-bf16,amx-int8")
 
