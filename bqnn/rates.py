@@ -54,7 +54,10 @@ class Rates(NamedTuple):
 
 def median_seconds(call: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
     """The median of ``repeats`` timed calls after two that are not timed; a GPU is synchronised around each."""
+    return statistics.median(_seconds(call, device, repeats))
 
+
+def _seconds(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
     def synchronise() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -67,7 +70,7 @@ def median_seconds(call: Callable[[], object], device: torch.device, repeats: in
         synchronise()
         if repeat >= 2:
             times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return times
 
 
 def cpu_rates(op: str, num_levels: int, precision: str, weights: int, execution: str) -> Rates:
@@ -109,8 +112,9 @@ def _measure_call(op: str, num_levels: int, precision: str, execution: str, thre
 
 
 def _time(layer: PackedLayer, x: Tensor, repeats: int = 7) -> float:
+    """The least of the times: a rate lasts as long as the process, and what else ran when it was measured does not."""
     with torch.inference_mode():
-        return median_seconds(lambda: layer(x), x.device, repeats)
+        return min(_seconds(lambda: layer(x), x.device, repeats))
 
 
 def _probe(op: str, num_levels: int, precision: str, channels: int, execution: str) -> PackedLayer:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from bqnn import dispatch, rates
+from bqnn.packed import PackedLinear
 from bqnn.packed_layer import PackedLayer
 from bqnn.rates import Rates, cpu_rates
 
@@ -21,6 +23,14 @@ RATES = Rates(call_seconds=5.0, rows=(2, 4, 8), weight_seconds=(1.0, 2.0, 6.0))
 )
 def test_seconds_between_and_beyond_the_measured_rows(rows: int, expected: float) -> None:
     assert RATES.seconds(10, rows) == 5.0 + 10 * expected
+
+
+def test_what_else_runs_during_a_measurement_is_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [9.0, 9.0, 8.0, 8.0, 8.0, 1.0, 8.0, 8.0, 8.0]  # of two calls that warm up and seven that count
+    clock = iter([moment for i, taken in enumerate(seconds) for moment in (100.0 * i, 100.0 * i + taken)])
+    monkeypatch.setattr(rates, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    layer = PackedLinear(1, torch.zeros(1, 1, dtype=torch.uint8), torch.tensor([[-1.0, 1.0]]), None, "fp32", "packed")
+    assert rates._time(layer, torch.zeros(1, 1)) == 1.0
 
 
 @pytest.fixture
