@@ -25,7 +25,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def bfloat16_is_right() -> Iterator[None]:
-    """Arithmetic of bfloat16 is that of the numbers, rounded; products are summed in the accumulator's dtype; casts round."""
+    """Arithmetic of bfloat16 is that of the numbers, rounded, as are casts; products add up as their accumulator."""
     binary, cast, dot = InterpreterBuilder.binary_op, InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
     to_float = InterpreterBuilder.create_fp_to_fp
 

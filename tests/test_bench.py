@@ -152,7 +152,7 @@ def test_make_gpu_runs_every_file_that_uses_a_gpu() -> None:
 
 
 def training_rows(seconds: float, peak_bytes: int) -> list[gpu_training.Row]:
-    """Every row that a figure of training ops is asked of; what they are compared with takes a second and 1200 bytes."""
+    """Every row that a figure of training ops is asked of; compared with 1200 bytes and a second."""
     cases = [f"{kind}_{name}" for kind in gpu_training.KINDS for name in gpu_training.LAYERS]
     return [
         row
