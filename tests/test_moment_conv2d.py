@@ -71,14 +71,13 @@ def test_values_and_gradients(
 
 @pytest.mark.parametrize("runs_on", RUNS_ON)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("num_levels", SOME_M)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_input_and_float32_weight(
-    dtype: torch.dtype, num_levels: int, granularity: str, mode: str, runs_on: tuple[str, str]
+    dtype: torch.dtype, num_levels: int, mode: str, runs_on: tuple[str, str]
 ) -> None:
     device, backend = runs_on
-    case = make_case(SMALL_CONV2D, num_levels, granularity).to(x=dtype)
+    case = make_case(SMALL_CONV2D, num_levels, "channel").to(x=dtype)
     assert_matches(partial(run, mode=mode, backend=backend), formula_for(case, mode), case, device, GRADIENTS[mode])
 
 
