@@ -19,17 +19,22 @@ import torch
 
 from bench import gpu_packed, gpu_training
 from bench.gpu_timing import Verdict, copy_bandwidth
-from bench.gpu_training import Row
+from bench.gpu_training import Asked, Row
 from bench.machine import describe_machine
 from bench.save import RESULTS
 
 OPS = ("sample_linear", "sample_conv2d", "moment_linear", "moment_conv2d", "spike_slab_kl", "assign_codes")
 PACKED = ("packed_linear", "packed_conv2d")
-TESTS = [f"tests/test_{op}.py" for op in (*OPS, *PACKED)]
+# Those that run something on a GPU where there is one; tests/test_bench.py looks that none is missing.
+TESTS = [
+    *(f"tests/test_{op}.py" for op in (*OPS, *PACKED)),
+    *(f"tests/test_{name}.py" for name in ("philox", "moment", "int8", "configs", "cuda_packed_linear")),
+]
 SANITIZED = "cuda and (triton or cuda-cuda) and M3 and (B1 or B2)"
 KL_WEIGHTS = 1 << 24
 KL_BYTES = 24  # a weight: read twice in forward and twice in backward, two gradients written
 KL_BANDWIDTH = 0.7
+KL_KEPT = 8.5  # bytes a weight at most: two gradients, and sums of blocks of weights
 
 
 def run_tests() -> dict[str, str]:
@@ -63,6 +68,10 @@ def benches(device: torch.device, ours: str) -> Iterator[Callable[[], Iterable[R
     yield partial(gpu_packed.conv2d_rows, device)
 
 
+def asked_of(case: str) -> list[Asked]:
+    return next((wanted for name, wanted in gpu_training.ASKED.items() if case.startswith(name)), [])
+
+
 def verdicts(rows: list[Row], ours: str, bandwidth: float) -> Iterator[Verdict | str]:
     """Of each figure that is asked; a line instead where a result is too far off to have one."""
     by_case: dict[str, dict[str, Row]] = {}
@@ -70,7 +79,7 @@ def verdicts(rows: list[Row], ours: str, bandwidth: float) -> Iterator[Verdict |
         by_case.setdefault(row.case, {})[row.variant] = row
     for case, variants in by_case.items():
         own = variants.get(ours)
-        for want in gpu_training.ASKED.get(case.split("-")[0], []):
+        for want in asked_of(case):
             rival = variants.get(want.rival)
             if rival is None or own is None:
                 continue
@@ -84,6 +93,8 @@ def verdicts(rows: list[Row], ours: str, bandwidth: float) -> Iterator[Verdict |
         if case.startswith("spike_slab_kl") and own is not None:
             share = KL_BYTES * KL_WEIGHTS / own.seconds / bandwidth
             yield Verdict(f"{case}: share of the copy's bandwidth", KL_BANDWIDTH, share)
+            kept = KL_KEPT * KL_WEIGHTS / max(1, own.peak_bytes)
+            yield Verdict(f"{case}: bytes of the gradients over peak memory", 1.0, kept)
     yield from gpu_packed.verdicts(rows, bandwidth)
 
 

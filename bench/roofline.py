@@ -27,12 +27,13 @@ class Gpu(NamedTuple):
     datasheet_bytes: float
     bytes: float  # as a copy was measured
     products: float  # bfloat16 operations, an addition and a multiplication being two, as a large product was measured
+    int8_products: float  # twice as many, by the data sheet
     integers: float  # lanes of the integer units, and as many of the multiplier beside them
     issued: float  # lanes of instructions of any kind
 
 
 # 132 multiprocessors of 4 schedulers at 1.7 GHz: each issues 32 lanes a cycle and has 16 lanes for integers.
-H200 = Gpu(4.8e12, 4.3e12, 790e12, 132 * 4 * 16 * 1.7e9, 132 * 4 * 32 * 1.7e9)
+H200 = Gpu(4.8e12, 4.3e12, 790e12, 2 * 790e12, 132 * 4 * 16 * 1.7e9, 132 * 4 * 32 * 1.7e9)
 
 Rows = list[dict[str, Any]]
 
@@ -46,13 +47,14 @@ class Work(NamedTuple):
     operations: float
     integers: float = 0.0
     issued: float = 0.0
+    int8: bool = False  # products of 8-bit integers
 
     def seconds(self, gpu: Gpu) -> dict[str, float]:
         """The least time of each kind of work, and of all of them at once ("expected")."""
         limits = {
             "datasheet memory": self.bytes / gpu.datasheet_bytes,
             "memory": self.bytes / gpu.bytes,
-            "products": self.operations / gpu.products,
+            "products": self.operations / (gpu.int8_products if self.int8 else gpu.products),
             "instructions": max(self.integers / gpu.integers, self.issued / gpu.issued),
         }
         return {**limits, "expected": max(list(limits.values())[1:])}
@@ -85,6 +87,33 @@ def packed_linear(rows: int, side: int, num_levels: int = 3) -> Work:
     return Work(name, f"{side}x{side} B{rows}", n_bytes, 2.0 * rows * weights, integers * weights, issued * weights)
 
 
+def packed_linear_int8(rows: int, side: int, num_levels: int = 3) -> Work:
+    """The same in "int8": a pass for the largest activation of each row, one that rounds them, then the product."""
+    activations = float(rows * side)
+    rounding = (2.0 + 2.0 + 1.0 + 1.0) * activations
+    n_bytes = 4.0 * side * row_words(num_levels, side) + rounding + 2.0 * activations
+    return Work(
+        f"packed_linear M{num_levels} int8", f"{side}x{side} B{rows}", n_bytes, 2.0 * rows * side * side, int8=True
+    )
+
+
+def conv2d_bf16(batch: int, channels: int, image: int) -> Work:
+    """A dense 3x3 convolution that keeps channels and size, in bfloat16: what cuDNN has to do."""
+    return _conv2d("conv2d bf16", batch, channels, image, 2.0 * channels * 9 * channels)
+
+
+def packed_conv2d(batch: int, channels: int, image: int, num_levels: int = 3) -> Work:
+    """The same with packed weights, decoded again for every block of pixels: its instructions hide behind products."""
+    words = 4.0 * channels * row_words(num_levels, 9 * channels)
+    return _conv2d(f"packed_conv2d M{num_levels} bf16", batch, channels, image, words)
+
+
+def _conv2d(kernel: str, batch: int, channels: int, image: int, weight_bytes: float) -> Work:
+    pixels = batch * image * image
+    case = f"{channels}-{channels} 3x3 {image}x{image} B{batch}"
+    return Work(kernel, case, weight_bytes + 2.0 * 2 * pixels * channels, 2.0 * pixels * channels * 9 * channels)
+
+
 def decoding(rows: int, num_levels: int) -> tuple[float, float]:
     """Integer and all instructions a weight, of the kernel for sm_90 in cuda_resources.json; 0 where it has no part."""
     if rows > MAX_ROWS:
@@ -102,6 +131,9 @@ def packed_cases() -> Iterator[tuple[Work, Work]]:
         for side in (4096, 8192, 16384):
             for rows in (1, 8, 16, 64, 128, 1024):
                 yield packed_linear(rows, side, num_levels), linear_bf16(rows, side)
+    for side in (4096, 8192, 16384):
+        yield packed_linear_int8(1024, side), linear_bf16(1024, side)
+    yield packed_conv2d(128, 128, 32), conv2d_bf16(128, 128, 32)
 
 
 def table(gpu: Gpu, measured: dict[str, float | None]) -> Rows:

@@ -100,7 +100,7 @@ class Backends(dict[str, dict[str, dict[str, Status]]]):
     """``{op: {device type: {backend: Status}}}``, printed as a table with the chosen backend of each device."""
 
     def __str__(self) -> str:
-        lines = [f"{'op':<26}{'device':<8}{'runs on':<12}not usable"]
+        lines = [f"{'op':<28}{'device':<8}{'runs on':<12}not usable"]
         for op, devices in self.items():
             for device, table in devices.items():
                 chosen = next((name for name, state in table.items() if state.usable), "-")
@@ -109,7 +109,7 @@ class Backends(dict[str, dict[str, dict[str, Status]]]):
                     if not state.usable:
                         reasons.setdefault(state.reason, []).append(name)
                 others = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
-                lines.append(f"{op:<26}{device:<8}{chosen:<12}{others}")
+                lines.append(f"{op:<28}{device:<8}{chosen:<12}{others}")
         return "\n".join(lines)
 
 

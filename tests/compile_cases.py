@@ -51,7 +51,7 @@ def posterior(shape: tuple[int, ...], num_levels: int, groups: int) -> tuple[Ten
     return tensors
 
 
-def _sample_linear(
+def call_sample_linear(
     batch: int, dtype: torch.dtype, columns: int = 512, num_levels: int = 3, groups: int = 1, stochastic: bool = True
 ) -> None:
     channels = 256
@@ -62,7 +62,7 @@ def _sample_linear(
     sample_linear.backward(grad, x, weight, variance, *codebook, SEED, OFFSET, True)
 
 
-def _in_tf32(call: Callable[[], Any]) -> None:
+def in_tf32(call: Callable[[], Any]) -> None:
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
     try:
         call()
@@ -77,7 +77,7 @@ def _sample(columns: int, num_levels: int, groups: int) -> None:
         sample.sample_backward(weight.to(dtype), weight, log_sigma2, levels, thresholds, SEED, OFFSET)
 
 
-def _conv2d(
+def call_conv2d(
     op: ModuleType,
     shape: Conv2dShape,
     dtype: torch.dtype,
@@ -102,7 +102,7 @@ def _conv2d(
         torch.backends.cudnn.allow_tf32 = before
 
 
-def _moment_linear(
+def call_moment_linear(
     batch: int,
     dtype: torch.dtype,
     columns: int = 512,
@@ -118,9 +118,10 @@ def _moment_linear(
     moment_linear.backward(grad, slope if coarse else None, x, *tensors, SEED, OFFSET, mode, True)
 
 
-def _moment_linear_in_parts(batch: int, dtype: torch.dtype) -> None:
+def in_parts(call: Callable[[], Any]) -> None:
+    """With as many processors as an H200 has, for which contractions are cut up."""
     with mock.patch.object(launch, "processors", lambda device: 132):
-        _moment_linear(batch, dtype)
+        call()
 
 
 def _moment(columns: int, num_levels: int, groups: int, mode: str) -> None:
@@ -145,19 +146,20 @@ def _name(dtype: torch.dtype) -> str:
 
 SAMPLE_LINEAR: Cases = {
     **{
-        f"sample_linear-bfloat16-B{batch}": partial(_sample_linear, batch, torch.bfloat16) for batch in (1, 32, 64, 128)
+        f"sample_linear-bfloat16-B{batch}": partial(call_sample_linear, batch, torch.bfloat16)
+        for batch in (1, 32, 64, 128)
     },
-    **{f"sample_linear-float32-B{batch}": partial(_sample_linear, batch, torch.float32) for batch in (1, 32, 64)},
-    **{f"sample_linear-{_name(dtype)}-B256": partial(_sample_linear, 256, dtype) for dtype in PRODUCT_DTYPES},
+    **{f"sample_linear-float32-B{batch}": partial(call_sample_linear, batch, torch.float32) for batch in (1, 32, 64)},
+    **{f"sample_linear-{_name(dtype)}-B256": partial(call_sample_linear, 256, dtype) for dtype in PRODUCT_DTYPES},
     **{
-        f"sample_linear-tf32-B{batch}": partial(_in_tf32, partial(_sample_linear, batch, torch.float32))
+        f"sample_linear-tf32-B{batch}": partial(in_tf32, partial(call_sample_linear, batch, torch.float32))
         for batch in (32, 256)
     },
-    "sample_linear-bfloat16-B256-M16": partial(_sample_linear, 256, torch.bfloat16, 512, 16),
-    "sample_linear-bfloat16-B256-M16-K511-channel": partial(_sample_linear, 256, torch.bfloat16, 511, 16, 256),
-    "sample_linear-float32-B256-M16-K511-channel": partial(_sample_linear, 256, torch.float32, 511, 16, 256),
+    "sample_linear-bfloat16-B256-M16": partial(call_sample_linear, 256, torch.bfloat16, 512, 16),
+    "sample_linear-bfloat16-B256-M16-K511-channel": partial(call_sample_linear, 256, torch.bfloat16, 511, 16, 256),
+    "sample_linear-float32-B256-M16-K511-channel": partial(call_sample_linear, 256, torch.float32, 511, 16, 256),
     "sample_linear-bfloat16-B256-M16-deterministic": partial(
-        _sample_linear, 256, torch.bfloat16, 512, 16, stochastic=False
+        call_sample_linear, 256, torch.bfloat16, 512, 16, stochastic=False
     ),
     "sample-M3": partial(_sample, 512, 3, 1),
     "sample-M16-K25-channel": partial(_sample, 25, 16, 64),
@@ -173,7 +175,7 @@ FEW_PIXELS_CONV2D = Conv2dShape(1, 64, 64, 7, 9, (3, 3), padding=(1, 1))
 
 
 def _conv2d_cases(op: ModuleType, **mode: Any) -> Cases:
-    run = partial(_conv2d, op, **mode)
+    run = partial(call_conv2d, op, **mode)
     name = op.__name__.split(".")[-1]
     half, single = torch.bfloat16, torch.float32
     return {
@@ -197,28 +199,28 @@ CONV2D: Cases = {
     **_conv2d_cases(moment_conv2d, mode="categorical", coarse=True),
     **{
         f"moment_conv2d-bfloat16-{name}": partial(
-            _conv2d, moment_conv2d, shape, torch.bfloat16, mode="categorical", coarse=True
+            call_conv2d, moment_conv2d, shape, torch.bfloat16, mode="categorical", coarse=True
         )
         for name, shape in (("pointwise", POINTWISE_CONV2D), ("few-pointwise", FEW_POINTWISE_CONV2D))
     },
 }
 
 MOMENT_LINEAR: Cases = {
-    **{f"moment_linear-bfloat16-B{batch}": partial(_moment_linear, batch, torch.bfloat16) for batch in (1, 32, 64)},
-    **{f"moment_linear-{_name(dtype)}-B128": partial(_moment_linear, 128, dtype) for dtype in PRODUCT_DTYPES},
+    **{f"moment_linear-bfloat16-B{batch}": partial(call_moment_linear, batch, torch.bfloat16) for batch in (1, 32, 64)},
+    **{f"moment_linear-{_name(dtype)}-B128": partial(call_moment_linear, 128, dtype) for dtype in PRODUCT_DTYPES},
     **{
-        f"moment_linear-{_name(dtype)}-B128-M16-K511-channel": partial(_moment_linear, 128, dtype, 511, 16, 256)
+        f"moment_linear-{_name(dtype)}-B128-M16-K511-channel": partial(call_moment_linear, 128, dtype, 511, 16, 256)
         for dtype in (torch.bfloat16, torch.float32)
     },
     **{
-        f"moment_linear-tf32-B{batch}": partial(_in_tf32, partial(_moment_linear, batch, torch.float32))
+        f"moment_linear-tf32-B{batch}": partial(in_tf32, partial(call_moment_linear, batch, torch.float32))
         for batch in (32, 128)
     },
-    "moment_linear-bfloat16-B128-channel": partial(_moment_linear, 128, torch.bfloat16, groups=256),
-    "moment_linear-bfloat16-B128-exact": partial(_moment_linear, 128, torch.bfloat16, coarse=False),
-    "moment_linear-bfloat16-B128-parts": partial(_moment_linear_in_parts, 128, torch.bfloat16),
+    "moment_linear-bfloat16-B128-channel": partial(call_moment_linear, 128, torch.bfloat16, groups=256),
+    "moment_linear-bfloat16-B128-exact": partial(call_moment_linear, 128, torch.bfloat16, coarse=False),
+    "moment_linear-bfloat16-B128-parts": partial(in_parts, partial(call_moment_linear, 128, torch.bfloat16)),
     **{
-        f"moment_linear-bfloat16-B128-{mode}": partial(_moment_linear, 128, torch.bfloat16, 512, 16, mode=mode)
+        f"moment_linear-bfloat16-B128-{mode}": partial(call_moment_linear, 128, torch.bfloat16, 512, 16, mode=mode)
         for mode in ("gaussian", "straight_through")
     },
     "moment-M3": partial(_moment, 512, 3, 1, "categorical"),
@@ -261,7 +263,7 @@ def _packed_weight(channels: int, columns: int, num_levels: int, groups: int) ->
     return codes, levels, torch.zeros(channels)
 
 
-def _packed_linear(
+def call_packed_linear(
     batch: int, precision: str, num_levels: int = 3, groups: int = 1, columns: int = 1024, relu: bool = False
 ) -> None:
     weight = _packed_weight(512, columns, num_levels, groups)
@@ -269,23 +271,13 @@ def _packed_linear(
     packed_linear_triton(torch.zeros(batch, columns, dtype=dtype), *weight, precision, None, relu)
 
 
-def _packed_conv2d(
+def call_packed_conv2d(
     shape: tuple[int, int, int, int], channels: int, precision: str, num_levels: int = 3, groups: int = 1
 ) -> None:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     weight = _packed_weight(channels, shape[1] * 9, num_levels, groups)
     geometry = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
     packed_conv2d_triton(torch.zeros(shape, dtype=dtype), *weight, *geometry, precision, None)
-
-
-def packed_linear_case(rows: int, precision: str, num_levels: int, groups: int) -> Callable[[], None]:
-    return partial(_packed_linear, rows, precision, num_levels, groups)
-
-
-def packed_conv2d_case(
-    shape: tuple[int, int, int, int], channels: int, precision: str, num_levels: int, groups: int
-) -> Callable[[], None]:
-    return partial(_packed_conv2d, shape, channels, precision, num_levels, groups)
 
 
 def _packed_sum(dtype: torch.dtype) -> None:
@@ -296,23 +288,27 @@ def _packed_sum(dtype: torch.dtype) -> None:
 
 # A name says the operands' dtype.
 PACKED: Cases = {
-    **{f"packed_linear-bfloat16-B{batch}-M3": partial(_packed_linear, batch, "bf16") for batch in (1, 16, 32, 64, 128)},
-    "packed_linear-bfloat16-B16-M2": partial(_packed_linear, 16, "bf16", 2),
-    "packed_linear-bfloat16-B64-M2": partial(_packed_linear, 64, "bf16", 2),
-    "packed_linear-bfloat16-B1-M16": partial(_packed_linear, 1, "bf16", 16),
-    "packed_linear-bfloat16-B128-M4-channel": partial(_packed_linear, 128, "bf16", 4, 512),
-    "packed_linear-bfloat16-B64-M16-K511-channel": partial(_packed_linear, 64, "bf16", 16, 512, 511),
-    **{f"packed_linear-int8-B{batch}-M3": partial(_packed_linear, batch, "int8") for batch in (1, 16, 128)},
-    "packed_linear-int8-B64-M4-channel": partial(_packed_linear, 64, "int8", 4, 512),
-    **{f"packed_linear-float32-B{batch}-M3": partial(_packed_linear, batch, "fp32") for batch in (1, 16, 64)},
-    "packed_linear-float32-B64-M5-channel": partial(_packed_linear, 64, "fp32", 5, 512),
-    "packed_linear-float32-B32-M16-K511-channel": partial(_packed_linear, 32, "fp32", 16, 512, 511),
-    "packed_linear-bfloat16-B128-M3-relu": partial(_packed_linear, 128, "bf16", relu=True),
-    "packed_linear-float32-B64-M3-relu": partial(_packed_linear, 64, "fp32", relu=True),
-    "packed_conv2d-bfloat16-C128-M3": partial(_packed_conv2d, (1, 128, 16, 16), 128, "bf16"),
-    "packed_conv2d-bfloat16-C3-M16": partial(_packed_conv2d, (1, 3, 16, 16), 12, "bf16", 16),
-    "packed_conv2d-int8-C128-M3": partial(_packed_conv2d, (1, 128, 8, 8), 128, "int8"),
-    "packed_conv2d-float32-C128-M3": partial(_packed_conv2d, (1, 128, 16, 16), 128, "fp32"),
+    **{
+        f"packed_linear-bfloat16-B{batch}-M3": partial(call_packed_linear, batch, "bf16")
+        for batch in (1, 16, 32, 64, 128)
+    },
+    "packed_linear-bfloat16-B16-M2": partial(call_packed_linear, 16, "bf16", 2),
+    "packed_linear-bfloat16-B64-M2": partial(call_packed_linear, 64, "bf16", 2),
+    "packed_linear-bfloat16-B1-M16": partial(call_packed_linear, 1, "bf16", 16),
+    "packed_linear-bfloat16-B128-M4-channel": partial(call_packed_linear, 128, "bf16", 4, 512),
+    "packed_linear-bfloat16-B64-M16-K511-channel": partial(call_packed_linear, 64, "bf16", 16, 512, 511),
+    **{f"packed_linear-int8-B{batch}-M3": partial(call_packed_linear, batch, "int8") for batch in (1, 16, 128)},
+    "packed_linear-int8-B64-M4-channel": partial(call_packed_linear, 64, "int8", 4, 512),
+    **{f"packed_linear-float32-B{batch}-M3": partial(call_packed_linear, batch, "fp32") for batch in (1, 16, 64)},
+    "packed_linear-float32-B64-M5-channel": partial(call_packed_linear, 64, "fp32", 5, 512),
+    "packed_linear-float32-B32-M16-K511-channel": partial(call_packed_linear, 32, "fp32", 16, 512, 511),
+    "packed_linear-bfloat16-B128-M3-relu": partial(call_packed_linear, 128, "bf16", relu=True),
+    "packed_linear-float32-B64-M3-relu": partial(call_packed_linear, 64, "fp32", relu=True),
+    "packed_conv2d-bfloat16-C128-M3": partial(call_packed_conv2d, (1, 128, 16, 16), 128, "bf16"),
+    "packed_conv2d-bfloat16-C3-M16": partial(call_packed_conv2d, (1, 3, 16, 16), 12, "bf16", 16),
+    "packed_conv2d-bfloat16-C128-N512-M5": partial(call_packed_conv2d, (1, 128, 8, 8), 512, "bf16", 5),
+    "packed_conv2d-int8-C128-M3": partial(call_packed_conv2d, (1, 128, 8, 8), 128, "int8"),
+    "packed_conv2d-float32-C128-M3": partial(call_packed_conv2d, (1, 128, 16, 16), 128, "fp32"),
     "packed_sum-float32": partial(_packed_sum, torch.float32),
     "packed_sum-int32": partial(_packed_sum, torch.int32),
 }
@@ -325,7 +321,7 @@ def _packed_candidate(precision: str, tile: dict[str, int]) -> None:
     """A product with the rule's configuration of other tiles than the rule's; as many rows as they have."""
     config = packed_linear.from_tile(tile, X_BYTES[precision], precision, {"BITS": 2, "PER_CHANNEL": 0})
     with mock.patch.object(configs, "find", lambda make_launch: config):
-        _packed_linear(tile["BM"], precision)
+        call_packed_linear(tile["BM"], precision)
 
 
 # What bqnn.autotune may choose beside the rule's tiles.

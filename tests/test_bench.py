@@ -120,7 +120,8 @@ def test_saved_by_op_and_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_gpu_benches_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, tiny: every bench makes its rows, and every figure that is asked has its line."""
-    layers = {"linear-tiny": LinearShape(8, 16, 32), "conv2d-tiny": Conv2dShape(2, 8, 4, 8, 8, (3, 3), padding=(1, 1))}
+    layers: dict[str, Any] = {f"linear-4096-4096-B{rows}": LinearShape(8, 16, 32) for rows in (256, 2048)}
+    layers["conv2d-tiny"] = Conv2dShape(2, 8, 4, 8, 8, (3, 3), padding=(1, 1))
     monkeypatch.setattr(gpu_training, "LAYERS", layers)
     monkeypatch.setattr(gpu_training, "NETWORKS", {"lenet5": (2, 1, 28, 28)})
     monkeypatch.setattr(torch, "compile", lambda function: function)
@@ -133,12 +134,67 @@ def test_gpu_benches_run(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row for bench in gpu.benches(torch.device("cpu"), "cpu") for row in bench()]
     assert all(row.seconds > 0.0 for row in rows)
     lines = [str(verdict) for verdict in gpu.verdicts(rows, "cpu", 1e9)]
-    asked = [want for figures in gpu_training.ASKED.values() for want in figures]
+    asked = [want for case in dict.fromkeys(row.case for row in rows) for want in gpu.asked_of(case)]
+    assert len(asked) == 2 * 3 * 2 + 1
     of_packed = ("packed_linear-64-B4: time", "packed_conv2d: time", "packed_conv2d: bytes")
-    of_memory = sum(want.smaller is not None for want in asked) + 1  # the last is the bandwidth of spike_slab_kl
-    assert len(lines) == len(asked) + of_memory + len(of_packed)
+    of_memory = sum(want.smaller is not None for want in asked)
+    of_divergence = 2  # bandwidth and memory
+    assert len(lines) == len(asked) + of_memory + of_divergence + len(of_packed)
     assert all("asked" in line for line in lines), lines
     assert all(any(line.startswith(text) for line in lines) for text in of_packed)
+
+
+def test_make_gpu_runs_every_file_that_uses_a_gpu() -> None:
+    tests = Path(__file__).parent
+    uses = ("triton_devices(", "usable_backends(", "cuda_missing()")
+    found = {f"tests/{path.name}" for path in tests.glob("test_*.py") if any(use in path.read_text() for use in uses)}
+    assert found - {"tests/test_bench.py"} == set(gpu.TESTS)
+
+
+def training_rows(seconds: float, peak_bytes: int) -> list[gpu_training.Row]:
+    """Every row that a figure of training ops is asked of; compared with 1200 bytes and a second."""
+    cases = [f"{kind}_{name}" for kind in gpu_training.KINDS for name in gpu_training.LAYERS]
+    return [
+        row
+        for case in (*cases, f"spike_slab_kl-{gpu.KL_WEIGHTS >> 20}M")
+        for row in (
+            gpu_training.Row(case, "triton", seconds, peak_bytes, 0.0),
+            gpu_training.Row(case, "reference", 1.0, 1200),
+            gpu_training.Row(case, "compiled", 0.5, 1200),
+        )
+    ]
+
+
+def test_every_figure_of_training_ops_has_a_verdict() -> None:
+    """Two of time and one of memory for each layer; of the divergence one of time, of bandwidth and of memory."""
+    verdicts = list(gpu.verdicts(training_rows(0.25, 400), "triton", bandwidth=1.0))
+    assert len(verdicts) == 3 * 8 + 3
+    asked = {verdict.text: verdict.asked for verdict in verdicts if isinstance(verdict, gpu_timing.Verdict)}
+    linear = {f"{kind}_linear-4096-4096-B{rows}" for kind in ("sample", "moment") for rows in (256, 2048)}
+    times = {
+        case: tuple(asked[f"{case}: time of {rival} over ours"] for rival in ("reference", "compiled"))
+        for case in linear
+    }
+    assert times == {
+        "sample_linear-4096-4096-B256": (3.0, 1.5),
+        "sample_linear-4096-4096-B2048": (1.5, 1.1),
+        "moment_linear-4096-4096-B256": (2.5, 1.3),
+        "moment_linear-4096-4096-B2048": (2.5, 1.3),
+    }
+    memory = {text.split(":")[0]: number for text, number in asked.items() if "peak memory of reference" in text}
+    assert {memory[case] for case in linear} == {3.0} and len(memory) == 8
+    assert {memory[case] for case in set(memory) - linear} == {2.5}
+    met = {verdict.text: str(verdict).endswith("  met") for verdict in verdicts}
+    assert met["spike_slab_kl-16M: bytes of the gradients over peak memory"]
+    assert met["sample_linear-4096-4096-B256: peak memory of reference over ours"]
+    late = {
+        str(verdict).split(":")[0]
+        for verdict in verdicts
+        if "time of reference" in str(verdict) and "NOT" in str(verdict)
+    }
+    assert late == {"spike_slab_kl-16M"}
+    larger = gpu.verdicts(training_rows(0.25, 9 * gpu.KL_WEIGHTS), "triton", bandwidth=1.0)
+    assert sum("memory" in str(verdict) and "NOT MET" in str(verdict) for verdict in larger) == 9
 
 
 def packed_rows(seconds: float) -> list[gpu_training.Row]:

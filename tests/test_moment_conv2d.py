@@ -71,10 +71,13 @@ def test_values_and_gradients(
 
 @pytest.mark.parametrize("runs_on", RUNS_ON)
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_levels", SOME_M)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_input_and_float32_weight(dtype: torch.dtype, mode: str, runs_on: tuple[str, str]) -> None:
+def test_low_precision_input_and_float32_weight(
+    dtype: torch.dtype, num_levels: int, mode: str, runs_on: tuple[str, str]
+) -> None:
     device, backend = runs_on
-    case = make_case(SMALL_CONV2D, 5, "channel").to(x=dtype)
+    case = make_case(SMALL_CONV2D, num_levels, "channel").to(x=dtype)
     assert_matches(partial(run, mode=mode, backend=backend), formula_for(case, mode), case, device, GRADIENTS[mode])
 
 
@@ -137,10 +140,13 @@ def test_parts_of_a_product(shape: Conv2dShape, way: str, device: str, monkeypat
 
 @pytest.mark.parametrize("device", triton_devices("moment_conv2d"))
 @pytest.mark.parametrize("way", ["made", "made-before"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", GATHERED_CONV2D[:2])
-def test_float16_gathered(shape: Conv2dShape, way: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_precision_gathered(
+    shape: Conv2dShape, dtype: torch.dtype, way: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     force(way, monkeypatch)
-    case = make_case(shape, 5, "channel").to(x=torch.float16)
+    case = make_case(shape, 5, "channel").to(x=dtype)
     assert_matches(partial(run, backend="triton"), formula_for(case, "categorical"), case, device, NAMES)
 
 

@@ -8,9 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bqnn import BackendError
+from bqnn import BackendError, convert, elbo
+from bqnn.layers import ESTIMATORS
 from bqnn.ops import moment_linear, quantizer, sample_linear
 from bqnn.ops._moment import MODES
 from tests import formulas
@@ -72,10 +73,14 @@ def test_values_and_gradients(
 
 @pytest.mark.parametrize("runs_on", RUNS_ON)
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("num_levels", SOME_M)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_input_and_float32_weight(dtype: torch.dtype, mode: str, runs_on: tuple[str, str]) -> None:
+def test_low_precision_input_and_float32_weight(
+    dtype: torch.dtype, num_levels: int, granularity: str, mode: str, runs_on: tuple[str, str]
+) -> None:
     device, backend = runs_on
-    case = make_case(LinearShape(9, 33, 129), 5, "channel").to(x=dtype)
+    case = make_case(LinearShape(9, 33, 129), num_levels, granularity).to(x=dtype)
     assert_matches(partial(run, mode=mode, backend=backend), formula_for(case, mode), case, device, GRADIENTS[mode])
 
 
@@ -91,12 +96,40 @@ def choose_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("way", ["parts", "before"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_other_ways_to_multiply(
-    granularity: str, mode: str, way: str, device: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, granularity: str, mode: str, way: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choose_way(way, monkeypatch)
-    case = make_case(LinearShape(5, 41, 141), 5, granularity)
+    case = make_case(LinearShape(5, 41, 141), 5, granularity).to(x=dtype)
     assert_matches(partial(run, mode=mode, backend="triton"), formula_for(case, mode), case, device, GRADIENTS[mode])
+
+
+@pytest.mark.parametrize("device", triton_devices("moment_linear"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_layers_under_autocast(
+    estimator: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole layers on the kernels multiply in the dtype of autocast, and their gradients are the reference's."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(80, 4))
+    net = convert(net, 3, estimator=estimator).to(device)
+    x, gradients = torch.randn(2, 3, 6, 6).to(device), []
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("BQNN_BACKEND", backend)
+        torch.manual_seed(1)
+        net.zero_grad()
+        with torch.autocast(device, dtype):
+            y = net(x)
+        assert y.dtype == dtype
+        elbo(y.float(), torch.tensor([0, 1], device=device), net, 20).loss.backward()
+        found = {name: value.grad for name, value in net.named_parameters() if value.grad is not None}
+        gradients.append({"y": y.detach().float(), **found})
+    for name, expected in gradients[1].items():
+        difference = (gradients[0][name] - expected).square().mean().sqrt()
+        assert gradients[0][name].dtype == torch.float32
+        assert difference <= 2.0**-5 * expected.square().mean().sqrt(), name
 
 
 @pytest.mark.parametrize("device", triton_devices("moment_linear"))

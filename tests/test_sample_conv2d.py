@@ -28,7 +28,7 @@ from tests.helpers import (
     triton_devices,
     usable_backends,
 )
-from tests.shapes import CONV2D_GRID, EVERY_M, GATHERED_CONV2D, GRANULARITIES, SMALL_CONV2D, Conv2dShape
+from tests.shapes import CONV2D_GRID, EVERY_M, GATHERED_CONV2D, GRANULARITIES, SMALL_CONV2D, SOME_M, Conv2dShape
 
 RUNS_ON = usable_backends("sample_conv2d")
 OFFSET = 2**32 - 2  # the calls of the noise cross into the counter's second word
@@ -81,10 +81,13 @@ def test_deterministic(shape: Conv2dShape, num_levels: int, granularity: str, ru
 
 @pytest.mark.parametrize("runs_on", RUNS_ON)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("num_levels", SOME_M)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_input_and_float32_weight(dtype: torch.dtype, granularity: str, runs_on: tuple[str, str]) -> None:
+def test_low_precision_input_and_float32_weight(
+    dtype: torch.dtype, num_levels: int, granularity: str, runs_on: tuple[str, str]
+) -> None:
     device, backend = runs_on
-    case = sampled_case(SMALL_CONV2D, 5, granularity).to(x=dtype)
+    case = sampled_case(SMALL_CONV2D, num_levels, granularity).to(x=dtype)
     formula = partial(sampled_product, noise=noise_of(case))
     assert_matches(partial(run, backend=backend), formula, case, device, GRADIENTS)
 
@@ -127,10 +130,13 @@ def test_parts_of_a_product(shape: Conv2dShape, way: str, device: str, monkeypat
 
 @pytest.mark.parametrize("device", triton_devices("sample_conv2d"))
 @pytest.mark.parametrize("way", ["sampled", "sampled-before"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", GATHERED_CONV2D[:2])
-def test_float16_gathered(shape: Conv2dShape, way: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_precision_gathered(
+    shape: Conv2dShape, dtype: torch.dtype, way: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     force(way, monkeypatch)
-    case = sampled_case(shape, 5, "channel").to(x=torch.float16)
+    case = sampled_case(shape, 5, "channel").to(x=dtype)
     formula = partial(sampled_product, noise=noise_of(case))
     assert_matches(partial(run, backend="triton"), formula, case, device, GRADIENTS)
 

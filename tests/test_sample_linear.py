@@ -75,10 +75,13 @@ def test_deterministic(shape: LinearShape, num_levels: int, granularity: str, ru
 
 @pytest.mark.parametrize("runs_on", RUNS_ON)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("num_levels", SOME_M)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_input_and_float32_weight(dtype: torch.dtype, granularity: str, runs_on: tuple[str, str]) -> None:
+def test_low_precision_input_and_float32_weight(
+    dtype: torch.dtype, num_levels: int, granularity: str, runs_on: tuple[str, str]
+) -> None:
     device, backend = runs_on
-    case = sampled_case(LinearShape(9, 33, 129), 5, granularity).to(x=dtype)
+    case = sampled_case(LinearShape(9, 33, 129), num_levels, granularity).to(x=dtype)
     formula = partial(sampled_product, noise=noise_of(case))
     assert_matches(partial(run, backend=backend), formula, case, device, GRADIENTS)
 

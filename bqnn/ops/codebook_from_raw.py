@@ -151,6 +151,9 @@ register_op(
 )
 dispatch.register("codebook_from_raw", "cpu", _cpu)
 dispatch.register("codebook_from_raw_backward", "cpu", _cpu_backward)
+# On a GPU torch makes these few numbers; for "triton" too, so that a whole network can be forced to its kernels.
+dispatch.register("codebook_from_raw", "triton", codebook_from_raw_reference)
+dispatch.register("codebook_from_raw_backward", "triton", codebook_from_raw_backward_reference)
 
 
 def codebook_from_raw(
