@@ -56,49 +56,66 @@ inline void store(int t, void* base, size_t stride) {
     std::memcpy(static_cast<char*>(base) + r * stride, from.data[r], static_cast<size_t>(from.bytes));
 }
 
-// Calls f(sum, a, b) with the 4 bytes of each sum of c, of a row of a and of a column of b, in the order of K.
-template <class F>
-inline void multiply(int c, int a, int b, const F& f) {
-  Tile& to = configured(c);
-  const Tile &left = configured(a), &right = configured(b);
+inline void check_sizes(int c, int a, int b) {
+  const Tile &to = configured(c), &left = configured(a), &right = configured(b);
   require(to.rows == left.rows && left.bytes == 4 * right.rows && to.bytes == right.bytes, "sizes do not match");
-  for (int r = 0; r < to.rows; ++r)
-    for (int k = 0; k < right.rows; ++k)
-      for (int n = 0; n < to.bytes / 4; ++n) f(to.data[r] + 4 * n, left.data[r] + 4 * k, right.data[k] + 4 * n);
 }
 
-inline float normal_or_zero(float x) {
+// Only tiles are read and written below: nothing for a sanitizer to see, and most of the time of a run.
+#define BQNN_TILE_PRODUCT [[gnu::no_sanitize("address", "undefined"), gnu::optimize("O3")]] inline
+
+BQNN_TILE_PRODUCT float normal_or_zero(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  return (bits & 0x7F800000) == 0 ? 0.0f : x;
+  bits = (bits & 0x7F800000) == 0 ? 0 : bits;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Element `half` of 4 bytes.
+BQNN_TILE_PRODUCT float bf16_at(const unsigned char* bytes, int half) {
+  const uint32_t bits = (bytes[2 * half] | uint32_t{bytes[2 * half + 1]} << 8) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return normal_or_zero(value);
 }
 
 // Denormal numbers count as zeros, of operands and of sums.
-inline void dot_bf16(int c, int a, int b) {
-  multiply(c, a, b, [](unsigned char* sum, const unsigned char* x, const unsigned char* y) {
-    float total;
-    std::memcpy(&total, sum, sizeof total);
-    for (int i = 0; i < 4; i += 2) {
-      const uint32_t x_bits = (x[i] | uint32_t{x[i + 1]} << 8) << 16, y_bits = (y[i] | uint32_t{y[i + 1]} << 8) << 16;
-      float x_value, y_value;
-      std::memcpy(&x_value, &x_bits, sizeof x_value);
-      std::memcpy(&y_value, &y_bits, sizeof y_value);
-      const double product = double{normal_or_zero(x_value)} * normal_or_zero(y_value);
-      total = normal_or_zero(static_cast<float>(normal_or_zero(total) + product));
-    }
-    std::memcpy(sum, &total, sizeof total);
-  });
+BQNN_TILE_PRODUCT void dot_bf16(int c, int a, int b) {
+  check_sizes(c, a, b);
+  const int rows = tile[c].rows, steps = tile[b].rows, columns = tile[c].bytes / 4;
+  float sum[16][16], y[2][16];
+  for (int r = 0; r < rows; ++r) std::memcpy(sum[r], tile[c].data[r], sizeof sum[r]);
+  for (int k = 0; k < steps; ++k) {
+    for (int half = 0; half < 2; ++half)
+      for (int n = 0; n < columns; ++n) y[half][n] = bf16_at(tile[b].data[k] + 4 * n, half);
+    for (int r = 0; r < rows; ++r)
+      for (int half = 0; half < 2; ++half) {
+        const float x = bf16_at(tile[a].data[r] + 4 * k, half);  // times y is exact
+        for (int n = 0; n < columns; ++n) sum[r][n] = normal_or_zero(normal_or_zero(sum[r][n]) + x * y[half][n]);
+      }
+  }
+  for (int r = 0; r < rows; ++r) std::memcpy(tile[c].data[r], sum[r], sizeof sum[r]);
 }
 
-inline void dot_s8(int c, int a, int b) {
-  multiply(c, a, b, [](unsigned char* sum, const unsigned char* x, const unsigned char* y) {
-    uint32_t total;  // wraps around
-    std::memcpy(&total, sum, sizeof total);
-    for (int i = 0; i < 4; ++i)
-      total += static_cast<uint32_t>(static_cast<int8_t>(x[i]) * static_cast<int8_t>(y[i]));
-    std::memcpy(sum, &total, sizeof total);
-  });
+BQNN_TILE_PRODUCT void dot_s8(int c, int a, int b) {
+  check_sizes(c, a, b);
+  const int rows = tile[c].rows, steps = tile[b].rows, columns = tile[c].bytes / 4;
+  uint32_t sum[16][16];  // wraps around
+  for (int r = 0; r < rows; ++r) std::memcpy(sum[r], tile[c].data[r], sizeof sum[r]);
+  for (int k = 0; k < steps; ++k)
+    for (int i = 0; i < 4; ++i) {
+      int y[16];
+      for (int n = 0; n < columns; ++n) y[n] = static_cast<int8_t>(tile[b].data[k][4 * n + i]);
+      for (int r = 0; r < rows; ++r) {
+        const int x = static_cast<int8_t>(tile[a].data[r][4 * k + i]);
+        for (int n = 0; n < columns; ++n) sum[r][n] += static_cast<uint32_t>(x * y[n]);
+      }
+    }
+  for (int r = 0; r < rows; ++r) std::memcpy(tile[c].data[r], sum[r], sizeof sum[r]);
 }
+
+#undef BQNN_TILE_PRODUCT
 
 }  // namespace bqnn::tiles
 
