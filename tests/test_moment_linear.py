@@ -139,7 +139,8 @@ def test_a_coarse_variance_changes_values_and_gradients_by_its_rounding(
     mode: str, way: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choose_way(way, monkeypatch)
-    case = make_case(LinearShape(9, 41, 101), 3, "tensor").to(device)
+    # With one codebook the gradient of its two thresholds cancels, and the rounding alone is 2^-7 of it.
+    case = make_case(LinearShape(9, 41, 101), 3, "channel").to(device)
     exact, coarse = case.leaves(), case.leaves()
     outputs = run(exact, mode, "reference"), run(coarse, mode, "triton", coarse=True)
     upstream = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(5)).to(device)
