@@ -213,7 +213,7 @@ def configuration(op, rows, x, precision, flags, channels, columns, words):
             config["num_stages"] = 1
         if precision == "bf16" and flags["BITS"] == 1 and config["BM"] == 64:
             config["BN"] //= 2
-        if architecture() >= 100 and flags["BITS"] == (4 if precision == "bf16" else 2):
+        if architecture() >= 100 and (flags["BITS"] == 4 if precision == "bf16" else flags["NUM_LEVELS"] == 4):
             config["maxnreg"] = 255  # ptxas would spill two of them for the sake of another block
     return config
 
