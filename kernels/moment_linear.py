@@ -228,11 +228,12 @@ def _rows_of_block(rows, dtype):
     return min(max(16, triton.next_power_of_2(rows)), 64 if dtype == torch.float32 else 128)
 
 
-def _weight_tiles(dtype):
+def _weight_tiles(dtype, columns):
     """Those of the weight's gradient; BR is the rows at its end that are finished at once."""
     if dtype == torch.float32:  # its products take registers for their operands too
         return {"BM": 16, "BN": 32, "BK": 64, "BR": 8, "num_warps": 4, **fewer_stages()}
-    return {"BM": 32, "BN": 64, "BK": 128, "BR": 8, "num_warps": 4}
+    warps = 4 if columns % 4 == 0 else 8  # else a call of Philox for each weight, and 4 would spill
+    return {"BM": 32, "BN": 64, "BK": 128, "BR": 8, "num_warps": warps}
 
 
 def _grid(x, columns, length):
@@ -310,7 +311,7 @@ def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offse
         )  # fmt: skip
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
     grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(weight)
-    tiles = _weight_tiles(x.dtype)
+    tiles = _weight_tiles(x.dtype, K)
     blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(K, tiles["BK"]))
     sums = torch.empty((blocks[1], N, codebook_sums(levels.shape[1], mode)), device=x.device)
     moment_linear_bwd_kernel_weight[blocks](

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from bqnn.kernels.launch import (
+    architecture,
     fewer_stages,
     flags_of_product,
     heuristics_of_posterior,
@@ -156,11 +157,11 @@ def sample_linear_bwd_kernel_weight(
     )  # fmt: skip
 
 
-def _tiles(rows, dtype):
+def _tiles(rows, dtype, columns):
     """Tile sizes and warps: the rows in as few blocks as registers allow, since each samples the weight anew."""
     if dtype == torch.float32:  # its products take registers for their operands too
         return {"BM": min(_rows_of_block(rows), 64), "BN": 32, "BK": 32, "num_warps": 8}
-    BM = min(_rows_of_block(rows), 256)
+    BM = min(_rows_of_block(rows), 256 if columns % 4 == 0 else 128)  # else a call of Philox for each weight
     stages = fewer_stages() if BM <= 32 else {}
     return {"BM": BM, "BN": 64, "BK": 32 if BM > 64 else 64, "num_warps": 8, **stages}
 
@@ -168,6 +169,15 @@ def _tiles(rows, dtype):
 def _weight_tiles(dtype):
     """Those of the weight's gradient."""
     return {"BM": 32, "BN": 64, "BK": 32 if dtype == torch.float32 else 64, "num_warps": 8}
+
+
+def _flags(x, levels):
+    """Those of a product. Where each weight needs a call of Philox for itself, each channel has its own levels, float32
+    many of them, or sm_100 four, ptxas would spill a few registers for another block: there it may use them all."""
+    codebooks, num_levels = levels.shape
+    costly = x.shape[-1] % 4 != 0 or codebooks > 1 or (x.dtype == torch.float32 and num_levels > 4)
+    costly |= architecture() >= 100 and num_levels == 4
+    return {**flags_of_product(x, levels), **({"maxnreg": 255} if costly else {})}
 
 
 def _rows_of_block(rows):
@@ -183,13 +193,13 @@ def forward(x, weight, log_sigma2, levels, thresholds, bias, seed, offset):
     """y [..., N] in x's dtype, of x [..., K], neither empty; parameters are contiguous."""
     rows = rows_of(x)
     (M, K), N = rows.shape, weight.shape[0]
-    tiles = _tiles(M, x.dtype)
+    tiles = _tiles(M, x.dtype, K)
     blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(M, tiles["BM"]))
     splits, span = splits_of(blocks, K, tiles["BK"], x.device)
     y = torch.empty((splits, M, N), device=x.device, dtype=x.dtype if splits == 1 else torch.float32)
     sample_linear_fwd_kernel[(*blocks, splits)](
         rows, weight, log_sigma2, levels, thresholds, bias if splits == 1 else None, seed, offset, y, M, N, K,
-        rows.stride(0), span, **flags_of_product(x, levels), **tiles,
+        rows.stride(0), span, **_flags(x, levels), **tiles,
     )  # fmt: skip
     return sum_of_splits(y, bias, x.dtype).view(*x.shape[:-1], N)
 
@@ -198,7 +208,7 @@ def backward(grad, x, weight, log_sigma2, levels, thresholds, seed, offset, inpu
     """Gradients for x (empty if not asked for), weight, log_sigma2 (empty without it) and levels; grad [..., N]."""
     rows, grad = rows_of(x), rows_of(grad)
     (M, K), N = rows.shape, weight.shape[0]
-    tiles, flags = _tiles(M, x.dtype), flags_of_product(x, levels)
+    tiles, flags = _tiles(M, x.dtype, K), _flags(x, levels)
     grad_x = x.new_empty(0)
     if input_gradient:
         blocks = (triton.cdiv(K, tiles["BK"]), triton.cdiv(M, tiles["BM"]))

@@ -113,7 +113,7 @@ def test_the_sample_does_not_depend_on_tiles(columns: int, device: str, monkeypa
     expected = run(case, "reference")
     for rows in (1, 32, 64, 128, 256):
         for dtype in (torch.float32, torch.float16):
-            tiles = kernels._tiles(rows, dtype)
+            tiles = kernels._tiles(rows, dtype, 64)
             monkeypatch.setattr(kernels, "_tiles", lambda *_, tiles=tiles: tiles)
             assert torch.equal(run(case, "triton"), expected), tiles
             monkeypatch.undo()
