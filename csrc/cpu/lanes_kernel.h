@@ -1,4 +1,4 @@
-// What the kernels over blocks of weights share: a block's last vector, and sums over a block.
+// The last vector of a row or a block, which may not be whole, and sums over a block.
 
 BQNN_INLINE int lanes_left(int64_t left) { return left < kLanes ? (int)left : kLanes; }
 

@@ -3,8 +3,6 @@
 // Included inside the namespace of a translation unit that has set the target, after packed_decode.h.
 #pragma once
 
-BQNN_INLINE int lanes_left(int64_t left) { return left < kLanes ? static_cast<int>(left) : kLanes; }
-
 BQNN_INLINE Float load_activations(const float* x, int count) { return load_first(x, count); }
 BQNN_INLINE Float load_activations(const Bf16* x, int count) { return load_bfloat16_first(x, count); }
 

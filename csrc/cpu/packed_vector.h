@@ -5,6 +5,8 @@
 
 #include "vec.h"
 
+#include "lanes_kernel.h"
+
 #include "packed_shared.h"
 
 #include "bfloat16_kernel.h"
