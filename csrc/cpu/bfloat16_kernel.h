@@ -17,11 +17,13 @@ BQNN_INLINE Float load_bfloat16_first(const uint16_t* p, int count) {
   return widen(bits);
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
-BQNN_INLINE Bits16 round_to_bfloat16(Float x) {
+// The nearest bfloat16, ties to even, in the low half of each lane; NaN stays NaN.
+BQNN_INLINE UInt bfloat16_lanes(Float x) {
   const UInt bits = (UInt)x, rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector((UInt)select(x == x, (Int)rounded, Int{} + 0x7FC0), Bits16);
+  return (UInt)select(x == x, (Int)rounded, Int{} + 0x7FC0);
 }
+
+BQNN_INLINE Bits16 round_to_bfloat16(Float x) { return __builtin_convertvector(bfloat16_lanes(x), Bits16); }
 
 BQNN_INLINE void store_bfloat16_first(uint16_t* p, Float x, int count) {
   const Bits16 bits = round_to_bfloat16(x);

@@ -12,14 +12,21 @@ BQNN_INLINE void store_outputs(Bf16* y, Float value, int count) { store_bfloat16
 // The largest magnitude of n numbers; a NaN counts as larger than everything.
 template <class X>
 inline float largest(const X* x, int64_t n) {
-  Int most = {};  // magnitudes of floats compare as integers, NaN above infinity
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Int bits = as_int(abs(load_activations(x + i, lanes_left(n - i))));
-    most = select(bits > most, bits, most);
-  }
+  constexpr int kChains = 4;  // a single one would wait for each comparison
+  Int most[kChains] = {};     // magnitudes of floats compare as integers, NaN above infinity
+  const auto see = [&](int64_t i, int chain, int count) __attribute__((always_inline)) {
+    const Int bits = as_int(abs(load_activations(x + i, count)));
+    most[chain] = select(bits > most[chain], bits, most[chain]);
+  };
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= n; i += kChains * kLanes)
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) see(i + chain * kLanes, chain, kLanes);
+  for (; i < n; i += kLanes) see(i, 0, lanes_left(n - i));
   float value = 0.0f;
   int32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits = most[i] > bits ? most[i] : bits;
+  for (const Int& of_chain : most)
+    for (int lane = 0; lane < kLanes; ++lane) bits = of_chain[lane] > bits ? of_chain[lane] : bits;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
 }
@@ -29,8 +36,21 @@ template <class Op>
 BQNN_INLINE Float rounded(Float x, bool bf16, const RowScale& row) {
   if constexpr (Op::kHalf) return x;
   if constexpr (!Op::kInt8) return bf16 ? widen(round_to_bfloat16(x)) : x;
-  const Float q = round((x * row.lift) * row.factor);
-  return min(max(q, broadcast(-127.0f)), broadcast(127.0f));  // a number even of NaN: an infinite scale brings that back
+  const Float q = (x * row.lift) * row.factor;  // NaN is what an infinite scale brings back: here any number will do
+#if BQNN_LANES == 16
+  return q;
+#else
+  return min(max(round(q), broadcast(-127.0f)), broadcast(127.0f));
+#endif
+}
+
+// To the nearest integer, and where there is none to any.
+BQNN_INLINE Int integers(Float rounded) {
+#if BQNN_LANES == 16
+  return (Int)_mm512_maskz_cvtps_epi32(0xFFFF, (__m512)rounded);
+#else
+  return to_int(rounded);
+#endif
 }
 
 template <class Op>
@@ -38,7 +58,7 @@ BQNN_INLINE void store_operands(typename Op::Element* to, Float rounded, int cou
   if constexpr (Op::kHalf) {
     store_bfloat16_first(to, rounded, count);
   } else if constexpr (Op::kInt8 && sizeof(typename Op::Element) < 4) {
-    const Int q = to_int(rounded) + static_cast<int>(Op::kZero);
+    const Int q = integers(rounded) + static_cast<int>(Op::kZero);
 #if BQNN_LANES == 16
     _mm512_mask_cvtepi32_storeu_epi8(to, (__mmask16)((1u << count) - 1u), (__m512i)q);
 #else
@@ -47,6 +67,15 @@ BQNN_INLINE void store_operands(typename Op::Element* to, Float rounded, int cou
   } else {
     store_first(to, rounded, count);
   }
+}
+
+// The operands of one number a lane, in its low bits.
+template <class Op>
+BQNN_INLINE UInt operand_bits(Float rounded) {
+  if constexpr (Op::kHalf) return bfloat16_lanes(rounded);
+  if constexpr (Op::kInt8 && sizeof(typename Op::Element) < 4)
+    return (UInt)(integers(rounded) + static_cast<int>(Op::kZero)) & (0xFFFFFFFFu >> (32 - 8 * sizeof(typename Op::Element)));
+  return (UInt)rounded;
 }
 
 template <class Op, class X>

@@ -154,16 +154,6 @@ inline void finish_pixels(const Conv2dCall& call, const ConvPlan& plan, typename
   }
 }
 
-// Brings the next images towards the core while the present ones are multiplied: a slice with every few tiles.
-struct Ahead {
-  const char *at, *end;
-  int64_t slice;
-
-  void fetch() {
-    for (const char* stop = at + slice < end ? at + slice : end; at < stop; at += 64) _mm_prefetch(at, _MM_HINT_T1);
-  }
-};
-
 // 64 channels from `block` on of a group, at the tiles [first, last) of `images` packed images.
 template <class Op, class Y>
 inline void multiply_pixels(const Conv2dCall& call, const ConvPlan& plan, const char* packed, const float* scales,

@@ -36,3 +36,13 @@ inline void with_codes_of(const PackedLayout& layout, const F& f) {
   if (layout.codebooks == 1) return with_bits(Constant<1>{});
   return with_bits(Constant<0>{});
 }
+
+// Brings the next images towards the core while the present ones are multiplied: a slice with every few.
+struct Ahead {
+  const char *at, *end;
+  int64_t slice;
+
+  void fetch() {
+    for (const char* stop = at + slice < end ? at + slice : end; at < stop; at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};

@@ -52,18 +52,24 @@ inline void linear_of(const LinearCall& call, const Parallel& parallel) {
   run_linear<FloatOperand, X>(call, parallel);
 }
 
+// With lanes of pixels and the operands Planar, or lanes of channels and the operands Channels.
+template <class Planar, class Channels, class X>
+inline void run_operands(const Conv2dCall& call, const Parallel& parallel) {
+  (planar_pays<Planar, Channels>(call) ? run_planar_conv2d<Planar, X> : run_conv2d<Channels, X>)(call, parallel);
+}
+
 template <class X>
 inline void conv2d_of(const Conv2dCall& call, const Parallel& parallel) {
 #if BQNN_LANES == 16
   if (run_sums_conv2d<X>(call, parallel)) return;
 #endif
   const PackedLayout& layout = *call.weight;
-  if (layout.precision == Precision::int8) return run_conv2d<Int8Operand, X>(call, parallel);
-  // A segment of odd length would end in a pair with its neighbour, which may be infinite, times 0.
-  const bool pairs = layout.precision == Precision::bf16 && layout.segment % 2 == 0;
-  if (pairs) return run_conv2d<HalfOperand, X>(call, parallel);
-  if (run_planar_conv2d<X>(call, parallel)) return;
-  run_conv2d<FloatOperand, X>(call, parallel);
+  if (layout.precision == Precision::int8) return run_operands<Int8Operand, Int8Operand, X>(call, parallel);
+  const bool bf16 = layout.precision == Precision::bf16;
+  // A segment, or a pixel, of odd length would end in a pair with its neighbour, which may be infinite, times 0.
+  if (bf16 && layout.inputs % 2 == 0) return run_operands<HalfOperand, HalfOperand, X>(call, parallel);
+  if (bf16 && layout.segment % 2 == 0) return run_operands<FloatOperand, HalfOperand, X>(call, parallel);
+  run_operands<FloatOperand, FloatOperand, X>(call, parallel);
 }
 
 void linear(const LinearCall& call, const Parallel& parallel) {

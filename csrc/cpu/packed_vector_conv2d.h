@@ -115,22 +115,53 @@ inline void pack_padded_row(const Conv2dCall& call, const ConvPlan& plan, const 
   fill(to + left + inner, to + plan.row, kZero);
 }
 
-// Copies a wave of images; `scales` is theirs.
+// The rules by which images of `size` numbers are rounded. A few images are read by all threads.
+template <class X>
+inline void image_scales(const Parallel& parallel, const X* x, int64_t images, int64_t size, RowScale* scales) {
+  constexpr int64_t kPart = 1 << 14;
+  const int64_t parts = ceil_div(size, kPart);
+  auto* most = reinterpret_cast<float*>(
+      scratch(Scratch::row_scales, static_cast<size_t>(images * parts) * sizeof(float)));
+  parallel_for(parallel, images * parts, 2, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t from = i % parts * kPart;
+      most[i] = largest(x + i / parts * size + from, size - from < kPart ? size - from : kPart);
+    }
+  });
+  for (int64_t i = 0; i < images; ++i) scales[i] = row_scale(largest(most + i * parts, parts));
+}
+
+// Whether there are images for every thread.
+inline bool images_for_all(int64_t images, int threads) { return images >= 4 * threads || images % threads == 0; }
+
+// Calls pack(image, row) for all rows of the images, [images][size], when an image's scale is known. Where there are
+// images for every thread, each packs what it has read for the scale and still has in its cache.
+template <class Op, class X, class F>
+inline void pack_images(const Parallel& parallel, const X* x, int64_t images, int64_t size, int64_t rows,
+                        RowScale* scales, const F& pack) {
+  constexpr int64_t kGrain = 1 << 14;  // numbers
+  if (Op::kInt8 && images_for_all(images, parallel.threads))
+    return parallel_for(parallel, images, 1 + kGrain / size, [&](int64_t begin, int64_t end) {
+      for (int64_t image = begin; image < end; ++image) {
+        scales[image] = row_scale(largest(x + image * size, size));
+        for (int64_t row = 0; row < rows; ++row) pack(image, row);
+      }
+    });
+  if constexpr (Op::kInt8) image_scales(parallel, x, images, size, scales);
+  parallel_for(parallel, images * rows, 1 + kGrain * rows / size, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) pack(i / rows, i % rows);
+  });
+}
+
+// Copies a wave of images; `scales` becomes theirs.
 template <class Op, class X>
 inline void pack_wave(const Conv2dCall& call, const ConvPlan& plan, const Parallel& parallel, const X* x,
                       int64_t images, RowScale* scales, char* activations) {
   const int64_t groups = call.weight->groups, rows = call.height + 2 * call.padding_h;
-  const int64_t image = call.weight->inputs * groups * call.height * call.width;
-  if constexpr (Op::kInt8)
-    parallel_for(parallel, images, 1 + (1 << 16) / image, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) scales[i] = row_scale(largest(x + i * image, image));
-    });
-  parallel_for(parallel, images * groups * rows, 1 + (1 << 15) / plan.row, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t plane = i / rows, of = plane / groups;
-      pack_padded_row<Op>(call, plan, x + of * image, plane % groups, i % rows, Op::kInt8 ? scales[of] : RowScale{},
-                          activations + plane * plan.plane + i % rows * plan.row);
-    }
+  const int64_t size = call.weight->inputs * groups * call.height * call.width;
+  pack_images<Op>(parallel, x, images, size, groups * rows, scales, [&](int64_t image, int64_t i) {
+    pack_padded_row<Op>(call, plan, x + image * size, i / rows, i % rows, Op::kInt8 ? scales[image] : RowScale{},
+                        activations + image * plan.image + i / rows * plan.plane + i % rows * plan.row);
   });
 }
 
