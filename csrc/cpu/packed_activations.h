@@ -74,7 +74,7 @@ template <class Op>
 BQNN_INLINE UInt operand_bits(Float rounded) {
   if constexpr (Op::kHalf) return bfloat16_lanes(rounded);
   if constexpr (Op::kInt8 && sizeof(typename Op::Element) < 4)
-    return (UInt)(integers(rounded) + static_cast<int>(Op::kZero)) & (0xFFFFFFFFu >> (32 - 8 * sizeof(typename Op::Element)));
+    return (UInt)(integers(rounded) + static_cast<int>(Op::kZero)) & (0xFFFFFFFFu >> (32 - 32 / Op::kUnit));
   return (UInt)rounded;
 }
 

@@ -299,7 +299,8 @@ inline void multiply_rows(const Conv2dCall& call, const PlanarPlan& plan, const 
 template <class Op, class X>
 void run_planar_conv2d(const Conv2dCall& call, const Parallel& parallel) {
   const PackedLayout& layout = *call.weight;
-  const int64_t groups = layout.groups, taps = layout.taps(), outputs = call.out_height * layout.channels * call.out_width;
+  const int64_t groups = layout.groups, taps = layout.taps();
+  const int64_t outputs = layout.channels * call.out_height * call.out_width;
   if (call.images == 0 || outputs == 0) return;
   const PlanarPlan plan = plan_planes<Op>(call, parallel.threads);
   const int64_t lanes = plan.units * taps, inputs = layout.inputs * groups * call.height * call.width;
