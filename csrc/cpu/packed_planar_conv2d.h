@@ -154,6 +154,11 @@ inline uint32_t zero_lane() {
   return lane;
 }
 
+template <class Op>
+inline void fill_lanes(uint32_t* to, int64_t count) {
+  fill(reinterpret_cast<char*>(to), reinterpret_cast<char*>(to + count), zero_lane<Op>());
+}
+
 // Copies one plane of an image that is contiguous.
 template <class Op, class X>
 inline void pack_plane(const Conv2dCall& call, const PlanarPlan& plan, const X* image, int64_t index,
@@ -165,7 +170,7 @@ inline void pack_plane(const Conv2dCall& call, const PlanarPlan& plan, const X* 
   const X* from = image + (index / plan.units * layout.inputs + first) * size;
   to += index * plan.plane;
   if (call.padding_h + call.padding_w > 0)
-    for (int64_t i = 0; i < plan.plane; ++i) to[i] = zero_lane<Op>();
+    fill_lanes<Op>(to, plan.plane);
   to += call.padding_h * plan.row + call.padding_w;
   for (int64_t h = 0; h < call.height; ++h)
     join_planes<Op>(from + h * call.width, size, inputs, call.width, layout.precision == Precision::bf16, scale,
@@ -180,9 +185,11 @@ inline void pack_planar_row(const Conv2dCall& call, const PlanarPlan& plan, cons
   const int64_t left = call.padding_w, end = left + call.width;
   const bool border = h < call.padding_h || h >= call.padding_h + call.height;
   to += group * plan.units * plan.plane + h * plan.row;
-  for (int64_t u = 0; u < plan.units; ++u)
-    for (int64_t w = 0; w < plan.row; ++w)
-      if (border || w < left || w >= end) to[u * plan.plane + w] = zero_lane<Op>();
+  for (int64_t u = 0; u < plan.units; ++u) {
+    uint32_t* row = to + u * plan.plane;
+    fill_lanes<Op>(row, border ? plan.row : left);
+    if (!border) fill_lanes<Op>(row + end, left);
+  }
   if (border) return;
   const int64_t pixel = call.weight->inputs * static_cast<int64_t>(sizeof(Element));
   char* line = scratch(Scratch::panel, static_cast<size_t>(call.width * pixel + 64));
