@@ -72,11 +72,6 @@ Elements elements(const Tensor& tensor, int64_t count) {
   return {tensor.data_ptr(), bfloat16};
 }
 
-// The memory of a tensor that is about to be filled.
-void expect_writes(const Tensor& tensor) {
-  prefer_huge_pages(tensor.data_ptr(), static_cast<size_t>(tensor.numel() * tensor.element_size()));
-}
-
 Noise noise(const std::optional<Tensor>& seed, int64_t offset) {
   if (!seed) return {};
   return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr())), static_cast<uint64_t>(offset)};
@@ -176,8 +171,6 @@ void moments_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor threshol
   require(mode == static_cast<int64_t>(Moments::gaussian) || (mean && mean->numel() == q.weights),
           "tensors of one size are needed");
   require(variance.is_contiguous(), "a contiguous tensor is needed");
-  if (mean) expect_writes(*mean);
-  expect_writes(variance);
   moments(torch_threads(), isa(), q, static_cast<Moments>(mode), floats(mean), elements(variance, q.weights));
 }
 
@@ -256,8 +249,6 @@ void spike_slab_kl_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor ta
 
 void spike_slab_kl_backward_op(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau,
                                Tensor grad_weight, Tensor grad_log_sigma2, Tensor grad_levels) {
-  expect_writes(grad_weight);
-  expect_writes(grad_log_sigma2);
   spike_slab_kl_backward(torch_threads(), isa(), make_prior(weight, log_sigma2, levels, tau),
                          *grad.const_data_ptr<float>(),
                          {grad_weight.mutable_data_ptr<float>(), grad_log_sigma2.mutable_data_ptr<float>(),

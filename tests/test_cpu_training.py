@@ -12,8 +12,18 @@ from torch._subclasses import FakeTensorMode
 
 from bqnn import dispatch, extension
 from bqnn.codebook import lloyd_max, raw_from_levels
-from bqnn.ops import moment_conv2d, moment_linear, quantizer, sample_conv2d, sample_linear
+from bqnn.ops import (
+    _moment_cpu,
+    _products_cpu,
+    _sample_cpu,
+    moment_conv2d,
+    moment_linear,
+    quantizer,
+    sample_conv2d,
+    sample_linear,
+)
 from bqnn.ops._moment import MODES
+from bqnn.ops._products_cpu import codebook_of
 from bqnn.ops.codebook_from_raw import codebook_from_raw
 from bqnn.ops.philox import normal, random_words
 from tests.helpers import SEED, Case, channels_last, digest, lower_isas, make_case, run_on_isa
@@ -131,6 +141,34 @@ def test_a_coarse_variance_changes_values_and_gradients_by_its_rounding(
     for name, expected in exact.items():
         difference = (coarse[name] - expected).square().mean().sqrt()
         assert difference <= 2.0**-7 * expected.square().mean().sqrt(), name
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("op", ["sample", *MODES])
+def test_a_linear_weight_is_made_some_channels_at_a_time(
+    op: str, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(WIDE_LINEAR, 5, granularity, (SEED, OFFSET))
+
+    def layer(case: Case, coarse: bool = False) -> Tensor:
+        if op == "sample":
+            return sample_linear(*case.tensors(), torch.tensor(SEED), OFFSET, backend="cpu")
+        return moment(case, op, coarse, "cpu")
+
+    whole = [gradients(partial(layer, coarse=coarse), case) for coarse in (False, True)]
+    blocks = []
+    monkeypatch.setattr(_products_cpu, "WEIGHTS", 5000)
+    monkeypatch.setattr(_products_cpu, "CHANNELS", 16)
+    monkeypatch.setattr(_products_cpu, "codebook_of", lambda *args: blocks.append(args[1]) or codebook_of(*args))
+    for module in (_moment_cpu, _sample_cpu):
+        monkeypatch.setattr(module, "codebook_of", _products_cpu.codebook_of)
+    monkeypatch.setattr(_moment_cpu, "LARGE_LINEAR", 1)  # in bfloat16 where the processor has it
+    for coarse, expected in zip((False, True), whole):
+        found = gradients(partial(layer, coarse=coarse), case)
+        for name, one in expected.items():
+            difference = (found[name] - one).square().mean().sqrt()
+            assert difference <= (2.0**-7 if coarse else 1e-6) * one.square().mean().sqrt(), name
+    assert {(some.start, some.stop) for some in blocks} == {(0, 32), (32, 63)}
 
 
 @pytest.mark.parametrize("partition", ["nearest", "learned"])

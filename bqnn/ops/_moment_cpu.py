@@ -7,6 +7,7 @@ it: products twice to several times as fast. Noise is made from the seed whereve
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from bqnn import dispatch
 from bqnn.ops import _moment
 from bqnn.ops._cpu import all_float32, kernels, multiplies_bfloat16
+from bqnn.ops._products_cpu import Posterior, Weights, codebook_of, gradients, outputs, reuse
 from bqnn.ops.product import Product, bind, channels_last, dense
 
 LARGE_LINEAR = 1 << 18  # weights from which on a linear layer's bfloat16 products are faster than its float32 ones
@@ -32,13 +34,14 @@ def _moment_product(
     mode: str,
     coarse: bool,
 ) -> tuple[Tensor, Tensor]:
-    posterior = (weight, log_sigma2, levels, thresholds)
+    posterior = Posterior.of(weight, log_sigma2, levels, thresholds)
     if not all_float32(x, *posterior, bias):
-        return _moment.moment_product(product, x, *posterior, bias, seed, offset, mode, coarse)
+        return _moment.moment_product(
+            product, x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode, coarse
+        )
     fast = coarse and _gains_from_bfloat16(x, weight)
-    mean, variance = _weight_moments(*posterior, mode, fast)
-    y = dense(product.forward(x, mean, bias))
-    y_variance = dense(product.forward(_square(x, fast), variance))
+    make = partial(_weight_moments, posterior, mode, fast)
+    y, y_variance = outputs(product, (x, _square(x, fast)), weight.shape[0], make, bias)
     if coarse:
         y_variance = _moment.coarse_order(x, y_variance.bfloat16())
     kernels.add_noise(y, y_variance, seed, offset, coarse)  # a coarse variance becomes dy/dVar in its place
@@ -59,28 +62,29 @@ def _moment_product_backward(
     mode: str,
     input_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    posterior = (weight, log_sigma2, levels, thresholds)
+    posterior = Posterior.of(weight, log_sigma2, levels, thresholds)
     if not all_float32(grad, x, *posterior):
-        arguments = (seed, offset, mode, input_gradient)
-        return _moment.moment_product_backward(product, grad, slope, x, *posterior, *arguments)
+        return _moment.moment_product_backward(
+            product, grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offset, mode, input_gradient
+        )
     fast = slope is not None and _gains_from_bfloat16(x, weight)
-    grad = dense(grad)
-    mean, variance = _weight_moments(*posterior, mode, fast)
-    square = _square(x, fast)
+    grad, square = dense(grad), _square(x, fast)
+    make = partial(_weight_moments, posterior, mode, fast)
     by_variance = torch.empty_like(grad if slope is None or not fast else slope)
     if slope is None:
-        kernels.noise_gradient(grad, dense(product.forward(square, variance)), seed, offset, by_variance)
+        (variance,) = outputs(product, (square,), weight.shape[0], lambda channels, _: make(channels, None)[1:], None)
+        kernels.noise_gradient(grad, variance, seed, offset, by_variance)
     else:
         kernels.multiply(grad, dense(slope), by_variance)
-    grad_x, grad_mean = product.backward(grad, x, mean, input_gradient)
-    grad_square, grad_variance = product.backward(by_variance, square, variance, input_gradient)
+    by_codebook = levels.new_zeros(levels.shape), thresholds.new_zeros(thresholds.shape)
+    by_posterior = (weight.new_empty(weight.shape), *by_codebook)
+    finish = partial(_weight_moments_backward, posterior, mode, by_posterior)
+    operands = (grad, by_variance), (x, square), weight.shape
+    (grad_x, grad_square), grad_weight = gradients(product, *operands, make, finish, input_gradient)
     if input_gradient:
         grad_x = dense(grad_x)
         kernels.add_square_gradient(grad_x, dense(x), dense(grad_square))
-    # The mean has served, and its memory takes a gradient; a Gaussian's is the weight.
-    spent = torch.empty_like(mean) if mode == "gaussian" else mean
-    gradients = grad_mean.contiguous(), grad_variance.contiguous()
-    return grad_x, *_weight_moments_backward(*gradients, spent, *posterior, mode)
+    return grad_x, grad_weight, *by_posterior
 
 
 def _gains_from_bfloat16(x: Tensor, weight: Tensor) -> bool:
@@ -97,42 +101,33 @@ def _square(x: Tensor, fast: bool) -> Tensor:
     return square
 
 
-def _weight_moments(
-    weight: Tensor, log_sigma2: Tensor, levels: Tensor, thresholds: Tensor, mode: str, fast: bool
-) -> tuple[Tensor, Tensor]:
-    """E and V of ``mode``; V in bfloat16 and channels-last order if ``fast``."""
-    weight, log_sigma2 = weight.contiguous(), log_sigma2.contiguous()
-    mean = None if mode == "gaussian" else torch.empty_like(weight)
-    variance = torch.empty_like(weight, dtype=torch.bfloat16 if fast else torch.float32)
-    arguments = (levels.contiguous(), thresholds.contiguous(), _moment.MODES.index(mode))
-    kernels.moments(weight, log_sigma2, *arguments, mean, variance)
-    return weight if mean is None else mean, channels_last(variance) if fast else variance
+def _weight_moments(posterior: Posterior, mode: str, fast: bool, channels: slice, spent: Weights | None) -> Weights:
+    """E and V of ``mode`` of some channels; V in bfloat16 and channels-last order if ``fast``."""
+    part, (mean, variance) = posterior.part(channels), spent or (None, None)
+    mean = None if mode == "gaussian" else reuse(mean, part.weight)
+    variance = reuse(variance, part.weight, torch.bfloat16 if fast else torch.float32)
+    kernels.moments(*part, _moment.MODES.index(mode), mean, variance)
+    return part.weight if mean is None else mean, channels_last(variance) if fast else variance
 
 
 def _weight_moments_backward(
+    posterior: Posterior,
+    mode: str,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    channels: slice,
     grad_mean: Tensor,
     grad_variance: Tensor,
-    grad_log_sigma2: Tensor,
-    weight: Tensor,
-    log_sigma2: Tensor,
-    levels: Tensor,
-    thresholds: Tensor,
-    mode: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of weight (in ``grad_mean``), log_sigma2 (in the tensor given), levels and thresholds."""
-    posterior = tuple(tensor.contiguous() for tensor in (weight, log_sigma2, levels, thresholds))
+) -> None:
+    """The gradients of log_sigma2, levels and thresholds of some channels; the weight's is left in ``grad_mean``."""
+    part = posterior.part(channels)
     # What a mode gives no gradient to is left as it is.
-    grad_levels, grad_thresholds = torch.zeros_like(posterior[2]), torch.zeros_like(posterior[3])
+    by_levels, by_thresholds = torch.zeros_like(part.levels), torch.zeros_like(part.thresholds)
+    by_log_sigma2 = gradients[0][channels]
     kernels.moments_backward(
-        grad_mean,
-        grad_variance,
-        *posterior,
-        _moment.MODES.index(mode),
-        grad_log_sigma2,
-        grad_levels,
-        grad_thresholds,
+        grad_mean, grad_variance, *part, _moment.MODES.index(mode), by_log_sigma2, by_levels, by_thresholds
     )
-    return grad_mean, grad_log_sigma2, grad_levels, grad_thresholds
+    codebook_of(gradients[1], channels).add_(by_levels)
+    codebook_of(gradients[2], channels).add_(by_thresholds)
 
 
 def register(name: str, product_of: Callable[..., Product]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from bqnn import dispatch
 from bqnn.ops import _sample
 from bqnn.ops._cpu import all_float32, kernels
+from bqnn.ops._products_cpu import Posterior, Weights, codebook_of, gradients, outputs, reuse
 from bqnn.ops.product import Product, bind
 
 
@@ -26,10 +28,9 @@ def _sampled_product(
 ) -> Tensor:
     if not all_float32(x, weight, log_sigma2, levels, thresholds, bias):
         return _sample.sampled_product(product, x, weight, log_sigma2, levels, thresholds, bias, seed, offset)
-    posterior = _contiguous(weight, log_sigma2, levels, thresholds)
-    quantized = torch.empty_like(posterior[0])
-    kernels.sample(*posterior, seed, offset, quantized)
-    return product.forward(x, quantized, bias)
+    make = partial(_sampled, Posterior.of(weight, log_sigma2, levels, thresholds), seed, offset)
+    (y,) = outputs(product, (x,), weight.shape[0], make, bias)
+    return y
 
 
 def _sampled_product_backward(
@@ -48,24 +49,41 @@ def _sampled_product_backward(
         return _sample.sampled_product_backward(
             product, grad, x, weight, log_sigma2, levels, thresholds, seed, offset, input_gradient
         )
-    posterior = _contiguous(weight, log_sigma2, levels, thresholds)
-    weight, levels = posterior[0], posterior[2]
-    quantized = torch.empty_like(weight)
-    if input_gradient:  # otherwise only the shape of it is looked at
-        kernels.sample(*posterior, seed, offset, quantized)
-    grad_x, grad_weight = product.backward(grad, x, quantized, input_gradient)
-    grad_weight = grad_weight.contiguous()
-    grad_log_sigma2 = weight.new_empty(0) if log_sigma2 is None else torch.empty_like(weight)
-    grad_levels = torch.empty_like(levels)
-    kernels.sample_backward(grad_weight, *posterior, seed, offset, grad_log_sigma2, grad_levels)
-    return grad_x, grad_weight, grad_log_sigma2, grad_levels
+    posterior = Posterior.of(weight, log_sigma2, levels, thresholds)
+    by_posterior = weight.new_empty(0 if log_sigma2 is None else weight.shape), levels.new_zeros(levels.shape)
+    make = partial(_sampled, posterior, seed, offset)
+    finish = partial(_sampled_backward, posterior, seed, offset, by_posterior)
+    (grad_x,), grad_weight = gradients(product, (grad,), (x,), weight.shape, make, finish, input_gradient)
+    return grad_x, grad_weight, *by_posterior
 
 
-def _contiguous(
-    weight: Tensor, log_sigma2: Tensor | None, levels: Tensor, thresholds: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    log_sigma2 = None if log_sigma2 is None else log_sigma2.contiguous()
-    return weight.contiguous(), log_sigma2, levels.contiguous(), thresholds.contiguous()
+def _sampled(posterior: Posterior, seed: Tensor | None, offset: int, channels: slice, spent: Weights | None) -> Weights:
+    """The sampled weight of some channels."""
+    part = posterior.part(channels)
+    quantized = reuse(spent[0] if spent else None, part.weight)
+    kernels.sample(*part, seed, offset + _calls_before(posterior, channels), quantized)
+    return (quantized,)
+
+
+def _sampled_backward(
+    posterior: Posterior,
+    seed: Tensor | None,
+    offset: int,
+    gradients: tuple[Tensor, Tensor],
+    channels: slice,
+    grad_weight: Tensor,
+) -> None:
+    """The gradients of log_sigma2 and levels of some channels, from that of the weight."""
+    part = posterior.part(channels)
+    by_levels = torch.empty_like(part.levels)
+    calls = offset + _calls_before(posterior, channels)
+    kernels.sample_backward(grad_weight, *part, seed, calls, gradients[0][channels], by_levels)
+    codebook_of(gradients[1], channels).add_(by_levels)
+
+
+def _calls_before(posterior: Posterior, channels: slice) -> int:
+    """How many calls of Philox there are for the channels before, four weights each."""
+    return (channels.start or 0) * posterior.weight[:1].numel() // 4
 
 
 def register(name: str, product_of: Callable[..., Product]) -> None:
