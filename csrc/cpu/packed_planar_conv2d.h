@@ -21,10 +21,9 @@ constexpr int planar_vectors(int channels) {
 
 // Products [kChannels][kRunRoom] of a few runs of pixels. weight [lanes][kBlock], from the first of the channels on;
 // offset [lanes] leads from a run to what a lane of K multiplies.
-template <class Op, int kChannels>
+template <class Op, int kChannels, int kVectors>
 __attribute__((noinline)) void multiply_runs(const uint32_t* const* runs, const int64_t* offset,
                                              const uint32_t* weight, int64_t lanes, typename Op::Product* products) {
-  constexpr int kVectors = planar_vectors(kChannels);
   const uint32_t* x[kVectors];
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) x[v] = runs[v];
@@ -53,11 +52,22 @@ __attribute__((noinline)) void multiply_runs(const uint32_t* const* runs, const 
   }
 }
 
+// The kernels of some channels: of as many runs as fit the registers, and of one.
+template <class Op>
+struct PlanarKernel {
+  decltype(&multiply_runs<Op, 1, 1>) many, one;
+  int64_t channels, vectors;
+
+  // Whether so many runs take less time one by one: sums wait for the one before, four cycles.
+  bool one_by_one(int64_t runs) const { return runs * (channels < 4 ? 4 : channels) < channels * vectors; }
+};
+
 template <class Op, int kChannels = kMostChannels>
-inline auto planar_kernel(int channels) {
+inline PlanarKernel<Op> planar_kernel(int64_t channels) {
   if constexpr (kChannels > 1)
     if (channels < kChannels) return planar_kernel<Op, kChannels - 1>(channels);
-  return &multiply_runs<Op, kChannels>;
+  constexpr int kVectors = planar_vectors(kChannels);
+  return {&multiply_runs<Op, kChannels, kVectors>, &multiply_runs<Op, kChannels, 1>, kChannels, kVectors};
 }
 
 // Where things stand in the copy: [image][group][unit][height][width], in lanes.
@@ -159,33 +169,32 @@ inline void fill_lanes(uint32_t* to, int64_t count) {
   fill(reinterpret_cast<char*>(to), reinterpret_cast<char*>(to + count), zero_lane<Op>());
 }
 
-// Copies one plane of an image that is contiguous.
+// Copies one plane of an image that is contiguous; `fresh`, its border too.
 template <class Op, class X>
 inline void pack_plane(const Conv2dCall& call, const PlanarPlan& plan, const X* image, int64_t index,
-                       const RowScale& scale, uint32_t* to) {
+                       const RowScale& scale, bool fresh, uint32_t* to) {
   const PackedLayout& layout = *call.weight;
   const int64_t first = index % plan.units * Op::kUnit, left = layout.inputs - first;
   const int inputs = static_cast<int>(left < Op::kUnit ? left : Op::kUnit);
   const int64_t size = call.height * call.width;
   const X* from = image + (index / plan.units * layout.inputs + first) * size;
   to += index * plan.plane;
-  if (call.padding_h + call.padding_w > 0)
-    fill_lanes<Op>(to, plan.plane);
+  if (fresh && call.padding_h + call.padding_w > 0) fill_lanes<Op>(to, plan.plane);
   to += call.padding_h * plan.row + call.padding_w;
   for (int64_t h = 0; h < call.height; ++h)
     join_planes<Op>(from + h * call.width, size, inputs, call.width, layout.precision == Precision::bf16, scale,
                     to + h * plan.row);
 }
 
-// Copies row h, counted with the border, of one group of an image that is channels-last.
+// Copies row h, counted with the border, of one group of an image that is channels-last; `fresh`, the border too.
 template <class Op, class X>
 inline void pack_planar_row(const Conv2dCall& call, const PlanarPlan& plan, const X* image, int64_t group, int64_t h,
-                            const RowScale& scale, uint32_t* to) {
+                            const RowScale& scale, bool fresh, uint32_t* to) {
   using Element = typename Op::Element;
   const int64_t left = call.padding_w, end = left + call.width;
   const bool border = h < call.padding_h || h >= call.padding_h + call.height;
   to += group * plan.units * plan.plane + h * plan.row;
-  for (int64_t u = 0; u < plan.units; ++u) {
+  for (int64_t u = 0; fresh && u < plan.units; ++u) {
     uint32_t* row = to + u * plan.plane;
     fill_lanes<Op>(row, border ? plan.row : left);
     if (!border) fill_lanes<Op>(row + end, left);
@@ -197,16 +206,18 @@ inline void pack_planar_row(const Conv2dCall& call, const PlanarPlan& plan, cons
   part_pixels(line, pixel, call.width, plan.units, to + left, plan.plane);
 }
 
+// `fresh`: the memory does not hold the borders yet, which are the same for all images.
 template <class Op, class X>
 inline void pack_planes(const Conv2dCall& call, const PlanarPlan& plan, const Parallel& parallel, const X* x,
-                        int64_t images, RowScale* scales, uint32_t* planes) {
+                        int64_t images, bool fresh, RowScale* scales, uint32_t* planes) {
   const int64_t groups = call.weight->groups, size = call.weight->inputs * groups * call.height * call.width;
   const int64_t rows = call.height + 2 * call.padding_h, parts = groups * (call.channels_last ? rows : plan.units);
   pack_images<Op>(parallel, x, images, size, parts, scales, [&](int64_t image, int64_t i) {
     const RowScale scale = Op::kInt8 ? scales[image] : RowScale{};
     uint32_t* to = planes + image * plan.image;
-    if (call.channels_last) return pack_planar_row<Op>(call, plan, x + image * size, i / rows, i % rows, scale, to);
-    pack_plane<Op>(call, plan, x + image * size, i, scale, to);
+    const X* from = x + image * size;
+    if (call.channels_last) return pack_planar_row<Op>(call, plan, from, i / rows, i % rows, scale, fresh, to);
+    pack_plane<Op>(call, plan, from, i, scale, fresh, to);
   });
 }
 
@@ -279,14 +290,15 @@ inline void multiply_rows(const Conv2dCall& call, const PlanarPlan& plan, const 
                           Ahead* ahead) {
   using Product = typename Op::Product;
   const int64_t count = call.weight->group_channels(), lanes = plan.units * call.weight->taps();
-  const int together = static_cast<int>(ceil_div(count, ceil_div(count, kMostChannels)));
-  const int64_t vectors = planar_vectors(together), across = ceil_div(call.out_width, kLanes);
+  const int64_t together = ceil_div(count, ceil_div(count, kMostChannels)), across = ceil_div(call.out_width, kLanes);
   const int64_t last = (last_row - row) * across;
-  const auto multiply = planar_kernel<Op>(together);
+  const PlanarKernel<Op> multiply = planar_kernel<Op>(together);
   const Epilogue channels = epilogue<Op>(call, group, 0);
   auto* products = reinterpret_cast<Product*>(
       scratch(Scratch::products, static_cast<size_t>(kBlock * kRunRoom) * sizeof(Product)));
-  for (int64_t first = 0; first < last; first += vectors) {
+  for (int64_t first = 0; first < last;) {
+    const bool one = multiply.one_by_one(last - first);
+    const int64_t vectors = one ? 1 : multiply.vectors;
     PixelRun runs[kMostRuns];
     const uint32_t* at[kMostRuns];
     for (int64_t i = 0; i < vectors; ++i) {
@@ -297,9 +309,10 @@ inline void multiply_rows(const Conv2dCall& call, const PlanarPlan& plan, const 
     ahead->fetch();
     for (int64_t c = 0; c < count; c += together) {
       const int64_t channel = c + together <= count ? c : count - together;  // the last ones, some perhaps again
-      multiply(at, offset, weight + channel, lanes, products + channel * kRunRoom);
+      (one ? multiply.one : multiply.many)(at, offset, weight + channel, lanes, products + channel * kRunRoom);
     }
     finish_runs<Op>(call, products, runs, vectors, group * count, count, channels, scale, image);
+    first += vectors;
   }
 }
 
@@ -334,7 +347,7 @@ void run_planar_conv2d(const Conv2dCall& call, const Parallel& parallel) {
       decode_units<Op>(layout, 0, weight);
       for (int64_t image = begin; image < end; ++image) {
         RowScale scale{};
-        pack_planes<Op>(call, plan, alone, x + image * inputs, 1, &scale, planes);
+        pack_planes<Op>(call, plan, alone, x + image * inputs, 1, image == begin, &scale, planes);
         const X* next = x + (image + 1) * inputs;
         Ahead ahead{reinterpret_cast<const char*>(next),
                     reinterpret_cast<const char*>(image + 1 < end ? next + inputs : next), 0};
@@ -351,7 +364,7 @@ void run_planar_conv2d(const Conv2dCall& call, const Parallel& parallel) {
       scratch(Scratch::scales, static_cast<size_t>(plan.wave) * sizeof(RowScale)));
   for (int64_t first = 0; first < call.images; first += plan.wave) {
     const int64_t images = call.images - first < plan.wave ? call.images - first : plan.wave;
-    pack_planes<Op>(call, plan, parallel, x + first * inputs, images, scales, planes);
+    pack_planes<Op>(call, plan, parallel, x + first * inputs, images, first == 0, scales, planes);
     int64_t bands = ceil_div(4 * parallel.threads, images * groups);  // of rows
     bands = bands < call.out_height ? bands : call.out_height;
     const int64_t work = outputs / groups / bands * layout.columns;
