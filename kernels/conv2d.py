@@ -178,18 +178,19 @@ def steps_of(channels, taps, order, BK):
 def _tiles(outputs, depth, largest, order, dtype):
     """BN and BK. Products of float32 take registers for their operands too, and where taps share a tile, the address
     and the mask of every gathered element do."""
-    blocked = order == "blocks"
-    if dtype.itemsize == 2:
-        return tile_side(outputs, largest[0]), tile_side(depth, largest[1] if blocked else largest[1] // 2)
-    return tile_side(outputs, 32), tile_side(depth, 32 if blocked else 16)
+    shared = 1 if order == "blocks" else 2
+    BN, BK = largest if dtype.itemsize == 2 else (32, 32)
+    return tile_side(outputs, BN // shared), tile_side(depth, BK // shared)
 
 
 def _needs_warps(tile, gathered, order):
     return tile >= 8192 or (order != "blocks" and gathered >= 2048)
 
 
-def _stages(order, dtype):
-    return fewer_stages() if order != "blocks" or dtype.itemsize == 4 else {}
+def _limits(order, dtype):
+    """Of float32 ptxas would spill a few registers for another block: it may use them all."""
+    stages = fewer_stages() if order != "blocks" or dtype.itemsize == 4 else {}
+    return {**stages, "maxnreg": 255} if dtype.itemsize == 4 else stages
 
 
 def product_plan(x, shape, taps, groups, largest, order=None):
@@ -201,7 +202,7 @@ def product_plan(x, shape, taps, groups, largest, order=None):
     blocks = (triton.cdiv(pixels_of(shape), BM), triton.cdiv(N, BN), groups)
     splits, _ = splits_of(blocks, steps_of(C, taps, order, BK), 1, x.device)
     num_warps = 8 if x.dtype.itemsize == 4 or _needs_warps(BM * BN, BM * BK, order) else 4
-    tiles = {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps, **_stages(order, x.dtype)}
+    tiles = {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps, **_limits(order, x.dtype)}
     return Plan(order, tiles, splits)
 
 
@@ -223,7 +224,7 @@ def weight_plan(x, y, taps, groups, largest):
     blocks = (triton.cdiv(N, BN), steps_of(C, taps, order, BK), groups)
     splits, _ = splits_of(blocks, pixels_of(y.shape), BM, x.device, most=processors(x.device))
     num_warps = 8 if _needs_warps(BN * BK, BM * BK, order) else 4
-    tiles = {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps, **_stages(order, x.dtype)}
+    tiles = {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps, **_limits(order, x.dtype)}
     return Plan(order, tiles, splits)
 
 
