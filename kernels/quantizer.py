@@ -19,7 +19,7 @@ def codebook_of(o_n, m_n, step, NUM_LEVELS: tl.constexpr, PER_CHANNEL: tl.conste
         o_first = tl.where(m_n, o_n, 0)[:, None]
         return o_first + tl.minimum(step, 0) if NUM_LEVELS > 4 else o_first
     else:
-        return tl.cast(0, tl.int32)
+        return tl.minimum(step, 0) if NUM_LEVELS > 4 else tl.cast(0, tl.int32)
 
 
 @triton.jit
