@@ -31,6 +31,7 @@ from tests.compile_cases import (
 )
 from tests.shapes import Conv2dShape
 
+Codebooks = tuple[tuple[int, bool], ...]
 Calls = Iterator[tuple[str, Callable[[], Any]]]
 
 PACKED_ROWS = {"fp32": (1, 16, 32, 64), "bf16": (1, 16, 32, 64, 128), "int8": (1, 16, 32, 64, 128)}
@@ -38,11 +39,15 @@ PACKED_LEVELS = (2, 3, 4, 5, 16)
 SIDES = {16: 4, 32: 5, 64: 8, 128: 12}  # of an image with about so many pixels
 # Of training: a codebook that is unrolled, one that stays in registers, one that does not; (num_levels, channel).
 CODEBOOKS = tuple(itertools.product((3, 4, 16), (False, True)))
-ROWS = {"bfloat16": (16, 32, 64, 128, 256), "float32": (16, 32, 64), "tf32": (16, 32, 64)}
+ROWS = {"bfloat16": (16, 32, 64, 128, 256), "float16": (64,), "float32": (16, 32, 64), "tf32": (16, 32, 64)}
 COLUMNS = (512, 511)
-CONV2D: dict[str, tuple[ModuleType, list[dict[str, Any]]]] = {
-    "sample_conv2d": (sample_conv2d, [{}]),
-    "moment_conv2d": (moment_conv2d, [{"mode": mode, "coarse": True} for mode in MODES]),
+# Of a convolution: the op, and for each of its modes the codebooks that its kernels differ by.
+CONV2D: dict[str, tuple[ModuleType, list[tuple[dict[str, Any], Codebooks]]]] = {
+    "sample_conv2d": (sample_conv2d, [({}, CODEBOOKS)]),
+    "moment_conv2d": (
+        moment_conv2d,
+        [({"mode": mode, "coarse": True}, CODEBOOKS if mode != "gaussian" else CODEBOOKS[:1]) for mode in MODES],
+    ),
 }
 
 
@@ -58,6 +63,7 @@ def packed_calls(precision: str) -> Calls:
 def products() -> Iterator[tuple[str, torch.dtype, Callable[[Callable[[], Any]], Any]]]:
     """Name, dtype, and what runs a call."""
     yield "bfloat16", torch.bfloat16, lambda call: call()
+    yield "float16", torch.float16, lambda call: call()
     yield "float32", torch.float32, lambda call: call()
     yield "tf32", torch.float32, in_tf32
 
@@ -66,7 +72,10 @@ def sample_linear_calls() -> Calls:
     for name, dtype, run in products():
         for rows, columns, (num_levels, channel) in itertools.product(ROWS[name], COLUMNS, CODEBOOKS):
             call = partial(call_sample_linear, rows, dtype, columns, num_levels, 256 if channel else 1)
-            yield f"sample_linear {name} B{rows} K{columns} M{num_levels} {channel=}", partial(run, call)
+            described = f"sample_linear {name} B{rows} K{columns} M{num_levels} {channel=}"
+            yield described, partial(run, call)
+            if (num_levels, channel) == CODEBOOKS[-1]:
+                yield f"{described} deterministic", partial(run, partial(call, stochastic=False))
 
 
 def moment_linear_calls() -> Calls:
@@ -85,20 +94,28 @@ def moment_linear_calls() -> Calls:
 
 def conv2d_calls(name: str) -> Calls:
     op, modes = CONV2D[name]
-    images = [(1, side, side) for side in SIDES.values()]
+    few, many = [(1, side, side) for side in SIDES.values()], (8, 16, 16)  # images
+    weights = [(mode, codebook) for mode, codebooks in modes for codebook in codebooks]
+    same: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1)}
+    plain = [
+        (Conv2dShape(batch, inputs, channels, *size, **same), weights if inputs == 64 and batch == 1 else weights[:1])
+        for channels, inputs, (batch, *size) in itertools.product((12, 32, 64, 128), (6, 16, 32, 64, 128), [*few, many])
+    ]  # a product makes its weight for a few pixels only, from a block of its own width, whatever the inputs are
+    other = [
+        (Conv2dShape(batch, inputs, 128, *size, **same, **geometry), weights[:1])
+        for (batch, *size), inputs, geometry in itertools.product(
+            (few[-1], many), (6, 64), ({"stride": (2, 2)}, {"dilation": (2, 2)}, {"groups": 2})
+        )
+    ]
     for dtype, tf32 in ((torch.bfloat16, True), (torch.float32, False), (torch.float32, True)):
-        for channels, inputs, image in itertools.product(
-            (12, 32, 64, 128), (6, 16, 32, 64, 128), [*images, (8, 16, 16)]
-        ):
-            shape = Conv2dShape(image[0], inputs, channels, *image[1:], (3, 3), padding=(1, 1))
-            # A product makes its weight for a few pixels only, from a block of its own width, whatever the inputs are.
-            every = inputs == 64 and image in images
-            for mode, (num_levels, channel) in itertools.product(
-                modes if every else modes[:1], CODEBOOKS if every else CODEBOOKS[:1]
-            ):
+        for shape, chosen in plain + other:
+            for mode, (num_levels, channel) in chosen:
                 described = f"{name} {dtype} {tf32=} {shape.id} M{num_levels} {channel=} {mode}"
-                groups = channels if channel else 1
-                yield described, partial(call_conv2d, op, shape, dtype, num_levels, groups, tf32, **mode)
+                call = partial(call_conv2d, op, shape, dtype, num_levels, shape.channels if channel else 1, tf32)
+                yield described, partial(call, **mode)
+            if len(chosen) > 1:
+                call = partial(call_conv2d, op, shape, dtype, tf32=tf32, **weights[0][0])
+                yield f"{name} {dtype} {tf32=} {shape.id} parts", partial(in_parts, call)
 
 
 KINDS: dict[str, Callable[[], Calls]] = {
