@@ -172,6 +172,8 @@ STRIDED_CONV2D = Conv2dShape(8, 64, 128, 32, 32, (3, 3), stride=(2, 2), padding=
 POINTWISE_CONV2D = Conv2dShape(4, 128, 128, 16, 16, (1, 1))
 FEW_POINTWISE_CONV2D = Conv2dShape(1, 128, 128, 8, 8, (1, 1))
 FEW_PIXELS_CONV2D = Conv2dShape(1, 64, 64, 7, 9, (3, 3), padding=(1, 1))
+FEW_PIXELS_TO_MANY_CONV2D = Conv2dShape(1, 64, 128, 12, 12, (3, 3), padding=(1, 1))
+FEW_PIXELS_TO_FEW_CONV2D = Conv2dShape(1, 64, 12, 8, 8, (3, 3), padding=(1, 1))
 
 
 def _conv2d_cases(op: ModuleType, **mode: Any) -> Cases:
@@ -186,10 +188,12 @@ def _conv2d_cases(op: ModuleType, **mode: Any) -> Cases:
         f"{name}-bfloat16-strided": partial(run, STRIDED_CONV2D, half),
         f"{name}-bfloat16-few-pixels": partial(run, FEW_PIXELS_CONV2D, half),
         f"{name}-bfloat16-few-pixels-M16-channel": partial(run, FEW_PIXELS_CONV2D, half, 16, 64),
+        f"{name}-bfloat16-few-pixels-to-many-M4": partial(run, FEW_PIXELS_TO_MANY_CONV2D, half, 4),
         f"{name}-tf32-wide": partial(run, WIDE_CONV2D, single),
         f"{name}-float32-ieee-wide": partial(run, WIDE_CONV2D, single, tf32=False),
         f"{name}-float32-ieee-to-few": partial(run, TO_FEW_CONV2D, single, tf32=False),
         f"{name}-float32-ieee-from-few": partial(run, FROM_FEW_CONV2D, single, tf32=False),
+        f"{name}-float32-ieee-few-pixels-to-few-M4": partial(run, FEW_PIXELS_TO_FEW_CONV2D, single, 4, tf32=False),
         f"{name}-float32-ieee-few-pixels-M16-channel": partial(run, FEW_PIXELS_CONV2D, single, 16, 64, tf32=False),
     }
 
@@ -216,6 +220,10 @@ MOMENT_LINEAR: Cases = {
         f"moment_linear-tf32-B{batch}": partial(in_tf32, partial(call_moment_linear, batch, torch.float32))
         for batch in (32, 128)
     },
+    "moment_linear-float32-B64-M4": partial(call_moment_linear, 64, torch.float32, 512, 4),
+    "moment_linear-float32-B64-M16-K511-straight_through": partial(
+        call_moment_linear, 64, torch.float32, 511, 16, mode="straight_through"
+    ),
     "moment_linear-bfloat16-B128-channel": partial(call_moment_linear, 128, torch.bfloat16, groups=256),
     "moment_linear-bfloat16-B128-exact": partial(call_moment_linear, 128, torch.bfloat16, coarse=False),
     "moment_linear-bfloat16-B128-parts": partial(in_parts, partial(call_moment_linear, 128, torch.bfloat16)),
