@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.launch import fewer_stages, processors, splits_of
+from bqnn.kernels.launch import architecture, fewer_stages, processors, splits_of
 
 ROWS = 128  # pixels of a tile
 
@@ -176,21 +176,23 @@ def steps_of(channels, taps, order, BK):
 
 
 def _tiles(outputs, depth, largest, order, dtype):
-    """BN and BK. Products of float32 take registers for their operands too, and where taps share a tile, the address
-    and the mask of every gathered element do."""
-    shared = 1 if order == "blocks" else 2
+    """BN and BK. Products of float32 take registers for their operands too, as all do before sm_90, and where taps
+    share a tile, the address and the mask of every gathered element do."""
     BN, BK = largest if dtype.itemsize == 2 else (32, 32)
-    return tile_side(outputs, BN // shared), tile_side(depth, BK // shared)
+    if dtype.itemsize == 2 and architecture() < 90:
+        BN //= 2
+    shared = 1 if order == "blocks" else 2
+    return tile_side(outputs, max(16, BN // shared)), tile_side(depth, BK // shared)
 
 
 def _needs_warps(tile, gathered, order):
-    return tile >= 8192 or (order != "blocks" and gathered >= 2048)
+    return tile >= (8192 if architecture() >= 90 else 4096) or (order != "blocks" and gathered >= 2048)
 
 
 def _limits(order, dtype):
-    """Of float32 ptxas would spill a few registers for another block: it may use them all."""
+    """Where operands are in registers, ptxas would spill a few for another block: it may use them all."""
     stages = fewer_stages() if order != "blocks" or dtype.itemsize == 4 else {}
-    return {**stages, "maxnreg": 255} if dtype.itemsize == 4 else stages
+    return {**stages, "maxnreg": 255} if dtype.itemsize == 4 or architecture() < 90 else stages
 
 
 def product_plan(x, shape, taps, groups, largest, order=None):

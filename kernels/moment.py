@@ -318,7 +318,7 @@ def moments_backward(grad_mean, grad_variance, weight, log_sigma2, levels, thres
     parts, taps = parts_of(grad_mean, weight)
     moment_bwd_kernel[grid](
         grad_mean, grad_variance, weight, log_sigma2, levels, thresholds, grad_weight, grad_log_sigma2, sums, N, K,
-        taps, parts, sums.shape[2], **flags_of_codebook(levels), MODE=mode, **blocks,
+        taps, parts, sums.shape[2], **flags_of_codebook(levels), MODE=mode, **blocks, maxnreg=255,
     )  # fmt: skip
     return grad_weight, grad_log_sigma2, *codebook_gradients(sums, levels, thresholds)
 
