@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.launch import fewer_stages, flags_of_product, leading, rows_of, splits_of, sum_of_splits
+from bqnn.kernels.launch import architecture, fewer_stages, flags_of_product, leading, rows_of, splits_of, sum_of_splits
 from bqnn.kernels.moment import (
     add_noise,
     codebook_gradients,
@@ -20,7 +20,7 @@ from bqnn.kernels.moment import (
 from bqnn.kernels.philox import normals_of_outputs, normals_of_rows
 from bqnn.kernels.quantizer import codebook_of
 
-STEP, WARPS = 32, 8  # a tile takes so many contracted indices a step, and so many warps
+WARPS = 8  # of a tile of the outputs, or of the gradient of x
 # Operations a weight that may be spent on making moments again, in all row blocks but the first, before it costs more
 # than writing and reading them. An estimate for an H200, not a measurement: 8 bytes of two moments in bfloat16, written
 # and read, take as long as 54 operations.
@@ -228,8 +228,14 @@ def _rows_of_block(rows, dtype):
 
 
 def _width(dtype):
-    """Columns of a tile of the outputs, or of the gradient of x; float32 takes registers for its operands too."""
-    return 32 if dtype == torch.float32 else 64
+    """Columns of a tile of the outputs, or of the gradient of x; before sm_90 operands take registers too, and those of
+    float32 always do."""
+    return 32 if dtype == torch.float32 or architecture() < 90 else 64
+
+
+def _step(dtype):
+    """Contracted indices that such a tile takes at once."""
+    return 16 if dtype == torch.float32 and architecture() < 90 else 32
 
 
 def _limits(dtype):
@@ -248,7 +254,7 @@ def _weight_tiles(dtype, columns):
 def _grid(x, columns, length):
     """Grid, and a part's share of the contraction, of a product [rows of x, length] @ [length, columns]."""
     blocks = (triton.cdiv(columns, _width(x.dtype)), triton.cdiv(len(x), _rows_of_block(len(x), x.dtype)))
-    splits, span = splits_of(blocks, length, STEP, x.device)
+    splits, span = splits_of(blocks, length, _step(x.dtype), x.device)
     return (*blocks, splits), span
 
 
@@ -267,7 +273,7 @@ def _write_outputs(x, posterior, bias, seed, offset, mode, y, slope, pixels):
     def multiply(bias, y, slope, variance):
         moment_linear_fwd_kernel[grid](
             x, *posterior, bias, seed, offset, y, slope, variance, M, N, K, pixels, x.stride(0), span, MODE=mode,
-            **flags_of_product(x, posterior[2]), BM=_rows_of_block(M, x.dtype), BN=_width(x.dtype), BK=STEP,
+            **flags_of_product(x, posterior[2]), BM=_rows_of_block(M, x.dtype), BN=_width(x.dtype), BK=_step(x.dtype),
             num_warps=WARPS, **_limits(x.dtype),
         )  # fmt: skip
 
@@ -317,7 +323,7 @@ def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offse
         grad_x = torch.empty((grid[2], M, K), device=x.device, dtype=x.dtype if grid[2] == 1 else torch.float32)
         moment_linear_bwd_kernel_input[grid](
             grad, slope, rows, *posterior, grad_x, M, N, K, grad.stride(0), rows.stride(0), span, **flags,
-            BM=_rows_of_block(M, x.dtype), BN=STEP, BK=_width(x.dtype), num_warps=WARPS, **_limits(x.dtype),
+            BM=_rows_of_block(M, x.dtype), BN=_step(x.dtype), BK=_width(x.dtype), num_warps=WARPS, **_limits(x.dtype),
         )  # fmt: skip
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
     grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(weight)
