@@ -221,9 +221,12 @@ MOMENT_LINEAR: Cases = {
         for batch in (32, 128)
     },
     "moment_linear-float32-B64-M4": partial(call_moment_linear, 64, torch.float32, 512, 4),
-    "moment_linear-float32-B64-M16-K511-straight_through": partial(
-        call_moment_linear, 64, torch.float32, 511, 16, mode="straight_through"
-    ),
+    **{
+        f"moment_linear-{_name(dtype)}-B{batch}-M16-K511-straight_through": partial(
+            call_moment_linear, batch, dtype, 511, 16, mode="straight_through"
+        )
+        for dtype, batch in ((torch.float32, 32), (torch.float32, 64), (torch.bfloat16, 128))
+    },
     "moment_linear-bfloat16-B128-channel": partial(call_moment_linear, 128, torch.bfloat16, groups=256),
     "moment_linear-bfloat16-B128-exact": partial(call_moment_linear, 128, torch.bfloat16, coarse=False),
     "moment_linear-bfloat16-B128-parts": partial(in_parts, partial(call_moment_linear, 128, torch.bfloat16)),
@@ -232,6 +235,7 @@ MOMENT_LINEAR: Cases = {
         for mode in ("gaussian", "straight_through")
     },
     "moment-M3": partial(_moment, 512, 3, 1, "categorical"),
+    "moment-M3-K54": partial(_moment, 54, 3, 1, "categorical"),
     "moment-M16-K25-channel": partial(_moment, 25, 16, 64, "categorical"),
     "moment-M16-straight_through": partial(_moment, 512, 16, 1, "straight_through"),
     "moment-gaussian": partial(_moment, 512, 3, 1, "gaussian"),

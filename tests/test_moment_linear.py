@@ -161,8 +161,8 @@ def test_noise_does_not_depend_on_tiles(channels: int, device: str, monkeypatch:
     expected = run(case, backend="reference")
     for rows, width, step in ((16, 16, 64), (32, 128, 16), (64, 32, 32)):
         monkeypatch.setattr(kernels, "_rows_of_block", lambda *_, rows=rows: rows)
-        monkeypatch.setattr(kernels, "WIDTH", width)
-        monkeypatch.setattr(kernels, "STEP", step)
+        monkeypatch.setattr(kernels, "_width", lambda *_, width=width: width)
+        monkeypatch.setattr(kernels, "_step", lambda *_, step=step: step)
         torch.testing.assert_close(run(case, backend="triton"), expected, rtol=1e-5, atol=1e-5)
 
 
