@@ -239,8 +239,8 @@ def _step(dtype):
 
 
 def _limits(dtype):
-    """Of float32 ptxas would spill a few registers for another block: it may use them all."""
-    return {"maxnreg": 255} if dtype == torch.float32 else {}
+    """Where operands are in registers, ptxas would spill a few for another block: it may use them all."""
+    return {"maxnreg": 255} if dtype == torch.float32 or architecture() < 90 else {}
 
 
 def _weight_tiles(dtype, columns):
