@@ -3,7 +3,7 @@
 Without a GPU, for sm_80, sm_90 and sm_100 and every kind of call, or those that are named: ``python -m bench.spills 90
 bf16 moment_linear``, where bf16, fp32 and int8 are the precisions of packed products. Prints each kernel that spills
 registers, and exits with 1 where there is one. Tests compile a choice of these (tests/compile_cases.py): all of them
-take an hour.
+take about an hour a target.
 """
 
 from __future__ import annotations

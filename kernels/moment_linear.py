@@ -20,7 +20,10 @@ from bqnn.kernels.moment import (
 from bqnn.kernels.philox import normals_of_outputs, normals_of_rows
 from bqnn.kernels.quantizer import codebook_of
 
-WARPS = 8  # of a tile of the outputs, or of the gradient of x
+WARPS, REGISTERS = (
+    8,
+    255,
+)  # of a tile of the outputs, or of the gradient of x; ptxas would spill a few for another block
 # Operations a weight that may be spent on making moments again, in all row blocks but the first, before it costs more
 # than writing and reading them. An estimate for an H200, not a measurement: 8 bytes of two moments in bfloat16, written
 # and read, take as long as 54 operations.
@@ -235,12 +238,7 @@ def _width(dtype):
 
 def _step(dtype):
     """Contracted indices that such a tile takes at once."""
-    return 16 if dtype == torch.float32 and architecture() < 90 else 32
-
-
-def _limits(dtype):
-    """Where operands are in registers, ptxas would spill a few for another block: it may use them all."""
-    return {"maxnreg": 255} if dtype == torch.float32 or architecture() < 90 else {}
+    return 16 if dtype == torch.float32 else 32
 
 
 def _weight_tiles(dtype, columns):
@@ -274,7 +272,7 @@ def _write_outputs(x, posterior, bias, seed, offset, mode, y, slope, pixels):
         moment_linear_fwd_kernel[grid](
             x, *posterior, bias, seed, offset, y, slope, variance, M, N, K, pixels, x.stride(0), span, MODE=mode,
             **flags_of_product(x, posterior[2]), BM=_rows_of_block(M, x.dtype), BN=_width(x.dtype), BK=_step(x.dtype),
-            num_warps=WARPS, **_limits(x.dtype),
+            num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
 
     if grid[2] == 1 and y is not None:
@@ -323,7 +321,7 @@ def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offse
         grad_x = torch.empty((grid[2], M, K), device=x.device, dtype=x.dtype if grid[2] == 1 else torch.float32)
         moment_linear_bwd_kernel_input[grid](
             grad, slope, rows, *posterior, grad_x, M, N, K, grad.stride(0), rows.stride(0), span, **flags,
-            BM=_rows_of_block(M, x.dtype), BN=_step(x.dtype), BK=_width(x.dtype), num_warps=WARPS, **_limits(x.dtype),
+            BM=_rows_of_block(M, x.dtype), BN=_step(x.dtype), BK=_width(x.dtype), num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
     grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(weight)
