@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.launch import architecture, fewer_stages, processors, splits_of
+from bqnn.kernels.launch import all_registers, architecture, fewer_stages, processors, splits_of
 
 ROWS = 128  # pixels of a tile
 
@@ -190,9 +190,8 @@ def _needs_warps(tile, gathered, order):
 
 
 def _limits(order, dtype):
-    """Where operands are in registers, ptxas would spill a few for another block: it may use them all."""
     stages = fewer_stages() if order != "blocks" or dtype.itemsize == 4 else {}
-    return {**stages, "maxnreg": 255} if dtype.itemsize == 4 or architecture() < 90 else stages
+    return {**stages, **all_registers(dtype)}
 
 
 def product_plan(x, shape, taps, groups, largest, order=None):

@@ -60,6 +60,12 @@ def fewer_stages():
     return {"num_stages": 2} if architecture() >= 100 else {}
 
 
+def all_registers(dtype):
+    """For products that ptxas would spill a few registers of to fit another block on a multiprocessor, as it does not
+    where operands of 2 bytes stay in shared memory and sums do not, on sm_90."""
+    return {} if architecture() == 90 and dtype.itemsize == 2 else {"maxnreg": 255}
+
+
 def splits_of(blocks, length, step, device, most=MAX_SPLITS):
     """Into how many parts a contraction of ``length`` is cut so that the tiles keep a GPU busy, and a part's length."""
     steps = triton.cdiv(length, step)

@@ -8,7 +8,16 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.launch import architecture, fewer_stages, flags_of_product, leading, rows_of, splits_of, sum_of_splits
+from bqnn.kernels.launch import (
+    all_registers,
+    architecture,
+    fewer_stages,
+    flags_of_product,
+    leading,
+    rows_of,
+    splits_of,
+    sum_of_splits,
+)
 from bqnn.kernels.moment import (
     add_noise,
     codebook_gradients,
@@ -272,7 +281,7 @@ def _write_outputs(x, posterior, bias, seed, offset, mode, y, slope, pixels):
         moment_linear_fwd_kernel[grid](
             x, *posterior, bias, seed, offset, y, slope, variance, M, N, K, pixels, x.stride(0), span, MODE=mode,
             **flags_of_product(x, posterior[2]), BM=_rows_of_block(M, x.dtype), BN=_width(x.dtype), BK=_step(x.dtype),
-            num_warps=WARPS, maxnreg=REGISTERS,
+            num_warps=WARPS, **all_registers(x.dtype),
         )  # fmt: skip
 
     if grid[2] == 1 and y is not None:
@@ -321,7 +330,8 @@ def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offse
         grad_x = torch.empty((grid[2], M, K), device=x.device, dtype=x.dtype if grid[2] == 1 else torch.float32)
         moment_linear_bwd_kernel_input[grid](
             grad, slope, rows, *posterior, grad_x, M, N, K, grad.stride(0), rows.stride(0), span, **flags,
-            BM=_rows_of_block(M, x.dtype), BN=_step(x.dtype), BK=_width(x.dtype), num_warps=WARPS, maxnreg=REGISTERS,
+            BM=_rows_of_block(M, x.dtype), BN=_step(x.dtype), BK=_width(x.dtype), num_warps=WARPS,
+            **all_registers(x.dtype),
         )  # fmt: skip
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
     grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(weight)
