@@ -31,7 +31,7 @@ from bqnn.kernels.conv2d import (
     weight_plan,
     weight_roles,
 )
-from bqnn.kernels.launch import flags_of_codebook, heuristics_of_posterior, sum_of_splits
+from bqnn.kernels.launch import architecture, flags_of_codebook, heuristics_of_posterior, sum_of_splits
 from bqnn.kernels.quantizer import codebook_of, quantize
 from bqnn.kernels.sample import sample, sample_backward, sampled_block
 
@@ -39,6 +39,7 @@ from bqnn.kernels.sample import sample, sample_backward, sampled_block
 SAMPLED_BLOCKS = 4  # of rows; with more, sampling in each costs more than a kernel that samples once, about 3 us
 NARROW = 32  # output channels of a group; with fewer, cuDNN's tiles are mostly padding
 PRODUCT_TILE, WEIGHT_TILE = (128, 64), (128, 128)  # the most (BN, BK)
+INPUT_TILE_SM_100 = (64, 64)  # of the gradient for x; with more, ptxas spills
 
 
 @heuristics_of_posterior
@@ -251,7 +252,8 @@ def _input_gradient(grad, shape, memory_format, posterior, noise, *product):
     # Sampled before: in a tile of this product no two weights would share a call of Philox.
     quantized = sample(*posterior, *noise, grad.dtype, torch.channels_last)
     kernel, groups = quantized.shape[2:], product[-1]
-    plan = product_plan(grad, shape, kernel.numel(), groups, PRODUCT_TILE)
+    tile = INPUT_TILE_SM_100 if architecture() >= 100 else PRODUCT_TILE
+    plan = product_plan(grad, shape, kernel.numel(), groups, tile)
     grad_x = output_parts(plan, shape, memory_format, grad)
     for pixels, taps, axes in gradient_products(shape, kernel, *product[:-1]):
         y, weight = grad_x[pixels], quantized[taps]
