@@ -169,10 +169,12 @@ WIDE_CONV2D = Conv2dShape(4, 128, 128, 16, 16, (3, 3), padding=(1, 1))
 TO_FEW_CONV2D = Conv2dShape(4, 160, 12, 16, 16, (3, 3), padding=(1, 1))
 FROM_FEW_CONV2D = Conv2dShape(8, 6, 16, 14, 14, (5, 5))
 STRIDED_CONV2D = Conv2dShape(8, 64, 128, 32, 32, (3, 3), stride=(2, 2), padding=(1, 1))
+FEW_STRIDED_CONV2D = Conv2dShape(8, 64, 128, 16, 16, (3, 3), stride=(2, 2), padding=(1, 1))
 POINTWISE_CONV2D = Conv2dShape(4, 128, 128, 16, 16, (1, 1))
 FEW_POINTWISE_CONV2D = Conv2dShape(1, 128, 128, 8, 8, (1, 1))
 FEW_PIXELS_CONV2D = Conv2dShape(1, 64, 64, 7, 9, (3, 3), padding=(1, 1))
 FEW_PIXELS_TO_MANY_CONV2D = Conv2dShape(1, 64, 128, 12, 12, (3, 3), padding=(1, 1))
+FEW_PIXELS_FROM_MANY_CONV2D = Conv2dShape(1, 128, 32, 12, 12, (3, 3), padding=(1, 1))
 FEW_PIXELS_TO_FEW_CONV2D = Conv2dShape(1, 64, 12, 8, 8, (3, 3), padding=(1, 1))
 
 
@@ -186,6 +188,8 @@ def _conv2d_cases(op: ModuleType, **mode: Any) -> Cases:
         f"{name}-bfloat16-to-few": partial(run, TO_FEW_CONV2D, half),
         f"{name}-bfloat16-from-few": partial(run, FROM_FEW_CONV2D, half),
         f"{name}-bfloat16-strided": partial(run, STRIDED_CONV2D, half),
+        f"{name}-bfloat16-few-strided": partial(run, FEW_STRIDED_CONV2D, half),
+        f"{name}-bfloat16-few-pixels-from-many": partial(run, FEW_PIXELS_FROM_MANY_CONV2D, half),
         f"{name}-bfloat16-few-pixels": partial(run, FEW_PIXELS_CONV2D, half),
         f"{name}-bfloat16-few-pixels-M16-channel": partial(run, FEW_PIXELS_CONV2D, half, 16, 64),
         f"{name}-bfloat16-few-pixels-to-many-M4": partial(run, FEW_PIXELS_TO_MANY_CONV2D, half, 4),
