@@ -39,7 +39,7 @@ from bqnn.kernels.sample import sample, sample_backward, sampled_block
 SAMPLED_BLOCKS = 4  # of rows; with more, sampling in each costs more than a kernel that samples once, about 3 us
 NARROW = 32  # output channels of a group; with fewer, cuDNN's tiles are mostly padding
 PRODUCT_TILE, WEIGHT_TILE = (128, 64), (128, 128)  # the most (BN, BK)
-INPUT_TILE_SM_100 = (64, 64)  # of the gradient for x; with more, ptxas spills
+PRODUCT_TILE_SM_100 = (64, 64)  # with more, ptxas spills
 
 
 @heuristics_of_posterior
@@ -208,7 +208,7 @@ def forward(x, weight, log_sigma2, levels, thresholds, bias, seed, offset, *prod
     sampled, taps, groups = row_blocks(shape) <= SAMPLED_BLOCKS, weight[0, 0].numel(), product[-1]
     if not sampled:
         posterior = (sample(*posterior, *noise, x.dtype, torch.channels_last), None, None, None)
-    plan = product_plan(x, shape, taps, groups, PRODUCT_TILE, "contiguous" if sampled else None)
+    plan = product_plan(x, shape, taps, groups, _product_tile(), "contiguous" if sampled else None)
     y = output_parts(plan, shape, memory_format, x)
     _convolve(channels_last(x), y, posterior, bias, noise, forward_axes(*product[:-1]), groups, plan)
     return sum_of_splits(y, None if bias is None else bias.view(-1, 1, 1), x.dtype)
@@ -229,6 +229,10 @@ def backward(grad, x, weight, log_sigma2, levels, thresholds, seed, offset, inpu
     if input_gradient:
         grad_x = _input_gradient(grad, x.shape, memory_format, posterior, noise, *product)
     return grad_x, *sample_backward(_weight_gradient(grad, x, weight, *product), *posterior, *noise)
+
+
+def _product_tile():
+    return PRODUCT_TILE_SM_100 if architecture() >= 100 else PRODUCT_TILE
 
 
 def _as_matrices(posterior):
@@ -252,8 +256,7 @@ def _input_gradient(grad, shape, memory_format, posterior, noise, *product):
     # Sampled before: in a tile of this product no two weights would share a call of Philox.
     quantized = sample(*posterior, *noise, grad.dtype, torch.channels_last)
     kernel, groups = quantized.shape[2:], product[-1]
-    tile = INPUT_TILE_SM_100 if architecture() >= 100 else PRODUCT_TILE
-    plan = product_plan(grad, shape, kernel.numel(), groups, tile)
+    plan = product_plan(grad, shape, kernel.numel(), groups, _product_tile())
     grad_x = output_parts(plan, shape, memory_format, grad)
     for pixels, taps, axes in gradient_products(shape, kernel, *product[:-1]):
         y, weight = grad_x[pixels], quantized[taps]
