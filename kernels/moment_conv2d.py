@@ -43,7 +43,7 @@ from bqnn.ops._moment import coarse_order
 MADE_BLOCKS = 2
 # The most (BN, BK): a tile has two sums, and the outputs' noise or a second gathered operand besides.
 FORWARD_TILE, INPUT_TILE, WEIGHT_TILE = (64, 64), (64, 32), (128, 64)
-FORWARD_TILE_SM_100 = (32, 64)  # with more, ptxas spills
+NARROW_TILE = (32, 64)  # of a forward product with strides or dilation, and of all on sm_100; with more, ptxas spills
 
 
 @triton.heuristics(
@@ -344,7 +344,7 @@ def forward(x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode,
     pixels = channels_last(x)
     y = torch.empty(shape, device=x.device, dtype=x.dtype, memory_format=memory_format)
     slope = coarse_order(x, torch.empty_like(y, dtype=torch.bfloat16)) if coarse else None
-    source, mode, plan = _prepared(x, shape, posterior, mode, product[-1])
+    source, mode, plan = _prepared(x, shape, posterior, mode, *product)
     if plan.splits == 1:
         _products(pixels, y[None], slope, None, source, mode, bias, noise, plan, *product)
     else:
@@ -389,13 +389,13 @@ def _as_matrices(posterior):
     return weight.flatten(1), log_sigma2.flatten(1), *codebook
 
 
-def _prepared(x, shape, posterior, mode, groups):
+def _prepared(x, shape, posterior, mode, stride, padding, dilation, groups):
     """What the forward kernel takes as its weight and its mode, and how it is cut up."""
     weight, _, levels, _ = posterior
     taps, made = weight[0, 0].numel(), row_blocks(shape) <= MADE_BLOCKS
     if not made:
         posterior = (*moments(*posterior, mode, x.dtype, torch.channels_last), None, None)
-    tile = FORWARD_TILE_SM_100 if architecture() >= 100 else FORWARD_TILE
+    tile = FORWARD_TILE if (*stride, *dilation) == (1, 1, 1, 1) and architecture() < 100 else NARROW_TILE
     plan = product_plan(x, shape, taps, groups, tile, "contiguous" if made else None)
     return posterior, mode if made else "loaded", plan
 
@@ -416,7 +416,7 @@ def _products(x, y, slope, variance, source, mode, bias, noise, plan, stride, pa
 def _slope(x, posterior, noise, mode, *product):
     """dy/dvariance, made again, in x's dtype; x is channels-last."""
     shape, memory_format = output_of(x, posterior[0], *product)
-    source, mode, plan = _prepared(x, shape, posterior, mode, product[-1])
+    source, mode, plan = _prepared(x, shape, posterior, mode, *product)
     variance = output_parts(plan, shape, memory_format, x, torch.float32)
     _products(x, None, None, variance, source, mode, None, noise, plan, *product)
     slope = torch.empty_like(variance[0], dtype=x.dtype)

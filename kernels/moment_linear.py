@@ -250,6 +250,12 @@ def _step(dtype):
     return 16 if dtype == torch.float32 else 32
 
 
+def _limits(dtype):
+    """On sm_100 ptxas spills where Triton prefetches operands of float32."""
+    stages = {"num_stages": 1} if dtype == torch.float32 and architecture() >= 100 else {}
+    return {**stages, **all_registers(dtype)}
+
+
 def _weight_tiles(dtype, columns):
     """Those of the weight's gradient; BR is the rows at its end that are finished at once."""
     if dtype == torch.float32:  # its products take registers for their operands too
@@ -281,7 +287,7 @@ def _write_outputs(x, posterior, bias, seed, offset, mode, y, slope, pixels):
         moment_linear_fwd_kernel[grid](
             x, *posterior, bias, seed, offset, y, slope, variance, M, N, K, pixels, x.stride(0), span, MODE=mode,
             **flags_of_product(x, posterior[2]), BM=_rows_of_block(M, x.dtype), BN=_width(x.dtype), BK=_step(x.dtype),
-            num_warps=WARPS, **all_registers(x.dtype),
+            num_warps=WARPS, **_limits(x.dtype),
         )  # fmt: skip
 
     if grid[2] == 1 and y is not None:
@@ -331,7 +337,7 @@ def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offse
         moment_linear_bwd_kernel_input[grid](
             grad, slope, rows, *posterior, grad_x, M, N, K, grad.stride(0), rows.stride(0), span, **flags,
             BM=_rows_of_block(M, x.dtype), BN=_step(x.dtype), BK=_width(x.dtype), num_warps=WARPS,
-            **all_registers(x.dtype),
+            **_limits(x.dtype),
         )  # fmt: skip
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
     grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(weight)

@@ -176,7 +176,7 @@ def _flags(x, levels):
     many of them, or sm_100 four, ptxas would spill a few registers for another block: there it may use them all."""
     codebooks, num_levels = levels.shape
     costly = x.shape[-1] % 4 != 0 or codebooks > 1 or (x.dtype == torch.float32 and num_levels > 4)
-    costly |= architecture() >= 100 and num_levels > 3
+    costly |= architecture() != 90 and num_levels > 3
     return {**flags_of_product(x, levels), **({"maxnreg": 255} if costly else {})}
 
 
