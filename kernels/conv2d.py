@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.launch import all_registers, architecture, fewer_stages, processors, splits_of
+from bqnn.kernels.launch import architecture, fewer_stages, processors, registers_of_product, splits_of
 
 ROWS = 128  # pixels of a tile
 
@@ -191,7 +191,7 @@ def _needs_warps(tile, gathered, order):
 
 def _limits(order, dtype):
     stages = fewer_stages() if order != "blocks" or dtype.itemsize == 4 else {}
-    return {**stages, **all_registers(dtype)}
+    return {**stages, **registers_of_product(dtype)}
 
 
 def product_plan(x, shape, taps, groups, largest, order=None):

@@ -8,6 +8,7 @@ import triton
 from triton.runtime import driver
 
 MATRIX_BLOCK = 1024  # elements of a block where every element is treated by itself
+ALL_REGISTERS = {"maxnreg": 255}  # where ptxas would spill a few to fit another block on a multiprocessor
 MAX_SPLITS = 8  # of a contraction: each part writes a float32 tensor of the output's size
 
 heuristics_of_posterior = triton.heuristics(
@@ -60,10 +61,9 @@ def fewer_stages():
     return {"num_stages": 2} if architecture() >= 100 else {}
 
 
-def all_registers(dtype):
-    """For products that ptxas would spill a few registers of to fit another block on a multiprocessor, as it does not
-    where operands of 2 bytes stay in shared memory and sums do not, on sm_90."""
-    return {} if architecture() == 90 and dtype.itemsize == 2 else {"maxnreg": 255}
+def registers_of_product(dtype):
+    """All registers, but for operands of 2 bytes on sm_90: they leave ptxas enough to choose for itself."""
+    return {} if architecture() == 90 and dtype.itemsize == 2 else ALL_REGISTERS
 
 
 def splits_of(blocks, length, step, device, most=MAX_SPLITS):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from bqnn.kernels.conv2d import in_channels_last, parts_of, taps_of
-from bqnn.kernels.launch import MATRIX_BLOCK, blocks_of_matrix, flags_of_codebook, level_sums
+from bqnn.kernels.launch import ALL_REGISTERS, MATRIX_BLOCK, blocks_of_matrix, flags_of_codebook, level_sums
 from bqnn.kernels.philox import normals_of_rows
 from bqnn.kernels.quantizer import codebook_of, level_at, partition, quantize, store_level_sums, threshold_at
 
@@ -318,7 +318,7 @@ def moments_backward(grad_mean, grad_variance, weight, log_sigma2, levels, thres
     parts, taps = parts_of(grad_mean, weight)
     moment_bwd_kernel[grid](
         grad_mean, grad_variance, weight, log_sigma2, levels, thresholds, grad_weight, grad_log_sigma2, sums, N, K,
-        taps, parts, sums.shape[2], **flags_of_codebook(levels), MODE=mode, **blocks, maxnreg=255,
+        taps, parts, sums.shape[2], **flags_of_codebook(levels), MODE=mode, **blocks, **ALL_REGISTERS,
     )  # fmt: skip
     return grad_weight, grad_log_sigma2, *codebook_gradients(sums, levels, thresholds)
 

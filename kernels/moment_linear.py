@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 
 from bqnn.kernels.launch import (
-    all_registers,
     architecture,
     fewer_stages,
     flags_of_product,
     leading,
+    registers_of_product,
     rows_of,
     splits_of,
     sum_of_splits,
@@ -29,10 +29,7 @@ from bqnn.kernels.moment import (
 from bqnn.kernels.philox import normals_of_outputs, normals_of_rows
 from bqnn.kernels.quantizer import codebook_of
 
-WARPS, REGISTERS = (
-    8,
-    255,
-)  # of a tile of the outputs, or of the gradient of x; ptxas would spill a few for another block
+WARPS = 8  # of a tile of the outputs, or of the gradient of x
 # Operations a weight that may be spent on making moments again, in all row blocks but the first, before it costs more
 # than writing and reading them. An estimate for an H200, not a measurement: 8 bytes of two moments in bfloat16, written
 # and read, take as long as 54 operations.
@@ -253,7 +250,7 @@ def _step(dtype):
 def _limits(dtype):
     """On sm_100 ptxas spills where Triton prefetches operands of float32."""
     stages = {"num_stages": 1} if dtype == torch.float32 and architecture() >= 100 else {}
-    return {**stages, **all_registers(dtype)}
+    return {**stages, **registers_of_product(dtype)}
 
 
 def _weight_tiles(dtype, columns):

@@ -11,7 +11,7 @@ from triton.errors import TritonError
 
 from bqnn.kernels import configs
 from bqnn.kernels.decode import codebook, decode, few_levels
-from bqnn.kernels.launch import MAX_SPLITS, architecture, processors, rows_of, splits_of
+from bqnn.kernels.launch import ALL_REGISTERS, MAX_SPLITS, architecture, processors, rows_of, splits_of
 from bqnn.kernels.packed import finish, flags_of_packed, quantize_rows, sum_of_parts
 
 LaunchError = TritonError  # what a configuration that does not fit the GPU raises
@@ -214,7 +214,7 @@ def configuration(op, rows, x, precision, flags, channels, columns, words):
         if precision == "bf16" and flags["BITS"] == 1 and config["BM"] == 64:
             config["BN"] //= 2
         if architecture() >= 100 and (flags["BITS"] == 4 if precision == "bf16" else flags["NUM_LEVELS"] == 4):
-            config["maxnreg"] = 255  # ptxas would spill two of them for the sake of another block
+            config.update(ALL_REGISTERS)
     return config
 
 

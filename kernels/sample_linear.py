@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from bqnn.kernels.launch import (
+    ALL_REGISTERS,
     architecture,
     fewer_stages,
     flags_of_product,
@@ -172,12 +173,12 @@ def _weight_tiles(dtype):
 
 
 def _flags(x, levels):
-    """Those of a product. Where each weight needs a call of Philox for itself, each channel has its own levels, float32
-    many of them, or sm_100 four, ptxas would spill a few registers for another block: there it may use them all."""
+    """Those of a product. It takes all registers where each weight needs a call of Philox for itself, each channel has
+    its own levels, or there are many levels in float32 or on targets other than sm_90."""
     codebooks, num_levels = levels.shape
     costly = x.shape[-1] % 4 != 0 or codebooks > 1 or (x.dtype == torch.float32 and num_levels > 4)
     costly |= architecture() != 90 and num_levels > 3
-    return {**flags_of_product(x, levels), **({"maxnreg": 255} if costly else {})}
+    return {**flags_of_product(x, levels), **(ALL_REGISTERS if costly else {})}
 
 
 def _rows_of_block(rows):
