@@ -15,7 +15,6 @@ from bqnn.codebook import lloyd_max, raw_from_levels
 from bqnn.ops import (
     _moment_cpu,
     _products_cpu,
-    _sample_cpu,
     moment_conv2d,
     moment_linear,
     quantizer,
@@ -23,7 +22,7 @@ from bqnn.ops import (
     sample_linear,
 )
 from bqnn.ops._moment import MODES
-from bqnn.ops._products_cpu import codebook_of
+from bqnn.ops._products_cpu import Posterior
 from bqnn.ops.codebook_from_raw import codebook_from_raw
 from bqnn.ops.philox import normal, random_words
 from tests.helpers import SEED, Case, channels_last, digest, lower_isas, make_case, run_on_isa
@@ -156,12 +155,10 @@ def test_a_linear_weight_is_made_some_channels_at_a_time(
         return moment(case, op, coarse, "cpu")
 
     whole = [gradients(partial(layer, coarse=coarse), case) for coarse in (False, True)]
-    blocks = []
+    blocks, part = [], Posterior.part
     monkeypatch.setattr(_products_cpu, "WEIGHTS", 5000)
     monkeypatch.setattr(_products_cpu, "CHANNELS", 16)
-    monkeypatch.setattr(_products_cpu, "codebook_of", lambda *args: blocks.append(args[1]) or codebook_of(*args))
-    for module in (_moment_cpu, _sample_cpu):
-        monkeypatch.setattr(module, "codebook_of", _products_cpu.codebook_of)
+    monkeypatch.setattr(Posterior, "part", lambda self, channels: blocks.append(channels) or part(self, channels))
     monkeypatch.setattr(_moment_cpu, "LARGE_LINEAR", 1)  # in bfloat16 where the processor has it
     for coarse, expected in zip((False, True), whole):
         found = gradients(partial(layer, coarse=coarse), case)

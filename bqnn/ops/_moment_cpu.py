@@ -72,7 +72,7 @@ def _moment_product_backward(
     make = partial(_weight_moments, posterior, mode, fast)
     by_variance = torch.empty_like(grad if slope is None or not fast else slope)
     if slope is None:
-        (variance,) = outputs(product, (square,), weight.shape[0], lambda channels, _: make(channels, None)[1:], None)
+        (variance,) = outputs(product, (square,), weight.shape[0], make, None)
         kernels.noise_gradient(grad, variance, seed, offset, by_variance)
     else:
         kernels.multiply(grad, dense(slope), by_variance)

@@ -49,15 +49,19 @@ def codebook_of(codebook: Tensor, channels: slice) -> Tensor:
 
 
 def outputs(product: Product, inputs: Sequence[Tensor], channels: int, make: Make, bias: Tensor | None) -> list[Tensor]:
-    """Each input times its weight, in an order of elements that kernels know; the first with the bias."""
+    """Each input times its weight, in an order of elements that kernels know; the first with the bias.
+
+    Fewer inputs than weights are multiplied with the last ones.
+    """
     biases = [bias, *[None] * (len(inputs) - 1)]
     if not isinstance(product, LinearProduct):
-        return [dense(product.forward(*operands)) for operands in zip(inputs, make(WHOLE, None), biases, strict=True)]
+        weights = make(WHOLE, None)[-len(inputs) :]
+        return [dense(product.forward(*operands)) for operands in zip(inputs, weights, biases, strict=True)]
     results = [x.new_empty((*x.shape[:-1], channels)) for x in inputs]
-    weights = None
+    made: Weights | None = None
     for some in _blocks(channels, inputs[0].shape[-1]):
-        weights = make(some, weights)
-        for x, weight, added, y in zip(inputs, weights, biases, results, strict=True):
+        made = make(some, made)
+        for x, weight, added, y in zip(inputs, made[-len(inputs) :], biases, results, strict=True):
             if added is None:
                 torch.mm(_matrix(x), weight.t(), out=_matrix(y)[:, some])
             else:
@@ -79,19 +83,21 @@ def gradients(
     ``finish`` gets the gradient of each input's weight, and leaves that of the weight in the first.
     """
     if not isinstance(product, LinearProduct):
-        operands = zip(grads, inputs, make(WHOLE, None), strict=True)
+        # Without a gradient for the inputs only the shape of a weight is looked at.
+        weights = make(WHOLE, None) if input_gradient else [x.new_empty(shape) for x in inputs]
+        operands = zip(grads, inputs, weights, strict=True)
         pairs = [product.backward(*three, input_gradient) for three in operands]
         by_weights = [by_weight.contiguous() for _, by_weight in pairs]
         finish(WHOLE, *by_weights)
         return [by_input for by_input, _ in pairs], by_weights[0]
     by_inputs = [x.new_empty(x.shape if input_gradient else 0) for x in inputs]
     grad_weight = inputs[0].new_empty(shape)
-    weights: Weights | None = None
+    made: Weights | None = None
     others: list[Tensor | None] = [None] * (len(inputs) - 1)
     for some in _blocks(*shape):
         if input_gradient:
-            weights = make(some, weights)
-            for grad, weight, by_input in zip(grads, weights, by_inputs, strict=True):
+            made = make(some, made)
+            for grad, weight, by_input in zip(grads, made, by_inputs, strict=True):
                 added = int(some.start > 0)
                 torch.addmm(_matrix(by_input), _matrix(grad)[:, some], weight, beta=added, out=_matrix(by_input))
         first = grad_weight[some]
