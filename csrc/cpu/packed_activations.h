@@ -69,12 +69,12 @@ BQNN_INLINE void store_operands(typename Op::Element* to, Float rounded, int cou
   }
 }
 
-// The operands of one number a lane, in its low bits.
+// The operands of one number a lane, in its low bits, without kZero; integers have their sign above.
 template <class Op>
 BQNN_INLINE UInt operand_bits(Float rounded) {
   if constexpr (Op::kHalf) return bfloat16_lanes(rounded);
   if constexpr (Op::kInt8 && sizeof(typename Op::Element) < 4)
-    return (UInt)(integers(rounded) + static_cast<int>(Op::kZero)) & (0xFFFFFFFFu >> (32 - 32 / Op::kUnit));
+    return (UInt)integers(rounded);
   return (UInt)rounded;
 }
 
@@ -89,10 +89,10 @@ __attribute__((noinline)) void pack_row(const X* x, int64_t n, bool bf16, const 
 
 // What turns the products of a strip's channels into outputs; the pointers are at its first channel.
 struct Epilogue {
-  const float* bias;    // or null
-  const float* step;    // of the rounded levels, "int8" only
-  const int32_t* sums;  // of a channel's rounded weights
-  float least;          // as least_output has it
+  const float* bias;      // or null
+  const float* step;      // of the rounded levels, "int8" only
+  const uint32_t* shift;  // what its products have too much where kZero is not 0, likewise
+  float least;            // as least_output has it
 };
 
 // Makes outputs of the products of some channels at one position, or of one channel at some: each operation rounded by
@@ -107,24 +107,27 @@ struct Finish {
   // Channels i, i + 1, ..., of which `count` count; the layout's own vectors go on to the end of a block.
   BQNN_INLINE Finish(const Epilogue& of, int64_t i, int count) : has_bias(of.bias != nullptr), least(of.least) {
     if (has_bias) bias = load_first(of.bias + i, count);
-    if constexpr (Op::kInt8) step = load(of.step + i), shift = kZero * load_lanes(of.sums + i);
+    if constexpr (Op::kInt8) step = load(of.step + i);
+    if constexpr (kShifted) shift = load_lanes(of.shift + i);
   }
   // Channel i.
   BQNN_INLINE Finish(const Epilogue& of, int64_t i) : has_bias(of.bias != nullptr), least(of.least) {
     if (has_bias) bias = broadcast(of.bias[i]);
-    if constexpr (Op::kInt8)
-      step = broadcast(of.step[i]), shift = kZero * static_cast<uint32_t>(of.sums[i]) - UInt{};
+    if constexpr (Op::kInt8) step = broadcast(of.step[i]);
+    if constexpr (kShifted) shift = of.shift[i] - UInt{};
   }
 
   BQNN_INLINE Float operator()(UInt products, float scale) const {
+    if constexpr (kShifted) products -= shift;
     Float value = (Float)products;
-    if constexpr (Op::kInt8) value = (to_float((Int)(products - shift)) * step) * scale;
+    if constexpr (Op::kInt8) value = (to_float((Int)products) * step) * scale;
     if (has_bias) value += bias;
     return max(broadcast(least), value);
   }
 
  private:
-  static constexpr auto kZero = static_cast<uint32_t>(Op::kZero);
+  static constexpr bool kShifted = Op::kInt8 && Op::kZero != 0;
+  static_assert(!kShifted || Op::kZero == kInt8Offset, "the layout's shift is of another offset");
 };
 
 // Outputs of n channels at one position; products go on to the end of a block.
@@ -142,6 +145,6 @@ inline Epilogue epilogue(const Call& call, int64_t group, int64_t block) {
   const int64_t lane = (group * layout.blocks + block) * kBlock;
   const int64_t channel = group * layout.group_channels() + block * kBlock;
   Epilogue e{call.bias ? call.bias + channel : nullptr, nullptr, nullptr, least_output(call.relu)};
-  if constexpr (Op::kInt8) e.step = layout.int8_scales() + lane, e.sums = layout.int8_sums() + lane;
+  if constexpr (Op::kInt8) e.step = layout.int8_scales() + lane, e.shift = layout.int8_shifts() + lane;
   return e;
 }

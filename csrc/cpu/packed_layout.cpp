@@ -49,7 +49,7 @@ PackedLayout plan(const PackedWeight& w) {
   if (w.precision == Precision::int8) {
     p.int8_levels = part(tables * kTable);
     p.int8_scale = part(padded_channels * sizeof(float));
-    p.int8_sum = part(padded_channels * sizeof(int32_t));
+    p.int8_shift = part(padded_channels * sizeof(uint32_t));
   }
   // One vector more: kernels load words at byte offsets.
   p.words = part(p.groups * p.blocks * p.block_words() * sizeof(uint32_t) + 64);
@@ -96,7 +96,7 @@ void make_layout(const PackedWeight& w, void* memory) {
   auto* levels = reinterpret_cast<float*>(base + p.levels);
   auto* int8_levels = reinterpret_cast<int8_t*>(base + p.int8_levels);
   auto* scale = reinterpret_cast<float*>(base + p.int8_scale);
-  auto* sum = reinterpret_cast<int32_t*>(base + p.int8_sum);
+  auto* shift = reinterpret_cast<uint32_t*>(base + p.int8_shift);
   auto* words = reinterpret_cast<uint32_t*>(base + p.words);
   const bool int8 = w.precision == Precision::int8;
   const int64_t width = (w.columns + digits - 1) / digits, taps = int64_t{w.kernel_h} * w.kernel_w;
@@ -122,7 +122,7 @@ void make_layout(const PackedWeight& w, void* memory) {
     const int64_t lane = group * p.blocks * kBlock + in_group, codebook = w.codebooks == 1 ? 0 : n;
     if (w.codebooks > 1) fill_tables(lane, codebook);
     uint32_t* block = words + (lane / kBlock) * p.block_words() + lane % kBlock;
-    int32_t total = 0;
+    int64_t total = 0;
     // Stored order is [input][r][s]; a run of the activations has the inputs fastest.
     int64_t at = 0, in_segment = 0;
     for (int64_t tap = 0; tap < taps; ++tap) {
@@ -133,7 +133,7 @@ void make_layout(const PackedWeight& w, void* memory) {
         if (++in_segment == p.segment) at += p.padded - p.segment, in_segment = 0;
       }
     }
-    if (int8) scale[lane] = w.int8_scale[codebook], sum[lane] = total;
+    if (int8) scale[lane] = w.int8_scale[codebook], shift[lane] = static_cast<uint32_t>(total) * kInt8Offset;
   }
 }
 

@@ -31,6 +31,7 @@ enum class Precision : int32_t { fp32, bf16, int8 };
 constexpr int kBlock = 16;  // output channels side by side
 constexpr int kTable = 16;  // entries of a decoding table: the levels, at most 16, repeated with period 2^bits
 constexpr int kNumberBlocks = 8;  // side by side
+constexpr uint32_t kInt8Offset = 128;  // of 8-bit activations where the instruction takes them unsigned
 
 // Numbers of several weights.
 struct Numbers {
@@ -53,7 +54,7 @@ struct PackedLayout {
   int32_t affine;                     // whether the levels are offset + scale * step, see affine_levels.h
   double affine_offset, affine_scale;
   float affine_steps[kTable];         // as in a decoding table
-  int64_t words, levels, int8_levels, int8_scale, int8_sum;  // where each part begins, in bytes
+  int64_t words, levels, int8_levels, int8_scale, int8_shift;  // where each part begins, in bytes
   int64_t numbers;                                           // likewise, or 0 where there are none
 
   int64_t word_weights() const { return 32 / bits; }
@@ -81,9 +82,10 @@ struct PackedLayout {
   // [1, or groups * blocks * 16][16]: the levels of a codebook; a channel beyond the last one has zeros.
   const float* level_table() const { return reinterpret_cast<const float*>(at(levels)); }
   const int8_t* int8_table() const { return reinterpret_cast<const int8_t*>(at(int8_levels)); }
-  // [groups * blocks * 16]: the step of the rounded levels, and the sum of a channel's rounded weights.
+  // [groups * blocks * 16]: the step of the rounded levels, and what activations that are all kInt8Offset add to the
+  // products of a channel, modulo 2^32.
   const float* int8_scales() const { return reinterpret_cast<const float*>(at(int8_scale)); }
-  const int32_t* int8_sums() const { return reinterpret_cast<const int32_t*>(at(int8_sum)); }
+  const uint32_t* int8_shifts() const { return reinterpret_cast<const uint32_t*>(at(int8_shift)); }
 };
 
 struct PackedWeight {

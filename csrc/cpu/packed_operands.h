@@ -74,10 +74,10 @@ struct Int8Operand {
   using Product = int32_t;
   static constexpr bool kInt8 = true, kHalf = false;
 #if BQNN_LANES == 16
-  // vpdpbusd takes one unsigned operand: x + 128, and 128 times the sum of the weights is subtracted at the end.
+  // vpdpbusd takes one unsigned operand: x + 128, and what that adds is subtracted at the end.
   using Element = uint8_t;
   using Sum = UInt;
-  static constexpr int kUnit = 4, kZero = 128;
+  static constexpr int kUnit = 4, kZero = kInt8Offset;
   static BQNN_INLINE Sum dot(UInt x, UInt w, Sum sum) {
     return (UInt)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
   }

@@ -19,14 +19,69 @@ constexpr int planar_vectors(int channels) {
   return fit < kMostRuns ? fit : kMostRuns;
 }
 
-// Products [kChannels][kRunRoom] of a few runs of pixels. weight [lanes][kBlock], from the first of the channels on;
-// offset [lanes] leads from a run to what a lane of K multiplies.
-template <class Op, int kChannels, int kVectors>
+// Some pixels of an output row: the first, counted through an image, and how many.
+struct PixelRun {
+  int64_t pixel;
+  int lanes;
+};
+
+// What becomes of the products of some channels and a few runs of pixels: they are kept in a room,
+// [channels][kRunRoom].
+template <class Op>
+struct KeepProducts {
+  static constexpr bool kWrites = false;
+
+  template <int kChannels, int kVectors>
+  BQNN_INLINE void operator()(const UInt (&product)[kChannels][kVectors], typename Op::Product* room) const {
+#pragma GCC unroll 12
+    for (int c = 0; c < kChannels; ++c)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) __builtin_memcpy(room + c * kRunRoom + v * kLanes, &product[c][v], sizeof(UInt));
+  }
+};
+
+// Or they are made outputs, a plane a channel, in the registers where all runs are whole vectors.
+template <class Op, class Y>
+struct WritePlanes {
+  static constexpr bool kWrites = true;
+  Epilogue channels;
+  int64_t first;  // of the epilogue's channels
+  float scale;
+  const PixelRun* runs;
+  bool whole;
+  Y* plane;
+  int64_t size;  // of a plane
+
+  template <int kChannels, int kVectors>
+  BQNN_INLINE void operator()(const UInt (&product)[kChannels][kVectors], typename Op::Product* room) const {
+    if (whole) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 12
+        for (int c = 0; c < kChannels; ++c)
+          store_outputs(plane + c * size + runs[v].pixel, Finish<Op>(channels, first + c)(product[c][v], scale), kLanes);
+      return;
+    }
+    KeepProducts<Op>{}(product, room);
+    for (int c = 0; c < kChannels; ++c) {
+      const Finish<Op> finish(channels, first + c);
+      for (int v = 0; v < kVectors; ++v)
+        store_outputs(plane + c * size + runs[v].pixel, finish(load_lanes(room + c * kRunRoom + v * kLanes), scale),
+                      runs[v].lanes);
+    }
+  }
+};
+
+// Products of kChannels channels and a few runs of pixels. weight [lanes][kBlock], from the first of the channels on;
+// offset [lanes] leads from a run to what a lane of K multiplies; room is for sums that are not whole yet.
+template <class Op, class Out, int kChannels, int kVectors>
 __attribute__((noinline)) void multiply_runs(const uint32_t* const* runs, const int64_t* offset,
-                                             const uint32_t* weight, int64_t lanes, typename Op::Product* products) {
+                                             const uint32_t* weight, int64_t lanes, typename Op::Product* room,
+                                             const Out& out) {
   const uint32_t* x[kVectors];
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) x[v] = runs[v];
+  UInt product[kChannels][kVectors];
   for (int64_t first = 0; first < lanes; first += kLanesOfSum) {
     const int64_t end = lanes - first < kLanesOfSum ? lanes : first + kLanesOfSum;
     typename Op::Sum sum[kChannels][kVectors] = {};
@@ -44,30 +99,29 @@ __attribute__((noinline)) void multiply_runs(const uint32_t* const* runs, const 
 #pragma GCC unroll 12
     for (int c = 0; c < kChannels; ++c)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        auto* to = products + c * kRunRoom + v * kLanes;
-        const UInt product = Op::add(first > 0 ? load_lanes(to) : UInt{}, sum[c][v]);
-        __builtin_memcpy(to, &product, sizeof product);
-      }
+      for (int v = 0; v < kVectors; ++v)
+        product[c][v] = Op::add(first > 0 ? load_lanes(room + c * kRunRoom + v * kLanes) : UInt{}, sum[c][v]);
+    if (end < lanes) KeepProducts<Op>{}(product, room);
   }
+  out(product, room);
 }
 
 // The kernels of some channels: of as many runs as fit the registers, and of one.
-template <class Op>
+template <class Op, class Out>
 struct PlanarKernel {
-  decltype(&multiply_runs<Op, 1, 1>) many, one;
+  decltype(&multiply_runs<Op, Out, 1, 1>) many, one;
   int64_t channels, vectors;
 
   // Whether so many runs take less time one by one: sums wait for the one before, four cycles.
   bool one_by_one(int64_t runs) const { return runs * (channels < 4 ? 4 : channels) < channels * vectors; }
 };
 
-template <class Op, int kChannels = kMostChannels>
-inline PlanarKernel<Op> planar_kernel(int64_t channels) {
+template <class Op, class Out, int kChannels = kMostChannels>
+inline PlanarKernel<Op, Out> planar_kernel(int64_t channels) {
   if constexpr (kChannels > 1)
-    if (channels < kChannels) return planar_kernel<Op, kChannels - 1>(channels);
+    if (channels < kChannels) return planar_kernel<Op, Out, kChannels - 1>(channels);
   constexpr int kVectors = planar_vectors(kChannels);
-  return {&multiply_runs<Op, kChannels, kVectors>, &multiply_runs<Op, kChannels, 1>, kChannels, kVectors};
+  return {&multiply_runs<Op, Out, kChannels, kVectors>, &multiply_runs<Op, Out, kChannels, 1>, kChannels, kVectors};
 }
 
 // Where things stand in the copy: [image][group][unit][height][width], in lanes.
@@ -95,19 +149,36 @@ inline PlanarPlan plan_planes(const Conv2dCall& call, int threads) {
   return p;
 }
 
-// A row of pixels whose kUnit inputs, of which there are `inputs`, are a plane each.
+// A lane of inputs that are 0.
+template <class Op>
+inline uint32_t zero_lane() {
+  const auto zero = static_cast<typename Op::Element>(Op::kZero);
+  uint32_t lane = 0;
+  for (int j = 0; j < Op::kUnit; ++j)
+    __builtin_memcpy(reinterpret_cast<char*>(&lane) + j * sizeof zero, &zero, sizeof zero);
+  return lane;
+}
+
+// Rows of pixels whose kUnit inputs, of which there are `inputs`, are a plane each; in the copy they are `row` apart.
 template <class Op, class X>
-__attribute__((noinline)) void join_planes(const X* from, int64_t plane, int inputs, int64_t width, bool bf16,
-                                           const RowScale& scale, uint32_t* to) {
-  for (int64_t w = 0; w < width; w += kLanes) {
-    const int count = lanes_left(width - w);
+__attribute__((noinline)) void join_planes(const X* from, int64_t height, int64_t width, unsigned inputs, bool bf16,
+                                           const RowScale& scale, uint32_t* to, int64_t row) {
+  const int64_t plane = height * width;
+  const auto join = [&](const X* x, uint32_t* lanes, int count) __attribute__((always_inline)) {
     UInt lane = {};
 #pragma GCC unroll 4
-    for (int j = 0; j < Op::kUnit; ++j)
-      if (j < inputs)
-        lane |= operand_bits<Op>(rounded<Op>(load_activations(from + j * plane + w, count), bf16, scale))
-                << (j * (32 / Op::kUnit));
-    store_first(reinterpret_cast<float*>(to + w), (Float)lane, count);
+    for (unsigned j = 0; j < Op::kUnit; ++j)
+      if (j < inputs) {
+        const unsigned up = j * (32 / Op::kUnit);
+        const UInt bits = operand_bits<Op>(rounded<Op>(load_activations(x + j * plane, count), bf16, scale));
+        lane = (lane & ((1u << up) - 1)) | bits << up;
+      }
+    store_first(reinterpret_cast<float*>(lanes), (Float)(lane ^ zero_lane<Op>()), count);
+  };
+  for (int64_t h = 0; h < height; ++h, from += width, to += row) {
+    int64_t w = 0;
+    for (; w + kLanes <= width; w += kLanes) join(from + w, to + w, kLanes);
+    if (w < width) join(from + w, to + w, static_cast<int>(width - w));
   }
 }
 
@@ -154,16 +225,6 @@ __attribute__((noinline)) inline void part_pixels(const char* line, int64_t pixe
   }
 }
 
-// A lane of inputs that are 0.
-template <class Op>
-inline uint32_t zero_lane() {
-  const auto zero = static_cast<typename Op::Element>(Op::kZero);
-  uint32_t lane = 0;
-  for (int j = 0; j < Op::kUnit; ++j)
-    __builtin_memcpy(reinterpret_cast<char*>(&lane) + j * sizeof zero, &zero, sizeof zero);
-  return lane;
-}
-
 template <class Op>
 inline void fill_lanes(uint32_t* to, int64_t count) {
   fill(reinterpret_cast<char*>(to), reinterpret_cast<char*>(to + count), zero_lane<Op>());
@@ -175,15 +236,13 @@ inline void pack_plane(const Conv2dCall& call, const PlanarPlan& plan, const X* 
                        const RowScale& scale, bool fresh, uint32_t* to) {
   const PackedLayout& layout = *call.weight;
   const int64_t first = index % plan.units * Op::kUnit, left = layout.inputs - first;
-  const int inputs = static_cast<int>(left < Op::kUnit ? left : Op::kUnit);
+  const auto inputs = static_cast<unsigned>(left < Op::kUnit ? left : Op::kUnit);
   const int64_t size = call.height * call.width;
   const X* from = image + (index / plan.units * layout.inputs + first) * size;
   to += index * plan.plane;
   if (fresh && call.padding_h + call.padding_w > 0) fill_lanes<Op>(to, plan.plane);
   to += call.padding_h * plan.row + call.padding_w;
-  for (int64_t h = 0; h < call.height; ++h)
-    join_planes<Op>(from + h * call.width, size, inputs, call.width, layout.precision == Precision::bf16, scale,
-                    to + h * plan.row);
+  join_planes<Op>(from, call.height, call.width, inputs, layout.precision == Precision::bf16, scale, to, plan.row);
 }
 
 // Copies row h, counted with the border, of one group of an image that is channels-last; `fresh`, the border too.
@@ -245,27 +304,12 @@ inline void decode_units(const PackedLayout& layout, int64_t group, uint32_t* we
     }
 }
 
-// Some pixels of an output row: the first, counted through an image, and how many.
-struct PixelRun {
-  int64_t pixel;
-  int lanes;
-};
-
-// Writes the outputs of `count` channels from `channel` on.
+// Writes the outputs of `count` channels from `channel` on, those of a pixel side by side.
 template <class Op, class Y>
 inline void finish_runs(const Conv2dCall& call, const typename Op::Product* products, const PixelRun* runs,
                         int64_t vectors, int64_t channel, int64_t count, const Epilogue& channels, float scale,
                         Y* image) {
-  const int64_t positions = call.out_height * call.out_width, all = call.weight->channels;
-  if (!call.channels_last) {
-    for (int64_t c = 0; c < count; ++c) {
-      const Finish<Op> finish(channels, c);
-      for (int64_t v = 0; v < vectors; ++v)
-        store_outputs(image + (channel + c) * positions + runs[v].pixel,
-                      finish(load_lanes(products + c * kRunRoom + v * kLanes), scale), runs[v].lanes);
-    }
-    return;
-  }
+  const int64_t all = call.weight->channels;
   for (int64_t c = 0; c < count; c += kLanes) {
     const int lanes = lanes_left(count - c);
     const Finish<Op> finish(channels, c, lanes);
@@ -284,15 +328,15 @@ inline void finish_runs(const Conv2dCall& call, const typename Op::Product* prod
 }
 
 // Output rows [row, last_row) of a group of an image, of which `from` is the first plane.
-template <class Op, class Y>
+template <class Op, class Out, class Y>
 inline void multiply_rows(const Conv2dCall& call, const PlanarPlan& plan, const uint32_t* from, const int64_t* offset,
                           const uint32_t* weight, int64_t group, int64_t row, int64_t last_row, float scale, Y* image,
                           Ahead* ahead) {
   using Product = typename Op::Product;
   const int64_t count = call.weight->group_channels(), lanes = plan.units * call.weight->taps();
   const int64_t together = ceil_div(count, ceil_div(count, kMostChannels)), across = ceil_div(call.out_width, kLanes);
-  const int64_t last = (last_row - row) * across;
-  const PlanarKernel<Op> multiply = planar_kernel<Op>(together);
+  const int64_t last = (last_row - row) * across, size = call.out_height * call.out_width;
+  const PlanarKernel<Op, Out> multiply = planar_kernel<Op, Out>(together);
   const Epilogue channels = epilogue<Op>(call, group, 0);
   auto* products = reinterpret_cast<Product*>(
       scratch(Scratch::products, static_cast<size_t>(kBlock * kRunRoom) * sizeof(Product)));
@@ -301,17 +345,29 @@ inline void multiply_rows(const Conv2dCall& call, const PlanarPlan& plan, const 
     const int64_t vectors = one ? 1 : multiply.vectors;
     PixelRun runs[kMostRuns];
     const uint32_t* at[kMostRuns];
+    bool whole = true;
     for (int64_t i = 0; i < vectors; ++i) {
       const int64_t of = first + i < last ? first + i : first, h = row + of / across, w = of % across * kLanes;
       runs[i] = {h * call.out_width + w, first + i < last ? lanes_left(call.out_width - w) : 0};
       at[i] = from + h * call.stride_h * plan.row + w;
+      whole &= runs[i].lanes == kLanes;
     }
-    ahead->fetch();
     for (int64_t c = 0; c < count; c += together) {
       const int64_t channel = c + together <= count ? c : count - together;  // the last ones, some perhaps again
-      (one ? multiply.one : multiply.many)(at, offset, weight + channel, lanes, products + channel * kRunRoom);
+      ahead->fetch();
+      Product* room = products + channel * kRunRoom;
+      const auto run = one ? multiply.one : multiply.many;
+      if constexpr (Out::kWrites) {
+        Y* plane = image + (group * count + channel) * size;
+        for (int64_t i = 0; i < together; ++i)
+          for (int64_t v = 0; v < vectors; ++v) __builtin_prefetch(plane + i * size + runs[v].pixel, 1);
+        run(at, offset, weight + channel, lanes, room, {channels, channel, scale, runs, whole, plane, size});
+      } else {
+        run(at, offset, weight + channel, lanes, room, {});
+      }
     }
-    finish_runs<Op>(call, products, runs, vectors, group * count, count, channels, scale, image);
+    if constexpr (!Out::kWrites)
+      finish_runs<Op>(call, products, runs, vectors, group * count, count, channels, scale, image);
     first += vectors;
   }
 }
@@ -337,6 +393,8 @@ void run_planar_conv2d(const Conv2dCall& call, const Parallel& parallel) {
   };
   const X* x = static_cast<const X*>(call.x);
   X* y = static_cast<X*>(call.y);
+  const auto multiply =
+      call.channels_last ? &multiply_rows<Op, KeepProducts<Op>, X> : &multiply_rows<Op, WritePlanes<Op, X>, X>;
 
   if (groups == 1 && images_for_all(call.images, parallel.threads)) {
     // Each thread takes images whole, one after the other, and fetches the next one while it multiplies.
@@ -351,8 +409,8 @@ void run_planar_conv2d(const Conv2dCall& call, const Parallel& parallel) {
         const X* next = x + (image + 1) * inputs;
         Ahead ahead{reinterpret_cast<const char*>(next),
                     reinterpret_cast<const char*>(image + 1 < end ? next + inputs : next), 0};
-        ahead.slice = 64 + (ahead.end - ahead.at) / (call.out_height * call.out_width / (kMostRuns * kLanes) + 1);
-        multiply_rows<Op>(call, plan, planes, offset, weight, 0, 0, call.out_height, scale.scale, y + image * outputs,
+        ahead.slice = 64 + (ahead.end - ahead.at) / (call.out_height * call.out_width / (kMostRuns * kLanes) + 1) / 2;
+        multiply(call, plan, planes, offset, weight, 0, 0, call.out_height, scale.scale, y + image * outputs,
                           &ahead);
       }
     });
@@ -376,7 +434,7 @@ void run_planar_conv2d(const Conv2dCall& call, const Parallel& parallel) {
         const int64_t band = task % bands, image = task / bands % images, group = task / bands / images;
         if (group != decoded) decode_units<Op>(layout, group, weight);
         decoded = group;
-        multiply_rows<Op>(call, plan, planes + image * plan.image + group * plan.units * plan.plane, offset, weight,
+        multiply(call, plan, planes + image * plan.image + group * plan.units * plan.plane, offset, weight,
                           group, call.out_height * band / bands, call.out_height * (band + 1) / bands,
                           Op::kInt8 ? scales[image].scale : 1.0f, y + (first + image) * outputs, &nothing);
       }
