@@ -159,6 +159,12 @@ inline void pack_wave(const Conv2dCall& call, const ConvPlan& plan, const Parall
                       int64_t images, RowScale* scales, char* activations) {
   const int64_t groups = call.weight->groups, rows = call.height + 2 * call.padding_h;
   const int64_t size = call.weight->inputs * groups * call.height * call.width;
+  if (call.channels_last && groups == 1 && call.padding_h + call.padding_w == 0)  // no border: an image is one row
+    return pack_images<Op>(parallel, x, images, size, 1, scales, [&](int64_t image, int64_t) {
+      pack_row<Op>(x + image * size, size, call.weight->precision == Precision::bf16,
+                   Op::kInt8 ? scales[image] : RowScale{},
+                   reinterpret_cast<typename Op::Element*>(activations + image * plan.image));
+    });
   pack_images<Op>(parallel, x, images, size, groups * rows, scales, [&](int64_t image, int64_t i) {
     pack_padded_row<Op>(call, plan, x + image * size, i / rows, i % rows, Op::kInt8 ? scales[image] : RowScale{},
                         activations + image * plan.image + i / rows * plan.plane + i % rows * plan.row);
@@ -190,8 +196,14 @@ inline void finish_pixels(const Conv2dCall& call, const typename Op::Product* pr
     if (call.channels_last) {
       const Finish<Op> finish(strip, c, lanes);
       Y* to = image + first * channels + channel + c;
-      for (int64_t i = 0; i < count; ++i, to += channels)
-        store_outputs(to, finish(load_lanes(products + i * stride + c), scale), lanes);
+      const auto store = [&](int width) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < count; ++i)
+          store_outputs(to + i * channels, finish(load_lanes(products + i * stride + c), scale), width);
+      };
+      if (lanes == kLanes)
+        store(kLanes);
+      else
+        store(lanes);
       continue;
     }
     Y* to = image + (channel + c) * positions + first;
