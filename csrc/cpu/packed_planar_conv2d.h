@@ -400,6 +400,9 @@ void run_planar_conv2d(const Conv2dCall& call, const Parallel& parallel) {
     // Each thread takes images whole, one after the other, and fetches the next one while it multiplies.
     const int64_t work = outputs * layout.columns;
     const Parallel alone{nullptr, 1};
+    // An image takes this many multiplications or more.
+    const int64_t fetches =
+        ceil_div(layout.channels, kMostChannels) * (call.out_height * call.out_width / (kMostRuns * kLanes) + 1);
     parallel_for(parallel, call.images, 1 + kTaskWork / work, [&](int64_t begin, int64_t end) {
       uint32_t *weight = weight_of(), *planes = planes_of(1);
       decode_units<Op>(layout, 0, weight);
@@ -409,9 +412,8 @@ void run_planar_conv2d(const Conv2dCall& call, const Parallel& parallel) {
         const X* next = x + (image + 1) * inputs;
         Ahead ahead{reinterpret_cast<const char*>(next),
                     reinterpret_cast<const char*>(image + 1 < end ? next + inputs : next), 0};
-        ahead.slice = 64 + (ahead.end - ahead.at) / (call.out_height * call.out_width / (kMostRuns * kLanes) + 1) / 2;
-        multiply(call, plan, planes, offset, weight, 0, 0, call.out_height, scale.scale, y + image * outputs,
-                          &ahead);
+        ahead.slice = 64 + (ahead.end - ahead.at) / fetches;
+        multiply(call, plan, planes, offset, weight, 0, 0, call.out_height, scale.scale, y + image * outputs, &ahead);
       }
     });
     return;
@@ -434,9 +436,9 @@ void run_planar_conv2d(const Conv2dCall& call, const Parallel& parallel) {
         const int64_t band = task % bands, image = task / bands % images, group = task / bands / images;
         if (group != decoded) decode_units<Op>(layout, group, weight);
         decoded = group;
-        multiply(call, plan, planes + image * plan.image + group * plan.units * plan.plane, offset, weight,
-                          group, call.out_height * band / bands, call.out_height * (band + 1) / bands,
-                          Op::kInt8 ? scales[image].scale : 1.0f, y + (first + image) * outputs, &nothing);
+        multiply(call, plan, planes + image * plan.image + group * plan.units * plan.plane, offset, weight, group,
+                 call.out_height * band / bands, call.out_height * (band + 1) / bands,
+                 Op::kInt8 ? scales[image].scale : 1.0f, y + (first + image) * outputs, &nothing);
       }
     });
   }
