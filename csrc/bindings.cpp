@@ -266,7 +266,7 @@ Tensor new_output(bool half, const std::vector<int64_t>& size, bool channels_las
     for (size_t i = size.size(); i-- > 0; next *= size[i]) stride[i] = next;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(size.size()), size.data(), stride.data(),
       half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
   Tensor out(handle);

@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cuda_runtime_api.h>
@@ -54,7 +55,7 @@ cuda::Mode mode_of(const std::string& precision) {
 Tensor new_floats(int64_t count, int32_t device) {
   const int64_t stride = 1;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &stride, aoti_torch_dtype_float32(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &stride, aoti_torch_dtype_float32(),
                                                          aoti_torch_device_type_cuda(), device, &handle));
   return Tensor(handle);
 }
@@ -106,7 +107,7 @@ void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tenso
     call.partial = static_cast<uint32_t*>(partial->mutable_data_ptr());
   }
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   STD_CUDA_CHECK(static_cast<cudaError_t>(cuda::launch_packed_linear(call, stream)));
 }
 
@@ -125,7 +126,7 @@ void round_rows_op(Tensor x, Tensor q, Tensor scale) {
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   STD_CUDA_CHECK(static_cast<cudaError_t>(cuda::launch_round_rows(call, stream)));
 }
 
