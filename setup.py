@@ -176,7 +176,7 @@ setup(
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     packages=[*find_packages(include=["bqnn", "bqnn.*"]), "bqnn.kernels"],
     package_dir={"bqnn.kernels": "kernels"},
-    package_data={"bqnn": ["py.typed"], "bqnn.kernels": ["packed.json"]},
+    package_data={"bqnn": ["py.typed"]},
     install_requires=[
         "torch>=2.10",
         "torchvision",  # each release asks for its own torch
@@ -191,5 +191,5 @@ setup(
         "bench": ["onnx>=1.17", "onnxruntime>=1.23"],  # a rival
         "dev": ["ruff>=0.12", "mypy>=1.15"],
     },
-    entry_points={"console_scripts": ["bqnn = bqnn.cli:main"]},
+    entry_points={"console_scripts": ["bqnn = bqnn.cli.main:main"]},
 )

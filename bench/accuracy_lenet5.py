@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 
 import bqnn
 from bench.machine import describe_machine
-from bqnn.atomic import write_atomically
-from bqnn.evaluate import evaluate
-from bqnn.recipe import LENET5_MNIST, Recipe
-from bqnn.train import Trainer
+from bqnn.core.files import write_atomically
+from bqnn.lab.evaluate import evaluate
+from bqnn.lab.recipe import LENET5_MNIST, Recipe
+from bqnn.lab.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "accuracy_lenet5.json"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import bqnn
 from bench.published import published, published_loss
 from bench.summary import Claim, Medians, times_faster
-from bqnn.elbo import parameter_groups
+from bqnn.bayes.elbo import parameter_groups
 from bqnn.models import build
 from tests.test_training_memory import saved_bytes
 

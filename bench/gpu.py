@@ -28,7 +28,7 @@ PACKED = ("packed_linear", "packed_conv2d")
 # Those that run something on a GPU where there is one; tests/test_bench.py looks that none is missing.
 TESTS = [
     *(f"tests/test_{op}.py" for op in (*OPS, *PACKED)),
-    *(f"tests/test_{name}.py" for name in ("philox", "moment", "int8", "configs", "cuda_packed_linear")),
+    *(f"tests/test_{name}.py" for name in ("philox", "moment", "int8", "cuda_packed_linear")),
 ]
 SANITIZED = "cuda and (triton or cuda-cuda) and M3 and (B1 or B2)"
 KL_WEIGHTS = 1 << 24

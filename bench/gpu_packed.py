@@ -17,7 +17,7 @@ import bqnn
 from bench.gpu_rivals import RIVALS, Absent, find
 from bench.gpu_timing import Verdict, costs
 from bench.gpu_training import Row
-from bqnn.ops._gpu_layout import row_words
+from bqnn.ops.backends.gpu_layout import row_words
 
 CALLS = 50
 ROTATED_BYTES = 256 << 20  # of weights that take turns: more than a second-level cache holds

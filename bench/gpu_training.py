@@ -14,9 +14,9 @@ from torch import Tensor
 import bqnn
 from bench.gpu_timing import costs
 from bqnn import ops
+from bqnn.core import quantizer
+from bqnn.core.product import channels_last
 from bqnn.models import build
-from bqnn.ops import quantizer
-from bqnn.ops.product import channels_last
 from tests.helpers import Case, make_case
 from tests.shapes import Conv2dShape, LinearShape
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bqnn.ops._packed import decode
-from bqnn.packing import pack_codes
+from bqnn.core.codes import pack_codes
+from bqnn.ops.packed_product import decode
 from tests.helpers import make_codebook
 
 PRECISIONS = ("fp32", "bf16", "int8")

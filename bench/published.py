@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bqnn.codebook import TAU_PER_GAP, gaps, lloyd_max
+from bqnn.core.codebook import TAU_PER_GAP, gaps, lloyd_max
 from bqnn.ops.spike_slab_kl import K1, K2, K3
 
 TINY = 1e-8

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from bqnn.core.quantizer import MODES
 from bqnn.kernels import moment_conv2d, sample_conv2d
-from bqnn.ops._moment import MODES
 from tests.aot import TARGETS, compiled
 from tests.compile_cases import (
     call_conv2d,

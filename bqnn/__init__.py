@@ -1,19 +1,19 @@
 """bqnn: Bayesian asymmetric M-ary quantized neural networks, trained, packed and run (Chien and Chang 2023)."""
 
 from bqnn._version import __version__
-from bqnn.autotune import Tuning, autotune, load_configs
-from bqnn.batchnorm import refresh_batchnorm
-from bqnn.convert import convert, convert_
-from bqnn.dispatch import BackendError, backends
-from bqnn.elbo import Elbo, elbo, kl_divergence, kl_warmup, parameter_groups
-from bqnn.extension import cpu_isa
-from bqnn.io import FormatError, info, load, save
-from bqnn.layers import BayesConv2d, BayesLinear, sampling
-from bqnn.pack import pack
-from bqnn.packed import PackedConv2d, PackedLinear
-from bqnn.predict import Prediction, predict
-from bqnn.report import Report, report
-from bqnn.speed import explain_speed
+from bqnn.bayes.batchnorm import refresh_batchnorm
+from bqnn.bayes.convert import convert, convert_
+from bqnn.bayes.elbo import Elbo, elbo, kl_divergence, kl_warmup, parameter_groups
+from bqnn.bayes.layers import BayesConv2d, BayesLinear, sampling
+from bqnn.bayes.predict import Prediction, predict
+from bqnn.core.files import FormatError
+from bqnn.core.native import cpu_isa
+from bqnn.engine.pack import pack
+from bqnn.files.network import info, load, save
+from bqnn.ops.dispatch import BackendError, backends
+from bqnn.packed.layers import PackedConv2d, PackedLinear
+from bqnn.reports.explain import explain_speed
+from bqnn.reports.report import Report, report
 
 __all__ = [
     "BackendError",
@@ -25,9 +25,7 @@ __all__ = [
     "PackedLinear",
     "Prediction",
     "Report",
-    "Tuning",
     "__version__",
-    "autotune",
     "backends",
     "convert",
     "convert_",
@@ -38,7 +36,6 @@ __all__ = [
     "kl_divergence",
     "kl_warmup",
     "load",
-    "load_configs",
     "pack",
     "parameter_groups",
     "predict",

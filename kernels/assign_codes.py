@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from bqnn.core.codes import digits_per_byte
 from bqnn.kernels.launch import MATRIX_BLOCK
-from bqnn.packing import digits_per_byte
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""From words of codes (``bqnn.ops._gpu_layout``) to levels: one field of a block of words at a time.
+"""From words of codes (``bqnn.ops.backends.gpu_layout``) to levels: one field of a block of words at a time.
 
 Instructions a weight: a shift and a mask fold into the test of a bit, so up to 4 levels take a test and a select for 2,
 two tests and two selects for 3, two tests and three selects for 4. More levels would take up to 15 selects; they are

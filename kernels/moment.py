@@ -33,7 +33,7 @@ def normal_distribution(z):
 
 @triton.jit
 def standardised(mean, inverse_sigma, threshold):
-    """z = (mu - t) / sigma within the limits of ``bqnn.ops.quantizer``; NaN stays NaN."""
+    """z = (mu - t) / sigma within the limits of ``bqnn.core.quantizer``; NaN stays NaN."""
     return tl.clamp((mean - threshold) * inverse_sigma, -9.0, 9.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -41,7 +41,8 @@ def standardised(mean, inverse_sigma, threshold):
 def weight_moments(
     p_weight, p_log_sigma2, p_levels, p_thresholds, o_w, m_w, o_group, NUM_LEVELS: tl.constexpr, MODE: tl.constexpr
 ):
-    """E and V of a block in a mode of ``bqnn.ops._moment``: float32 [BN, BK], something finite outside the weight.
+    """E and V of a block in a mode of ``bqnn.ops.moment_product``: float32 [BN, BK], something finite outside the
+    weight.
 
     ``o_group`` is ``codebook_of`` the block's channels.
     """

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bqnn.core.product import coarse_order
 from bqnn.kernels import moment_linear
 from bqnn.kernels.conv2d import (
     channels_last,
@@ -36,7 +37,6 @@ from bqnn.kernels.launch import architecture, flags_of_codebook, sum_of_splits
 from bqnn.kernels.moment import add_noise, moments, moments_backward, noisy, weight_moments
 from bqnn.kernels.philox import normals_of_outputs
 from bqnn.kernels.quantizer import codebook_of
-from bqnn.ops._moment import coarse_order
 
 # An estimate for an H200, not a measurement: with more blocks of rows, making the moments in each costs more than a
 # kernel that makes them once, about 3 us.

@@ -6,12 +6,12 @@ import triton.language as tl
 
 from bqnn.kernels.launch import MATRIX_BLOCK, blocks_of_matrix
 
-CODE_BITS = {2: 1, 3: 2, 4: 2}  # 4 for more levels, as in bqnn.ops._gpu_layout
+CODE_BITS = {2: 1, 3: 2, 4: 2}  # 4 for more levels, as in bqnn.ops.backends.gpu_layout
 
 
 @triton.jit
 def quantize_rows_kernel(p_x, p_largest, p_q, p_scale, K, BK: tl.constexpr):
-    """The rule of bqnn.ops._int8.quantize_rows, each operation rounded as there."""
+    """The rule of bqnn.core.int8.quantize_rows, each operation rounded as there."""
     i_m, i_k = tl.program_id(0), tl.program_id(1)
     o_k = i_k * BK + tl.arange(0, BK)
     o_x = i_m.to(tl.int64) * K + o_k

@@ -1,7 +1,7 @@
 """packed_conv2d: an implicit product of windows with a weight of codes, decoded field by field in registers.
 
-Shapes: x [B, H, W, C] (channels-last), words [N, W'] (bqnn.ops._gpu_layout), y [P, N]: P output pixels of all images. A
-column of the product is a tap and a channel of the group, taps first.
+Shapes: x [B, H, W, C] (channels-last), words [N, W'] (bqnn.ops.backends.gpu_layout), y [P, N]: P output pixels of all
+images. A column of the product is a tap and a channel of the group, taps first.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels import configs, packed_linear
+from bqnn.kernels import packed_linear
 from bqnn.kernels.decode import codebook, decode, few_levels
 from bqnn.kernels.launch import splits_of
 from bqnn.kernels.packed import finish, flags_of_packed, quantize_rows, sum_of_parts
@@ -155,7 +155,7 @@ def forward(
         rows = images.view(P, C)
         packed_linear.multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, block_words)
         return y.view(B, OH, OW, N).permute(0, 3, 1, 2)
-    config = packed_linear.configuration("packed_conv2d", P, images, precision, flags, N // groups, K, words.shape[1])
+    config = packed_linear.configuration("packed_conv2d", P, images, precision, flags, N // groups, words.shape[1])
     config["BN"] = min(config["BN"], max(LEAST_BN, triton.next_power_of_2(N // groups)))
     del config["kernel"]  # a product, always
     blocks = (triton.cdiv(P, config["BM"]), triton.cdiv(N // groups, config["BN"]))
@@ -164,12 +164,11 @@ def forward(
     sums = y
     if splits > 1:
         sums = torch.empty((splits, P, N), device=y.device, dtype=torch.int32 if precision == "int8" else torch.float32)
-    kernel = packed_conv2d_fwd_kernel[(*blocks, splits * groups)](
+    packed_conv2d_fwd_kernel[(*blocks, splits * groups)](
         images, words, book, scale, row_scale, bias, sums, P, N, K, words.shape[1], C, H, W, OH, OW, kernel_size[1],
         *stride, *padding, *dilation, groups, span, block_words, PADDED=any(padding), SPLIT=splits > 1, **config,
         **flags,
     )  # fmt: skip
-    configs.compiled(kernel)
     if splits > 1:
         sum_of_parts(sums, scale, row_scale, bias, y, relu, rows_a_scale=OH * OW)
     return y.view(B, OH, OW, N).permute(0, 3, 1, 2)

@@ -1,25 +1,39 @@
 """packed_linear: the product with a weight of codes, decoded field by field in registers.
 
-Shapes: x [M, K], words [N, W] (bqnn.ops._gpu_layout), y [M, N]. A single row is multiplied as it is decoded; more rows
-go through tensor cores, a product for each field of a tile of words.
+Shapes: x [M, K], words [N, W] (bqnn.ops.backends.gpu_layout), y [M, N]. A single row is multiplied as it is decoded; more
+rows go through tensor cores, a product for each field of a tile of words.
 """
 
 import torch
 import triton
 import triton.language as tl
-from triton.errors import TritonError
 
-from bqnn.kernels import configs
 from bqnn.kernels.decode import codebook, decode, few_levels
 from bqnn.kernels.launch import ALL_REGISTERS, MAX_SPLITS, architecture, processors, rows_of, splits_of
 from bqnn.kernels.packed import finish, flags_of_packed, quantize_rows, sum_of_parts
-
-LaunchError = TritonError  # what a configuration that does not fit the GPU raises
 
 # Up to so many rows, each takes a pass of its own over the words. Float32 products are FMA, for which tiles of a few
 # rows are padded to 16.
 GEMV_ROWS = {"fp32": 3, "bf16": 1, "int8": 1}
 GEMV_WORDS = 2048  # of a block: four 16-byte loads a lane before the first is used
+
+# Tiles by precision and rows: the first whose BM is not below the rows, else the last. BW words are BW columns of each
+# of the products that a tile of words takes, one for every field of a word.
+TILES = {
+    "fp32": ({"BM": 16, "BN": 64, "BW": 16}, {"BM": 32, "BN": 64, "BW": 16}, {"BM": 64, "BN": 64, "BW": 16}),
+    "bf16": (
+        {"BM": 16, "BN": 64, "BW": 32},
+        {"BM": 32, "BN": 64, "BW": 32},
+        {"BM": 64, "BN": 128, "BW": 16},
+        {"BM": 128, "BN": 128, "BW": 16},
+    ),
+    "int8": (
+        {"BM": 16, "BN": 64, "BW": 32},
+        {"BM": 32, "BN": 64, "BW": 32},
+        {"BM": 64, "BN": 64, "BW": 32},
+        {"BM": 128, "BN": 128, "BW": 32},
+    ),
+}
 
 STAGE_BYTES = 128 * 1024  # of activations on their way, over all stages: what leaves room for the decoded tile
 
@@ -141,8 +155,10 @@ def packed_linear_fwd_kernel(
 
 
 def from_tile(tile, x_bytes, precision, flags):
-    """The configuration of a product with these tile sizes, for activations of so many bytes: what the rule makes of
-    them. Float32 takes its fields in a loop: unrolled, its FMA would not fit the instruction cache."""
+    """The configuration of a product with these tile sizes, for activations of so many bytes.
+
+    Float32 takes its fields in a loop: unrolled, its FMA would not fit the instruction cache.
+    """
     per_word = 32 // flags["BITS"]
     # Triton 3.8 makes a trap of products that follow each other in a pipeline, where they go through tensor memory.
     through_tensor_memory = architecture() >= 100 and tile["BM"] >= 64
@@ -176,30 +192,11 @@ def gemv_config(words, channels, device):
     return {"kernel": "gemv", "BN": BN, "BW": BW, "num_warps": 4}
 
 
-def candidates(launch):
-    """The configurations that bqnn.autotune tries for a launch, the rule's among them."""
-    flags = {"BITS": launch.bits, "PER_CHANNEL": int(launch.codebooks == "channel")}
-    found = []
-    if launch.op == "packed_linear" and launch.rows <= 4:
-        sizes = [(BN, BW) for BW in (256, 512) for BN in (1, 2, 4, 8) if BN * BW <= GEMV_WORDS]
-        found += [{"kernel": "gemv", "BN": BN, "BW": BW, "num_warps": 4} for BN, BW in sizes]
-    for tile in tiles_for(configs.candidates(launch.precision)):
-        if tile["BM"] <= max(16, launch.rows) and (tile["BM"] >= 64 or 2 * tile["BM"] >= launch.rows):
-            config = from_tile(tile, launch.x_bytes, launch.precision, flags)
-            stages = config["num_stages"]
-            for num_stages in (stages, stages - 1) if stages > 1 else (stages,):
-                found += [config | {"num_stages": num_stages, "most_splits": most} for most in (MAX_SPLITS, 1)]
-    return [config for i, config in enumerate(found) if config not in found[:i]]
-
-
-def configuration(op, rows, x, precision, flags, channels, columns, words):
+def configuration(op, rows, x, precision, flags, channels, words):
     """How a packed product of so many rows of x, as the kernel loads it, with so many channels is launched."""
-    found = configs.find(lambda: configs.launch_of(op, architecture(), precision, flags, x, rows, channels, columns))
-    if found is not None:
-        return dict(found)
     if op == "packed_linear" and GEMV_ROWS[precision] >= rows:
         return gemv_config(words, channels, x.device)
-    lines = tiles_for(configs.rule(precision))
+    lines = tiles_for(TILES[precision])
     int8_window = op == "packed_conv2d" and precision == "int8"
     if int8_window and architecture() < 90:
         lines = lines[:-1]  # a window takes an address a pixel: 128 of them would be spilled
@@ -239,21 +236,19 @@ def multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, blo
     (M, K), (N, W) = rows.shape, words.shape
     if precision == "bf16" and GEMV_ROWS[precision] < M:
         rows = rows.to(torch.bfloat16)  # once, not in every block of channels
-    config = configuration("packed_linear", M, rows, precision, flags, N, K, W)
+    config = configuration("packed_linear", M, rows, precision, flags, N, W)
     if config.pop("kernel") == "gemv":
-        kernel = packed_linear_gemv_kernel[(triton.cdiv(N, config["BN"]), M)](
+        packed_linear_gemv_kernel[(triton.cdiv(N, config["BN"]), M)](
             rows, words, book, scale, row_scale, bias, y, N, K, W, rows.stride(0), block_words, **config, **flags
         )
-        configs.compiled(kernel)
         return y
     blocks = (triton.cdiv(M, config["BM"]), triton.cdiv(N, config["BN"]))
     splits, span = splits_of(blocks, W, config["BW"], rows.device, config.pop("most_splits"))
     sums = y
     if splits > 1:
         sums = torch.empty((splits, M, N), device=y.device, dtype=torch.int32 if precision == "int8" else torch.float32)
-    kernel = packed_linear_fwd_kernel[(*blocks, splits)](
+    packed_linear_fwd_kernel[(*blocks, splits)](
         rows, words, book, scale, row_scale, bias, sums, M, N, K, W, rows.stride(0), span, block_words,
         SPLIT=splits > 1, **config, **flags,
     )  # fmt: skip
-    configs.compiled(kernel)
     return y if splits == 1 else sum_of_parts(sums, scale, row_scale, bias, y, flags["RELU"])

@@ -1,4 +1,4 @@
-"""Standard normal numbers inside a kernel: those of ``bqnn.ops.philox``, from (seed, offset, logical index)."""
+"""Standard normal numbers inside a kernel: those of ``bqnn.core.philox``, from (seed, offset, logical index)."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""The partition and the levels of a block of weights, as in ``bqnn.ops.quantizer``.
+"""The partition and the levels of a block of weights, as in ``bqnn.core.quantizer``.
 
 A codebook's row is found with ``o_group`` of :func:`codebook_of`.
 """

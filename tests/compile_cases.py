@@ -14,14 +14,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bqnn.core.codes import packed_width
 from bqnn.kernels import (
     assign_codes,
-    configs,
     launch,
     moment,
     moment_conv2d,
     moment_linear,
-    packed_linear,
     sample,
     sample_conv2d,
     sample_linear,
@@ -31,7 +30,6 @@ from bqnn.kernels.conv2d import output_of
 from bqnn.kernels.packed import sum_of_parts
 from bqnn.ops.packed_conv2d import packed_conv2d_triton
 from bqnn.ops.packed_linear import packed_linear_triton
-from bqnn.packing import packed_width
 from tests.shapes import Conv2dShape
 
 SEED, OFFSET = 2**62, 2**33
@@ -329,25 +327,5 @@ PACKED: Cases = {
     "packed_sum-int32": partial(_packed_sum, torch.int32),
 }
 
-
-X_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
-
-
-def _packed_candidate(precision: str, tile: dict[str, int]) -> None:
-    """A product with the rule's configuration of other tiles than the rule's; as many rows as they have."""
-    config = packed_linear.from_tile(tile, X_BYTES[precision], precision, {"BITS": 2, "PER_CHANNEL": 0})
-    with mock.patch.object(configs, "find", lambda make_launch: config):
-        call_packed_linear(tile["BM"], precision)
-
-
-# What bqnn.autotune may choose beside the rule's tiles.
-CANDIDATES: Cases = {
-    "-".join(["packed_linear", precision, *(f"{name}{size}" for name, size in tile.items())]): partial(
-        _packed_candidate, precision, tile
-    )
-    for precision in ("fp32", "bf16", "int8")
-    for tile in configs.candidates(precision)
-    if tile not in configs.rule(precision)
-}
 
 CASES: Cases = {**SAMPLE_LINEAR, **MOMENT_LINEAR, **CONV2D, **ELEMENTWISE, **PACKED}

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bqnn import dispatch, extension
+from bqnn.core import native
+from bqnn.ops import dispatch
 from tests import formulas
 from tests.shapes import Conv2dShape, LinearShape
 
@@ -62,8 +63,8 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 def lower_isas() -> list[str]:
     """The instruction sets below the best one that kernels can be made to use here; none without the extension."""
-    best = extension.cpu_isa()
-    return [] if best == "none" else list(extension.ISAS[: extension.ISAS.index(best)])
+    best = native.cpu_isa()
+    return [] if best == "none" else list(native.ISAS[: native.ISAS.index(best)])
 
 
 def run_on_isa(isa: str, module: str, function: str) -> str:

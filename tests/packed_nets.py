@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import bqnn
-from bqnn.pack import pack
+from bqnn.engine.pack import pack
 
 
 class Odd(nn.Module):

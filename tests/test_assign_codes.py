@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bqnn import BackendError
-from bqnn.dispatch import status
+from bqnn.core.codes import pack_codes, packed_width, unpack_codes
 from bqnn.ops import assign_codes
-from bqnn.packing import pack_codes, packed_width, unpack_codes
+from bqnn.ops.dispatch import status
 from tests import formulas
 from tests.helpers import compiled_backends, digest, lower_isas, make_case, run_on_isa, triton_devices, usable_backends
 from tests.shapes import (

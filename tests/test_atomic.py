@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bqnn.atomic import remove_leftovers, write_atomically
+from bqnn.core.files import remove_leftovers, write_atomically
 
 
 def names(folder: Path) -> list[str]:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bqnn import augment as module
-from bqnn.data import augment
+from bqnn.data import augment as module
+from bqnn.data.splits import augment
 
 
 def generator(seed: int = 0) -> torch.Generator:

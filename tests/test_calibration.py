@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bqnn.calibration import expected_calibration_error
+from bqnn.lab.metrics import expected_calibration_error
 
 
 def two_classes(*confidences: float) -> torch.Tensor:

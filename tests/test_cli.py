@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 import bqnn
-from bqnn import cli, runs
-from bqnn.data import normalise
-from bqnn.recipe import Recipe
-from bqnn.train import CHECKPOINT, METRICS, WEIGHTS, Trainer
+from bqnn.cli import main as cli
+from bqnn.data.splits import normalise
+from bqnn.lab import runs
+from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
+from bqnn.lab.recipe import Recipe
+from bqnn.lab.train import Trainer
 
 EPOCHS = ["--pretrain-epochs", "1", "--deterministic-epochs", "1", "--epochs", "1"]
 SHORT = [*EPOCHS, "--validation", "1260", "--quiet"]
@@ -283,7 +285,7 @@ def test_pack(run: Any, folder: Path, tmp_path: Path) -> None:
     assert result.out.splitlines()[0] == f"{line}{dense / packed:.1f} times smaller"
     assert (folder / "fpnn" / WEIGHTS).stat().st_size - 1500 < dense <= (folder / "fpnn" / WEIGHTS).stat().st_size
     net = bqnn.load(tmp_path / "net.safetensors")
-    layers = bqnn.layers.bayes_layers(runs.load_network(runs.load_run(folder / "bayes")))
+    layers = bqnn.bayes.layers.bayes_layers(runs.load_network(runs.load_run(folder / "bayes")))
     assert len(layers) == 5
     for name, layer in layers.items():
         assert torch.equal(net.get_submodule(name).decode(), layer.quantized_weight())
@@ -321,7 +323,7 @@ def test_report_writes_a_page(run: Any, folder: Path, tmp_path: Path) -> None:
 
 def test_demo_is_called(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
-    monkeypatch.setattr("bqnn.demo.run_demo", lambda *args, **options: called.append((args, options)))
+    monkeypatch.setattr("bqnn.cli.demo.run_demo", lambda *args, **options: called.append((args, options)))
     assert run("demo", "--out", tmp_path / "x").status == 0
     assert called == [((tmp_path / "x",), {"progress": sys.stderr.isatty()})]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bqnn import codebook
-from bqnn.codebook import lloyd_max
+from bqnn.core import codebook
+from bqnn.core.codebook import lloyd_max
 from tests.shapes import EVERY_M
 
 

@@ -14,8 +14,8 @@ from torch.nn.utils import prune
 
 import bqnn
 from bqnn import BayesConv2d, BayesLinear, convert, convert_
-from bqnn.layers import bayes_layers
-from bqnn.packed_layer import PackedLayer
+from bqnn.bayes.layers import bayes_layers
+from bqnn.packed.base import PackedLayer
 
 
 class Block(nn.Module):
@@ -80,7 +80,7 @@ def test_weights_biases_and_codebooks_come_from_the_layers() -> None:
         assert (after.bias is None) == (before.bias is None)
         assert before.bias is None or torch.equal(after.bias, before.bias)
         rows = before.weight.detach().flatten(1)
-        torch.testing.assert_close(after.levels, bqnn.codebook.lloyd_max(rows, 3))
+        torch.testing.assert_close(after.levels, bqnn.core.codebook.lloyd_max(rows, 3))
 
 
 def test_a_bare_layer() -> None:

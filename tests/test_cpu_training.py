@@ -10,25 +10,18 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from bqnn import dispatch, extension
-from bqnn.codebook import lloyd_max, raw_from_levels
-from bqnn.ops import (
-    _moment_cpu,
-    _products_cpu,
-    moment_conv2d,
-    moment_linear,
-    quantizer,
-    sample_conv2d,
-    sample_linear,
-)
-from bqnn.ops._moment import MODES
-from bqnn.ops._products_cpu import Posterior
+from bqnn.core import native, quantizer
+from bqnn.core.codebook import lloyd_max, raw_from_levels
+from bqnn.core.philox import normal, random_words
+from bqnn.core.quantizer import MODES
+from bqnn.ops import dispatch, moment_conv2d, moment_linear, sample_conv2d, sample_linear
+from bqnn.ops.backends import cpu_moment, cpu_products
+from bqnn.ops.backends.cpu_products import Posterior
 from bqnn.ops.codebook_from_raw import codebook_from_raw
-from bqnn.ops.philox import normal, random_words
 from tests.helpers import SEED, Case, channels_last, digest, lower_isas, make_case, run_on_isa
 from tests.shapes import GRANULARITIES, SMALL_CONV2D, Conv2dShape, LinearShape
 
-pytestmark = pytest.mark.skipif(bool(extension.MISSING), reason=extension.MISSING)
+pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=native.MISSING)
 
 OFFSET = 2**32 - 2
 CPU = torch.device("cpu")
@@ -156,10 +149,10 @@ def test_a_linear_weight_is_made_some_channels_at_a_time(
 
     whole = [gradients(partial(layer, coarse=coarse), case) for coarse in (False, True)]
     blocks, part = [], Posterior.part
-    monkeypatch.setattr(_products_cpu, "WEIGHTS", 5000)
-    monkeypatch.setattr(_products_cpu, "CHANNELS", 16)
+    monkeypatch.setattr(cpu_products, "WEIGHTS", 5000)
+    monkeypatch.setattr(cpu_products, "CHANNELS", 16)
     monkeypatch.setattr(Posterior, "part", lambda self, channels: blocks.append(channels) or part(self, channels))
-    monkeypatch.setattr(_moment_cpu, "LARGE_LINEAR", 1)  # in bfloat16 where the processor has it
+    monkeypatch.setattr(cpu_moment, "LARGE_LINEAR", 1)  # in bfloat16 where the processor has it
     for coarse, expected in zip((False, True), whole):
         found = gradients(partial(layer, coarse=coarse), case)
         for name, one in expected.items():

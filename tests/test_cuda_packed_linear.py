@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bqnn import PackedLinear, dispatch, extension
-from bqnn.ops import _packed_cuda
-from bqnn.ops._gpu_layout import make_gpu_layout, row_words
-from bqnn.ops._int8 import quantize_rows
-from bqnn.ops._packed_cuda import MAX_ROWS, packed_linear_cuda
+from bqnn import PackedLinear
+from bqnn.core import native
+from bqnn.core.codes import pack_codes
+from bqnn.core.int8 import quantize_rows
+from bqnn.ops import dispatch
+from bqnn.ops.backends import cuda_packed
+from bqnn.ops.backends.cuda_packed import MAX_ROWS, packed_linear_cuda
+from bqnn.ops.backends.gpu_layout import make_gpu_layout, row_words
 from bqnn.ops.packed_linear import packed_linear, packed_linear_reference
-from bqnn.packing import pack_codes
 from tests.shapes import EVERY_M, GRANULARITIES
 from tests.test_packed_linear import make_case, relative_error
 
@@ -110,8 +112,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.fixture
 def host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Host:
     stand_in = Host(library)
-    monkeypatch.setattr(_packed_cuda, "_launch", stand_in)
-    monkeypatch.setattr(_packed_cuda, "_round_rows", stand_in.round_rows)
+    monkeypatch.setattr(cuda_packed, "_launch", stand_in)
+    monkeypatch.setattr(cuda_packed, "_round_rows", stand_in.round_rows)
     return stand_in
 
 
@@ -124,8 +126,8 @@ def run(request: pytest.FixtureRequest) -> Run:
     if request.param == "host":
         request.getfixturevalue("host")
         return lambda *arguments: packed_linear_cuda(*arguments, None)
-    if extension.cuda_missing():
-        pytest.skip(extension.cuda_missing())
+    if native.cuda_missing():
+        pytest.skip(native.cuda_missing())
 
     def on_gpu(*arguments: Tensor | str | None) -> Tensor:
         here = [argument.cuda() if isinstance(argument, Tensor) else argument for argument in arguments]
@@ -256,8 +258,8 @@ def test_rows_are_rounded_by_the_rule(
 ) -> None:
     if where == "host":
         request.getfixturevalue("host")
-    elif extension.cuda_missing():
-        pytest.skip(extension.cuda_missing())
+    elif native.cuda_missing():
+        pytest.skip(native.cuda_missing())
     x = torch.randn(9, columns, generator=torch.Generator().manual_seed(columns))
     x[:, 0] = 1.0
     x = (x * torch.logspace(-37, 37, 9)[:, None]).to(dtype)
@@ -267,7 +269,7 @@ def test_rows_are_rounded_by_the_rule(
     x[7, 0] = torch.finfo(dtype).smallest_normal / 4
     here = x if where == "host" else x.cuda()
     q, scale = torch.empty_like(here, dtype=torch.bfloat16), torch.empty(9, device=here.device)
-    _packed_cuda._round_rows(here, q, scale)
+    cuda_packed._round_rows(here, q, scale)
     expected, expected_scale = quantize_rows(x.float())
     assert torch.equal(q.cpu().float(), expected)
     assert torch.equal(scale.cpu().nan_to_num(-1.0), expected_scale.flatten().nan_to_num(-1.0))
@@ -320,7 +322,7 @@ def test_a_layer_keeps_the_layout(host: Host, monkeypatch: pytest.MonkeyPatch) -
 def test_why_the_backend_can_not_run() -> None:
     assert "the tensors are on cpu" in dispatch.status("packed_linear", "cuda", "cpu").reason
     state = dispatch.status("packed_linear", "cuda", "cuda")
-    assert state.reason == extension.cuda_missing()
+    assert state.reason == native.cuda_missing()
     if not torch.cuda.is_available():
         assert "no GPU" in state.reason
 
@@ -338,7 +340,7 @@ def replayed(net: Any, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     return graph, y
 
 
-@pytest.mark.skipif(bool(extension.cuda_missing()), reason=extension.cuda_missing())
+@pytest.mark.skipif(bool(native.cuda_missing()), reason=native.cuda_missing())
 @pytest.mark.parametrize("precision", MODES)
 def test_a_cuda_graph_of_a_packed_network(precision: str) -> None:
     layers = []

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bqnn.data import Split, Splits, batches, load_dataset, normalise
+from bqnn.data.splits import Split, Splits, batches, load_dataset, normalise
 
 DATA = Path(os.environ.get("BQNN_DATA", Path(__file__).parents[1] / "data"))
 pytest.importorskip("PIL")

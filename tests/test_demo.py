@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import bqnn
-from bqnn import cli, demo, io
-from bqnn.demo import format_table, run_demo
-from bqnn.recipe import LENET5_DIGITS
-from bqnn.runs import load_run
+from bqnn.cli import demo
+from bqnn.cli import main as cli
+from bqnn.cli.demo import format_table, run_demo
+from bqnn.files import network
+from bqnn.lab.recipe import LENET5_DIGITS
+from bqnn.lab.runs import load_run
 
 SHORT = replace(LENET5_DIGITS, pretrain_epochs=2, deterministic_epochs=1, epochs=1)
 
@@ -33,7 +35,7 @@ def test_short_demo(tmp_path: Path) -> None:
     assert [100 - run.scores["test"]["error"] for run in (fpnn, bayes)] == pytest.approx(
         [result["fpnn"]["accuracy"], result["packed"]["accuracy"]]
     )
-    assert len(io.info(file)["layers"]) == 5
+    assert len(network.info(file)["layers"]) == 5
     assert isinstance(bqnn.load(file).fc1, bqnn.PackedLinear)
     text = "\n".join(lines)
     assert "agree on all 360 test images" in text
@@ -52,7 +54,7 @@ def test_the_demo_can_be_run_again(tmp_path: Path) -> None:
 def test_predictions_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def other_bias(net: torch.nn.Module, path: Path) -> torch.nn.Module:
         packed = bqnn.pack(net)
-        io.save(packed, path)
+        network.save(packed, path)
         packed.fc3.bias += 100 * torch.eye(10)[0]
         return packed
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bqnn import dispatch
+from bqnn.core.codes import pack_codes
+from bqnn.ops import dispatch
 from bqnn.ops.packed_conv2d import packed_conv2d, packed_conv2d_reference
 from bqnn.ops.packed_linear import packed_linear, packed_linear_reference
-from bqnn.packed import PackedConv2d, PackedLinear
-from bqnn.packed_layer import MAX_DIRECT_SHAPES, PackedLayer
-from bqnn.packing import pack_codes
+from bqnn.packed.base import MAX_DIRECT_SHAPES, PackedLayer
+from bqnn.packed.layers import PackedConv2d, PackedLinear
 
 LAYOUT = torch.arange(7, dtype=torch.uint8)
 
@@ -58,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return packed_conv2d(x, self.codes, self.levels, self.bias, *geometry, self.precision, layout, backend)
 
     monkeypatch.setattr(dispatch, "choose", choose)
-    monkeypatch.setattr("bqnn.packed.make_layout", make_layout)
+    monkeypatch.setattr("bqnn.packed.layers.make_layout", make_layout)
     for op, reference in (("packed_linear", packed_linear_reference), ("packed_conv2d", packed_conv2d_reference)):
         monkeypatch.setitem(dispatch._implementations[op], "cpu", counted(reference))
     monkeypatch.setattr(PackedLinear, "_run_direct", run_linear)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import bqnn
-from bqnn import dispatch, extension
-from bqnn.dispatch import BackendError
-from bqnn.ops._register import register_op
+from bqnn.core import native
+from bqnn.ops import dispatch
+from bqnn.ops.dispatch import BackendError
+from bqnn.ops.register import register_op
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPS = [
@@ -36,8 +37,8 @@ OPS = [
 @pytest.fixture
 def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An op with the backends cpu and reference, known to this test alone, as if the extensions were here."""
-    monkeypatch.setattr(extension, "MISSING", "")
-    monkeypatch.setattr(extension, "cuda_missing", lambda: "")
+    monkeypatch.setattr(native, "MISSING", "")
+    monkeypatch.setattr(native, "cuda_missing", lambda: "")
     monkeypatch.setattr(dispatch, "_implementations", {})
     dispatch._choose.cache_clear()
     dispatch.register("probe", "reference", lambda: "reference ran")

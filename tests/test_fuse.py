@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import bqnn
-from bqnn.io import FormatError, load, save
-from bqnn.ops._packed import PRECISIONS
-from bqnn.pack import pack
-from bqnn.packed import PackedConv2d, PackedLinear
-from bqnn.packed_layer import PackedLayer
+from bqnn.core.check import PRECISIONS
+from bqnn.core.files import FormatError
+from bqnn.engine.pack import pack, pack_layer
+from bqnn.files.network import load, save
+from bqnn.packed.base import PackedLayer
+from bqnn.packed.layers import PackedLinear
 
 EXECUTIONS = ["auto", "packed", "dense"]
 
@@ -185,10 +186,10 @@ def test_a_fused_file_and_a_model_that_keeps_its_relus(tmp_path: Path) -> None:
 
 def test_the_layers_show_and_check_it() -> None:
     linear, conv2d = bqnn.BayesLinear(5, 3), bqnn.BayesConv2d(2, 3, 3)
-    for layer in (PackedLinear.from_bayes(linear, relu=True), PackedConv2d.from_bayes(conv2d, relu=True)):
+    for layer in (pack_layer(linear, relu=True), pack_layer(conv2d, relu=True)):
         assert repr(layer).endswith("execution='auto', relu=True)")
         assert copy.deepcopy(layer).relu
-    codes = PackedLinear.from_bayes(linear).codes
+    codes = pack_layer(linear).codes
     with pytest.raises(TypeError, match="relu must be a bool, got int"):
         PackedLinear(5, codes, linear.levels.detach(), relu=1)  # type: ignore[arg-type]
 

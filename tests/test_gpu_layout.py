@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bqnn.ops._gpu_layout import BLOCK_WORDS, code_bits, integer_codebooks, make_gpu_layout, make_words, row_words
-from bqnn.ops._int8 import round_levels
-from bqnn.packing import pack_codes
+from bqnn.core.codes import pack_codes
+from bqnn.core.int8 import round_levels
+from bqnn.ops.backends.gpu_layout import (
+    BLOCK_WORDS,
+    code_bits,
+    integer_codebooks,
+    make_gpu_layout,
+    make_words,
+    row_words,
+)
 from tests.shapes import EVERY_M
 
 COLUMNS = [pytest.param(k, id=f"K{k}") for k in (1, 31, 32, 63, 129, 341, 512)]

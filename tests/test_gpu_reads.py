@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bqnn.ops import _packed_cuda
-from bqnn.ops._gpu_layout import make_gpu_layout
-from bqnn.ops._packed import PRECISIONS
-from bqnn.ops._packed_cuda import packed_linear_cuda
+from bqnn.core.check import PRECISIONS
+from bqnn.ops.backends import cuda_packed
+from bqnn.ops.backends.cuda_packed import packed_linear_cuda
+from bqnn.ops.backends.gpu_layout import make_gpu_layout
 from bqnn.ops.packed_conv2d import packed_conv2d_triton
 from bqnn.ops.packed_linear import packed_linear_triton
 from tests.test_packed_conv2d import make_case as conv2d_case
@@ -57,8 +57,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         pytest.skip("the interpreter has no launches")
     monkeypatch.setattr(aot.JITFunction, "run", launch)
     monkeypatch.setattr(aot.driver, "_active", aot._Driver(90))
-    monkeypatch.setattr(_packed_cuda, "_launch", lambda *arguments: done.append("packed_linear"))
-    monkeypatch.setattr(_packed_cuda, "_round_rows", lambda *arguments: done.append("round_rows"))
+    monkeypatch.setattr(cuda_packed, "_launch", lambda *arguments: done.append("packed_linear"))
+    monkeypatch.setattr(cuda_packed, "_round_rows", lambda *arguments: done.append("round_rows"))
     yield done
 
 
@@ -88,7 +88,7 @@ def test_packed_linear(rows: int, granularity: str, precision: str, dtype: torch
     assert (y.shape, y.dtype) == ((rows, 9), dtype)
     assert ("quantize_rows_kernel" in launches) == (precision == "int8")
     launches.clear()
-    if rows <= _packed_cuda.MAX_ROWS:
+    if rows <= cuda_packed.MAX_ROWS:
         y = watched(lambda: packed_linear_cuda(*arguments))
         assert (y.shape, y.dtype) == ((rows, 9), dtype)
         assert launches == (["round_rows"] if precision == "int8" else []) + ["packed_linear"]

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from bqnn import figures, html
-from bqnn.figures import LEVEL, THRESHOLD, Curve, draw_curves, draw_means, place_in_codebook
-from bqnn.html import write_html
-from bqnn.layers import BayesConv2d, BayesLinear
-from bqnn.recipe import Recipe
-from bqnn.runs import Run, add_scores, load_run
-from bqnn.train import Trainer
+from bqnn.bayes.layers import BayesConv2d, BayesLinear
+from bqnn.lab.recipe import Recipe
+from bqnn.lab.runs import Run, add_scores, load_run
+from bqnn.lab.train import Trainer
+from bqnn.view import figures, html
+from bqnn.view.figures import LEVEL, THRESHOLD, Curve, draw_curves, draw_means, place_in_codebook
+from bqnn.view.html import write_html
 
 BAYES = Recipe(pretrain_epochs=1, deterministic_epochs=1, epochs=1, validation=1260)
 FPNN = replace(BAYES, method="fpnn")

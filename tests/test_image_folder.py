@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bqnn import image_folder
-from bqnn.data import Split, load_dataset
+from bqnn.data import image_folder
+from bqnn.data.splits import Split, load_dataset
 
 pytest.importorskip("PIL")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bqnn.ops._int8 import integer_limit, quantize_rows, round_levels
+from bqnn.core.int8 import integer_limit, quantize_rows, round_levels
 from tests import formulas
 from tests.helpers import triton_devices
 from tests.shapes import EVERY_M

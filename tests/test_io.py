@@ -15,10 +15,11 @@ from torch import nn
 
 import bqnn
 from bqnn import models
-from bqnn.io import FormatError, info, load, save
-from bqnn.ops._packed import PRECISIONS
-from bqnn.pack import pack
-from bqnn.packed import PackedConv2d, PackedLinear
+from bqnn.core.check import PRECISIONS
+from bqnn.core.files import FormatError
+from bqnn.engine.pack import pack
+from bqnn.files.network import info, load, save
+from bqnn.packed.layers import PackedConv2d, PackedLinear
 from tests.packed_nets import Apart, Odd, Shared, packed_odd
 
 EVERY_M = [pytest.param(m, id=f"M{m}") for m in range(2, 17)]

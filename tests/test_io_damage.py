@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import bqnn
-from bqnn import container, models
-from bqnn.io import FormatError, info, load, save
-from bqnn.pack import pack
+from bqnn import models
+from bqnn.core.files import FormatError
+from bqnn.engine.pack import pack
+from bqnn.files import container
+from bqnn.files.network import info, load, save
 
 
 @pytest.fixture(scope="module")

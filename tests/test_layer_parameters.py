@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bqnn import BayesConv2d, BayesLinear, codebook
-from bqnn.codebook import lloyd_max
+from bqnn import BayesConv2d, BayesLinear
+from bqnn.core import codebook
+from bqnn.core.codebook import lloyd_max
 from bqnn.ops import spike_slab_kl
 from tests import formulas
 from tests.shapes import EVERY_M, GRANULARITIES

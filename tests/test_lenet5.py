@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 import bqnn
-from bqnn.convert import convert
-from bqnn.data import Splits, load_dataset, normalise
-from bqnn.evaluate import evaluate
+from bqnn.bayes.convert import convert
+from bqnn.data.splits import Splits, load_dataset, normalise
+from bqnn.lab.evaluate import evaluate
+from bqnn.lab.recipe import LENET5_MNIST
+from bqnn.lab.train import Trainer
 from bqnn.models import lenet5
-from bqnn.recipe import LENET5_MNIST
-from bqnn.train import Trainer
 
 DATA = Path(os.environ.get("BQNN_DATA", Path(__file__).parent.parent / "data"))
 

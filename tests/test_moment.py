@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from bqnn.ops import _moment
-from bqnn.ops.philox import normal
+from bqnn.core.philox import normal
+from bqnn.core.quantizer import MODES
+from bqnn.ops import moment_product
 from tests.helpers import SEED, make_case, triton_devices
 from tests.shapes import GRANULARITIES, SOME_M, LinearShape
 
@@ -34,14 +35,14 @@ def test_variance_keeps_its_relative_precision_in_both_tails(device: str) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("mode", _moment.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("num_levels", SOME_M)
 def test_moments_and_their_gradients(num_levels: int, granularity: str, mode: str, device: str) -> None:
     case = make_case(LinearShape(1, 7, 129), num_levels, granularity)
     posterior = (case.weight, case.log_sigma2, case.levels, case.thresholds)
     here, exact = [tensor.to(device) for tensor in posterior], [tensor.double() for tensor in posterior]
-    expected = _moment.weight_moments(*exact, mode)
+    expected = moment_product.weight_moments(*exact, mode)
     for dtype, rtol in ((torch.float32, 2e-5), (torch.float16, 1e-3)):
         for found, moment in zip(kernels().moments(*here, mode, dtype), expected, strict=True):
             assert found.dtype == dtype
@@ -49,13 +50,13 @@ def test_moments_and_their_gradients(num_levels: int, granularity: str, mode: st
     generator = torch.Generator().manual_seed(num_levels)
     upstream = [torch.randn(7, 129, generator=generator) for _ in range(2)]
     gradients = kernels().moments_backward(*(grad.to(device) for grad in upstream), *here, mode)
-    expected = _moment.weight_moments_backward(*(grad.double() for grad in upstream), *exact, mode)
+    expected = moment_product.weight_moments_backward(*(grad.double() for grad in upstream), *exact, mode)
     for found, gradient in zip(gradients, expected, strict=True):
         torch.testing.assert_close(found.cpu().double(), gradient, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("mode", _moment.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_parameter_that_is_no_number_gives_moments_that_are_none(mode: str, device: str) -> None:
     case = make_case(LinearShape(1, 3, 5), 3, "tensor")
     weight, log_sigma2 = case.weight.clone(), case.log_sigma2.clone()
@@ -89,7 +90,7 @@ def test_noise_counts_outputs_in_row_major_order(
 
     slope = torch.empty_like(here[1])
     kernels().noisy(None, here[1], SEED, OFFSET, None, slope)
-    torch.testing.assert_close(slope.cpu(), _moment.slope_of(variance_of_y, noise), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slope.cpu(), moment_product.slope_of(variance_of_y, noise), rtol=1e-5, atol=1e-5)
 
     coarse = torch.empty_like(here[1], dtype=torch.bfloat16).contiguous(memory_format=ORDERS[slope_order])
     kernels().noisy(*here, SEED, OFFSET, y, coarse)

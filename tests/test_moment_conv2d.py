@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bqnn import BackendError
+from bqnn.core.quantizer import MODES
 from bqnn.ops import moment_conv2d, moment_linear, sample_conv2d
-from bqnn.ops._moment import MODES
 from tests import formulas
 from tests.helpers import (
     SEED,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bqnn import BackendError, convert, elbo
-from bqnn.layers import ESTIMATORS
-from bqnn.ops import moment_linear, quantizer, sample_linear
-from bqnn.ops._moment import MODES
+from bqnn.bayes.layers import ESTIMATORS
+from bqnn.core import quantizer
+from bqnn.core.quantizer import MODES
+from bqnn.ops import moment_linear, sample_linear
 from tests import formulas
 from tests.helpers import (
     SEED,

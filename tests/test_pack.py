@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import bqnn
+from bqnn.core.check import PRECISIONS
+from bqnn.engine.pack import pack
 from bqnn.models import lenet5
-from bqnn.ops._packed import PRECISIONS
-from bqnn.pack import pack
-from bqnn.packed import PackedConv2d, PackedLinear
+from bqnn.packed.layers import PackedConv2d, PackedLinear
 
 
 class Shared(nn.Module):

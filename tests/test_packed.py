@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bqnn import BayesConv2d, BayesLinear
-from bqnn.ops._packed import PRECISIONS
-from bqnn.packed import PackedConv2d, PackedLinear
-from bqnn.packing import pack_codes, packed_width
+from bqnn.core.check import PRECISIONS
+from bqnn.core.codes import pack_codes, packed_width
+from bqnn.engine.pack import pack_layer
+from bqnn.packed.layers import PackedConv2d, PackedLinear
 
 EVERY_M = [pytest.param(m, id=f"M{m}") for m in range(2, 17)]
 EXECUTIONS = ["packed", "dense"]
@@ -43,7 +44,7 @@ def make_conv2d(num_levels: int = 3, granularity: str = "tensor", **geometry: An
 @pytest.mark.parametrize("num_levels", EVERY_M)
 def test_linear_decodes_to_the_quantized_weight(num_levels: int, granularity: str) -> None:
     bayes = make_linear(num_levels, granularity)
-    packed = PackedLinear.from_bayes(bayes)
+    packed = pack_layer(bayes)
     assert torch.equal(packed.decode(), bayes.quantized_weight())
     assert (packed.num_levels, packed.granularity, packed.precision) == (num_levels, granularity, "fp32")
     codebooks = 6 if granularity == "channel" else 1
@@ -54,7 +55,7 @@ def test_linear_decodes_to_the_quantized_weight(num_levels: int, granularity: st
 @pytest.mark.parametrize("num_levels", EVERY_M)
 def test_conv2d_decodes_to_the_quantized_weight(num_levels: int, granularity: str) -> None:
     bayes = make_conv2d(num_levels, granularity, kernel_size=3, groups=2)
-    packed = PackedConv2d.from_bayes(bayes)
+    packed = pack_layer(bayes)
     assert torch.equal(packed.decode(), bayes.quantized_weight())
     assert (packed.num_levels, packed.granularity) == (num_levels, granularity)
 
@@ -63,7 +64,7 @@ def test_conv2d_decodes_to_the_quantized_weight(num_levels: int, granularity: st
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_linear_output(execution: str, bias: bool) -> None:
     bayes = make_linear(bias=bias)
-    packed = PackedLinear.from_bayes(bayes, execution=execution)
+    packed = pack_layer(bayes, execution=execution)
     for shape in ((5, 21), (2, 3, 21), (21,), (0, 21)):
         x = torch.randn(shape)
         torch.testing.assert_close(packed(x), bayes(x), rtol=1e-5, atol=1e-6)
@@ -76,7 +77,7 @@ def test_linear_output(execution: str, bias: bool) -> None:
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_conv2d_output(geometry: dict[str, Any], execution: str) -> None:
     bayes = make_conv2d(**geometry)
-    packed = PackedConv2d.from_bayes(bayes, execution=execution)
+    packed = pack_layer(bayes, execution=execution)
     x = torch.randn(3, 4, 9, 8)
     y = bayes(x)
     assert packed.rows(x) * 6 == y.numel()
@@ -90,9 +91,9 @@ def test_conv2d_output(geometry: dict[str, Any], execution: str) -> None:
 def test_int8_is_the_same_bits_packed_and_dense(granularity: str) -> None:
     """Up to sums of 2**24, that is with 1040 columns or fewer: the dense product then is one of integers, exact."""
     x, images = torch.randn(5, 21), torch.randn(3, 4, 9, 8)
-    linear = PackedLinear.from_bayes(make_linear(5, granularity), "int8")
+    linear = pack_layer(make_linear(5, granularity), "int8")
     assert torch.equal(linear.run_dense(x), linear.run_packed(x))
-    conv2d = PackedConv2d.from_bayes(make_conv2d(5, granularity, kernel_size=3, padding=1), "int8")
+    conv2d = pack_layer(make_conv2d(5, granularity, kernel_size=3, padding=1), "int8")
     assert torch.equal(conv2d.run_dense(images), conv2d.run_packed(images))
     assert torch.equal(linear.decode(), make_linear(5, granularity).quantized_weight())  # which is not rounded
 
@@ -109,14 +110,14 @@ def test_both_executions_round_alike(precision: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, images = torch.randn(2, 5, 21, generator=generator), torch.randn(3, 4, 9, 8, generator=generator)
     for layer, given in (
-        (PackedLinear.from_bayes(make_linear(), precision), x),
-        (PackedConv2d.from_bayes(make_conv2d(kernel_size=3, padding=1), precision), images),
+        (pack_layer(make_linear(), precision), x),
+        (pack_layer(make_conv2d(kernel_size=3, padding=1), precision), images),
     ):
         torch.testing.assert_close(layer.run_dense(given), layer.run_packed(given), rtol=1e-5, atol=1e-6)
 
 
 def test_dense_weight_is_decoded_once_and_only_there() -> None:
-    dense, packed = (PackedLinear.from_bayes(make_linear(), execution=execution) for execution in ("dense", "packed"))
+    dense, packed = (pack_layer(make_linear(), execution=execution) for execution in ("dense", "packed"))
     x = torch.randn(2, 21)
     assert dense._dense_weight is None
     with torch.inference_mode():
@@ -136,14 +137,14 @@ def test_loading_a_state_dict_replaces_the_dense_weight() -> None:
     first, other = make_linear(), make_linear()
     x = torch.randn(2, 21)
     nn.init.normal_(other.weight)
-    packed = PackedLinear.from_bayes(first, execution="dense")
+    packed = pack_layer(first, execution="dense")
     assert not torch.allclose(packed(x), other(x))
-    packed.load_state_dict(PackedLinear.from_bayes(other).state_dict())
+    packed.load_state_dict(pack_layer(other).state_dict())
     torch.testing.assert_close(packed(x), other(x), rtol=1e-5, atol=1e-6)
 
 
 def test_loading_a_wrong_state_dict_is_refused() -> None:
-    packed = PackedLinear.from_bayes(make_linear())
+    packed = pack_layer(make_linear())
     state = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
     state["levels"] = state["levels"].flip(1)
     with pytest.raises(RuntimeError, match="levels must be finite and strictly increasing"):
@@ -151,7 +152,7 @@ def test_loading_a_wrong_state_dict_is_refused() -> None:
 
 
 def test_casts_keep_the_levels() -> None:
-    packed = PackedLinear.from_bayes(make_linear())
+    packed = pack_layer(make_linear())
     levels, x = packed.levels.clone(), torch.randn(2, 21)
     packed.bfloat16()
     assert (packed.levels.dtype, packed.bias.dtype) == (torch.float32, torch.bfloat16)
@@ -164,7 +165,7 @@ def test_casts_keep_the_levels() -> None:
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_autocast_leaves_the_precision_alone(execution: str) -> None:
-    packed, x = PackedLinear.from_bayes(make_linear(), execution=execution), torch.randn(2, 21)
+    packed, x = pack_layer(make_linear(), execution=execution), torch.randn(2, 21)
     expected = packed(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(packed(x), expected)
@@ -173,7 +174,7 @@ def test_autocast_leaves_the_precision_alone(execution: str) -> None:
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_compile_and_export(execution: str) -> None:
     net = nn.Sequential(
-        PackedConv2d.from_bayes(make_conv2d(kernel_size=(2, 3), padding="same"), execution=execution),
+        pack_layer(make_conv2d(kernel_size=(2, 3), padding="same"), execution=execution),
         nn.Flatten(),
         PackedLinear(
             6 * 72, pack_codes(torch.zeros(5, 6 * 72).byte(), 2), torch.tensor([[-1.0, 1.0]]), None, "fp32", execution
@@ -190,12 +191,12 @@ def test_compile_and_export(execution: str) -> None:
 
 
 def test_repr_says_what_it_is() -> None:
-    assert repr(PackedLinear.from_bayes(make_linear())) == (
+    assert repr(pack_layer(make_linear())) == (
         "PackedLinear(in_features=21, out_features=6, bias=True, num_levels=3, granularity='tensor', precision='fp32', "
         "execution='auto')"
     )
     layer = make_conv2d(kernel_size=3, padding="same", groups=2, granularity="channel")
-    assert repr(PackedConv2d.from_bayes(layer, "int8", "packed")) == (
+    assert repr(pack_layer(layer, "int8", "packed")) == (
         "PackedConv2d(4, 6, kernel_size=(3, 3), padding='same', groups=2, bias=True, num_levels=3, "
         "granularity='channel', precision='int8', execution='packed')"
     )
@@ -246,13 +247,13 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_bad_activations(execution: str) -> None:
-    linear = PackedLinear.from_bayes(make_linear(), execution=execution)
+    linear = pack_layer(make_linear(), execution=execution)
     # 22 columns take as many bytes as 21: only the layer knows that they are too many.
     assert packed_width(22, 3) == packed_width(21, 3)
     with pytest.raises(ValueError, match=r"x must have the shape \[..., 21\], got \[2, 22\]"):
         linear(torch.randn(2, 22))
     with pytest.raises(TypeError, match="x must be floating point"):
         linear(torch.ones(2, 21, dtype=torch.int64))
-    conv2d = PackedConv2d.from_bayes(make_conv2d(kernel_size=3), execution=execution)
+    conv2d = pack_layer(make_conv2d(kernel_size=3), execution=execution)
     with pytest.raises(ValueError, match=r"x must have the shape \[batch, 4, height, width\], got \[2, 3, 9, 9\]"):
         conv2d(torch.randn(2, 3, 9, 9))

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bqnn import dispatch
-from bqnn.ops._int8 import round_levels
-from bqnn.ops._packed import PRECISIONS, decode
-from bqnn.ops._packed_layout import make_layout
+from bqnn.core.check import PRECISIONS
+from bqnn.core.codes import pack_codes
+from bqnn.core.int8 import round_levels
+from bqnn.ops import dispatch
+from bqnn.ops.backends.cpu_layout import make_layout
 from bqnn.ops.packed_conv2d import packed_conv2d
-from bqnn.packing import pack_codes
+from bqnn.ops.packed_product import decode
 from tests import formulas
 from tests.helpers import triton_devices, usable_backends
 from tests.shapes import INTERPRETED

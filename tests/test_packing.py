@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bqnn.packing import digits_per_byte, find_bad_byte, pack_codes, packed_width, unpack_codes
+from bqnn.core.codes import digits_per_byte, find_bad_byte, pack_codes, packed_width, unpack_codes
 
 EVERY_M = [pytest.param(m, id=f"M{m}") for m in range(2, 17)]
 COLUMNS = [pytest.param(k, id=f"K{k}") for k in (1, 2, 5, 7, 8, 9, 63, 129, 341)]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bqnn.ops import philox
-from bqnn.ops.philox import fresh_seed, normal, normals_from_words, philox4x32, random_words
+from bqnn.core import philox
+from bqnn.core.philox import fresh_seed, normal, normals_from_words, philox4x32, random_words
 from tests import formulas
 from tests.helpers import SEED, triton_devices
 

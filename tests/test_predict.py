@@ -17,7 +17,7 @@ def make_net(estimator: str = "moment") -> nn.Sequential:
     net = nn.Sequential(
         BayesLinear(11, 9, estimator=estimator), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.5), nn.Linear(9, 5)
     )
-    for layer in bqnn.layers.bayes_layers(net).values():
+    for layer in bqnn.bayes.layers.bayes_layers(net).values():
         with torch.no_grad():
             layer.log_sigma2.fill_(-3.0)
     return net

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bqnn import dispatch, rates
-from bqnn.packed import PackedLinear
-from bqnn.packed_layer import PackedLayer
-from bqnn.rates import Rates, cpu_rates
+from bqnn.ops import dispatch
+from bqnn.packed import probes
+from bqnn.packed.base import PackedLayer
+from bqnn.packed.layers import PackedLinear
+from bqnn.packed.probes import Rates, cpu_rates
 
 RATES = Rates(call_seconds=5.0, rows=(2, 4, 8), weight_seconds=(1.0, 2.0, 6.0))
 
@@ -28,9 +29,9 @@ def test_seconds_between_and_beyond_the_measured_rows(rows: int, expected: float
 def test_what_else_runs_during_a_measurement_is_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = [9.0, 9.0, 8.0, 8.0, 8.0, 1.0, 8.0, 8.0, 8.0]  # of two calls that warm up and seven that count
     clock = iter([moment for i, taken in enumerate(seconds) for moment in (100.0 * i, 100.0 * i + taken)])
-    monkeypatch.setattr(rates, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(probes, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     layer = PackedLinear(1, torch.zeros(1, 1, dtype=torch.uint8), torch.tensor([[-1.0, 1.0]]), None, "fp32", "packed")
-    assert rates._time(layer, torch.zeros(1, 1)) == 1.0
+    assert probes._time(layer, torch.zeros(1, 1)) == 1.0
 
 
 @pytest.fixture
@@ -44,10 +45,10 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[PackedLayer, T
         return 1e-6 * (1 + (weights * layer.rows(x) if weights > 1 else 0))
 
     def forget() -> None:
-        rates._measure.cache_clear()
-        rates._measure_call.cache_clear()
+        probes._measure.cache_clear()
+        probes._measure_call.cache_clear()
 
-    monkeypatch.setattr(rates, "_time", time)
+    monkeypatch.setattr(probes, "_time", time)
     forget()
     yield calls
     forget()
@@ -82,7 +83,7 @@ def test_the_probe_of_the_nearest_size_is_measured_once(
 
 def test_rates_are_for_each_weight(timed: list[tuple[PackedLayer, Tensor]]) -> None:
     found = cpu_rates("packed_linear", 2, "fp32", 64 * 64, "packed")
-    assert found.rows == rates.LINEAR_ROWS
+    assert found.rows == probes.LINEAR_ROWS
     assert found.weight_seconds == pytest.approx([1e-6 * rows for rows in found.rows])
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from bqnn import io, models
-from bqnn.convert import convert
-from bqnn.layers import BayesConv2d, BayesLinear
-from bqnn.pack import pack
-from bqnn.report import Report, report
+from bqnn import models
+from bqnn.bayes.convert import convert
+from bqnn.bayes.layers import BayesConv2d, BayesLinear
+from bqnn.engine.pack import pack
+from bqnn.files import network
+from bqnn.reports.report import Report, report
 
 
 def linear(weight: list[list[float]], levels: list[list[float]], bias: bool = False, **options: object) -> BayesLinear:
@@ -100,9 +101,9 @@ def test_bits_and_bytes_are_those_of_the_file(tmp_path: Path, num_levels: int, g
     net = lenet(num_levels, granularity)
     packed = pack(net)
     path = tmp_path / "net.safetensors"
-    io.save(packed, path)
-    stored = io.info(path)["layers"]
-    for rows in (report(net), report(packed), report(io.load(path))):
+    network.save(packed, path)
+    stored = network.info(path)["layers"]
+    for rows in (report(net), report(packed), report(network.load(path))):
         assert {row.name: (row.nbytes, row.bits) for row in rows.layers} == {
             name: (layer["bytes"], layer["bits_per_weight"]) for name, layer in stored.items()
         }

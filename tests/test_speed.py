@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 import bqnn
-from bqnn import dispatch, speed
+from bqnn.engine.pack import pack
 from bqnn.models import lenet5
-from bqnn.pack import pack
-from bqnn.packed import PackedLinear
-from bqnn.rates import Rates
-from bqnn.speed import ALWAYS, NEVER, LayerWork, Roofline, RowRange, explain_speed, packed_rows
+from bqnn.ops import dispatch
+from bqnn.packed import cost
+from bqnn.packed.cost import ALWAYS, NEVER, LayerWork, Roofline, RowRange, packed_rows
+from bqnn.packed.layers import PackedLinear
+from bqnn.packed.probes import Rates
+from bqnn.reports.explain import explain_speed
 
 MACHINE = Roofline(bytes_per_second=1e10, operations_per_second=1e11, call_seconds=1e-6)
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> dict[str, Rates]:
         "dense": Rates(1e-6, (1, 100), (1e-11, 2e-11)),
     }
     monkeypatch.setattr(dispatch, "choose", choose)
-    monkeypatch.setattr(speed, "cpu_rates", lambda op, num_levels, precision, weights, execution: rates[execution])
+    monkeypatch.setattr(cost, "cpu_rates", lambda op, num_levels, precision, weights, execution: rates[execution])
     return rates
 
 
@@ -48,8 +50,8 @@ GPU_BYTES, GPU_OPERATIONS, GPU_CALL = 4.8e12, {torch.float32: 60e12, torch.bfloa
 def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """As if there were a GPU with Triton."""
     rates = {dtype: Roofline(GPU_BYTES, operations, GPU_CALL) for dtype, operations in GPU_OPERATIONS.items()}
-    monkeypatch.setattr(speed, "roofline", lambda device, dtype=torch.float32: rates[dtype])
-    monkeypatch.setattr(speed, "packed_call_seconds", lambda *arguments: 3e-5)
+    monkeypatch.setattr(cost, "roofline", lambda device, dtype=torch.float32: rates[dtype])
+    monkeypatch.setattr(cost, "packed_call_seconds", lambda *arguments: 3e-5)
     monkeypatch.setattr(dispatch, "choose", lambda *arguments: "triton")
     return torch.device("cuda")
 
@@ -64,7 +66,7 @@ def test_expected_seconds_by_the_roofline(monkeypatch: pytest.MonkeyPatch) -> No
     assert WORK.packed_seconds(MACHINE, "triton") == pytest.approx(1e-6 + (400_012 + 12_000) / 1e10)
     many = WORK._replace(rows=1000, activations=3_000_000)
     assert many.dense_seconds(MACHINE) == pytest.approx(1e-6 + 2 * 1000 * 2_000_000 / 1e11)
-    monkeypatch.setattr(speed, "roofline", lambda device, dtype=torch.float32: MACHINE)
+    monkeypatch.setattr(cost, "roofline", lambda device, dtype=torch.float32: MACHINE)
     for case in (WORK, many):
         packed, dense = case.expected_seconds(CPU, "reference")
         assert packed > dense
@@ -76,9 +78,9 @@ def test_a_gpu_decodes_once_for_each_tile_of_rows(gpu: torch.device) -> None:
     work = LayerWork("packed_linear", 3, "bf16", 16384, 16384, **sizes)
     packed, dense = work.gpu_seconds(gpu)
     assert dense == pytest.approx(GPU_CALL + 2 * (weights + 32768) / GPU_BYTES)
-    decode = speed.DECODE_INSTRUCTIONS[2] * weights / 30e12
-    assert packed == pytest.approx(3e-5 + decode + 2 * weights / (speed.GPU_PRODUCT_SHARE * 800e12))
-    many, _ = work._replace(rows=speed.GPU_TILE_ROWS + 1).gpu_seconds(gpu)
+    decode = cost.DECODE_INSTRUCTIONS[2] * weights / 30e12
+    assert packed == pytest.approx(3e-5 + decode + 2 * weights / (cost.GPU_PRODUCT_SHARE * 800e12))
+    many, _ = work._replace(rows=cost.GPU_TILE_ROWS + 1).gpu_seconds(gpu)
     assert many > packed + decode
     assert work._replace(precision="fp32").gpu_seconds(gpu)[1] > dense
     # Wider activations have a dense product of float32, which explain_speed measures.
@@ -125,7 +127,7 @@ def test_a_kernel_is_chosen_where_it_is_faster(kernel: dict[str, Rates]) -> None
 
     def wins(rows: int) -> bool:
         packed, dense = WORK._replace(rows=rows).expected_seconds(CPU, "cpu")
-        return packed <= speed.CLEARLY_FASTER * dense
+        return packed <= cost.CLEARLY_FASTER * dense
 
     assert wins(int(last))
     assert not wins(2 * int(last))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bqnn import BackendError
-from bqnn.dispatch import status
 from bqnn.ops import spike_slab_kl
+from bqnn.ops.dispatch import status
 from tests import formulas
 from tests.helpers import (
     Case,

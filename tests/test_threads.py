@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import bqnn
+from bqnn.core.check import PRECISIONS
 from bqnn.models import lenet5
-from bqnn.ops._packed import PRECISIONS
 
 CALLERS, CALLS = 8, 6
 Inputs = Callable[[int], Tensor]

@@ -16,12 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bqnn import cli
-from bqnn.data import Split, load_dataset
-from bqnn.evaluate import evaluate
-from bqnn.layers import bayes_layers
-from bqnn.recipe import Recipe
-from bqnn.train import CHECKPOINT, METRICS, WEIGHTS, Trainer
+from bqnn.bayes.layers import bayes_layers
+from bqnn.cli import main as cli
+from bqnn.data.splits import Split, load_dataset
+from bqnn.lab.evaluate import evaluate
+from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
+from bqnn.lab.recipe import Recipe
+from bqnn.lab.train import Trainer
 
 # 177 training images: three steps an epoch.
 SMALL = Recipe(pretrain_epochs=2, deterministic_epochs=1, epochs=2, batch_size=64, validation=1260, kl_warmup=1.0)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bqnn
-from bqnn.layers import bayes_layers
+from bqnn.bayes.layers import bayes_layers
 from bqnn.models import build
 
 # Batch, and the shape of an image.

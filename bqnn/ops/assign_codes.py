@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from bqnn import dispatch
-from bqnn.ops import quantizer
-from bqnn.ops._check import check_thresholds, check_weight
-from bqnn.ops._cpu import all_float32
-from bqnn.ops._register import register_op
-from bqnn.ops._triton import kernels, serves
-from bqnn.packing import pack_codes, packed_width
+from bqnn.core import quantizer
+from bqnn.core.check import check_thresholds, check_weight
+from bqnn.core.codes import pack_codes, packed_width
+from bqnn.ops import dispatch
+from bqnn.ops.backends.cpu import all_float32
+from bqnn.ops.backends.triton import kernels, serves
+from bqnn.ops.register import register_op
 
 
 def assign_codes_reference(weight: Tensor, thresholds: Tensor, packed: bool) -> Tensor:
@@ -67,7 +67,7 @@ def assign_codes(weight: Tensor, thresholds: Tensor, packed: bool = False, backe
     Args:
         weight: floating point [N, ...].
         thresholds: [1 or N, M - 1], increasing in each row.
-        packed: whether to pack the codes of an output channel into bytes, as :func:`bqnn.packing.pack_codes` does.
+        packed: whether to pack the codes of an output channel into bytes, as :func:`bqnn.core.codes.pack_codes` does.
 
     Returns:
         uint8, the weight's shape; packed: [N, packed_width].

@@ -8,42 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bqnn import dispatch
-from bqnn.ops._cpu import all_float32, kernels
-from bqnn.ops._register import call, register_op
-from bqnn.ops.quantizer import midpoints
-
-TAU_PER_GAP = 0.375  # the published window, tau = 0.075 at a gap of 0.2 between levels
-MIN_GAP = 1e-4  # between two levels, in units of their size and spread: float32 tells them apart, windows have a width
-MARGIN = 1e-3  # of a gap, that a learned threshold keeps from both its levels
-
-
-def gaps(levels: Tensor) -> Tensor:
-    """The distance of each level to its nearest neighbour: [G, M] -> [G, M]."""
-    steps = levels[:, 1:] - levels[:, :-1]
-    return torch.minimum(torch.cat([steps[:, :1], steps], dim=1), torch.cat([steps, steps[:, -1:]], dim=1))
-
-
-def smallest_gap(first: Tensor, scale: Tensor | float) -> Tensor:
-    """What two neighbouring levels of a codebook that starts at ``first`` [G, 1] are always apart, [G, 1]."""
-    return MIN_GAP * (scale + first.abs())
-
-
-def levels_from_raw(raw: Tensor, scale: Tensor) -> Tensor:
-    """scale * (first, first + smallest + softplus(gap_1), ...): increasing whatever the raw values are, [G, M] each.
-
-    ``scale`` [G, 1] is the spread of the weights when the codebook was fitted, so that an optimizer's step moves first
-    value and gaps alike, in wide layers and narrow ones.
-    """
-    first = raw[:, :1]
-    increments = torch.cat([first, smallest_gap(first, 1.0) + F.softplus(raw[:, 1:])], dim=1)
-    return scale * increments.cumsum(1)
-
-
-def thresholds_from_raw(raw: Tensor, levels: Tensor) -> Tensor:
-    """t_j at a share of the way from c_{j-1} to c_j, sigmoid(raw_j) but for a margin: each level in its own cell."""
-    share = MARGIN + (1.0 - 2.0 * MARGIN) * torch.sigmoid(raw)
-    return levels[:, :-1] + share * (levels[:, 1:] - levels[:, :-1])
+from bqnn.core.codebook import MARGIN, MIN_GAP, TAU_PER_GAP, gaps, levels_from_raw, thresholds_from_raw
+from bqnn.core.quantizer import midpoints
+from bqnn.ops import dispatch
+from bqnn.ops.backends.cpu import all_float32, kernels
+from bqnn.ops.register import call, register_op
 
 
 def codebook_from_raw_reference(

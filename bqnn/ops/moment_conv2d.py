@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bqnn.ops import _moment, _moment_cpu, _moment_triton
-from bqnn.ops._check import check_bias, check_conv2d_input
-from bqnn.ops._register import call
-from bqnn.ops.product import CONV2D_GEOMETRY, Conv2dProduct
+from bqnn.core.check import check_bias, check_conv2d_input
+from bqnn.core.product import CONV2D_GEOMETRY, Conv2dProduct
+from bqnn.ops import moment_product
+from bqnn.ops.backends import cpu_moment, triton_moment
+from bqnn.ops.register import call
 
-_moment.register("moment_conv2d", Conv2dProduct, CONV2D_GEOMETRY)
-_moment_cpu.register("moment_conv2d", Conv2dProduct)
-_moment_triton.register("moment_conv2d", Conv2dProduct)
+moment_product.register("moment_conv2d", Conv2dProduct, CONV2D_GEOMETRY)
+cpu_moment.register("moment_conv2d", Conv2dProduct)
+triton_moment.register("moment_conv2d", Conv2dProduct)
 
 
 def moment_conv2d(
@@ -51,7 +52,7 @@ def moment_conv2d(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
     """
-    _moment.check_moment(weight, 4, log_sigma2, levels, thresholds, seed, mode)
+    moment_product.check_moment(weight, 4, log_sigma2, levels, thresholds, seed, mode)
     check_conv2d_input(x, weight.shape[1] * groups, weight.shape[0], groups)
     check_bias(bias, weight.shape[0], x)
     y, _ = call(

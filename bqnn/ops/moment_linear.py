@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bqnn.ops import _moment, _moment_cpu, _moment_triton
-from bqnn.ops._check import check_bias, check_linear_input
-from bqnn.ops._register import call
-from bqnn.ops.product import LinearProduct
+from bqnn.core.check import check_bias, check_linear_input
+from bqnn.core.product import LinearProduct
+from bqnn.ops import moment_product
+from bqnn.ops.backends import cpu_moment, triton_moment
+from bqnn.ops.register import call
 
-_moment.register("moment_linear", LinearProduct)
-_moment_cpu.register("moment_linear", LinearProduct)
-_moment_triton.register("moment_linear", LinearProduct)
+moment_product.register("moment_linear", LinearProduct)
+cpu_moment.register("moment_linear", LinearProduct)
+triton_moment.register("moment_linear", LinearProduct)
 
 
 def moment_linear(
@@ -52,7 +53,7 @@ def moment_linear(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
     """
-    _moment.check_moment(weight, 2, log_sigma2, levels, thresholds, seed, mode)
+    moment_product.check_moment(weight, 2, log_sigma2, levels, thresholds, seed, mode)
     check_linear_input(x, weight.shape[1])
     check_bias(bias, weight.shape[0], x)
     y, _ = call(

@@ -13,25 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bqnn import dispatch
-from bqnn.ops import _packed_triton
-from bqnn.ops._check import check_conv2d_input
-from bqnn.ops._packed import DenseWeight, check_packed, decode_rounded, is_half, multiply, pair, rectified
-from bqnn.ops._packed_layout import KERNEL_DTYPES, make_layout
-from bqnn.ops._register import register_op
-from bqnn.ops._triton import serves
-
-
-def output_size(
-    size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    total_padding: Sequence[int],
-    dilation: Sequence[int],
-) -> list[int]:
-    """Height and width of the output for an input of ``size``; ``total_padding`` counts both sides together."""
-    reach = [dilation[i] * (kernel_size[i] - 1) + 1 for i in range(2)]
-    return [(size[i] + total_padding[i] - reach[i]) // stride[i] + 1 for i in range(2)]
+from bqnn.core.check import check_conv2d_input
+from bqnn.core.geometry import memory_format_of, output_size, pair
+from bqnn.ops import dispatch
+from bqnn.ops.backends import triton_packed
+from bqnn.ops.backends.cpu_layout import KERNEL_DTYPES, make_layout
+from bqnn.ops.backends.triton import serves
+from bqnn.ops.packed_product import DenseWeight, check_packed, decode_rounded, is_half, multiply, rectified
+from bqnn.ops.register import register_op
 
 
 def packed_conv2d_reference(
@@ -61,7 +50,7 @@ def packed_conv2d_reference(
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     y = rectified(multiply(convolve, x, weight, bias, precision, accumulate=torch.float64), relu)
-    return y.contiguous(memory_format=_memory_format(x))
+    return y.contiguous(memory_format=memory_format_of(x))
 
 
 def packed_conv2d_cpu(
@@ -109,8 +98,8 @@ def packed_conv2d_triton(
     if not serves(x, levels, bias):
         return packed_conv2d_reference(x, codes, levels, bias, *geometry, precision, layout, relu)
     size = output_size(x.shape[2:], kernel_size, stride, [2 * p for p in padding], dilation)
-    y = _packed_triton.packed_conv2d(x, codes, levels, bias, size, *geometry, precision, layout, relu)
-    if _memory_format(x) == torch.channels_last:
+    y = triton_packed.packed_conv2d(x, codes, levels, bias, size, *geometry, precision, layout, relu)
+    if memory_format_of(x) == torch.channels_last:
         return y
     return torch.empty(y.shape, dtype=y.dtype, device=y.device).copy_(y)
 
@@ -134,7 +123,7 @@ def packed_conv2d_fake(
     """The shape, dtype and memory format of the output."""
     size = output_size(x.shape[2:], kernel_size, stride, [2 * p for p in padding], dilation)
     shape = (x.shape[0], codes.shape[0], *size)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 register_op(
@@ -168,7 +157,7 @@ def packed_conv2d(
 
     Args:
         x: [B, C, H, W], floating point, any strides; an empty batch is allowed.
-        codes: uint8 [N, packed_width(K, M)], K = C/groups * kh * kw, of :func:`bqnn.packing.pack_codes`.
+        codes: uint8 [N, packed_width(K, M)], K = C/groups * kh * kw, of :func:`bqnn.core.codes.pack_codes`.
         levels: float32 [1, M] or [N, M], increasing along M (not checked here).
         bias: [N], floating point, or None.
         kernel_size, stride, padding, dilation: one integer, or (height, width).
@@ -199,9 +188,3 @@ def packed_conv2d(
         )
     geometry = (kernel, stride, padding, dilation, groups)
     return torch.ops.bqnn.packed_conv2d(x, codes, levels, bias, *geometry, precision, layout, backend, relu=relu)
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format

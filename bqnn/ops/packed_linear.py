@@ -6,7 +6,7 @@ and with ``relu`` the ReLU of it: negative outputs become 0, NaN stays.
 
 ``precision`` says how: "fp32" multiplies in the dtype of x; "bf16" rounds x and the levels to bfloat16 and accumulates
 in the dtype of x; "int8" rounds each row of x and each codebook to 8-bit integers with a scale of its own, and sums
-integers exactly: :mod:`bqnn.ops._int8` has the rule, which gives the same bits on every backend. The output has the
+integers exactly: :mod:`bqnn.core.int8` has the rule, which gives the same bits on every backend. The output has the
 dtype of x; float16 and bfloat16 are computed in float32. There is no gradient.
 """
 
@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bqnn import dispatch
-from bqnn.ops import _packed_triton
-from bqnn.ops._check import check_linear_input
-from bqnn.ops._packed import check_packed, decode_rounded, is_half, multiply, rectified
-from bqnn.ops._packed_cuda import packed_linear_cuda
-from bqnn.ops._packed_layout import KERNEL_DTYPES, make_layout
-from bqnn.ops._register import register_op
-from bqnn.ops._triton import serves
+from bqnn.core.check import check_linear_input
+from bqnn.ops import dispatch
+from bqnn.ops.backends import triton_packed
+from bqnn.ops.backends.cpu_layout import KERNEL_DTYPES, make_layout
+from bqnn.ops.backends.cuda_packed import packed_linear_cuda
+from bqnn.ops.backends.triton import serves
+from bqnn.ops.packed_product import check_packed, decode_rounded, is_half, multiply, rectified
+from bqnn.ops.register import register_op
 
 
 def packed_linear_reference(
@@ -75,7 +75,7 @@ def packed_linear_triton(
     """The kernels, which take half-precision activations as they are; the reference for float64 and empty batches."""
     if not serves(x, levels, bias):
         return packed_linear_reference(x, codes, levels, bias, precision, layout, relu)
-    return _packed_triton.packed_linear(x, codes, levels, bias, precision, layout, relu)
+    return triton_packed.packed_linear(x, codes, levels, bias, precision, layout, relu)
 
 
 def packed_linear_fake(
@@ -120,7 +120,7 @@ def packed_linear(
 
     Args:
         x: [..., K], floating point, any strides; an empty batch is allowed.
-        codes: uint8 [N, packed_width(K, M)], of :func:`bqnn.packing.pack_codes`.
+        codes: uint8 [N, packed_width(K, M)], of :func:`bqnn.core.codes.pack_codes`.
         levels: float32 [1, M] or [N, M], increasing along M (not checked here).
         bias: [N], floating point, or None.
         precision: "fp32", "bf16" or "int8".

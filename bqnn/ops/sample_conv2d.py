@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bqnn.ops import _sample, _sample_cpu, _sample_triton
-from bqnn.ops._check import check_bias, check_conv2d_input
-from bqnn.ops._register import call
-from bqnn.ops.product import CONV2D_GEOMETRY, Conv2dProduct
+from bqnn.core.check import check_bias, check_conv2d_input
+from bqnn.core.product import CONV2D_GEOMETRY, Conv2dProduct
+from bqnn.ops import sampled_product
+from bqnn.ops.backends import cpu_sample, triton_sample
+from bqnn.ops.register import call
 
-_sample.register("sample_conv2d", Conv2dProduct, CONV2D_GEOMETRY)
-_sample_cpu.register("sample_conv2d", Conv2dProduct)
-_sample_triton.register("sample_conv2d", Conv2dProduct)
+sampled_product.register("sample_conv2d", Conv2dProduct, CONV2D_GEOMETRY)
+cpu_sample.register("sample_conv2d", Conv2dProduct)
+triton_sample.register("sample_conv2d", Conv2dProduct)
 
 
 def sample_conv2d(
@@ -48,7 +49,7 @@ def sample_conv2d(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or no seed where one is needed.
     """
-    _sample.check_sampled(weight, 4, log_sigma2, levels, thresholds, seed)
+    sampled_product.check_sampled(weight, 4, log_sigma2, levels, thresholds, seed)
     check_conv2d_input(x, weight.shape[1] * groups, weight.shape[0], groups)
     check_bias(bias, weight.shape[0], x)
     return call(

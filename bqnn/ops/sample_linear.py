@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bqnn.ops import _sample, _sample_cpu, _sample_triton
-from bqnn.ops._check import check_bias, check_linear_input
-from bqnn.ops._register import call
-from bqnn.ops.product import LinearProduct
+from bqnn.core.check import check_bias, check_linear_input
+from bqnn.core.product import LinearProduct
+from bqnn.ops import sampled_product
+from bqnn.ops.backends import cpu_sample, triton_sample
+from bqnn.ops.register import call
 
-_sample.register("sample_linear", LinearProduct)
-_sample_cpu.register("sample_linear", LinearProduct)
-_sample_triton.register("sample_linear", LinearProduct)
+sampled_product.register("sample_linear", LinearProduct)
+cpu_sample.register("sample_linear", LinearProduct)
+triton_sample.register("sample_linear", LinearProduct)
 
 
 def sample_linear(
@@ -46,7 +47,7 @@ def sample_linear(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or no seed where one is needed.
     """
-    _sample.check_sampled(weight, 2, log_sigma2, levels, thresholds, seed)
+    sampled_product.check_sampled(weight, 2, log_sigma2, levels, thresholds, seed)
     check_linear_input(x, weight.shape[1])
     check_bias(bias, weight.shape[0], x)
     return call("sample_linear", x, weight, log_sigma2, levels, thresholds, bias, seed, offset, backend)

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bqnn import dispatch
-from bqnn.ops._check import check_levels, check_same_shape, check_weight
-from bqnn.ops._cpu import all_float32
-from bqnn.ops._register import call, register_op
-from bqnn.ops._triton import contiguous, kernels, serves
-from bqnn.ops.quantizer import assign, column, look_up, midpoints, sum_to_groups
+from bqnn.core.check import check_levels, check_same_shape, check_weight
+from bqnn.core.quantizer import assign, column, look_up, midpoints, sum_to_groups
+from bqnn.ops import dispatch
+from bqnn.ops.backends.cpu import all_float32
+from bqnn.ops.backends.triton import contiguous, kernels, serves
+from bqnn.ops.register import call, register_op
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695  # Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14
 LOG_ALPHA_LIMIT = 10.0  # log alpha is clipped to +- this; outside, the approximation is flat and has no gradient

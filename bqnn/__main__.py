@@ -1,0 +1,5 @@
+"""``python -m bqnn``: the command bqnn."""
+
+from bqnn.cli.main import main
+
+raise SystemExit(main())

@@ -1,0 +1,354 @@
+"""BayesLinear and BayesConv2d: nn.Linear and nn.Conv2d with an M-ary quantized weight that is a distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bqnn import ops
+from bqnn.core import codebook, quantizer
+from bqnn.core.check import check_conv2d_input, check_floating, check_linear_input, check_num_levels
+from bqnn.core.geometry import explicit_padding
+from bqnn.core.philox import fresh_seed
+from bqnn.ops.codebook_from_raw import codebook_from_raw
+
+GRANULARITIES = ("tensor", "channel")
+PARTITIONS = ("nearest", "learned")
+ESTIMATORS = ("moment", "sample", "local", "deterministic")
+PRIORS = ("spike_slab", "gaussian")
+SIGMA_PER_GAP = 0.1  # posterior deviation at the start, in level gaps
+LOG_SIGMA2_RANGE = (-40.0, 10.0)
+
+
+class BayesLayer(nn.Module):
+    """What both layers share: the posterior, the codebook, the estimator and the divergence from the prior.
+
+    Parameters of the module: ``weight`` (the means), ``log_sigma2`` (the weight's shape), ``bias``, ``raw_levels``
+    [G, M] and, for ``partition="learned"``, ``raw_thresholds`` [G, M - 1]. ``levels`` and ``thresholds`` are made of
+    the raw ones, in order by construction.
+    """
+
+    weight: Tensor
+    bias: Any  # nn.Parameter or None, as nn.Linear and nn.Conv2d declare it
+    raw_thresholds: nn.Parameter | None
+    level_scale: Tensor
+    prior_sigma2: Tensor
+
+    def _init_bayes(
+        self,
+        num_levels: int,
+        granularity: str,
+        partition: str,
+        estimator: str,
+        prior: str,
+        quantize_mean: bool,
+        coarse_variance: bool,
+    ) -> None:
+        check_num_levels(num_levels)
+        for name, value, choices in (
+            ("granularity", granularity, GRANULARITIES),
+            ("partition", partition, PARTITIONS),
+            ("estimator", estimator, ESTIMATORS),
+            ("prior", prior, PRIORS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        self.num_levels, self.granularity, self.partition = num_levels, granularity, partition
+        self.estimator, self.prior = estimator, prior
+        self.quantize_mean, self.coarse_variance = quantize_mean, coarse_variance
+        self.sampling = False
+        groups = 1 if granularity == "tensor" else self.weight.shape[0]
+        empty = self.weight.detach().new_empty
+        self.log_sigma2 = nn.Parameter(torch.empty_like(self.weight))
+        self.raw_levels = nn.Parameter(empty((groups, num_levels)))
+        raw_thresholds = nn.Parameter(empty((groups, num_levels - 1))) if partition == "learned" else None
+        self.register_parameter("raw_thresholds", raw_thresholds)
+        self.register_buffer("level_scale", empty((groups, 1)))
+        self.register_buffer("prior_sigma2", empty(()))
+        if self.weight.device.type != "meta":
+            self.fit_codebook_()
+
+    @property
+    def levels(self) -> Tensor:
+        """c_0 < ... < c_{M-1} of each codebook: [1 or out channels, M]."""
+        return self._codebook()[0]
+
+    @property
+    def thresholds(self) -> Tensor:
+        """t_1 < ... < t_{M-1} of each codebook: [1 or out channels, M - 1]."""
+        return self._codebook()[1]
+
+    def _codebook(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels, thresholds, and the widths of the prior's windows."""
+        return codebook_from_raw(self.raw_levels, self.level_scale, self.raw_thresholds)
+
+    @torch.no_grad()
+    def fit_codebook_(self) -> None:
+        """Fits the levels to the weights (Lloyd-Max), thresholds half-way, and starts the variances from the gaps.
+
+        Raises:
+            ValueError: a weight is NaN or infinite.
+        """
+        if not torch.isfinite(self.weight).all():
+            raise ValueError("weight must be finite, got NaN or infinity")
+        rows = self.weight.reshape(self.raw_levels.shape[0], -1)
+        self.prior_sigma2.fill_(rows.square().mean().clamp(min=codebook.MIN_SCALE**2).item())
+        self.set_levels_(codebook.lloyd_max(rows, self.num_levels))
+
+    @torch.no_grad()
+    def set_levels_(self, levels: Tensor, thresholds: Tensor | None = None) -> None:
+        """Sets the codebook; variances start again from its gaps.
+
+        Args:
+            levels: [1 or out channels, M], strictly increasing in each row.
+            thresholds: [1 or out channels, M - 1], each between its two levels; half-way without. Only for
+                ``partition="learned"``.
+
+        Raises:
+            TypeError, ValueError: the wrong dtype or shape, or an order that is not strict.
+        """
+        check_floating("levels", levels)
+        if levels.shape != self.raw_levels.shape:
+            raise ValueError(f"levels must have the shape {list(self.raw_levels.shape)}, got {list(levels.shape)}")
+        levels = levels.to(self.raw_levels)
+        scale = (levels - levels.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt()
+        steps = levels[:, 1:] - levels[:, :-1]
+        if not (torch.isfinite(levels).all() and (steps > codebook.smallest_gap(levels[:, :1], scale)).all()):
+            raise ValueError(
+                "levels must be finite and strictly increasing in each row, by more than "
+                f"{codebook.MIN_GAP:g} of their size, got {levels.tolist()}"
+            )
+        raw_thresholds = None if thresholds is None else self._raw_thresholds_of(levels, thresholds)
+        self.level_scale.copy_(scale)
+        self.raw_levels.copy_(codebook.raw_from_levels(levels, scale))
+        if self.raw_thresholds is not None:
+            self.raw_thresholds.copy_(
+                torch.zeros_like(self.raw_thresholds) if raw_thresholds is None else raw_thresholds
+            )
+        self.reset_variances_()
+
+    @torch.no_grad()
+    def reset_variances_(self) -> None:
+        """Starts the posterior deviations again, at a tenth of the narrowest gap between two levels of the codebook."""
+        narrowest = codebook.gaps(self.levels).amin(1).view(-1, *[1] * (self.weight.dim() - 1))
+        self.log_sigma2.copy_((2.0 * (SIGMA_PER_GAP * narrowest).log()).expand_as(self.log_sigma2))
+
+    def _raw_thresholds_of(self, levels: Tensor, thresholds: Tensor) -> Tensor:
+        if self.raw_thresholds is None:
+            raise ValueError('thresholds can be set only with partition="learned", got partition="nearest"')
+        if thresholds.shape != self.raw_thresholds.shape:
+            raise ValueError(
+                f"thresholds must have the shape {list(self.raw_thresholds.shape)}, got {list(thresholds.shape)}"
+            )
+        raw = codebook.raw_from_thresholds(thresholds.to(levels), levels)
+        if not torch.isfinite(raw).all():
+            raise ValueError(
+                f"thresholds must lie between neighbouring levels, {codebook.MARGIN:g} of the gap away from both, "
+                f"got {thresholds.tolist()}"
+            )
+        return raw
+
+    def codes(self) -> Tensor:
+        """The code of every mean: uint8 in the weight's shape.
+
+        Raises:
+            ValueError: a parameter is NaN, infinite or out of range.
+        """
+        self.check_parameters()
+        return ops.assign_codes(self.weight.detach(), self.thresholds.detach())
+
+    def quantized_weight(self) -> Tensor:
+        """Q(mu), in the weight's shape and dtype; no gradient is recorded."""
+        with torch.no_grad():
+            levels, thresholds, _ = self._codebook()
+            return quantizer.look_up(levels, ops.assign_codes(self.weight, thresholds))
+
+    def check_parameters(self) -> None:
+        """Raises ValueError for a parameter with NaN or infinity, or a log_sigma2 out of range; names it."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"{name} must be finite, got NaN or infinity")
+        low, high = LOG_SIGMA2_RANGE
+        smallest, largest = self.log_sigma2.min().item(), self.log_sigma2.max().item()
+        if smallest < low or largest > high:
+            raise ValueError(f"log_sigma2 must be from {low} to {high}, got {smallest:g} to {largest:g}")
+
+    def kl_divergence(self) -> Tensor:
+        """KL(q || prior) summed over the layer's weights, a scalar in nats (spike-and-slab: up to a constant).
+
+        0 for the deterministic estimator, which has no posterior. The Gaussian prior is N(0, s^2), s^2 the mean square
+        of the weights that the codebook was fitted to.
+        """
+        if self.estimator == "deterministic":
+            return self.weight.new_zeros(())
+        if self.prior == "gaussian":
+            ratio = self.log_sigma2 - self.prior_sigma2.log()
+            return 0.5 * (self.weight.square() / self.prior_sigma2 + ratio.exp() - ratio - 1.0).sum()
+        levels, _, tau = self._codebook()
+        return ops.spike_slab_kl(self.weight, self.log_sigma2, levels, tau)
+
+    def _product(
+        self, x: Tensor, sample: Callable[..., Tensor], moment: Callable[..., Tensor], geometry: Mapping[str, Any]
+    ) -> Tensor:
+        """The layer's product while it trains or samples: one op, chosen by the estimator."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        levels, thresholds, _ = self._codebook()
+        if self.estimator in ("sample", "deterministic"):
+            random = self.estimator == "sample"
+            log_sigma2, seed = (self.log_sigma2, fresh_seed()) if random else (None, None)
+            return sample(x, self.weight, log_sigma2, levels, thresholds, self.bias, seed, **geometry)
+        if self.estimator == "moment":
+            mode = "categorical"
+        else:
+            # Outside training it is the quantized network whose uncertainty is asked for.
+            mode = "straight_through" if self.quantize_mean or not self.training else "gaussian"
+        options = {"mode": mode, "coarse_variance": self.coarse_variance}
+        tensors = (x, self.weight, self.log_sigma2, levels, thresholds, self.bias, fresh_seed())
+        return moment(*tensors, **options, **geometry)
+
+    def _evaluation_parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Q(mu) and bias in x's dtype."""
+        return self.quantized_weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Also takes the state of an nn.Linear or nn.Conv2d: the codebook is then fitted to its weight."""
+        own = ["log_sigma2", "raw_levels", "level_scale", "prior_sigma2"]
+        if self.raw_thresholds is not None:
+            own.append("raw_thresholds")
+        plain = prefix + "weight" in state_dict and not any(prefix + name in state_dict for name in own)
+        weight = state_dict.get(prefix + "weight")
+        if plain and isinstance(weight, Tensor) and weight.shape == self.weight.shape:
+            with torch.no_grad():
+                self.weight.copy_(weight)
+            self.fit_codebook_()
+            state_dict = {**state_dict, **{prefix + name: getattr(self, name).detach() for name in own}}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"num_levels={self.num_levels}", f"estimator={self.estimator!r}"]
+        defaults = (("granularity", "tensor"), ("partition", "nearest"), ("prior", "spike_slab"))
+        parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults if getattr(self, name) != value]
+        return ", ".join(parts)
+
+
+class BayesLinear(BayesLayer, nn.Linear):
+    """nn.Linear whose weight is N(mu, sigma^2), quantized to M learned levels (Chien and Chang 2023).
+
+    In training mode the forward pass is the estimator's; in evaluation mode it is the product with Q(mu), and inside
+    :func:`bqnn.sampling` the estimator's again.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as nn.Linear takes them.
+        num_levels: M, 2 to 16.
+        granularity: "tensor", one codebook, or "channel", one for each output feature.
+        partition: "nearest", thresholds half-way between levels, or "learned".
+        estimator: "moment", "sample", "local" or "deterministic"; how the likelihood sees the weight in training.
+        prior: "spike_slab" or "gaussian".
+        quantize_mean: for "local": the mean path sees Q(mu), straight-through, instead of mu.
+        coarse_variance: for "moment" and "local": the variances of the outputs are rounded to bfloat16, which changes
+            the noise by a thousandth of itself and saves time and memory; see :func:`bqnn.ops.moment_linear`.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range; a wrong x in the forward pass.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_levels: int = 3,
+        granularity: str = "tensor",
+        partition: str = "nearest",
+        estimator: str = "moment",
+        prior: str = "spike_slab",
+        quantize_mean: bool = False,
+        coarse_variance: bool = True,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._init_bayes(num_levels, granularity, partition, estimator, prior, quantize_mean, coarse_variance)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        check_linear_input(x, self.in_features)
+        if self.training or self.sampling:
+            return self._product(x, ops.sample_linear, ops.moment_linear, {})
+        return F.linear(x, *self._evaluation_parameters(x))
+
+
+class BayesConv2d(BayesLayer, nn.Conv2d):
+    """nn.Conv2d whose weight is N(mu, sigma^2), quantized to M learned levels (Chien and Chang 2023).
+
+    Args:
+        in_channels ... dtype: as nn.Conv2d takes them, string padding and padding modes included.
+        num_levels ... coarse_variance: as :class:`BayesLinear` takes them; "channel" is one codebook an output channel.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range; a wrong x in the forward pass.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | str | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Any = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_levels: int = 3,
+        granularity: str = "tensor",
+        partition: str = "nearest",
+        estimator: str = "moment",
+        prior: str = "spike_slab",
+        quantize_mean: bool = False,
+        coarse_variance: bool = True,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self._init_bayes(num_levels, granularity, partition, estimator, prior, quantize_mean, coarse_variance)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, N, H', W'], or without the batch dimension."""
+        if isinstance(x, Tensor) and x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        check_conv2d_input(x, self.in_channels, self.out_channels, self.groups)
+        if not (self.training or self.sampling):
+            return self._conv_forward(x, *self._evaluation_parameters(x))
+        x, padding = explicit_padding(x, self)
+        geometry = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
+        return self._product(x, ops.sample_conv2d, ops.moment_conv2d, geometry)
+
+
+def bayes_layers(net: nn.Module) -> dict[str, BayesLayer]:
+    """Every Bayes layer of a network by its name, a shared one once."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, BayesLayer)}
+
+
+@contextmanager
+def sampling(net: nn.Module) -> Iterator[None]:
+    """Inside, the Bayes layers of ``net`` draw from the posterior in evaluation mode too."""
+    layers = list(bayes_layers(net).values())
+    before = [layer.sampling for layer in layers]
+    try:
+        for layer in layers:
+            layer.sampling = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.sampling = value

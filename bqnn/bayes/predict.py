@@ -1,0 +1,51 @@
+"""predict: class probabilities with uncertainty, by sampling the posterior."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bqnn.bayes.layers import bayes_layers, sampling
+from bqnn.core.modes import evaluating
+
+
+class Prediction(NamedTuple):
+    """What the posterior says of a batch."""
+
+    probs: Tensor  # [B, classes], the mean over the samples
+    entropy: Tensor  # [B], nats: the total uncertainty of probs
+    mutual_information: Tensor  # [B], nats: the part of it that is uncertainty about the weights
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    return torch.special.entr(probs).sum(-1)
+
+
+@torch.no_grad()
+def predict(net: nn.Module, x: Tensor, samples: int = 1) -> Prediction:
+    """The predictive distribution of a classifier in evaluation mode.
+
+    Args:
+        net: a network that returns logits [B, classes].
+        x: inputs, as the network takes them.
+        samples: posterior samples to average over, drawn as the layers' estimator draws them; 1 is the quantized
+            network itself, without sampling and with a mutual information of 0.
+
+    Raises:
+        ValueError: samples < 1, or more than 1 of a network that has no posterior (a packed or full-precision one).
+    """
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    if samples > 1 and all(layer.estimator == "deterministic" for layer in bayes_layers(net).values()):
+        raise ValueError(f"net has no Bayes layer with a posterior to draw {samples} samples from; use samples=1")
+    with evaluating(net):
+        if samples == 1:
+            probs = net(x).softmax(-1)
+            return Prediction(probs, _entropy(probs), torch.zeros_like(probs[..., 0]))
+        with sampling(net):
+            draws = torch.stack([net(x).softmax(-1) for _ in range(samples)])
+    probs = draws.mean(0)
+    entropy = _entropy(probs)
+    return Prediction(probs, entropy, (entropy - _entropy(draws).mean(0)).clamp(min=0.0))

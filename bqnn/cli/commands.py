@@ -1,0 +1,151 @@
+"""What the subcommands of `bqnn` do, each from the options that bqnn.cli has parsed."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bqnn import models
+from bqnn.data.splits import load_dataset
+from bqnn.files import network
+from bqnn.lab import runs
+from bqnn.lab.evaluate import find_split, score_network
+from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS, print_now
+from bqnn.lab.recipe import Recipe
+from bqnn.lab.train import Trainer
+from bqnn.reports.report import report
+from bqnn.view.html import write_html
+
+PACKED = "packed.safetensors"
+
+
+def _device(name: str) -> str:
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device must be cpu or, where PyTorch finds a GPU, cuda, got {name!r}")
+    return name
+
+
+def train(options: Namespace) -> None:
+    """`bqnn train`."""
+    folder: Path = options.out
+    recipe = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
+    used = [name for name in (CHECKPOINT, WEIGHTS, METRICS) if (folder / name).exists()]
+    if used and not (options.resume or options.force):
+        raise ValueError(f"{folder} has a run ({', '.join(used)}); go on with --resume, or replace it with --force")
+    if options.resume and (folder / METRICS).exists():
+        stored = runs.load_run(folder).recipe
+        recipe = {field.name: recipe.get(field.name, getattr(stored, field.name)) for field in fields(Recipe)}
+    trainer = Trainer(
+        Recipe(**recipe),
+        folder,
+        data_root=options.data_root,
+        device=_device(options.device),
+        download=options.download,
+        init=options.init,
+    )
+    if options.resume:
+        trainer.resume()
+    elif options.force:
+        runs.clear_run(folder)
+    trainer.run(progress=sys.stderr.isatty() and not options.quiet, log=_ignore if options.quiet else print_now)
+    if not options.quiet:
+        print(f"{folder / WEIGHTS} is written")
+
+
+def _ignore(line: str) -> None:
+    pass
+
+
+def evaluate(options: Namespace) -> None:
+    """`bqnn eval`."""
+    device, path = _device(options.device), options.path
+    run = runs.load_run(path) if path.is_dir() else None
+    beside = path.parent / METRICS
+    if run is not None:
+        if options.dataset is not None or options.precision != "fp32":
+            raise ValueError("--dataset and --precision are for a packed file; a run has its own")
+        net, data = runs.load_network(run), runs.load_data(run.recipe, options.data_root)
+    else:
+        net = network.load(path, precision=options.precision)
+        if options.dataset is not None:
+            size = net.factory[1]["image_size"] if isinstance(net, models.Network) else None
+            data = load_dataset(options.dataset, options.data_root, image_size=size)
+        elif beside.exists():
+            data = runs.load_data(runs.load_run(path.parent).recipe, options.data_root)
+        else:
+            raise ValueError(f"--dataset must say what to test {path} on: there is no {METRICS} beside it")
+    torch.manual_seed(options.seed)
+    split = find_split(data, options.split)
+    scores = score_network(net.to(device), split, data, options.samples)
+    print(f"{path}: {options.split} split of {data.name}, {scores['images']} images")
+    _print_scores(
+        "packed" if run is None else "quantized" if run.recipe.method == "bayes" else "full precision", scores
+    )
+    if "sampled" in scores:
+        sampled = scores["sampled"]
+        _print_scores(f"mean of {sampled['samples']} samples", sampled)
+        information = f"mutual information {sampled['mutual_information']:.4f} nats"
+        print(f"{'':<22}entropy {sampled['entropy']:.4f} nats  {information}")
+    if run is not None:
+        runs.add_scores(run, options.split, scores)
+
+
+def _print_scores(name: str, scores: dict[str, Any]) -> None:
+    print(f"{name:<22}error {scores['error']:.2f} %  NLL {scores['nll']:.4f} nats  ECE {100 * scores['ece']:.2f} %")
+
+
+def pack(options: Namespace) -> None:
+    """`bqnn pack`."""
+    run = runs.load_run(options.run)
+    if run.recipe.method == "fpnn":
+        raise ValueError(f"{options.run} is a full-precision run; only a run with --method bayes can be packed")
+    output = options.output or options.run / PACKED
+    runs.save_packed(runs.load_network(run), output)
+    dense, packed = runs.fpnn_bytes(*runs.load_factory(run)), output.stat().st_size
+    print(f"{output}: {packed:,} bytes; full precision: {dense:,} bytes; {dense / packed:.1f} times smaller")
+    print("every layer of the file decodes to the quantized weight of the run")
+
+
+def write_report(options: Namespace) -> None:
+    """`bqnn report`."""
+    found = [runs.load_run(folder) for folder in options.runs]
+    for run in found:
+        if run.finished and run.recipe.method == "bayes":
+            print(f"{run.folder}: {run.title}\n{report(runs.load_network(run))}\n")
+    write_html(found, options.output, log_counts=not options.linear, measure=not options.no_time)
+    print(f"{options.output} is written")
+
+
+def info(options: Namespace) -> None:
+    """`bqnn info`."""
+    content = network.info(options.file)
+    layers, factory = content["layers"], content["factory"]
+    width = max(20, *(len(name) + 2 for name in layers))
+    made = f"{factory[0]}({', '.join(f'{k}={v}' for k, v in factory[1].items())})" if factory else "not a built-in one"
+    print(f"{options.file}: format {content['version']}, network {made}")
+    print(f"{'layer':<{width}}{'kind':<14}{'shape':<20}{'M':>3}{'codebooks':>11}{'bits a weight':>15}{'bytes':>10}")
+    for name, layer in layers.items():
+        shape = "x".join(map(str, layer["shape"]))
+        codebooks = layer["shape"][0] if layer.get("granularity") == "channel" else 1
+        print(
+            f"{name:<{width}}{layer['kind']:<14}{shape:<20}{layer['num_levels']:>3}{codebooks:>11}"
+            f"{layer['bits_per_weight']:>15.2f}{layer['bytes']:>10,}"
+        )
+    parts = {f"{name}.{part}".removeprefix(".") for name in layers for part in ("codes", "levels", "bias")}
+    others = sum(tensor["bytes"] for name, tensor in content["tensors"].items() if name not in parts)
+    header = content["header_bytes"]
+    for text, size in (("other tensors", others), ("header", header), ("file", content["bytes"])):
+        print(f"{text:<{width + 63}}{size:>10,}")
+
+
+def demo(options: Namespace) -> None:
+    """`bqnn demo`."""
+    from bqnn.cli.demo import run_demo
+
+    run_demo(options.out, progress=sys.stderr.isatty())

@@ -1,0 +1,104 @@
+"""The demonstration: LeNet-5 on the digits at full precision and with three levels a weight, packed and tested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bqnn.core.timing import measure_side_by_side
+from bqnn.data.splits import normalise
+from bqnn.lab.evaluate import evaluate, find_split, score_network
+from bqnn.lab.folder import WEIGHTS, print_now
+from bqnn.lab.recipe import LENET5_DIGITS, Recipe
+from bqnn.lab.runs import add_scores, clear_run, fpnn_bytes, load_factory, load_run, save_packed
+from bqnn.lab.train import Trainer
+from bqnn.reports.report import report
+from bqnn.view.html import BATCH, FPNN_BITS, write_html
+
+
+def run_demo(
+    out: str | Path,
+    recipe: Recipe = LENET5_DIGITS,
+    progress: bool = False,
+    log: Callable[[str], object] = print_now,
+) -> dict[str, dict[str, float]]:
+    """Trains, packs, saves, loads and tests; prints a table and writes ``out``/report.html.
+
+    Returns:
+        for "fpnn" and "packed": ``accuracy`` (percent of the test images), ``bits`` a weight, ``bytes`` on disk, and
+        ``seconds``, the median test time of a batch.
+
+    Raises:
+        RuntimeError: the packed network decodes to other weights, or predicts another class, than the unpacked one.
+    """
+    out = Path(out)
+    fpnn = replace(recipe, method="fpnn")
+    log("Full precision, the phase that both networks begin with")
+    _train(replace(fpnn, deterministic_epochs=0, epochs=0), out / "start", None, progress, log)
+    start = out / "start" / WEIGHTS
+    log("\nFull precision, to its end (the FPNN)")
+    dense_trainer = _train(fpnn, out / "fpnn", start, progress, log)
+    log(f"\nBayesian, {recipe.num_levels} levels a weight")
+    trainer = _train(recipe, out / "bayes", start, progress, log)
+
+    dense, net, data = dense_trainer.net, trainer.net, trainer.data
+    file = out / "packed.safetensors"
+    packed = save_packed(net, file)
+    test = find_split(data, "test")
+    dense_scores = score_network(dense, test, data)
+    for folder, scores in ((out / "fpnn", dense_scores), (out / "bayes", score_network(net, test, data))):
+        add_scores(load_run(folder), "test", scores)
+    score, packed_score = evaluate(net, test, data), evaluate(packed, test, data)
+    if not torch.equal(score.predictions, packed_score.predictions):
+        count = int((score.predictions != packed_score.predictions).sum())
+        raise RuntimeError(f"packed and unpacked network disagree on {count} of {len(test)} images")
+
+    x = normalise(test.images[:BATCH], data.mean, data.std)
+    seconds = measure_side_by_side([dense, packed], x)
+    codebooks = report(net)
+    runs = [load_run(out / "fpnn"), load_run(out / "bayes")]
+    dense_bytes = fpnn_bytes(*load_factory(runs[0]))
+    result = {
+        "fpnn": {
+            "accuracy": 100 - dense_scores["error"],
+            "bits": FPNN_BITS,
+            "bytes": dense_bytes,
+            "seconds": seconds[0],
+        },
+        "packed": {
+            "accuracy": 100 - packed_score.error,
+            "bits": codebooks.bits,
+            "bytes": file.stat().st_size,
+            "seconds": seconds[1],
+        },
+    }
+    log(f"\n{codebooks}\n")
+    log(format_table(result, recipe.num_levels, len(test), len(x)))
+    write_html(runs, out / "report.html")
+    log(f"packed and unpacked network agree on all {len(test)} test images\n{out / 'report.html'} is written")
+    return result
+
+
+def _train(recipe: Recipe, folder: Path, init: Path | None, progress: bool, log: Callable[[str], object]) -> Trainer:
+    clear_run(folder)
+    trainer = Trainer(recipe, folder, init=init)
+    trainer.run(progress, log)
+    return trainer
+
+
+def format_table(result: dict[str, dict[str, float]], num_levels: int, images: int, batch: int) -> str:
+    """What :func:`run_demo` returns, as text, the packed network against the full-precision one."""
+    dense = result["fpnn"]
+    lines = [
+        f"{'':<16}{'accuracy':>10}{'bits a weight':>15}{'bytes':>10}{'smaller':>10}{'ms a batch':>12}{'of FPNN':>9}"
+    ]
+    for name, row in zip(("FPNN", f"M = {num_levels}, packed"), result.values(), strict=True):
+        lines.append(
+            f"{name:<16}{row['accuracy']:>8.2f} %{row['bits']:>15.2f}{row['bytes']:>10,.0f}"
+            f"{dense['bytes'] / row['bytes']:>8.1f} x{1e3 * row['seconds']:>12.2f}"
+            f"{row['seconds'] / dense['seconds']:>9.2f}"
+        )
+    return "\n".join([*lines, f"({images} test images; a batch is {batch} images)"])

@@ -1,0 +1,178 @@
+"""The command `bqnn`: train, eval, pack, report, info, demo."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bqnn._version import __version__
+from bqnn.cli import commands
+from bqnn.core.check import PRECISIONS
+from bqnn.data.splits import NAMES
+from bqnn.lab.folder import SPLITS, WEIGHTS
+from bqnn.lab.recipe import CHOICES, Recipe
+from bqnn.ops.dispatch import BackendError
+
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130  # exit statuses; 130 is what a shell reports for Ctrl-C
+
+# What each field of a recipe means; the options of `bqnn train` are made of the fields themselves.
+HELP = {
+    "model": "the built-in network",
+    "dataset": f"{', '.join(NAMES)} or folder:PATH",
+    "method": "bayes: M-ary quantized with a posterior; fpnn: full precision",
+    "num_levels": "M, levels of a weight, 2 to 16",
+    "estimator": "how the likelihood sees the weights in training",
+    "prior": "the prior of the weights",
+    "partition": "thresholds half-way between the levels, or learned",
+    "granularity": "one codebook for a whole tensor, or for each output channel",
+    "pretrain_epochs": "epochs of the full-precision phase",
+    "deterministic_epochs": "epochs of the next phase, M-ary without Bayes (fpnn: full precision)",
+    "epochs": "epochs of the last phase, M-ary with a posterior (fpnn: full precision)",
+    "batch_size": "images a step",
+    "lr": "highest learning rate of the first phase",
+    "deterministic_lr": "highest learning rate of the second phase",
+    "bayes_lr": "highest learning rate of the last phase",
+    "codebook_lr": "learning rate of levels and thresholds, as a factor",
+    "variance_lr": "learning rate of the posterior variances, as a factor",
+    "weight_decay": "of weights that have no prior",
+    "kl_warmup": "epochs over which the divergence from the prior is ramped in",
+    "augment": "how training images are varied",
+    "image_size": "pixels a side to resize to, or none",
+    "validation": "training images held out, or none for the data set's own number",
+    "seed": "of initial weights, order, augmentation and sampling",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command with ``arguments`` (by default those of the process) and returns its exit status.
+
+    0: done. 1: training failed. 2: something is wrong with what was asked for; one line on stderr says what. 130:
+    interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = make_parser().parse_args(given)
+    try:
+        if options.threads is not None:
+            _set_threads(options.threads)
+        options.command(options)
+    except (ValueError, OSError, ImportError, BackendError) as error:
+        return _fail(error, USER_ERROR)
+    except FloatingPointError as error:
+        return _fail(error, FAILURE)
+    except KeyboardInterrupt:
+        print("bqnn: interrupted", file=sys.stderr)
+        if options.command is commands.train:
+            again = ["bqnn", *(word for word in given if word not in ("--force", "--resume")), "--resume"]
+            print(f"bqnn: to go on: {shlex.join(again)}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _fail(error: Exception, status: int) -> int:
+    print("bqnn: error:", " ".join(str(error).split()), file=sys.stderr)
+    return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command; ``command`` of what it returns is the function that does the work."""
+    parser = argparse.ArgumentParser("bqnn", description="Bayesian M-ary quantized networks.")
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(command: Callable[[argparse.Namespace], None], name: str, text: str) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        sub.set_defaults(command=command)
+        sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's own number)")
+        return sub
+
+    sub = add(commands.train, "train", "train a network, quantized or at full precision")
+    recipe = sub.add_argument_group("recipe")
+    _add_recipe(recipe)
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    sub.add_argument(
+        "--init", type=Path, metavar="FILE", help=f"{WEIGHTS} of a full-precision run, for the first phase"
+    )
+    exclusive = sub.add_mutually_exclusive_group()
+    exclusive.add_argument("--resume", action="store_true", help="go on from the last checkpoint, with its recipe")
+    exclusive.add_argument("--force", action="store_true", help="replace the run that is in DIR")
+    sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    _add_data(sub, download=True)
+
+    sub = add(commands.evaluate, "eval", "test a run, or a packed file: error, NLL, calibration")
+    sub.add_argument("path", type=Path, metavar="DIR|FILE", help="folder of a run (not packed), or a packed file")
+    sub.add_argument("--split", choices=SPLITS, default="test", help="images to test on (default: %(default)s)")
+    sub.add_argument("--samples", type=int, default=1, metavar="N", help="also the mean over N posterior samples")
+    sub.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    sub.add_argument("--dataset", metavar="NAME", help="for a packed file; by default that of the run beside it")
+    sub.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of a packed file (default: %(default)s)")
+    _add_data(sub)
+
+    sub = add(commands.pack, "pack", "pack a trained run into a file")
+    sub.add_argument("run", type=Path, metavar="DIR", help="folder of the run")
+    sub.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"by default DIR/{commands.PACKED}")
+
+    sub = add(commands.write_report, "report", "show runs in one HTML page")
+    sub.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs")
+    sub.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="(%(default)s)")
+    sub.add_argument("--linear", action="store_true", help="histograms with a linear axis of counts")
+    sub.add_argument("--no-time", action="store_true", help="do not measure test times")
+
+    sub = add(commands.info, "info", "say what a packed file holds")
+    sub.add_argument("file", type=Path, metavar="FILE")
+
+    sub = add(commands.demo, "demo", "train, pack and test LeNet-5 on the digits, in half a minute")
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="(%(default)s)")
+    return parser
+
+
+def _add_recipe(group: argparse._ArgumentGroup) -> None:
+    """One option for each field of Recipe. What is not given is left out, so that --resume can take the run's own."""
+    types = typing.get_type_hints(Recipe)
+    for field in fields(Recipe):
+        optional = type(None) in typing.get_args(types[field.name])
+        kind = typing.get_args(types[field.name])[0] if optional else types[field.name]
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=_or_none(kind) if optional else kind,
+            choices=CHOICES.get(field.name),
+            default=argparse.SUPPRESS,
+            metavar=None if field.name in CHOICES else kind.__name__.upper(),
+            help=f"{HELP[field.name]} (default: {'none' if field.default is None else field.default})",
+        )
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        return None if text == "none" else kind(text)
+
+    parse.__name__ = f"{getattr(kind, '__name__', kind)} or none"
+    return parse
+
+
+def _add_data(sub: argparse.ArgumentParser, download: bool = False) -> None:
+    root = os.environ.get("BQNN_DATA", "data")
+    sub.add_argument(
+        "--data-root", type=Path, default=Path(root), metavar="DIR", help="data sets (default: %(default)s)"
+    )
+    sub.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    if download:
+        sub.add_argument("--download", action="store_true", help="let torchvision download a data set that is missing")
+
+
+def _set_threads(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"--threads must be at least 1, got {count}")
+    torch.set_num_threads(count)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What everything stands on: codes, codebooks, random numbers, checks, geometry, files, the compiled extensions."""

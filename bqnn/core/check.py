@@ -1,0 +1,113 @@
+"""Argument checks that the public functions of the ops share; each error names argument, value and need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MIN_LEVELS, MAX_LEVELS = 2, 16
+_WEIGHT_SHAPES = {None: "[channels, ...]", 2: "[out, in]", 4: "[out, in / groups, height, width]"}
+
+
+def check_num_levels(num_levels: int) -> None:
+    """Raises ValueError unless 2 <= num_levels <= 16, TypeError unless it is an int."""
+    if not isinstance(num_levels, int) or isinstance(num_levels, bool):
+        raise TypeError(f"num_levels must be an int, got {type(num_levels).__name__}")
+    if not MIN_LEVELS <= num_levels <= MAX_LEVELS:
+        raise ValueError(f"num_levels must be from {MIN_LEVELS} to {MAX_LEVELS}, got {num_levels}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless ``tensor`` is a floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_weight(weight: Tensor, dimensions: int | None = None) -> None:
+    """Raises unless ``weight`` is floating point, with ``dimensions`` dimensions (None: at least one)."""
+    check_floating("weight", weight)
+    if weight.dim() == 0 or dimensions not in (None, weight.dim()):
+        raise ValueError(f"weight must have the shape {_WEIGHT_SHAPES[dimensions]}, got {list(weight.shape)}")
+
+
+def check_levels(name: str, levels: Tensor, weight: Tensor) -> None:
+    """Raises unless ``levels``, or what goes with each level, is floating point [1 or N, M], on the weight's device."""
+    _check_codebook(name, levels, weight, MIN_LEVELS, MAX_LEVELS)
+
+
+def check_thresholds(thresholds: Tensor, weight: Tensor, levels: Tensor | None = None) -> None:
+    """Raises unless ``thresholds`` is floating point [1 or N, M - 1], with the M of ``levels`` if given."""
+    between = (MIN_LEVELS, MAX_LEVELS) if levels is None else (levels.shape[1], levels.shape[1])
+    _check_codebook("thresholds", thresholds, weight, *(m - 1 for m in between))
+
+
+def _check_codebook(name: str, codebook: Tensor, weight: Tensor, least: int, most: int) -> None:
+    check_floating(name, codebook)
+    channels = weight.shape[0]
+    if codebook.dim() != 2 or codebook.shape[0] not in (1, channels) or not least <= codebook.shape[1] <= most:
+        columns = f"{least} to {most}" if least < most else f"{least}"
+        raise ValueError(f"{name} must have the shape [1 or {channels}, {columns}], got {list(codebook.shape)}")
+    check_device(name, codebook, weight)
+
+
+def check_seed(seed: Tensor) -> None:
+    """Raises unless ``seed`` is an int64 scalar tensor."""
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed must be an int64 scalar tensor, got {type(seed).__name__}")
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must be an int64 scalar tensor, got {seed.dtype}")
+    if seed.dim() != 0:
+        raise ValueError(f"seed must be an int64 scalar tensor, got the shape {list(seed.shape)}")
+
+
+def check_same_shape(name: str, tensor: Tensor, weight: Tensor) -> None:
+    """Raises unless ``tensor`` is floating point, of the weight's shape and on its device."""
+    check_floating(name, tensor)
+    if tensor.shape != weight.shape:
+        raise ValueError(f"{name} must have the weight's shape {list(weight.shape)}, got {list(tensor.shape)}")
+    check_device(name, tensor, weight)
+
+
+def check_device(name: str, tensor: Tensor, other: Tensor) -> None:
+    """Raises ValueError unless both tensors are on one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, the other tensors are on {other.device}; they must share one")
+
+
+def check_bias(bias: Tensor | None, channels: int, x: Tensor) -> None:
+    """Raises unless ``bias`` is None or a floating-point [channels] tensor on x's device."""
+    if bias is None:
+        return
+    check_floating("bias", bias)
+    if bias.shape != (channels,):
+        raise ValueError(f"bias must have the shape [{channels}], got {list(bias.shape)}")
+    check_device("bias", bias, x)
+
+
+def check_linear_input(x: Tensor, in_features: int) -> None:
+    """Raises unless ``x`` is a floating-point [..., in_features] tensor."""
+    check_floating("x", x)
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must have the shape [..., {in_features}], got {list(x.shape)}")
+
+
+def check_conv2d_input(x: Tensor, in_channels: int, out_channels: int, groups: int) -> None:
+    """Raises unless ``x`` is a floating-point [B, in_channels, H, W] tensor and groups divides both channel counts."""
+    check_floating("x", x)
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups must divide in_channels and out_channels, got {groups} for {in_channels} and {out_channels}"
+        )
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        raise ValueError(f"x must have the shape [batch, {in_channels}, height, width], got {list(x.shape)}")
+
+
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+def check_precision(precision: str) -> None:
+    """Raises ValueError where ``precision`` is not one of :data:`PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")

@@ -1,0 +1,103 @@
+"""The two products an op can hold, and their gradients: a linear layer's and a convolution's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Product(Protocol):
+    """A product y = x * w, linear in x and in w."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x * w + bias in x's dtype, a new tensor; the weight has x's dtype, the bias any."""
+        ...
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, input_gradient: bool) -> tuple[Tensor, Tensor]:
+        """The gradients for x (empty unless asked for) and weight."""
+        ...
+
+    def bias_gradient(self, grad: Tensor) -> Tensor: ...
+
+    def __iter__(self) -> Iterator[Any]:
+        """The values of the geometry."""
+        ...
+
+
+class LinearProduct(NamedTuple):
+    """x [..., K], weight [N, K] -> [..., N]."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, input_gradient: bool) -> tuple[Tensor, Tensor]:
+        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        return grad @ weight if input_gradient else x.new_empty(0), rows.t() @ inputs
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+class Conv2dProduct(NamedTuple):
+    """x [B, C, H, W], weight [N, C / groups, kh, kw] -> [B, N, H', W']."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(
+            x, weight, None if bias is None else bias.to(x.dtype), self.stride, self.padding, self.dilation, self.groups
+        )
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, input_gradient: bool) -> tuple[Tensor, Tensor]:
+        stride, padding, dilation, groups = self
+        mask = [input_gradient, True, False]
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+        )
+        return grad_x if input_gradient else x.new_empty(0), grad_weight
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        return grad.sum((0, 2, 3))
+
+
+CONV2D_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"  # a Conv2dProduct's fields, in a schema
+
+
+def bind(function: Callable[..., Any], product_of: Callable[..., Product], count: int) -> Callable[..., Any]:
+    """``function(product, *arguments)`` as an op calls it: with ``count`` arguments, the product's geometry, and, if it
+    is a fake's and not the default, the backend."""
+    last = count + len(inspect.signature(product_of).parameters)
+    return lambda *args, **_: function(product_of(*args[count:last]), *args[:count])
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """An image's tensor, or a convolution's weight, in channels-last order; any other one as it is."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, in an order of elements that kernels know: row-major, or channels-last."""
+    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        return tensor
+    return tensor.contiguous()
+
+
+WIDE = 2  # channels
+
+
+def is_wide(x: Tensor) -> bool:
+    """Whether a convolution gains from bfloat16 and channels-last order: not of one channel."""
+    return x.dim() != 4 or x.shape[1] >= WIDE
+
+
+def coarse_order(x: Tensor, output: Tensor) -> Tensor:
+    """What is kept of the outputs in bfloat16, in the memory format that it is kept in."""
+    return channels_last(output) if is_wide(x) else output

@@ -1,0 +1,157 @@
+"""Where the images of a data set come from: scikit-learn, torchvision's files or a folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bqnn.data.image_folder import class_names, read_image_folder
+
+# The name of each data set's class in torchvision.
+TORCHVISION = {
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+    "kmnist": "KMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+}
+TORCHVISION_VALIDATION = 5_000
+DIGITS_TEST, DIGITS_VALIDATION = 360, 180  # of 1,797
+FOLDER_TEST, FOLDER_VALIDATION = 0.2, 0.1  # shares, where a folder has no split of its own
+TEST_SEED = 0  # the test split does not depend on the caller's seed
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 [N, C, H, W] and their labels int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same split on ``device``."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is read, before a validation split is held out; ``validation`` is how many images that takes by default."""
+
+    train: Split
+    test: Split
+    num_classes: int
+    validation: int
+
+
+def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
+    """Parts ``split`` into (``count`` images with the classes in proportion, the rest), each in the order it had.
+
+    Images are ordered by their place in a random permutation of their class, as a share of the class; the first
+    ``count`` are taken, so that each class gives its share, to within one image.
+    """
+    labels = split.labels
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    sizes = labels.bincount()
+    starts = sizes.cumsum(0) - sizes
+    classes = labels[by_class]
+    share = (torch.arange(len(labels)) - starts[classes] + 0.5).double() / sizes[classes]
+    order = by_class[share.argsort(stable=True)]
+    taken, rest = order[:count].sort().values, order[count:].sort().values
+    return Split(split.images[taken], labels[taken]), Split(split.images[rest], labels[rest])
+
+
+def read_digits() -> Source:
+    """scikit-learn's digits, 1,797 images of 8x8, their 17 grey levels spread over 0..255.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the data set digits needs scikit-learn: pip install scikit-learn") from error
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(digits.target).long()
+    test, train = hold_out(Split(images, labels), DIGITS_TEST, TEST_SEED)
+    return Source(train, test, 10, DIGITS_VALIDATION)
+
+
+def read_torchvision(name: str, root: Path, download: bool) -> Source:
+    """One of :data:`TORCHVISION`, from the files that torchvision keeps under ``root``.
+
+    Raises:
+        ImportError: torchvision is not installed.
+        FileNotFoundError: the files are not there, or are damaged, and ``download`` is False.
+    """
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError(f"the data set {name} needs torchvision: pip install torchvision") from error
+    make = getattr(datasets, TORCHVISION[name])
+    try:
+        train, test = (make(root, train=train, download=download) for train in (True, False))
+    except RuntimeError as error:
+        if download:
+            raise
+        call = f"load_dataset({name!r}, {str(root)!r}, download=True)"
+        raise FileNotFoundError(
+            f"{name} is not in {root}, or is damaged there. To download it:\n"
+            f'    python -c "from bqnn.data import load_dataset; {call}"'
+        ) from error
+    return Source(_as_split(train), _as_split(test), len(train.classes), TORCHVISION_VALIDATION)
+
+
+def _as_split(dataset: Any) -> Split:
+    """A torchvision data set, whose ``data`` is [N, H, W] or [N, H, W, C], as a :class:`Split`."""
+    images = torch.as_tensor(dataset.data)
+    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+    return Split(images.contiguous(), torch.as_tensor(dataset.targets).long())
+
+
+def read_folder(path: Path, image_size: int | None, cached: bool = False) -> Source:
+    """A folder that has ``train`` and ``test``, each with a folder a class; or one with just the class folders.
+
+    The second has a fifth of its images taken as the test split, the classes in proportion. ``cached`` keeps what is
+    decoded in ``path``/train.safetensors and ``path``/test.safetensors.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it has no classes or no images.
+        ValueError: an image does not fit (see :func:`read_image_folder`), ``test`` has classes that ``train`` lacks,
+            or only one of the two is there.
+    """
+    parts = [part for part in ("train", "test") if (path / part).is_dir()]
+    if len(parts) == 1:
+        raise ValueError(f"{path} has {parts[0]} but not its counterpart; it needs both train and test, or neither")
+    if not parts:
+        classes = class_names(path)
+        whole = Split(*read_image_folder(path, classes, image_size))
+        test, train = hold_out(whole, round(FOLDER_TEST * len(whole)), TEST_SEED)
+    else:
+        classes = class_names(path / "train")
+        alien = sorted(set(class_names(path / "test")) - set(classes))
+        if alien:
+            raise ValueError(f"{path / 'test'} has classes that {path / 'train'} lacks: {', '.join(alien)}")
+        caches = [path / f"{part}.safetensors" if cached else None for part in parts]
+        train = Split(*read_image_folder(path / "train", classes, image_size, caches[0]))
+        test = Split(*read_image_folder(path / "test", classes, image_size, caches[1]))
+        train, test = _same_channels(train, test)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        sizes = [split.images.shape[-1] for split in (train, test)]
+        raise ValueError(f"{path}: train has {sizes[0]} pixels a side, test {sizes[1]}; pass image_size")
+    return Source(train, test, len(classes), round(FOLDER_VALIDATION * len(train)))
+
+
+def _same_channels(train: Split, test: Split) -> tuple[Split, Split]:
+    """Grey images repeated over three channels, where only one of the splits is grey."""
+    channels = max(train.images.shape[1], test.images.shape[1])
+    widened = [split.images.expand(-1, channels, -1, -1).contiguous() for split in (train, test)]
+    return Split(widened[0], train.labels), Split(widened[1], test.labels)

@@ -1,0 +1,1 @@
+"""From a trained Bayes network to one that runs."""

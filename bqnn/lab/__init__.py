@@ -1,0 +1,1 @@
+"""Experiments: recipes, training, runs, evaluation."""

@@ -1,0 +1,106 @@
+"""Recipes: everything that a training run depends on, and those that the README recommends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from bqnn import models
+from bqnn.bayes.layers import ESTIMATORS, GRANULARITIES, PARTITIONS, PRIORS
+from bqnn.core.check import check_num_levels
+from bqnn.data.augment import KINDS
+
+METHODS = ("bayes", "fpnn")
+# What each field of a recipe may be; `bqnn train` offers the same.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model": models.NAMES,
+    "method": METHODS,
+    "estimator": ESTIMATORS,
+    "prior": PRIORS,
+    "partition": PARTITIONS,
+    "granularity": GRANULARITIES,
+    "augment": KINDS,
+}
+FULL_PRECISION, DETERMINISTIC, BAYES = range(3)  # the phases of a recipe
+
+
+class Phase(NamedTuple):
+    """A stretch of training with an optimizer and a learning-rate cycle of its own."""
+
+    name: str
+    epochs: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run depends on. The phases together are the training; "fpnn" does all of them without quantizing."""
+
+    model: str = "lenet5"
+    dataset: str = "digits"
+    method: str = "bayes"
+    num_levels: int = 3
+    estimator: str = "moment"
+    prior: str = "spike_slab"
+    partition: str = "nearest"
+    granularity: str = "tensor"
+    pretrain_epochs: int = 6
+    deterministic_epochs: int = 10
+    epochs: int = 4
+    batch_size: int = 128
+    lr: float = 4e-3
+    deterministic_lr: float = 3e-3
+    bayes_lr: float = 5e-3
+    codebook_lr: float = 0.1
+    variance_lr: float = 0.3
+    weight_decay: float = 0.0
+    kl_warmup: float = 1.0
+    augment: str = "none"
+    image_size: int | None = None
+    validation: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_num_levels(self.num_levels)
+        for name in ("pretrain_epochs", "deterministic_epochs", "epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("batch_size", "lr", "deterministic_lr", "bayes_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def phases(self) -> tuple[Phase, Phase, Phase]:
+        return (
+            Phase("full precision", self.pretrain_epochs, self.lr),
+            Phase("deterministic", self.deterministic_epochs, self.deterministic_lr),
+            Phase("bayes", self.epochs, self.bayes_lr),
+        )
+
+    @property
+    def total_epochs(self) -> int:
+        return sum(phase.epochs for phase in self.phases)
+
+    def locate(self, epoch: int) -> tuple[int, int]:
+        """The phase that an epoch (from 0) belongs to, and the epochs of it that are done; at the end, the last one."""
+        for index, phase in enumerate(self.phases):
+            if epoch < phase.epochs:
+                return index, epoch
+            epoch -= phase.epochs
+        return index, phase.epochs
+
+
+# Chosen on the validation split, by the measurements in docs/recipe.md.
+LENET5_MNIST = Recipe(model="lenet5", dataset="mnist", augment="affine")
+LENET5_DIGITS = Recipe(
+    model="lenet5",
+    dataset="digits",
+    augment="affine",
+    pretrain_epochs=30,
+    deterministic_epochs=20,
+    epochs=20,
+    bayes_lr=1e-2,
+)

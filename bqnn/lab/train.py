@@ -1,0 +1,307 @@
+"""Training in phases, with a checkpoint an epoch that a kill can't break.
+
+First the full-precision network, then the M-ary one without Bayes, which settles what code each weight has, then the
+estimator of the recipe with its divergence, which makes the posterior and gathers the means at their levels.
+docs/recipe.md has the measurements that speak for this order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bqnn import models
+from bqnn.bayes.batchnorm import refresh_batchnorm
+from bqnn.bayes.convert import convert
+from bqnn.bayes.elbo import elbo, kl_warmup, parameter_groups
+from bqnn.bayes.layers import bayes_layers
+from bqnn.core.files import remove_leftovers, write_atomically
+from bqnn.data.augment import augment
+from bqnn.data.splits import Splits, batches, load_dataset, normalise
+from bqnn.lab.evaluate import EVAL_BATCH, evaluate
+from bqnn.lab.folder import CHECKPOINT, METADATA, METRICS, SPLITS, WEIGHTS, print_now
+from bqnn.lab.recipe import BAYES, DETERMINISTIC, FULL_PRECISION, Recipe
+from bqnn.reports.report import report
+
+# Of AdamW. A mean that has left a threshold has the small, steady gradient of the divergence alone: with a long memory
+# of the likelihood's large one it would hardly move.
+BETAS = ((0.9, 0.999), (0.9, 0.999), (0.9, 0.99))
+WARMUP = 0.1  # share of a phase's steps in which the learning rate rises
+
+
+def build_network(recipe: Recipe, data: Splits, phase: int = BAYES) -> nn.Module:
+    """The network of a phase, freshly initialised."""
+    sizes = {"in_channels": data.in_channels, "num_classes": data.num_classes, "image_size": data.image_size}
+    return quantize(models.build(recipe.model, sizes), recipe, phase)
+
+
+def quantize(net: nn.Module, recipe: Recipe, phase: int = BAYES) -> nn.Module:
+    """``net`` as the recipe trains it in ``phase``: converted, if it is not yet, or itself at full precision."""
+    if phase == FULL_PRECISION or recipe.method == "fpnn":
+        return net
+    layers = bayes_layers(net)
+    if not layers:
+        options = {name: getattr(recipe, name) for name in ("estimator", "prior", "partition", "granularity")}
+        net = convert(net, recipe.num_levels, **options)
+        layers = bayes_layers(net)
+    for layer in layers.values():
+        layer.estimator = "deterministic" if phase == DETERMINISTIC else recipe.estimator
+        layer.reset_variances_()
+    return net
+
+
+class Trainer:
+    """One run: a recipe, its data, its folder, and the state that a checkpoint holds.
+
+    Args:
+        recipe: what to do.
+        folder: where checkpoint.pt, model.safetensors and metrics.json go.
+        data_root: where the data sets are.
+        device: "cpu" or "cuda".
+        download: let torchvision download what is missing.
+        init: a model.safetensors of the full-precision network, in place of the first phase, whose epochs are not run.
+
+    Raises:
+        ValueError: the network or the data set does not fit the recipe, or ``init`` does not fit the network.
+        FileNotFoundError: the data or ``init`` is not there.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: str | Path,
+        *,
+        data_root: str | Path = "data",
+        device: str = "cpu",
+        download: bool = False,
+        init: str | Path | None = None,
+    ) -> None:
+        self.recipe, self.folder, self.device = recipe, Path(folder), torch.device(device)
+        self.from_init = init is not None
+        self.data = load_dataset(
+            recipe.dataset,
+            data_root,
+            image_size=recipe.image_size,
+            validation=recipe.validation,
+            download=download,
+        )
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+        self.scores: dict[str, Any] = {}  # what `bqnn eval` has added to metrics.json
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        torch.manual_seed(recipe.seed)
+        self.net = build_network(recipe, self.data, FULL_PRECISION)
+        if init is not None:
+            self._load_init(init)
+            self.epoch = recipe.pretrain_epochs
+        self._start_phase(quantize(self.net, recipe, self.phase))
+
+    @property
+    def phase(self) -> int:
+        """FULL_PRECISION, DETERMINISTIC or BAYES: the phase of the next epoch."""
+        return self.recipe.locate(self.epoch)[0]
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether the last batch is left out: BatchNorm can't train on one image."""
+        return self.recipe.batch_size > 1 and len(self.data.train) % self.recipe.batch_size == 1
+
+    @property
+    def steps_an_epoch(self) -> int:
+        return math.ceil(len(self.data.train) / self.recipe.batch_size) - self.drop_last
+
+    def _load_init(self, init: str | Path) -> None:
+        try:
+            self.net.load_state_dict(load_file(init))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"init must be a full-precision {self.recipe.model}, got {init}: {error}") from error
+
+    def _start_phase(self, net: nn.Module) -> None:
+        recipe = self.recipe
+        self.net = net.to(self.device)
+        _, epochs, lr = recipe.phases[self.phase]
+        groups = parameter_groups(
+            self.net,
+            lr,
+            codebook_lr=recipe.codebook_lr,
+            variance_lr=recipe.variance_lr,
+            weight_decay=recipe.weight_decay,
+        )
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS[self.phase], fused=True)
+        steps = max(1, epochs * self.steps_an_epoch)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            [group["lr"] for group in groups],
+            total_steps=steps,
+            # The scheduler divides by the steps of the rise less one: a rise of exactly one step is none it can do.
+            pct_start=min(0.75, max(WARMUP, 2 / steps)),
+            cycle_momentum=False,
+        )
+
+    def run(self, progress: bool = True, log: Callable[[str], object] = print_now) -> nn.Module:
+        """Trains to the end from where the run stands, and returns the network in evaluation mode.
+
+        Args:
+            progress: show a bar for each epoch.
+            log: takes a line for each epoch.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite; the checkpoint of the epoch before is still there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (CHECKPOINT, WEIGHTS, METRICS):
+            remove_leftovers(self.folder / name)
+        if not self.history:
+            self.save_checkpoint()
+        while self.epoch < self.recipe.total_epochs:
+            record, phase = self._run_epoch(progress), self.phase
+            self.history.append(record)
+            self.epoch += 1
+            if self.phase != phase:
+                self._start_phase(quantize(self.net, self.recipe, self.phase))
+            self.save_checkpoint()
+            log(describe(record))
+        self.net.eval()
+        self._write_weights()
+        self._write_metrics()
+        return self.net
+
+    def _run_epoch(self, progress: bool) -> dict[str, Any]:
+        recipe, started = self.recipe, time.perf_counter()
+        phase, done = recipe.locate(self.epoch)
+        bayes = bool(bayes_layers(self.net))
+        sums = torch.zeros(3, dtype=torch.float64)
+        self.net.train()
+        rows = batches(self.data.train, recipe.batch_size, self.generator, shuffle=True, drop_last=self.drop_last)
+        bar = tqdm(rows, f"epoch {self.epoch + 1}", self.steps_an_epoch, leave=False, disable=not progress)
+        for step, (images, labels) in enumerate(bar):
+            x = augment(normalise(images, self.data.mean, self.data.std), self.generator, recipe.augment)
+            output, labels = self.net(x.to(self.device)), labels.to(self.device)
+            if bayes:
+                weight = kl_warmup(done + step / self.steps_an_epoch, recipe.kl_warmup)
+                loss, nll, kl = elbo(output, labels, self.net, len(self.data.train), weight)
+            else:
+                loss = nll = F.cross_entropy(output, labels)
+                kl = torch.zeros(())
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            sums += torch.stack([loss.detach(), nll.detach(), kl.detach().to(loss)]).double().cpu()
+        loss_mean, nll_mean, kl_mean = (sums / self.steps_an_epoch).tolist()
+        if not math.isfinite(loss_mean):
+            name = ("lr", "deterministic_lr", "bayes_lr")[phase]
+            raise FloatingPointError(
+                f"the loss of epoch {self.epoch + 1} is {loss_mean}; a smaller {name} ({getattr(recipe, name)} now) "
+                "may help"
+            )
+        if bayes:
+            refresh_batchnorm(self.net, self._calibration())
+        error, validation_nll = self._validate()
+        codebooks = report(self.net) if bayes else None
+        return {
+            "epoch": self.epoch + 1,
+            "phase": recipe.phases[phase if bayes else FULL_PRECISION].name,
+            "loss": loss_mean,
+            "nll": nll_mean,
+            "kl": kl_mean,
+            "validation_error": error,
+            "validation_nll": validation_nll,
+            "quantization_loss": codebooks.quantization_loss if codebooks else None,
+            "near_share": codebooks.near_share if codebooks else None,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def _calibration(self) -> Iterator[Tensor]:
+        """Training images without augmentation, the same ones whenever asked, for BatchNorm's statistics."""
+        fixed = torch.Generator().manual_seed(self.recipe.seed)
+        for images, _ in batches(self.data.train, EVAL_BATCH // 2, fixed, shuffle=True):
+            yield normalise(images, self.data.mean, self.data.std).to(self.device)
+
+    def _validate(self) -> tuple[float | None, float | None]:
+        if len(self.data.validation) == 0:
+            return None, None
+        score = evaluate(self.net, self.data.validation, self.data)
+        return score.error, score.nll
+
+    def save_checkpoint(self) -> None:
+        """Writes checkpoint.pt and metrics.json, each whole or not at all."""
+        state = {
+            "recipe": asdict(self.recipe),
+            "init": self.from_init,
+            "epoch": self.epoch,
+            "history": self.history,
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch_generator": torch.get_rng_state(),
+        }
+        write_atomically(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
+        self._write_metrics()
+
+    def resume(self) -> bool:
+        """Goes back to the last whole checkpoint of the folder; False where there is none yet.
+
+        Raises:
+            ValueError: the checkpoint is of another recipe, and the message names what differs; or ``init`` was given
+                for a run that began without one.
+        """
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return False
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        mine = asdict(self.recipe)
+        differing = [name for name in mine if mine[name] != state["recipe"].get(name)]
+        if differing:
+            raise ValueError(
+                f"{path} is of another recipe: "
+                + ", ".join(f"{name} was {state['recipe'].get(name)!r}, now {mine[name]!r}" for name in differing)
+            )
+        if self.from_init and not state["init"]:
+            raise ValueError(f"init can't be given for {path}, whose run began without one")
+        self.from_init = state["init"]
+        self.epoch, self.history = state["epoch"], state["history"]
+        metrics = self.folder / METRICS
+        if metrics.exists():
+            self.scores = {key: value for key, value in json.loads(metrics.read_text()).items() if key in SPLITS}
+        self._start_phase(build_network(self.recipe, self.data, self.phase))
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.generator.set_state(state["generator"].cpu())
+        torch.set_rng_state(state["torch_generator"].cpu())
+        return True
+
+    def _write_weights(self) -> None:
+        tensors = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
+        # One entry: safetensors writes several in an order that changes from process to process.
+        metadata = {METADATA: json.dumps({"recipe": asdict(self.recipe), "factory": self.net.factory})}
+        write_atomically(self.folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+
+    def _write_metrics(self) -> None:
+        text = json.dumps({"recipe": asdict(self.recipe), "history": self.history, **self.scores}, indent=1)
+        write_atomically(self.folder / METRICS, lambda path: Path(path).write_text(text))
+
+
+def describe(record: dict[str, Any]) -> str:
+    """A record of the history in one line."""
+    parts = [f"epoch {record['epoch']:3d}", f"{record['phase']:<14}", f"loss {record['loss']:.4f}"]
+    if record["validation_error"] is not None:
+        parts.append(f"validation error {record['validation_error']:.2f} %")
+    if record["quantization_loss"] is not None:
+        parts.append(f"quantization loss {record['quantization_loss']:.4f}")
+        parts.append(f"near a level {100 * record['near_share']:.1f} %")
+    return "  ".join((*parts, f"{record['seconds']:.1f} s"))

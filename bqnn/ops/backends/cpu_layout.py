@@ -1,0 +1,66 @@
+"""The layout in which the cpu backend wants a packed weight: made of the stored codes, never stored itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bqnn.core.int8 import round_levels
+from bqnn.core.native import cpu_isa
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+"""Of the activations that the kernels read and write; they compute bfloat16 ones in float32."""
+
+# What multiplies, by instruction set; AMX multiplies a float32 in three bfloat16 parts.
+_UNITS = {"scalar": "scalar", "avx2": "AVX2", "avx512": "AVX-512", "amx": "AMX"}
+
+
+def make_layout(
+    codes: Tensor,
+    levels: Tensor,
+    columns: int,
+    precision: str,
+    kernel_size: Sequence[int] = (),
+    dilation_w: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The layout of the cpu backend for a packed weight; valid in this process, as long as codes and levels are.
+
+    Args:
+        codes: uint8 [N, packed_width(columns, M)], on the CPU.
+        levels: float32 [1 or N, M].
+        columns: K; for a convolution C/groups * kh * kw.
+        precision: "fp32", "bf16" or "int8".
+        kernel_size, dilation_w, groups: of a convolution; ``dilation_w`` is the dilation along the width. A linear
+            layer has no kernel size.
+
+    Returns:
+        uint8, bytes that the cpu backend alone reads.
+
+    Raises:
+        ValueError: "int8" with so many columns that sums could overflow.
+        RuntimeError: a tensor has another shape or dtype.
+    """
+    if precision == "int8":
+        integers, scale = round_levels(levels, columns)
+    else:
+        integers, scale = levels.new_zeros(levels.shape, dtype=torch.int8), levels.new_zeros(len(levels))
+    return torch.ops.bqnn_cpu.packed_layout(
+        codes.contiguous(),
+        levels.contiguous(),
+        integers,
+        scale,
+        columns,
+        list(kernel_size),
+        dilation_w,
+        groups,
+        precision,
+    )
+
+
+def layout_name(num_levels: int, precision: str) -> str:
+    """The cpu backend's layout and what multiplies it, e.g. "3 levels, 2 bits, AMX int8"."""
+    bits = 1 if num_levels == 2 else 2 if num_levels <= 4 else 4
+    return f"{num_levels} levels, {bits} bits, {_UNITS[cpu_isa()]} {precision}"

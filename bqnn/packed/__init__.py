@@ -1,0 +1,1 @@
+"""Packed layers, and what decides how each of them runs."""

@@ -1,0 +1,1 @@
+"""What a user is told of a network: the health of its layers, and where its time goes."""

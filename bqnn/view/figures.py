@@ -1,0 +1,153 @@
+"""The figures of a report, as SVG elements that take colour and font of the text around them."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bqnn.bayes.layers import BayesLayer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Of Okabe and Ito's colours, told apart by readers who do not see all hues, those that are seen on white and black.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DASHES = ("", "6 2", "2 2")  # once the colours are used up
+TEXT = "#010203"  # stands for the colour of the text; replaced in the SVG
+LEVEL, THRESHOLD, MEANS = "#d55e00", "#009e73", "#0072b2"
+BINS = 150
+TAIL = 5e-4  # share of the means at either end that a histogram does not reach out for
+MARGIN = 0.03  # share of a histogram's width that is left free at either side
+SIZE = (4.2, 2.5)  # inches
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bqnn",
+    "font.size": 10.0,
+    "axes.titlesize": 10.0,
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.unicode_minus": False,
+    "savefig.transparent": True,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), TEXT),
+}
+
+
+class Curve(NamedTuple):
+    """A line of a figure: y by x, and its place in the order of the page, which sets colour and dashes."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    order: int
+
+
+def line_style(order: int) -> tuple[str, str]:
+    """Colour and SVG dash array of the line with that place in the order."""
+    return COLOURS[order % len(COLOURS)], DASHES[order // len(COLOURS) % len(DASHES)]
+
+
+class _Drawing:
+    """One pair of axes in matplotlib's SVG; ``key`` makes its ids unlike those of other drawings on the page."""
+
+    def __init__(self, key: str, title: str, x_label: str, y_label: str) -> None:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        self.key, self.title = key, title
+        with rc_context(STYLE):
+            self.figure = Figure(figsize=SIZE, layout="constrained")
+            self.axes: Axes = self.figure.subplots()
+            self.axes.set_title(title)
+            self.axes.set_xlabel(x_label)
+            self.axes.set_ylabel(y_label)
+
+    def svg(self) -> str:
+        from matplotlib import rc_context
+
+        buffer = io.StringIO()
+        with rc_context(STYLE):
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+        text = re.sub(r' id="[a-z0-9_.]+_\d+"', "", text)  # nothing refers to these
+        text = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{self.key}-", text)
+        text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+        text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
+        text = re.sub(r"\s*\n\s*", "\n", text.replace(TEXT, "currentColor"))
+        text = re.sub(r'(<svg [^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
+        return text.replace("<svg ", f'<svg role="img" aria-label="{escape(self.title)}" ', 1)
+
+
+def draw_curves(
+    key: str, title: str, curves: Sequence[Curve], marks: Sequence[float] = (), logarithmic: bool = False
+) -> str:
+    """Lines by epoch in one figure, with thin vertical lines at ``marks``; positive numbers if ``logarithmic``."""
+    drawing = _Drawing(key, title, "epoch", "")
+    for mark in marks:
+        drawing.axes.axvline(mark, color=TEXT, linewidth=0.5, alpha=0.4)
+    for curve in curves:
+        colour, dashes = line_style(curve.order)
+        style = (0, [float(part) / 1.5 for part in dashes.split()]) if dashes else "-"
+        drawing.axes.plot(curve.x, curve.y, color=colour, linestyle=style, linewidth=1.5, marker=".", markersize=4)
+    drawing.axes.locator_params(axis="x", integer=True)
+    if logarithmic:
+        _use_logarithm(drawing.axes)
+    drawing.axes.grid(True, color=TEXT, alpha=0.12, linewidth=0.6)
+    return drawing.svg()
+
+
+@torch.no_grad()
+def draw_means(key: str, name: str, layer: BayesLayer, log_counts: bool = True) -> str:
+    """The histogram of a layer's means, with a line at each level and a dashed one at each threshold.
+
+    With a codebook an output channel, means are shown by their place in their own codebook: its levels are at 0, 1,
+    ..., and what lies between two of them is linear.
+    """
+    levels, thresholds = layer.levels.cpu(), layer.thresholds.cpu()
+    means, x_label = layer.weight.cpu(), "mean"
+    if len(levels) > 1:
+        means, x_label = place_in_codebook(means.flatten(1), levels), "mean, by its place in the channel's codebook"
+        thresholds = place_in_codebook(thresholds, levels).mean(0, keepdim=True)
+        levels = torch.arange(levels.shape[1], dtype=levels.dtype).unsqueeze(0)
+    ordered = means.flatten().double().sort().values
+    cut = int(TAIL * len(ordered))
+    low, high = float(ordered[cut]), float(ordered[len(ordered) - 1 - cut])
+    low, high = min(low, float(levels.min())), max(high, float(levels.max()))
+    margin = MARGIN * (high - low)
+    low, high = low - margin, high + margin
+    counts, edges = torch.histogram(ordered.clamp(low, high), BINS, range=(low, high))
+
+    drawing = _Drawing(key, f"{name}, {len(ordered):,} weights", x_label, "weights")
+    axes = drawing.axes
+    axes.stairs(counts.tolist(), edges.tolist(), fill=True, color=MEANS)
+    if log_counts:
+        _use_logarithm(axes)
+        axes.set_ylim(0.7, 4 * float(counts.max()))  # leaves the lines of the levels room above the spikes
+    for level in levels[0].tolist():
+        axes.axvline(level, color=LEVEL, linewidth=1.0, zorder=0)
+    for threshold in thresholds[0].tolist():
+        axes.axvline(threshold, color=THRESHOLD, linewidth=1.0, linestyle="--", zorder=0)
+    return drawing.svg()
+
+
+def _use_logarithm(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers at the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def place_in_codebook(values: Tensor, levels: Tensor) -> Tensor:
+    """Where values [G, N] lie among the levels [G, M] of their row: level m is at m, linear between and beyond."""
+    below = (torch.searchsorted(levels.contiguous(), values.contiguous()) - 1).clamp(0, levels.shape[1] - 2)
+    start, end = levels.gather(1, below), levels.gather(1, below + 1)
+    return below + (values - start) / (end - start)
