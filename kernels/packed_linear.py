@@ -1,7 +1,7 @@
 """packed_linear: the product with a weight of codes, decoded field by field in registers.
 
-Shapes: x [M, K], words [N, W] (bqnn.ops.backends.gpu_layout), y [M, N]. A single row is multiplied as it is decoded; more
-rows go through tensor cores, a product for each field of a tile of words.
+Shapes: x [M, K], words [N, W] (bqnn.ops.backends.gpu_layout), y [M, N]. A single row is multiplied as it is decoded;
+more rows go through tensor cores, a product for each field of a tile of words.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """The bytes of a packed file: a safetensors file in which no byte can change unnoticed.
 
-The metadata of the safetensors header has one key, "bqnn", whose value is compact JSON: what
-:mod:`bqnn.files.network` describes, after a field "crc32" of hexadecimal CRC-32s, eight digits each: first that of the header with its length before it,
-computed with these eight digits zero, then that of each tensor, in the order of their sorted names.
+The metadata of the safetensors header has one key, "bqnn", whose value is compact JSON: what :mod:`bqnn.files.network`
+describes, after a field "crc32" of hexadecimal CRC-32s, eight digits each: first that of the header with its length
+before it, computed with these eight digits zero, then that of each tensor, in the order of their sorted names.
 """
 
 from __future__ import annotations

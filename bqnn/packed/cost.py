@@ -1,8 +1,9 @@
 """Never slower: the expected time of a packed layer and of its dense product, the choice between them, and a check.
 
-With the cpu backend, expected times are measured ones of small layers (bqnn.packed.probes). Otherwise the model is
-a roofline: a pass over a layer costs one call plus the longer of moving its bytes and doing its operations, at rates measured once
-a process and device. A GPU's kernels decode the weight once for each tile of rows; :meth:`LayerWork.gpu_seconds`.
+With the cpu backend, expected times are measured ones of small layers (bqnn.packed.probes). Otherwise the model is a
+roofline: a pass over a layer costs one call plus the longer of moving its bytes and doing its operations, at rates
+measured once a process and device. A GPU's kernels decode the weight once for each tile of rows;
+:meth:`LayerWork.gpu_seconds`.
 """
 
 from __future__ import annotations
