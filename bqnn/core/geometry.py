@@ -1,13 +1,16 @@
-"""Padding that a convolution op does not take itself: "same" with an even kernel, and modes other than zeros."""
+"""Shapes: of linear layers and convolutions, and the padding that a convolution op does not take itself."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+MOST = 2**31 - 1
 
 
 def symmetric_padding(conv: Any) -> tuple[int, int] | None:
@@ -59,15 +62,108 @@ def output_size(
     return [(size[i] + total_padding[i] - reach[i]) // stride[i] + 1 for i in range(2)]
 
 
+class LinearGeometry(NamedTuple):
+    """A linear layer's: x [..., K] -> [..., N]. It has the methods of :class:`Conv2dGeometry`."""
+
+    def columns(self, x: Tensor) -> int:
+        return x.shape[-1]
+
+    def taps(self) -> int:
+        return 1
+
+    def rows(self, x: Tensor) -> int:
+        return math.prod(x.shape[:-1])
+
+    def weight_shape(self, columns: int) -> tuple[int, ...]:
+        return (-1, columns)
+
+    def output(self, x: Tensor, channels: int) -> Tensor:
+        return x.new_empty((*x.shape[:-1], channels))
+
+    def samples(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1])
+
+    def as_output(self, y: Tensor, x: Tensor) -> Tensor:
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad @ weight
+
+
+class Conv2dGeometry(NamedTuple):
+    """A convolution's: x [B, C, H, W] -> [B, N, H', W'], zeros pad."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def columns(self, x: Tensor) -> int:
+        """Weights of an output channel."""
+        return x.shape[1] // self.groups * self.taps()
+
+    def taps(self) -> int:
+        """Weights of an output channel for each input channel."""
+        return math.prod(self.kernel_size)
+
+    def size(self, x: Tensor) -> list[int]:
+        """Height and width of the output."""
+        total = [2 * each for each in self.padding]
+        return output_size(x.shape[2:], self.kernel_size, self.stride, total, self.dilation)
+
+    def rows(self, x: Tensor) -> int:
+        """Output positions, over the whole batch."""
+        return x.shape[0] * math.prod(self.size(x))
+
+    def weight_shape(self, columns: int) -> tuple[int, ...]:
+        """Of the dense weight with so many weights an output channel; -1 stands for these channels."""
+        return (-1, columns // self.taps(), *self.kernel_size)
+
+    def output(self, x: Tensor, channels: int) -> Tensor:
+        """A new tensor of the output's shape, dtype and memory format."""
+        shape = (x.shape[0], channels, *self.size(x))
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+
+    def samples(self, x: Tensor) -> Tensor:
+        """x with what "int8" has one scale for in each index of the first dimension."""
+        return x
+
+    def as_output(self, y: Tensor, x: Tensor) -> Tensor:
+        """The product of :meth:`samples` in the output's shape and memory format."""
+        return y.contiguous(memory_format=memory_format_of(x))
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with a dense weight."""
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient for x of :meth:`product`."""
+        arguments = (list(self.stride), list(self.padding), list(self.dilation), False, [0, 0], self.groups)
+        mask = [True, False, False]
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *arguments, mask)[0]
+
+
+Geometry = LinearGeometry | Conv2dGeometry
+
+
 def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Channels-last where x is, and not contiguous as well."""
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
 
 
 def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    """``value``, one integer or two, as two; raises ValueError where one is below ``least``."""
+    """``value``, one integer or two, as two.
+
+    Raises:
+        ValueError: one is below ``least``, or beyond what the kernels count with, 32 bits.
+    """
     first, second = (value, value) if isinstance(value, int) else value if len(value) == 2 else (least - 1, 0)
-    if min(first, second) < least:
-        raise ValueError(f"{name} must be one integer or two, each {least} or more, got {value}")
+    if min(first, second) < least or max(first, second) > MOST:
+        raise ValueError(f"{name} must be one integer or two, each {least} or more and at most {MOST}, got {value}")
     return first, second

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,20 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 LOW_32 = 0xFFFFFFFF
 CALLS_A_BLOCK = 1 << 14  # four int64 words of a block stay in a core's cache through the ten rounds
+
+
+class Noise(NamedTuple):
+    """Where a tensor's noise begins in the stream of random numbers."""
+
+    seed: Tensor | None
+    """int64 scalar tensor on the CPU, the key; None where there is no noise."""
+    offset: int
+    """The call that holds the number of element 0."""
+
+    def normal(self, like: Tensor) -> Tensor:
+        """:func:`normal` in the shape and dtype of ``like``, and on its device."""
+        assert self.seed is not None
+        return normal(self.seed, self.offset, like.shape, like.device, like.dtype)
 
 
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

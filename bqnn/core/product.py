@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -46,9 +45,9 @@ class LinearProduct(NamedTuple):
 class Conv2dProduct(NamedTuple):
     """x [B, C, H, W], weight [N, C / groups, kh, kw] -> [B, N, H', W']."""
 
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
     groups: int
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,16 +70,13 @@ class Conv2dProduct(NamedTuple):
 CONV2D_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"  # a Conv2dProduct's fields, in a schema
 
 
-def bind(function: Callable[..., Any], product_of: Callable[..., Product], count: int) -> Callable[..., Any]:
-    """``function(product, *arguments)`` as an op calls it: with ``count`` arguments, the product's geometry, and, if it
-    is a fake's and not the default, the backend."""
-    last = count + len(inspect.signature(product_of).parameters)
-    return lambda *args, **_: function(product_of(*args[count:last]), *args[:count])
-
-
 def channels_last(tensor: Tensor) -> Tensor:
     """An image's tensor, or a convolution's weight, in channels-last order; any other one as it is."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -7,13 +7,41 @@ Shapes: ``weight`` [N, ...], ``levels`` [G, M], ``thresholds`` [G, M - 1]; G is 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bqnn.core.philox import normal
+from bqnn.core.philox import Noise
 
 Z_LIMIT = 9.0  # Phi(-9) is 1e-19: nothing beside the 1 that it is added to
+
+
+class Posterior(NamedTuple):
+    """The parameters of a quantized weight; gradients for them, or which are wanted, are one too."""
+
+    weight: Tensor
+    """mu, [N, ...]."""
+    log_sigma2: Tensor | None
+    """The weight's shape; None where the weight is deterministic."""
+    levels: Tensor
+    """[G, M]."""
+    thresholds: Tensor
+    """[G, M - 1]."""
+
+    def contiguous(self) -> Posterior:
+        return Posterior(*(None if tensor is None else tensor.contiguous() for tensor in self))  # type: ignore[arg-type]
+
+    def part(self, channels: slice) -> Posterior:
+        """That of some output channels, in the same memory."""
+        log_sigma2 = None if self.log_sigma2 is None else self.log_sigma2[channels]
+        codebook = codebook_of(self.levels, channels), codebook_of(self.thresholds, channels)
+        return Posterior(self.weight[channels], log_sigma2, *codebook)
+
+
+def codebook_of(codebook: Tensor, channels: slice) -> Tensor:
+    """The part [1 or N, ...] of levels or thresholds that belongs to some output channels."""
+    return codebook[channels] if codebook.shape[0] > 1 else codebook
 
 
 def column(codebook: Tensor, j: int, weight: Tensor) -> Tensor:
@@ -53,14 +81,13 @@ def midpoints(levels: Tensor) -> Tensor:
     return 0.5 * (levels[:, 1:] + levels[:, :-1])
 
 
-def sample(
-    weight: Tensor, log_sigma2: Tensor | None, thresholds: Tensor, seed: Tensor | None, offset: int
-) -> tuple[Tensor, Tensor | None]:
-    """Codes of w = mu + sigma * eps, and sigma * eps; without log_sigma2, of mu itself and None."""
-    if log_sigma2 is None or seed is None:
+def sample(posterior: Posterior, noise: Noise) -> tuple[Tensor, Tensor | None]:
+    """Codes of w = mu + sigma * eps, and sigma * eps; of a deterministic weight, of mu itself and None."""
+    weight, log_sigma2, _, thresholds = posterior
+    if log_sigma2 is None:
         return assign(weight, thresholds), None
-    noise = normal(seed, offset, weight.shape, weight.device, weight.dtype) * (0.5 * log_sigma2).exp()
-    return assign(weight + noise, thresholds), noise
+    shift = noise.normal(weight) * (0.5 * log_sigma2).exp()
+    return assign(weight + shift, thresholds), shift
 
 
 def standardised(weight: Tensor, inv_sigma: Tensor, threshold: Tensor) -> Tensor:

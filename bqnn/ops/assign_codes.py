@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,33 +11,47 @@ from torch import Tensor
 from bqnn.core import quantizer
 from bqnn.core.check import check_thresholds, check_weight
 from bqnn.core.codes import pack_codes, packed_width
+from bqnn.core.structure import Structure
 from bqnn.ops import dispatch
-from bqnn.ops.backends.cpu import all_float32
-from bqnn.ops.backends.triton import kernels, serves
-from bqnn.ops.register import register_op
+from bqnn.ops.backends.cpu import serves
+from bqnn.ops.backends.triton import kernels, no_weights, other_dtype
+from bqnn.ops.register import call, register_op
 
 
-def assign_codes_reference(weight: Tensor, thresholds: Tensor, packed: bool) -> Tensor:
-    codes = quantizer.assign(weight, thresholds)
-    return pack_codes(codes.flatten(1), int(thresholds.shape[1]) + 1) if packed else codes
+class AssignCall(NamedTuple):
+    """The arguments of the op."""
+
+    weight: Tensor
+    thresholds: Tensor
+    packed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the output."""
+        shape = tuple(self.weight.shape)
+        if not self.packed:
+            return shape
+        return shape[0], packed_width(math.prod(shape[1:]), int(self.thresholds.shape[1]) + 1)
 
 
-def assign_codes_cpu(weight: Tensor, thresholds: Tensor, packed: bool) -> Tensor:
-    if not all_float32(weight, thresholds):
-        return assign_codes_reference(weight, thresholds, packed)
-    shape = tuple(weight.shape)
-    if packed:
-        shape = (shape[0], packed_width(math.prod(shape[1:]), int(thresholds.shape[1]) + 1))
-    codes = weight.new_empty(shape, dtype=torch.uint8)
-    torch.ops.bqnn_cpu.assign_codes(weight.contiguous(), thresholds.contiguous(), packed, codes)
-    return codes if packed else _laid_out_as(weight, codes)
+def assign_codes_reference(call: AssignCall) -> Tensor:
+    codes = quantizer.assign(call.weight, call.thresholds)
+    return pack_codes(codes.flatten(1), int(call.thresholds.shape[1]) + 1) if call.packed else codes
 
 
-def assign_codes_triton(weight: Tensor, thresholds: Tensor, packed: bool) -> Tensor:
-    if not serves(weight, thresholds):
-        return assign_codes_reference(weight, thresholds, packed)
-    codes = kernels("assign_codes").assign_codes(weight.contiguous(), thresholds.contiguous(), packed)
-    return codes if packed else _laid_out_as(weight, codes)
+def _cpu(call: AssignCall) -> Tensor:
+    codes = call.weight.new_empty(call.shape, dtype=torch.uint8)
+    torch.ops.bqnn_cpu.assign_codes(call.weight.contiguous(), call.thresholds.contiguous(), call.packed, codes)
+    return codes if call.packed else _laid_out_as(call.weight, codes)
+
+
+def _triton(call: AssignCall) -> Tensor:
+    codes = kernels("assign_codes").assign_codes(call.weight.contiguous(), call.thresholds.contiguous(), call.packed)
+    return codes if call.packed else _laid_out_as(call.weight, codes)
+
+
+def _triton_serves(call: AssignCall) -> str:
+    return other_dtype(call) or no_weights(call.weight)
 
 
 def _laid_out_as(weight: Tensor, codes: Tensor) -> Tensor:
@@ -44,21 +59,21 @@ def _laid_out_as(weight: Tensor, codes: Tensor) -> Tensor:
     return codes if weight.is_contiguous() else torch.empty_like(weight, dtype=torch.uint8).copy_(codes)
 
 
-def _fake(weight: Tensor, thresholds: Tensor, packed: bool = False, backend: str | None = None) -> Tensor:
-    if not packed:
-        return torch.empty_like(weight, dtype=torch.uint8)
-    columns = weight[0].numel()
-    return weight.new_empty((weight.shape[0], packed_width(columns, int(thresholds.shape[1]) + 1)), dtype=torch.uint8)
+def _fake(call: AssignCall) -> Tensor:
+    if not call.packed:
+        return torch.empty_like(call.weight, dtype=torch.uint8)
+    return call.weight.new_empty(call.shape, dtype=torch.uint8)
 
 
 register_op(
     "assign_codes",
     "(Tensor weight, Tensor thresholds, bool packed=False, str? backend=None) -> Tensor",
+    Structure(AssignCall),
     assign_codes_reference,
     _fake,
 )
-dispatch.register("assign_codes", "triton", assign_codes_triton)
-dispatch.register("assign_codes", "cpu", assign_codes_cpu)
+dispatch.register("assign_codes", "triton", _triton, _triton_serves)
+dispatch.register("assign_codes", "cpu", _cpu, serves)
 
 
 def assign_codes(weight: Tensor, thresholds: Tensor, packed: bool = False, backend: str | None = None) -> Tensor:
@@ -77,4 +92,4 @@ def assign_codes(weight: Tensor, thresholds: Tensor, packed: bool = False, backe
     """
     check_weight(weight)
     check_thresholds(thresholds, weight)
-    return torch.ops.bqnn.assign_codes(weight, thresholds, packed, backend)
+    return call("assign_codes", AssignCall(weight, thresholds, packed), backend)

@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn.core.codebook import MARGIN, MIN_GAP, TAU_PER_GAP, gaps, levels_from_raw, thresholds_from_raw
+from bqnn.core.product import contiguous
 from bqnn.core.quantizer import midpoints
+from bqnn.core.structure import Structure, only
 from bqnn.ops import dispatch
-from bqnn.ops.backends.cpu import all_float32, kernels
+from bqnn.ops.backends.cpu import kernels, serves
 from bqnn.ops.register import call, register_op
 
 
-def codebook_from_raw_reference(
-    raw_levels: Tensor, scale: Tensor, raw_thresholds: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    levels = levels_from_raw(raw_levels, scale)
-    thresholds = midpoints(levels) if raw_thresholds is None else thresholds_from_raw(raw_thresholds, levels)
+class RawCodebook(NamedTuple):
+    """The arguments of the op."""
+
+    raw_levels: Tensor
+    scale: Tensor
+    raw_thresholds: Tensor | None
+
+
+class RawCodebookBackward(NamedTuple):
+    """The arguments of its backward op."""
+
+    grad_levels: Tensor
+    grad_thresholds: Tensor
+    raw: RawCodebook
+
+
+def codebook_from_raw_reference(raw: RawCodebook) -> tuple[Tensor, Tensor, Tensor]:
+    levels = levels_from_raw(raw.raw_levels, raw.scale)
+    if raw.raw_thresholds is None:
+        thresholds = midpoints(levels)
+    else:
+        thresholds = thresholds_from_raw(raw.raw_thresholds, levels)
     return levels, thresholds, TAU_PER_GAP * gaps(levels)
 
 
-def codebook_from_raw_backward_reference(
-    grad_levels: Tensor,
-    grad_thresholds: Tensor,
-    raw_levels: Tensor,
-    scale: Tensor,
-    raw_thresholds: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def codebook_from_raw_backward_reference(call: RawCodebookBackward) -> tuple[Tensor, Tensor]:
     """Gradients for the raw levels and the raw thresholds (empty without them)."""
+    grad_levels, grad_thresholds, (raw_levels, scale, raw_thresholds) = call
     grad_raw_thresholds = raw_levels.new_empty(0)
     share: Tensor | float = 0.5
     if raw_thresholds is not None:
@@ -45,81 +59,61 @@ def codebook_from_raw_backward_reference(
     return torch.cat([by_first, by_gaps * torch.sigmoid(raw_levels[:, 1:])], dim=1), grad_raw_thresholds
 
 
-def _fake(raw_levels: Tensor, scale: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-    groups, num_levels = raw_levels.shape
-    like = raw_levels.new_empty
+def _fake(raw: RawCodebook) -> tuple[Tensor, Tensor, Tensor]:
+    groups, num_levels = raw.raw_levels.shape
+    like = raw.raw_levels.new_empty
     return like((groups, num_levels)), like((groups, num_levels - 1)), like((groups, num_levels))
 
 
-def _fake_backward(
-    grad_levels: Tensor,
-    grad_thresholds: Tensor,
-    raw_levels: Tensor,
-    scale: Tensor,
-    raw_thresholds: Tensor | None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(call: RawCodebookBackward) -> tuple[Tensor, Tensor]:
+    raw_levels, _, raw_thresholds = call.raw
     by_thresholds = raw_levels.new_empty(0 if raw_thresholds is None else raw_thresholds.shape)
     return raw_levels.new_empty(raw_levels.shape), by_thresholds
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+def _save(ctx: Any, raw: RawCodebook, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*raw)
     ctx.mark_non_differentiable(output[2])
 
 
-def _backward(ctx: Any, grad_levels: Tensor, grad_thresholds: Tensor, _: Any) -> tuple[Any, ...]:
-    by_levels, by_thresholds = call(
-        "codebook_from_raw_backward", grad_levels, grad_thresholds, *ctx.saved_tensors, ctx.backend
-    )
-    return by_levels, None, by_thresholds if ctx.needs_input_grad[2] else None, None
+def _backward(ctx: Any, grad_levels: Tensor, grad_thresholds: Tensor, _: Any) -> Any:
+    arguments = RawCodebookBackward(grad_levels, grad_thresholds, RawCodebook(*ctx.saved_tensors))
+    by_levels, by_thresholds = call("codebook_from_raw_backward", arguments, ctx.backend)
+    wanted = by_thresholds if ctx.wants.raw_thresholds else None
+    return only(RawCodebook, raw_levels=by_levels, raw_thresholds=wanted)
 
 
-def _cpu(raw_levels: Tensor, scale: Tensor, raw_thresholds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    if not all_float32(raw_levels, scale, raw_thresholds):
-        return codebook_from_raw_reference(raw_levels, scale, raw_thresholds)
-    outputs = _fake(raw_levels, scale)
-    kernels.codebook_from_raw(*_contiguous(raw_levels, scale, raw_thresholds), *outputs)
+def _cpu(raw: RawCodebook) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _fake(raw)
+    kernels.codebook_from_raw(*contiguous(*raw), *outputs)
     return outputs
 
 
-def _cpu_backward(
-    grad_levels: Tensor,
-    grad_thresholds: Tensor,
-    raw_levels: Tensor,
-    scale: Tensor,
-    raw_thresholds: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    arguments = (grad_levels, grad_thresholds, raw_levels, scale, raw_thresholds)
-    if not all_float32(*arguments):
-        return codebook_from_raw_backward_reference(*arguments)
-    gradients = _fake_backward(*arguments)
-    kernels.codebook_from_raw_backward(*_contiguous(*arguments), *gradients)
+def _cpu_backward(call: RawCodebookBackward) -> tuple[Tensor, Tensor]:
+    gradients = _fake_backward(call)
+    kernels.codebook_from_raw_backward(*contiguous(call.grad_levels, call.grad_thresholds, *call.raw), *gradients)
     return gradients
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 register_op(
     "codebook_from_raw_backward",
     "(Tensor grad_levels, Tensor grad_thresholds, Tensor raw_levels, Tensor scale, Tensor? raw_thresholds,"
     " str? backend=None) -> (Tensor, Tensor)",
+    Structure(RawCodebookBackward),
     codebook_from_raw_backward_reference,
     _fake_backward,
 )
 register_op(
     "codebook_from_raw",
     "(Tensor raw_levels, Tensor scale, Tensor? raw_thresholds, str? backend=None) -> (Tensor, Tensor, Tensor)",
+    Structure(RawCodebook),
     codebook_from_raw_reference,
     _fake,
-    _setup_context,
+    _save,
     _backward,
 )
-dispatch.register("codebook_from_raw", "cpu", _cpu)
-dispatch.register("codebook_from_raw_backward", "cpu", _cpu_backward)
+dispatch.register("codebook_from_raw", "cpu", _cpu, serves)
+dispatch.register("codebook_from_raw_backward", "cpu", _cpu_backward, serves)
 # On a GPU torch makes these few numbers; for "triton" too, so that a whole network can be forced to its kernels.
 dispatch.register("codebook_from_raw", "triton", codebook_from_raw_reference)
 dispatch.register("codebook_from_raw_backward", "triton", codebook_from_raw_backward_reference)
@@ -139,4 +133,4 @@ def codebook_from_raw(
         levels [G, M], strictly increasing; thresholds [G, M - 1], between them; tau [G, M], a share of each level's
         distance to its nearest neighbour.
     """
-    return call("codebook_from_raw", raw_levels, scale, raw_thresholds, backend)
+    return call("codebook_from_raw", RawCodebook(raw_levels, scale, raw_thresholds), backend)

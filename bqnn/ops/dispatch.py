@@ -1,7 +1,9 @@
 """Which implementation of an op runs: the one place that decides it.
 
-An op has a list of backends, in the order of preference of :data:`ORDER`. A backend is usable for a device or it is
-not, and then it has a reason. ``BQNN_BACKEND=name`` in the environment, or ``backend=name`` in a call, forces one.
+An op has a list of backends, in the order of preference of :data:`ORDER`. A backend can be there or not for a device,
+and then it serves a call or it does not; where it can not, it has a reason. ``BQNN_BACKEND=name`` in the environment,
+or ``backend=name`` in a call, forces one, which then runs or says why it can not; the automatic choice takes the first
+that can, and logs it once.
 """
 
 from __future__ import annotations
@@ -14,13 +16,32 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from bqnn.core import native
 
 ORDER = ("cuda", "triton", "cpu", "reference")
+BY_NAME_ONLY = ("dense",)
+"""Backends that no call gets unless it asks for them."""
 
 _log = logging.getLogger("bqnn")
-_implementations: dict[str, dict[str, Callable[..., Any]]] = {}
+
+Bound = Callable[[Tensor, "Tensor | None"], Tensor]
+
+
+class Backend(NamedTuple):
+    """One implementation of an op. ``call`` is the op's NamedTuple of arguments, its first field a tensor."""
+
+    name: str
+    run: Callable[[Any], Any]
+    """call -> the op's outputs."""
+    serves: Callable[[Any], str]
+    """call -> why it can not run this call; empty where it can."""
+    bind: Callable[[Any], Bound] | None = None
+    """call -> what runs further calls that differ in the values of x and bias alone, with everything else looked up;
+    of the packed ops."""
+    describe: Callable[[Any], str] | None = None
+    """call -> the kernel, and the layout of its weight, in a few words."""
 
 
 class Status(NamedTuple):
@@ -34,17 +55,33 @@ class BackendError(RuntimeError):
     """A backend was asked for by name and can not run the op; the message says why."""
 
 
-def register(op: str, backend: str, implementation: Callable[..., Any]) -> None:
-    """Makes ``implementation`` what ``backend`` runs for ``op``; called once, by the op's own module."""
-    _implementations.setdefault(op, {})[backend] = implementation
-    _choose.cache_clear()
+_backends: dict[str, dict[str, Backend]] = {}
+
+
+def serves_all(call: Any) -> str:
+    """Of a backend that serves every call."""
+    return ""
+
+
+def register(
+    op: str,
+    backend: str,
+    run: Callable[[Any], Any],
+    serves: Callable[[Any], str] = serves_all,
+    bind: Callable[[Any], Bound] | None = None,
+    describe: Callable[[Any], str] | None = None,
+) -> None:
+    """Makes ``run`` what ``backend`` runs for ``op``; called once, by the op's own module. See :class:`Backend`."""
+    _backends.setdefault(op, {})[backend] = Backend(backend, run, serves, bind, describe)
+    _candidates.cache_clear()
 
 
 def status(op: str, backend: str, device_type: str) -> Status:
-    """Whether ``backend`` can run ``op`` on devices of ``device_type`` ("cpu", "cuda")."""
-    if backend not in ORDER:
+    """Whether ``backend`` can run ``op`` on devices of ``device_type`` ("cpu", "cuda"); a call may still be one that
+    it does not serve."""
+    if backend not in ORDER + BY_NAME_ONLY:
         return Status(False, f"there is no such backend; there are {', '.join(ORDER)}")
-    if backend not in _implementations.get(op, {}):
+    if backend not in _backends.get(op, {}):
         return Status(False, "not installed")
     if backend == "cpu" and device_type != "cpu":
         return Status(False, f"it runs on the CPU and the tensors are on {device_type}")
@@ -68,32 +105,53 @@ def _triton_status(device_type: str) -> Status:
     return Status(True, "")
 
 
-@cache
-def _choose(op: str, device_type: str, forced: str | None) -> str:
-    if forced is not None:
-        usable, reason = status(op, forced, device_type)
-        if not usable:
-            raise BackendError(f"backend {forced!r} can not run bqnn::{op}: {reason}")
-        return forced
-    table = [(name, status(op, name, device_type)) for name in ORDER]
-    chosen = next(name for name, state in table if state.usable)
-    passed_over = [f"{name} ({state.reason})" for name, state in table[: ORDER.index(chosen)]]
-    _log.info("bqnn::%s on %s: %s; passed over: %s", op, device_type, chosen, ", ".join(passed_over) or "none")
-    return chosen
-
-
-def choose(op: str, device: torch.device, backend: str | None = None) -> str:
-    """The name of the backend that runs ``op`` on ``device``.
+def choose(op: str, call: Any, backend: str | None = None) -> Backend:
+    """The backend that runs ``call`` of ``op``.
 
     Raises:
         BackendError: ``backend``, or else ``BQNN_BACKEND``, names one that can not run it.
     """
-    return _choose(op, device.type, backend or os.environ.get("BQNN_BACKEND") or None)
+    forced = backend or os.environ.get("BQNN_BACKEND") or None
+    device_type = call[0].device.type
+    for candidate in _candidates(op, device_type, forced):
+        reason = candidate.serves(call)
+        if not reason:
+            _log_choice(op, device_type, forced, candidate.name)
+            return candidate
+    raise BackendError(f"backend {candidate.name!r} can not run bqnn::{op}: {reason}")
 
 
-def implementation(op: str, device: torch.device, backend: str | None = None) -> Callable[..., Any]:
-    """What runs ``op`` on ``device``; raises as :func:`choose` does."""
-    return _implementations[op][choose(op, device, backend)]
+def available(op: str, device: torch.device, backend: str | None = None) -> str:
+    """The name of the backend that runs those calls of ``op`` on ``device`` that it serves.
+
+    Raises:
+        BackendError: as :func:`choose` does.
+    """
+    return _candidates(op, device.type, backend or os.environ.get("BQNN_BACKEND") or None)[0].name
+
+
+def run(op: str, call: Any, backend: str | None = None) -> Any:
+    """Runs ``call`` of ``op``; raises as :func:`choose` does."""
+    return choose(op, call, backend).run(call)
+
+
+@cache
+def _candidates(op: str, device_type: str, forced: str | None) -> tuple[Backend, ...]:
+    """Those that are there, in the order in which they are asked; the reference, which serves all calls, is last."""
+    if forced is not None:
+        usable, reason = status(op, forced, device_type)
+        if not usable:
+            raise BackendError(f"backend {forced!r} can not run bqnn::{op}: {reason}")
+        return (_backends[op][forced],)
+    return tuple(_backends[op][name] for name in ORDER if status(op, name, device_type).usable)
+
+
+@cache
+def _log_choice(op: str, device_type: str, forced: str | None, chosen: str) -> None:
+    if forced is None:
+        table = {name: status(op, name, device_type) for name in ORDER[: ORDER.index(chosen)]}
+        passed_over = [f"{name} ({state.reason or 'it does not serve this call'})" for name, state in table.items()]
+        _log.info("bqnn::%s on %s: %s; passed over: %s", op, device_type, chosen, ", ".join(passed_over) or "none")
 
 
 class Backends(dict[str, dict[str, dict[str, Status]]]):
@@ -118,6 +176,6 @@ def backends() -> Backends:
     return Backends(
         {
             op: {device: {name: status(op, name, device) for name in ORDER} for device in ("cpu", "cuda")}
-            for op in sorted(_implementations)
+            for op in sorted(_backends)
         }
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from bqnn.core.check import check_bias, check_conv2d_input
+from bqnn.core.philox import Noise
 from bqnn.core.product import CONV2D_GEOMETRY, Conv2dProduct
+from bqnn.core.quantizer import Posterior
 from bqnn.ops import moment_product
 from bqnn.ops.backends import cpu_moment, triton_moment
 from bqnn.ops.register import call
 
 moment_product.register("moment_conv2d", Conv2dProduct, CONV2D_GEOMETRY)
-cpu_moment.register("moment_conv2d", Conv2dProduct)
-triton_moment.register("moment_conv2d", Conv2dProduct)
+cpu_moment.register("moment_conv2d")
+triton_moment.register("moment_conv2d")
 
 
 def moment_conv2d(
@@ -52,25 +54,21 @@ def moment_conv2d(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
     """
-    moment_product.check_moment(weight, 4, log_sigma2, levels, thresholds, seed, mode)
+    posterior = Posterior(weight, log_sigma2, levels, thresholds)
+    moment_product.check_moment(posterior, 4, seed, mode)
     check_conv2d_input(x, weight.shape[1] * groups, weight.shape[0], groups)
     check_bias(bias, weight.shape[0], x)
     y, _ = call(
         "moment_conv2d",
-        x,
-        weight,
-        log_sigma2,
-        levels,
-        thresholds,
-        bias,
-        seed,
-        offset,
-        mode,
-        coarse_variance,
-        stride,
-        padding,
-        dilation,
-        groups,
+        moment_product.MomentCall(
+            x,
+            posterior,
+            bias,
+            Noise(seed, offset),
+            mode,
+            coarse_variance,
+            Conv2dProduct(stride, padding, dilation, groups),
+        ),
         backend,
     )
     return y

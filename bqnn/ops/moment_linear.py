@@ -5,14 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from bqnn.core.check import check_bias, check_linear_input
+from bqnn.core.philox import Noise
 from bqnn.core.product import LinearProduct
+from bqnn.core.quantizer import Posterior
 from bqnn.ops import moment_product
 from bqnn.ops.backends import cpu_moment, triton_moment
 from bqnn.ops.register import call
 
 moment_product.register("moment_linear", LinearProduct)
-cpu_moment.register("moment_linear", LinearProduct)
-triton_moment.register("moment_linear", LinearProduct)
+cpu_moment.register("moment_linear")
+triton_moment.register("moment_linear")
 
 
 def moment_linear(
@@ -53,10 +55,13 @@ def moment_linear(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
     """
-    moment_product.check_moment(weight, 2, log_sigma2, levels, thresholds, seed, mode)
+    posterior = Posterior(weight, log_sigma2, levels, thresholds)
+    moment_product.check_moment(posterior, 2, seed, mode)
     check_linear_input(x, weight.shape[1])
     check_bias(bias, weight.shape[0], x)
     y, _ = call(
-        "moment_linear", x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode, coarse_variance, backend
+        "moment_linear",
+        moment_product.MomentCall(x, posterior, bias, Noise(seed, offset), mode, coarse_variance, LinearProduct()),
+        backend,
     )
     return y

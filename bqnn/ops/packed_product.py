@@ -1,15 +1,54 @@
-"""What packed_linear and packed_conv2d share: decoding, the rounding of each precision, checks of arguments."""
+"""The product with a packed weight, for a linear layer and a convolution alike.
+
+packed_linear and packed_conv2d are this with the one geometry or the other: decoding, the rounding of each precision,
+the reference, the gradient, and checks of arguments.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bqnn.core.check import check_bias, check_device, check_floating, check_levels, check_precision
 from bqnn.core.codes import packed_width, unpack_codes
+from bqnn.core.derived import Derived
+from bqnn.core.geometry import Geometry
 from bqnn.core.int8 import Product, integer_limit, multiply_int8, round_levels
+from bqnn.core.structure import Structure, only
+from bqnn.ops.register import call, register_op
+
+
+class PackedCall(NamedTuple):
+    """The arguments of packed_linear and packed_conv2d."""
+
+    x: Tensor
+    codes: Tensor
+    levels: Tensor
+    bias: Tensor | None
+    geometry: Geometry
+    precision: str
+    layout: Tensor | None
+    """What a backend has made of codes and levels; without it, the backend makes it and keeps it for as long as both
+    tensors live and stay as they are."""
+    relu: bool
+
+    @property
+    def columns(self) -> int:
+        """Weights of an output channel."""
+        return self.geometry.columns(self.x)
+
+
+class PackedBackwardCall(NamedTuple):
+    """The arguments of their backward ops; ``x`` is looked at for its shape alone."""
+
+    grad: Tensor
+    x: Tensor
+    codes: Tensor
+    levels: Tensor
+    geometry: Geometry
 
 
 class DenseWeight(NamedTuple):
@@ -52,8 +91,6 @@ def multiply(
         return product(x, values, None if bias is None else bias.to(x.dtype))
     # On a GPU a float32 product may be one of TF32 operands, which keep 10 bits.
     dtype = accumulate if x.is_cuda else x.dtype
-    if precision == "fp32" and x.dtype == values.dtype == dtype and (bias is None or bias.dtype == dtype):
-        return product(x, values, bias)  # nothing to convert: a small layer is as fast as nn.Linear
     bias = None if bias is None else bias.to(x.dtype)
     if scale is not None:
         return multiply_int8(product, x, values, scale, bias, accumulate)
@@ -70,6 +107,89 @@ def rectified(y: Tensor, relu: bool) -> Tensor:
 def is_half(x: Tensor) -> bool:
     """Whether ``x`` is float16 or bfloat16: such activations are computed in float32, and the output rounded."""
     return x.dtype in (torch.float16, torch.bfloat16)
+
+
+def multiply_decoded(call: PackedCall, weight: DenseWeight, accumulate: torch.dtype) -> Tensor:
+    """The call's output, with its weight decoded to [N, columns]; sums of integers are taken in ``accumulate``."""
+    x, geometry = call.x, call.geometry
+    weight = weight._replace(values=weight.values.view(geometry.weight_shape(call.columns)))
+    y = multiply(geometry.product, geometry.samples(x), weight, call.bias, call.precision, accumulate)
+    return geometry.as_output(rectified(y, call.relu), x)
+
+
+def packed_product(call: PackedCall) -> Tensor:
+    """The reference: decodes the weight, then multiplies; "int8" accumulates in float64."""
+    if is_half(call.x):
+        return packed_product(call._replace(x=call.x.float())).to(call.x.dtype)
+    weight = decode_rounded(call.codes, call.levels, call.columns, call.precision)
+    return multiply_decoded(call, weight, torch.float64)
+
+
+_decoded = Derived(decode)
+
+
+def packed_product_backward(call: PackedBackwardCall) -> Tensor:
+    """The gradient for x through the decoded weight, straight-through where the precision rounds x or the levels."""
+    geometry, grad = call.geometry, call.grad
+    weight = _decoded((call.codes, call.levels), geometry.columns(call.x))
+    wide = torch.float32 if is_half(grad) else grad.dtype
+    weight = weight.to(wide).view(geometry.weight_shape(weight.shape[1]))
+    return geometry.input_gradient(grad.to(wide), call.x.to(wide), weight).to(grad.dtype)
+
+
+def _fake(call: PackedCall) -> Tensor:
+    return call.geometry.output(call.x, call.codes.shape[0])
+
+
+def _fake_backward(call: PackedBackwardCall) -> Tensor:
+    weight = call.levels.new_empty(len(call.codes), call.geometry.columns(call.x)).to(call.grad.dtype)
+    return call.geometry.input_gradient(call.grad, call.x.to(call.grad.dtype), weight.view(_shape(call)))
+
+
+def _shape(call: PackedBackwardCall) -> tuple[int, ...]:
+    return call.geometry.weight_shape(call.geometry.columns(call.x))
+
+
+def register(name: str, geometry: Callable[..., Geometry], schema: str = "") -> None:
+    """Registers ``bqnn::<name>`` and ``bqnn::<name>_backward``.
+
+    Args:
+        geometry: the class of the geometry.
+        schema: the part of the schema that describes its fields.
+    """
+    schema = schema and f"{schema}, "
+
+    def save(ctx: Any, call: PackedCall, y: Tensor) -> None:
+        # Of x the shape is needed alone: a view of one number has it.
+        like_x = call.x.new_empty(1).expand(call.x.shape)
+        ctx.save_for_backward(like_x, call.codes, call.levels, y if call.relu else None)
+        ctx.geometry = call.geometry
+
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, codes, levels, y = ctx.saved_tensors
+        grad_x = None
+        if ctx.wants.x:
+            grad = grad if y is None else torch.where(y > 0, grad, 0.0)
+            grad_x = call(f"{name}_backward", PackedBackwardCall(grad, x, codes, levels, ctx.geometry), "reference")
+        return only(PackedCall, x=grad_x)
+
+    register_op(
+        f"{name}_backward",
+        f"(Tensor grad, Tensor x, Tensor codes, Tensor levels, {schema}str? backend=None) -> Tensor",
+        Structure(PackedBackwardCall, geometry=geometry),
+        packed_product_backward,
+        _fake_backward,
+    )
+    register_op(
+        name,
+        f"(Tensor x, Tensor codes, Tensor levels, Tensor? bias, {schema}str precision, Tensor? layout=None,"
+        " str? backend=None, *, bool relu=False) -> Tensor",
+        Structure(PackedCall, geometry=geometry),
+        packed_product,
+        _fake,
+        save,
+        backward,
+    )
 
 
 def check_weight(codes: Tensor, levels: Tensor, bias: Tensor | None, columns: int) -> None:

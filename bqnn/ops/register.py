@@ -8,88 +8,149 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bqnn.core.structure import Structure
 from bqnn.ops import dispatch
 
 
-class _Eager(NamedTuple):
-    """An op without the dispatcher: what runs it, and its autograd Function, if it has a gradient."""
+class _Op(NamedTuple):
+    """What :func:`call` needs: how arguments are laid flat, and the op's autograd Function, if it has a gradient."""
 
-    run: Callable[..., Any]
+    overload: Any
+    structure: Structure
+    order: list[str]
+    """Of the schema: the names of its positional arguments, then of those that are keyword-only; "backend" is one."""
+    positional: int
     function: type[torch.autograd.Function] | None
 
 
-_eager: dict[str, _Eager] = {}
+_ops: dict[str, _Op] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def register_op(
     name: str,
     signature: str,
-    reference: Callable[..., Any],
-    fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
+    structure: Structure,
+    reference: Callable[[Any], Any],
+    fake: Callable[[Any], Any],
+    save: Callable[[Any, Any, Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
     """Declares ``bqnn::name`` with ``signature``, e.g. ``(Tensor x, str? backend=None) -> Tensor``.
 
-    ``reference`` takes the arguments of the signature without ``backend``, the last positional one of each, and is
-    registered as the backend "reference"; what is keyword-only follows ``backend`` and is handed on by name. The first
-    tensor argument's device chooses the backend. ``setup_context``
-    and ``backward`` are those of :func:`torch.library.register_autograd`; an op without them has no gradient, and
-    says so when one is asked for.
+    Args:
+        structure: of the op's calls, a NamedTuple of all arguments but ``backend``; the names are those of the schema,
+            in its order. The device of its first field, a tensor, is the op's.
+        reference: call -> outputs; registered as the backend "reference", which serves every call.
+        fake: call -> outputs without data.
+        save: (ctx, call, outputs): keeps for ``backward`` what it needs. ``ctx.backend`` is set already.
+        backward: (ctx, *gradients of the outputs) -> the gradients, in the structure of the call; None for what has
+            none. ``ctx.wants`` has, in the same structure, whether each is wanted. An op without it has no gradient,
+            and says so when one is asked for.
+
+    Raises:
+        ValueError: schema and structure name other arguments.
     """
     qualified = f"bqnn::{name}"
+    torch.library.define(qualified, signature)
+    overload = getattr(torch.ops.bqnn, name).default
+    arguments = overload._schema.arguments
+    order = [argument.name for argument in arguments]
+    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    positional = sum(not argument.kwarg_only for argument in arguments)
+    if [each for each in order if each != "backend"] != structure.names or order.count("backend") != 1:
+        raise ValueError(f"the schema of {qualified} must name {structure.names} and backend, got {order}")
+    where = order.index("backend")
 
-    def no_backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError(f"{qualified} has no gradient")
+    def nest(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
+        # The dispatcher leaves out trailing arguments that have their default value.
+        given = {**defaults, **dict(zip(order, args)), **keywords}
+        flat = [given[each] for each in order]
+        return structure.nest(flat[:where] + flat[where + 1 :]), flat[where]
 
     def run(*args: Any, **keywords: Any) -> Any:
-        filled = (*args, *defaults[len(args) :])
-        return dispatch.implementation(name, args[0].device, filled[-1])(*filled[:-1], **keywords)
+        return dispatch.run(name, *nest(args, keywords))
 
-    _eager[name] = _Eager(run, _function(name, run, setup_context, backward) if setup_context and backward else None)
-    torch.library.define(qualified, signature)
-    # The dispatcher leaves out trailing arguments that have their default value.
-    arguments = getattr(torch.ops.bqnn, name).default._schema.arguments
-    defaults = [argument.default_value for argument in arguments if not argument.kwarg_only]
+    def run_fake(*args: Any, **keywords: Any) -> Any:
+        return fake(nest(args, keywords)[0])
+
+    def keep(ctx: Any, call: Any, backend: str | None, outputs: Any) -> None:
+        ctx.backend = backend
+        if save is not None:
+            save(ctx, call, outputs)
+
+    def gradients_of(ctx: Any, needs: tuple[bool, ...], gradients: tuple[Any, ...]) -> list[Any]:
+        """In the order of the schema, as many as ``needs`` has."""
+        if backward is None:
+            raise NotImplementedError(f"{qualified} has no gradient")
+        flat = [*needs, *[False] * (len(order) - len(needs))]
+        ctx.wants = structure.nest(flat[:where] + flat[where + 1 :])
+        found = structure.flatten(backward(ctx, *gradients))
+        return [*found[:where], None, *found[where:]][: len(needs)]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+        keep(ctx, *nest(inputs, keyword_only_inputs), output)
+
+    def setup_context_of_positional(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs, {}, output)
+
+    def backward_of_op(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        return tuple(gradients_of(ctx, tuple(ctx.needs_input_grad[:positional]), gradients))
+
+    def forward_of_function(ctx: Any, backend: str | None, *flat: Any) -> Any:
+        # A setup_context of its own would have torch look up the signature of `forward` in every call.
+        call = structure.nest(flat)
+        outputs = dispatch.run(name, call, backend)
+        keep(ctx, call, backend, outputs)
+        return outputs
+
+    def backward_of_function(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[1:]
+        found = gradients_of(ctx, (*needs[:where], False, *needs[where:]), gradients)
+        return None, *found[:where], *found[where + 1 :]
+
+    function = None
+    if backward is not None:
+        methods = {"forward": staticmethod(forward_of_function), "backward": staticmethod(backward_of_function)}
+        function = type(name, (torch.autograd.Function,), methods)
+    _ops[name] = _Op(overload, structure, order, positional, function)
     dispatch.register(name, "reference", reference)
     torch.library.impl(qualified, "CompositeExplicitAutograd", run)
-    torch.library.register_fake(qualified, fake)
-    torch.library.register_autograd(qualified, backward or no_backward, setup_context=setup_context)
+    torch.library.register_fake(qualified, run_fake)
+    torch.library.register_autograd(
+        qualified,
+        backward_of_op,
+        setup_context=setup_context if positional < len(order) else setup_context_of_positional,
+    )
 
 
-def _function(
-    name: str, run: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> type[torch.autograd.Function]:
-    def forward(ctx: Any, *args: Any) -> Any:
-        # A setup_context of its own would have torch look up the signature of `forward` in every call.
-        output = run(*args)
-        setup_context(ctx, args, output)
-        return output
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), methods)
-
-
-def call(name: str, *args: Any) -> Any:
-    """Calls ``bqnn::name`` with all its arguments, ``backend`` included.
+def call(name: str, arguments: Any, backend: str | None = None) -> Any:
+    """Calls ``bqnn::name`` with a call of its structure.
 
     In plain eager execution straight to the backend: an op's way through torch's dispatcher crosses from Python to C++
     and back three times, which costs more than a small layer's kernels. Where anything looks on (tracing, a dispatch
     mode, a function transform, a subclass of Tensor), through the dispatcher.
     """
-    op = _eager[name]
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if not _is_plain(tensors):
-        return getattr(torch.ops.bqnn, name)(*args)
+    op = _ops[name]
+    flat = op.structure.flatten(arguments)
+    tensors = [each for each in flat if isinstance(each, Tensor)]
+    if not is_plain(tensors):
+        return _through_dispatcher(op, flat, backend)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-        return op.run(*args)
+        return dispatch.run(name, arguments, backend)
     if op.function is None:
-        return getattr(torch.ops.bqnn, name)(*args)
-    return op.function.apply(*args)
+        return _through_dispatcher(op, flat, backend)
+    return op.function.apply(backend, *flat)
 
 
-def _is_plain(tensors: list[Tensor]) -> bool:
+def _through_dispatcher(op: _Op, flat: list[Any], backend: str | None) -> Any:
+    where = op.order.index("backend")
+    given = [*flat[:where], backend, *flat[where:]]
+    return op.overload(*given[: op.positional], **dict(zip(op.order[op.positional :], given[op.positional :])))
+
+
+def is_plain(tensors: list[Tensor]) -> bool:
+    """Whether nothing looks on: no compiler, mode or transform, and no tensor without data or of another class."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_function_stack():

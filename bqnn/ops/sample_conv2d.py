@@ -5,14 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from bqnn.core.check import check_bias, check_conv2d_input
+from bqnn.core.philox import Noise
 from bqnn.core.product import CONV2D_GEOMETRY, Conv2dProduct
+from bqnn.core.quantizer import Posterior
 from bqnn.ops import sampled_product
 from bqnn.ops.backends import cpu_sample, triton_sample
 from bqnn.ops.register import call
 
 sampled_product.register("sample_conv2d", Conv2dProduct, CONV2D_GEOMETRY)
-cpu_sample.register("sample_conv2d", Conv2dProduct)
-triton_sample.register("sample_conv2d", Conv2dProduct)
+cpu_sample.register("sample_conv2d")
+triton_sample.register("sample_conv2d")
 
 
 def sample_conv2d(
@@ -49,22 +51,14 @@ def sample_conv2d(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or no seed where one is needed.
     """
-    sampled_product.check_sampled(weight, 4, log_sigma2, levels, thresholds, seed)
+    posterior = Posterior(weight, log_sigma2, levels, thresholds)
+    sampled_product.check_sampled(posterior, 4, seed)
     check_conv2d_input(x, weight.shape[1] * groups, weight.shape[0], groups)
     check_bias(bias, weight.shape[0], x)
     return call(
         "sample_conv2d",
-        x,
-        weight,
-        log_sigma2,
-        levels,
-        thresholds,
-        bias,
-        seed,
-        offset,
-        stride,
-        padding,
-        dilation,
-        groups,
+        sampled_product.SampledCall(
+            x, posterior, bias, Noise(seed, offset), Conv2dProduct(stride, padding, dilation, groups)
+        ),
         backend,
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from bqnn.core.check import check_bias, check_linear_input
+from bqnn.core.philox import Noise
 from bqnn.core.product import LinearProduct
+from bqnn.core.quantizer import Posterior
 from bqnn.ops import sampled_product
 from bqnn.ops.backends import cpu_sample, triton_sample
 from bqnn.ops.register import call
 
 sampled_product.register("sample_linear", LinearProduct)
-cpu_sample.register("sample_linear", LinearProduct)
-triton_sample.register("sample_linear", LinearProduct)
+cpu_sample.register("sample_linear")
+triton_sample.register("sample_linear")
 
 
 def sample_linear(
@@ -47,7 +49,10 @@ def sample_linear(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or no seed where one is needed.
     """
-    sampled_product.check_sampled(weight, 2, log_sigma2, levels, thresholds, seed)
+    posterior = Posterior(weight, log_sigma2, levels, thresholds)
+    sampled_product.check_sampled(posterior, 2, seed)
     check_linear_input(x, weight.shape[1])
     check_bias(bias, weight.shape[0], x)
-    return call("sample_linear", x, weight, log_sigma2, levels, thresholds, bias, seed, offset, backend)
+    return call(
+        "sample_linear", sampled_product.SampledCall(x, posterior, bias, Noise(seed, offset), LinearProduct()), backend
+    )

@@ -6,54 +6,57 @@ sample_linear and sample_conv2d are this with the one product or the other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bqnn.core import quantizer
 from bqnn.core.check import check_levels, check_same_shape, check_seed, check_thresholds, check_weight
-from bqnn.core.product import Product, bind
+from bqnn.core.philox import Noise
+from bqnn.core.product import Product
+from bqnn.core.quantizer import Posterior
+from bqnn.core.structure import Structure, only
 from bqnn.ops.register import call, register_op
 
-FORWARD, BACKWARD = 8, 9  # arguments of the two ops before the geometry
+
+class SampledCall(NamedTuple):
+    """The arguments of sample_linear and sample_conv2d."""
+
+    x: Tensor
+    posterior: Posterior
+    bias: Tensor | None
+    noise: Noise
+    product: Product
 
 
-def sampled_product(
-    product: Product,
-    x: Tensor,
-    weight: Tensor,
-    log_sigma2: Tensor | None,
-    levels: Tensor,
-    thresholds: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    offset: int,
-) -> Tensor:
+class SampledBackwardCall(NamedTuple):
+    """The arguments of their backward ops."""
+
+    grad: Tensor
+    x: Tensor
+    posterior: Posterior
+    noise: Noise
+    input_gradient: bool
+    product: Product
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+"""For x, weight, log_sigma2 and levels; one that is not asked for, or has no variance, is empty. Those of parameters
+are contiguous."""
+
+
+def sampled_product(call: SampledCall) -> Tensor:
     """y in x's dtype, and with x's memory format; the weight is sampled and quantized in its own dtype."""
-    codes, _ = quantizer.sample(weight, log_sigma2, thresholds, seed, offset)
-    return product.forward(x, quantizer.look_up(levels, codes).to(x.dtype).contiguous(), bias)
+    codes, _ = quantizer.sample(call.posterior, call.noise)
+    weight = quantizer.look_up(call.posterior.levels, codes).to(call.x.dtype).contiguous()
+    return call.product.forward(call.x, weight, call.bias)
 
 
-def sampled_product_backward(
-    product: Product,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    log_sigma2: Tensor | None,
-    levels: Tensor,
-    thresholds: Tensor,
-    seed: Tensor | None,
-    offset: int,
-    input_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for x, weight, log_sigma2 and levels; one that is not asked for, or has no variable, is empty.
-
-    Those of parameters are contiguous.
-
-    Straight-through: dL/dmu = dL/dQ and dL/dlog_sigma2 = dL/dQ * sigma * eps / 2; dL/dc_m sums dL/dQ over the cell.
-    """
-    codes, noise = quantizer.sample(weight, log_sigma2, thresholds, seed, offset)
+def sampled_product_backward(call: SampledBackwardCall) -> Gradients:
+    """Straight-through: dL/dmu = dL/dQ and dL/dlog_sigma2 = dL/dQ * sigma * eps / 2; dL/dc_m sums dL/dQ over a cell."""
+    grad, x, (weight, _, levels, _), _, input_gradient, product = call
+    codes, noise = quantizer.sample(call.posterior, call.noise)
     quantized = quantizer.look_up(levels, codes).to(x.dtype).contiguous()
     grad_x, grad_weight = product.backward(grad, x, quantized, input_gradient)
     grad_weight = grad_weight.to(weight.dtype).contiguous()
@@ -61,77 +64,71 @@ def sampled_product_backward(
     return grad_x, grad_weight, grad_log_sigma2, quantizer.level_gradient(grad_weight, codes, levels)
 
 
-def _fake_backward(
-    product: Product,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    log_sigma2: Tensor | None,
-    levels: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_x, _ = product.backward(grad, x, weight.to(x.dtype).contiguous(), rest[-1])
+def _fake(call: SampledCall) -> Tensor:
+    return call.product.forward(call.x, call.posterior.weight.to(call.x.dtype).contiguous())
+
+
+def _fake_backward(call: SampledBackwardCall) -> Gradients:
+    weight, log_sigma2, levels, _ = call.posterior
+    grad_x, _ = call.product.backward(call.grad, call.x, weight.to(call.x.dtype).contiguous(), call.input_gradient)
     like_weight = weight.new_empty(weight.shape)
     grad_log_sigma2 = weight.new_empty(0) if log_sigma2 is None else torch.empty_like(like_weight)
     return grad_x, like_weight, grad_log_sigma2, levels.new_empty(levels.shape)
 
 
-def _fake(product: Product, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return product.forward(x, weight.to(x.dtype).contiguous())
-
-
-def register(name: str, product_of: Callable[..., Product], geometry: str = "") -> None:
+def register(name: str, product: Callable[..., Product], geometry: str = "") -> None:
     """Registers ``bqnn::<name>`` and ``bqnn::<name>_backward``.
 
     Args:
-        product_of: makes the product of the geometry's values.
-        geometry: the part of the schema that describes them.
+        product: the class of the product.
+        geometry: the part of the schema that describes its fields.
     """
     tensors = "Tensor weight, Tensor? log_sigma2, Tensor levels, Tensor thresholds"
     geometry = geometry and f", {geometry}"
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, log_sigma2, levels, thresholds, _, seed, ctx.offset = inputs[:FORWARD]
-        ctx.save_for_backward(x, weight, log_sigma2, levels, thresholds, seed)
-        ctx.geometry, ctx.backend = inputs[FORWARD:-1], inputs[-1]
+    def save(ctx: Any, call: SampledCall, output: Tensor) -> None:
+        ctx.save_for_backward(call.x, *call.posterior, call.noise.seed)
+        ctx.offset, ctx.product = call.noise.offset, call.product
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        wants_x, _, wants_log_sigma2, _, _, wants_bias, *_ = ctx.needs_input_grad
-        grad_x, grad_weight, grad_log_sigma2, grad_levels = call(
-            f"{name}_backward", grad, *ctx.saved_tensors, ctx.offset, wants_x, *ctx.geometry, ctx.backend
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, *posterior, seed = ctx.saved_tensors
+        wants, noise = ctx.wants, Noise(seed, ctx.offset)
+        arguments = SampledBackwardCall(grad, x, Posterior(*posterior), noise, wants.x, ctx.product)
+        grad_x, grad_weight, grad_log_sigma2, grad_levels = call(f"{name}_backward", arguments, ctx.backend)
+        return only(
+            SampledCall,
+            x=grad_x if wants.x else None,
+            posterior=only(
+                Posterior,
+                weight=grad_weight,
+                log_sigma2=grad_log_sigma2 if wants.posterior.log_sigma2 else None,
+                levels=grad_levels,
+            ),
+            bias=ctx.product.bias_gradient(grad) if wants.bias else None,
         )
-        grad_x = grad_x if wants_x else None
-        grad_log_sigma2 = grad_log_sigma2 if wants_log_sigma2 else None
-        grad_bias = product_of(*ctx.geometry).bias_gradient(grad) if wants_bias else None
-        gradients = (grad_x, grad_weight, grad_log_sigma2, grad_levels, None, grad_bias)
-        return gradients + (None,) * (len(ctx.needs_input_grad) - len(gradients))
 
     register_op(
         f"{name}_backward",
         f"(Tensor grad, Tensor x, {tensors}, Tensor? seed, int offset, bool input_gradient{geometry},"
         " str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
-        bind(sampled_product_backward, product_of, BACKWARD),
-        bind(_fake_backward, product_of, BACKWARD),
+        Structure(SampledBackwardCall, product=product),
+        sampled_product_backward,
+        _fake_backward,
     )
     register_op(
         name,
         f"(Tensor x, {tensors}, Tensor? bias, Tensor? seed, int offset{geometry}, str? backend=None) -> Tensor",
-        bind(sampled_product, product_of, FORWARD),
-        bind(_fake, product_of, FORWARD),
-        setup_context,
+        Structure(SampledCall, product=product),
+        sampled_product,
+        _fake,
+        save,
         backward,
     )
 
 
-def check_sampled(
-    weight: Tensor,
-    dimensions: int,
-    log_sigma2: Tensor | None,
-    levels: Tensor,
-    thresholds: Tensor,
-    seed: Tensor | None,
-) -> None:
+def check_sampled(posterior: Posterior, dimensions: int, seed: Tensor | None) -> None:
     """Checks what both ops take alike; the weight has ``dimensions`` dimensions."""
+    weight, log_sigma2, levels, thresholds = posterior
     check_weight(weight, dimensions)
     check_levels("levels", levels, weight)
     check_thresholds(thresholds, weight, levels)

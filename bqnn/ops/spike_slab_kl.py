@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from bqnn.core.check import check_levels, check_same_shape, check_weight
+from bqnn.core.product import contiguous
 from bqnn.core.quantizer import assign, column, look_up, midpoints, sum_to_groups
+from bqnn.core.structure import Structure, only
 from bqnn.ops import dispatch
-from bqnn.ops.backends.cpu import all_float32
-from bqnn.ops.backends.triton import contiguous, kernels, serves
+from bqnn.ops.backends.cpu import serves
+from bqnn.ops.backends.triton import kernels, no_weights, other_dtype
 from bqnn.ops.register import call, register_op
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695  # Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14
@@ -90,13 +92,28 @@ def _values(mixture: _Mixture) -> tuple[Tensor, list[Tensor], Tensor]:
     return kl, spike_values, slab_value
 
 
-def spike_slab_kl_reference(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor) -> Tensor:
-    return _values(_mixture(weight, log_sigma2, levels, tau))[0].sum()
+class Prior(NamedTuple):
+    """The arguments of the op: a weight's posterior, and the spikes that it is measured by."""
+
+    weight: Tensor
+    log_sigma2: Tensor
+    levels: Tensor
+    tau: Tensor
 
 
-def spike_slab_kl_backward_reference(
-    grad: Tensor, weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+class PriorBackward(NamedTuple):
+    """The arguments of its backward op."""
+
+    grad: Tensor
+    prior: Prior
+
+
+def spike_slab_kl_reference(prior: Prior) -> Tensor:
+    return _values(_mixture(*prior))[0].sum()
+
+
+def spike_slab_kl_backward_reference(call: PriorBackward) -> tuple[Tensor, Tensor, Tensor]:
+    grad, (weight, log_sigma2, levels, tau) = call
     mixture = _mixture(weight, log_sigma2, levels, tau)
     windows, total, spikes, slab, slab_level = mixture
     kl, spike_values, slab_value = _values(mixture)
@@ -122,80 +139,74 @@ def spike_slab_kl_backward_reference(
     return by_weight, by_log_sigma2, by_levels
 
 
-def spike_slab_kl_cpu(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor) -> Tensor:
-    tensors = weight, log_sigma2, levels, tau
-    if not all_float32(*tensors):
-        return spike_slab_kl_reference(*tensors)
-    out = weight.new_empty(())
-    torch.ops.bqnn_cpu.spike_slab_kl(*(tensor.contiguous() for tensor in tensors), out)
+def _cpu(prior: Prior) -> Tensor:
+    out = prior.weight.new_empty(())
+    torch.ops.bqnn_cpu.spike_slab_kl(*contiguous(*prior), out)
     return out
 
 
-def spike_slab_kl_backward_cpu(
-    grad: Tensor, weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = grad, weight, log_sigma2, levels, tau
-    if not all_float32(*tensors):
-        return spike_slab_kl_backward_reference(*tensors)
-    gradients = weight.new_empty(weight.shape), weight.new_empty(weight.shape), levels.new_empty(levels.shape)
-    torch.ops.bqnn_cpu.spike_slab_kl_backward(*(tensor.contiguous() for tensor in tensors), *gradients)
+def _cpu_backward(call: PriorBackward) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _fake_backward(call)
+    torch.ops.bqnn_cpu.spike_slab_kl_backward(*contiguous(call.grad, *call.prior), *gradients)
     return gradients
 
 
-def spike_slab_kl_triton(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor) -> Tensor:
-    tensors = weight, log_sigma2, levels, tau
-    if not serves(*tensors):
-        return spike_slab_kl_reference(*tensors)
-    return kernels("spike_slab_kl").forward(*contiguous(*tensors))
+def _triton(prior: Prior) -> Tensor:
+    return kernels("spike_slab_kl").forward(*contiguous(*prior))
 
 
-def spike_slab_kl_backward_triton(
-    grad: Tensor, weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = grad, weight, log_sigma2, levels, tau
-    if not serves(*tensors):
-        return spike_slab_kl_backward_reference(*tensors)
-    return kernels("spike_slab_kl").backward(*contiguous(*tensors))
+def _triton_backward(call: PriorBackward) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels("spike_slab_kl").backward(*contiguous(call.grad, *call.prior))
 
 
-def _fake(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor, backend: str | None = None) -> Tensor:
-    return weight.new_empty(())
+def _triton_serves(prior: Prior) -> str:
+    return other_dtype(prior) or no_weights(prior.weight)
 
 
-def _fake_backward(
-    grad: Tensor, weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tensor, backend: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_serves_backward(call: PriorBackward) -> str:
+    return other_dtype(call) or no_weights(call.prior.weight)
+
+
+def _fake(prior: Prior) -> Tensor:
+    return prior.weight.new_empty(())
+
+
+def _fake_backward(call: PriorBackward) -> tuple[Tensor, Tensor, Tensor]:
+    weight, _, levels, _ = call.prior
     return weight.new_empty(weight.shape), weight.new_empty(weight.shape), levels.new_empty(levels.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+def _save(ctx: Any, prior: Prior, output: Tensor) -> None:
+    ctx.save_for_backward(*prior)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *call("spike_slab_kl_backward", grad, *ctx.saved_tensors, ctx.backend), None, None
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    arguments = PriorBackward(grad, Prior(*ctx.saved_tensors))
+    by_weight, by_log_sigma2, by_levels = call("spike_slab_kl_backward", arguments, ctx.backend)
+    return only(Prior, weight=by_weight, log_sigma2=by_log_sigma2, levels=by_levels)
 
 
 register_op(
     "spike_slab_kl_backward",
     "(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau, str? backend=None)"
     " -> (Tensor, Tensor, Tensor)",
+    Structure(PriorBackward),
     spike_slab_kl_backward_reference,
     _fake_backward,
 )
 register_op(
     "spike_slab_kl",
     "(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau, str? backend=None) -> Tensor",
+    Structure(Prior),
     spike_slab_kl_reference,
     _fake,
-    _setup_context,
+    _save,
     _backward,
 )
-dispatch.register("spike_slab_kl", "triton", spike_slab_kl_triton)
-dispatch.register("spike_slab_kl_backward", "triton", spike_slab_kl_backward_triton)
-dispatch.register("spike_slab_kl", "cpu", spike_slab_kl_cpu)
-dispatch.register("spike_slab_kl_backward", "cpu", spike_slab_kl_backward_cpu)
+dispatch.register("spike_slab_kl", "triton", _triton, _triton_serves)
+dispatch.register("spike_slab_kl_backward", "triton", _triton_backward, _triton_serves_backward)
+dispatch.register("spike_slab_kl", "cpu", _cpu, serves)
+dispatch.register("spike_slab_kl_backward", "cpu", _cpu_backward, serves)
 
 
 def spike_slab_kl(
@@ -227,4 +238,4 @@ def spike_slab_kl(
     check_levels("tau", tau, weight)
     if tau.shape != levels.shape:
         raise ValueError(f"tau must have the shape of levels {list(levels.shape)}, got {list(tau.shape)}")
-    return call("spike_slab_kl", weight, log_sigma2, levels, tau, backend)
+    return call("spike_slab_kl", Prior(weight, log_sigma2, levels, tau), backend)

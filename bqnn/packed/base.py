@@ -1,55 +1,69 @@
 """What the packed layers share: buffers, what is made of them once, and the choice between two ways to run.
 
-Each runs in one of two ways, with the same result up to the order of summation: "packed" calls the packed op and keeps,
-beside the codes, at most the layout that a backend makes of them; "dense" multiplies with the weight, decoded once and
-kept. "auto" takes, call by call, the one that bqnn.packed.cost expects to be faster.
+Each runs in one of two ways, with the same result up to the order of summation: "packed" multiplies from the codes, or
+from a layout that a backend makes of them; "dense" multiplies with the weight, decoded once and kept. "auto" takes, for
+each shape, the one that bqnn.packed.cost expects to be faster.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bqnn.core.check import check_precision
 from bqnn.core.codes import find_bad_byte
+from bqnn.core.derived import version_of
+from bqnn.core.geometry import Geometry
 from bqnn.core.int8 import integer_limit
 from bqnn.ops import dispatch
-from bqnn.ops.backends.cpu_layout import KERNEL_DTYPES
-from bqnn.ops.packed_product import DenseWeight, check_weight, decode, decode_rounded, is_half
-from bqnn.packed.cost import ALWAYS, NEVER, packed_rows
+from bqnn.ops.dispatch import Backend, Bound
+from bqnn.ops.packed_product import PackedCall, check_weight, decode
+from bqnn.ops.register import call, is_plain
+from bqnn.packed.cost import RowRange, packed_rows
 
 EXECUTIONS = ("auto", "packed", "dense")
 
-# A layer remembers the shapes that the kernel takes as they are; with more than so many it starts again.
-MAX_DIRECT_SHAPES = 64
+# A layer remembers how it runs so many shapes; with more it starts again.
+MAX_PLANS = 64
+
+
+class Prepared(NamedTuple):
+    """What a layer has made of its buffers, and of what else it depends on: all that it keeps beside the buffers."""
+
+    codes: Tensor
+    levels: Tensor
+    counted: bool
+    """Whether both tensors count their changes; inference tensors do not."""
+    codes_version: int
+    levels_version: int
+    threads: int
+    ranges: dict[torch.dtype, RowRange]
+    """By the dtype of the activations: for how many rows "auto" runs packed."""
+    plans: dict[tuple[torch.dtype, torch.Size], Bound]
+    """By dtype and shape of x: what runs it, with everything looked up."""
 
 
 class PackedLayer(nn.Module):
     """What the packed layers share.
 
     Buffers: ``codes`` uint8 [N, packed_width(K, M)], ``levels`` float32 [1 or N, M], ``bias`` [N] or None. ``levels``
-    stays float32 when the module is cast. To change a buffer in place leaves the decoded weight and the layout stale;
-    load_state_dict and every conversion drop them. That is also when the backend is chosen: a later change of
-    BQNN_BACKEND may leave alone what the layer has run before.
+    stays float32 when the module is cast. Buffers may be assigned, loaded, changed in place or swapped for a call
+    (torch.func.functional_call): the layer sees it, by identity and by the count of changes that autograd keeps. What
+    that one does not count, a change through ``tensor.data`` or of an inference tensor, the layer does not see. How a
+    shape runs is decided in its first call: a later change of BQNN_BACKEND leaves alone what the layer has run before.
     """
 
     op: str
-    layout_backends: tuple[str, ...] = ("cpu",)
-    """Those that read a layout of codes and levels, made once."""
     codes: Tensor
     levels: Tensor
     bias: Tensor | None
     relu: bool = False
     """Whether negative outputs become 0."""
-    _dense_weight: DenseWeight | None
-    _layout: Tensor | None
-    _layout_backend: str
-    _direct_shapes: dict[torch.dtype, set[torch.Size]]
-    _dense_shapes: set[torch.Size]
+    _prepared: Prepared | None = None
 
     def __init__(
         self,
@@ -74,7 +88,7 @@ class PackedLayer(nn.Module):
         self._precision = precision
         self.relu = relu
         for name, tensor in (("codes", codes), ("levels", levels), ("bias", bias)):
-            self.register_buffer(name, None if tensor is None else tensor.detach())
+            self.register_buffer(name, None if tensor is None else _counted(tensor.detach()))
         self.execution = execution
 
     @property
@@ -101,7 +115,7 @@ class PackedLayer(nn.Module):
     def execution(self, value: str) -> None:
         check_execution(value)
         self._execution = value
-        self._renew()
+        self._prepared = None
 
     @property
     def nbytes(self) -> int:
@@ -116,24 +130,32 @@ class PackedLayer(nn.Module):
         """How many output positions the layer computes for ``x``, over the whole batch."""
         raise NotImplementedError
 
-    def run_packed(self, x: Tensor) -> Tensor:
-        """The output for ``x`` by the packed op."""
-        raise NotImplementedError
-
-    def run_dense(self, x: Tensor) -> Tensor:
-        """The output for ``x`` by the dense product with the decoded weight."""
-        raise NotImplementedError
-
     def execution_for(self, x: Tensor) -> str:
         """ "packed" or "dense": what :meth:`forward` does with ``x``."""
-        rows = self._packed_rows if x.dtype == torch.bfloat16 else self._packed_rows_of_wide
-        first, last = rows
-        if rows in (ALWAYS, NEVER):
-            return "packed" if last else "dense"
-        return "packed" if first <= self.rows(x) <= last else "dense"
+        if self._execution != "auto":
+            return self._execution
+        ranges = self._prepare().ranges
+        if x.dtype not in ranges:
+            packed_bytes = self.codes.nbytes + self.levels.nbytes
+            ranges[x.dtype] = packed_rows(
+                self.op, self.codes.device, self.shape, self.num_levels, self.precision, packed_bytes, x.dtype
+            )
+        first, last = ranges[x.dtype]
+        return "packed" if first <= last and first <= self.rows(x) <= last else "dense"
+
+    def backend_for(self, x: Tensor) -> tuple[Backend, PackedCall]:
+        """What runs ``x``, which the layer takes, in eager execution, and the call that it runs.
+
+        Raises:
+            bqnn.BackendError: the backend that ``BQNN_BACKEND`` names can not run it.
+        """
+        arguments = self._call(self._padded(x))
+        return dispatch.choose(self.op, arguments, _name_of(self.execution_for(x))), arguments
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for ``x``, in x's dtype; float16 and bfloat16 are computed in float32.
+
+        The gradient for ``x`` is that of the product with the decoded weight, whatever the precision.
 
         Raises:
             TypeError, ValueError: ``x`` has a wrong dtype or shape.
@@ -144,10 +166,21 @@ class PackedLayer(nn.Module):
             and x.is_cpu
             and not (x.requires_grad and torch.is_grad_enabled())
         ):
-            if x.shape in self._direct_shapes.get(x.dtype, ()):
-                return self._run_direct(x)
-            if x.shape in self._dense_shapes and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
-                return self._run_direct_dense(x)
+            prepared = self._prepared
+            if prepared is not None:
+                # _is_current, written out, since a small layer's kernels take less time than a call of a method; and
+                # nn.Module looks for a buffer in three places: here is where it is.
+                codes, levels, counted, codes_version, levels_version, threads, _, plans = prepared
+                buffers = self._buffers
+                if (
+                    codes is buffers["codes"]
+                    and levels is buffers["levels"]
+                    and (not counted or (codes._version == codes_version and levels._version == levels_version))
+                    and threads == torch.get_num_threads()
+                ):
+                    run = plans.get((x.dtype, x.shape))
+                    if run is not None:
+                        return run(x, buffers["bias"])
         return self._run_checked(x)
 
     def extra_repr(self) -> str:
@@ -157,106 +190,65 @@ class PackedLayer(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dense_weight": None, "_layout": None, "_direct_shapes": {}, "_dense_shapes": set()}
+        return {**self.__dict__, "_prepared": None}
 
     def _check_input(self, x: Tensor) -> None:
         raise NotImplementedError
 
-    def _make_layout(self, backend: str) -> Tensor:
-        """The layout of codes and levels for one of ``layout_backends``."""
+    def _geometry(self) -> Geometry:
+        """As the op takes it, on what :meth:`_padded` gives."""
         raise NotImplementedError
 
-    def _takes_direct_calls(self) -> bool:
-        """Whether the kernel can take what the layer is given as it is."""
-        return True
+    def _padded(self, x: Tensor) -> Tensor:
+        """x with that padding which the op does not take itself."""
+        return x
 
-    def _run_direct(self, x: Tensor) -> Tensor:
-        """The kernel on an ``x`` that has been through every check in a call before."""
-        raise NotImplementedError
-
-    def _run_direct_dense(self, x: Tensor) -> Tensor:
-        """The float32 product with the decoded weight, for an ``x`` that has been through every check before."""
-        raise NotImplementedError
+    def _call(self, x: Tensor) -> PackedCall:
+        geometry = self._geometry()
+        return PackedCall(x, self.codes, self.levels, self.bias, geometry, self.precision, None, self.relu)
 
     def _run_checked(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        if x.dtype == torch.float16 and x.is_cpu:
-            return self.forward(x.float()).to(x.dtype)
-        # An exported program holds the codes, not a weight that tracing would have to store in the module.
-        if not torch.compiler.is_exporting() and self.execution_for(x) == "dense":
-            if is_half(x) and x.dtype != self._dense().values.dtype:
-                return self.run_dense(x.float()).to(x.dtype)
-            y = self.run_dense(x)
-            plain = self.precision == "fp32" and (self.bias is None or self.bias.dtype == torch.float32)
-            if plain and not torch.compiler.is_compiling() and self._takes_direct_calls():
-                self._remember(self._dense_shapes, x)
-            return y
-        y = self.run_packed(x)
-        if not torch.compiler.is_compiling() and self._layout_for(x) is not None and self._takes_direct_calls():
-            if dispatch.choose(self.op, x.device) == "cpu":
-                self._remember(self._direct_shapes.setdefault(x.dtype, set()), x)
-        return y
+        if not is_plain([x]) or (x.requires_grad and torch.is_grad_enabled()):
+            # Codes and levels go into the graph: what runs it makes its layout of them, and sees them change.
+            return call(self.op, self._call(self._padded(x)), _name_of(self._execution))
+        prepared = self._prepare()
+        backend, arguments = self.backend_for(x)
+        if backend.bind is None or not x.is_cpu:
+            return backend.run(arguments)
+        run = backend.bind(arguments)
+        if arguments.codes is prepared.codes and arguments.levels is prepared.levels:
+            if len(prepared.plans) >= MAX_PLANS:
+                prepared.plans.clear()
+            padded = lambda x, bias: run(self._padded(x), bias)  # noqa: E731
+            prepared.plans[x.dtype, x.shape] = run if arguments.x is x else padded
+        return run(arguments.x, arguments.bias)
 
-    @staticmethod
-    def _remember(shapes: set[torch.Size], x: Tensor) -> None:
-        if len(shapes) >= MAX_DIRECT_SHAPES:
-            shapes.clear()
-        shapes.add(x.shape)
+    def _is_current(self, prepared: Prepared) -> bool:
+        return (
+            prepared.codes is self._buffers["codes"]
+            and prepared.levels is self._buffers["levels"]
+            and prepared.codes_version == version_of(prepared.codes)
+            and prepared.levels_version == version_of(prepared.levels)
+            and prepared.threads == torch.get_num_threads()
+        )
 
-    def _layout_for(self, x: Tensor) -> Tensor | None:
-        """The layout, made in the first call; None where the backend that runs ``x`` wants none."""
-        if torch.compiler.is_exporting() or type(x) is not Tensor:
-            return None
-        if not x.is_cuda and (not x.is_cpu or x.dtype not in KERNEL_DTYPES):
-            return None
-        return self._layout if self._prepare_layout() else None
-
-    def _prepare_layout(self) -> bool:
-        """Whether the backend that runs the op reads a layout; makes it for that one."""
-        backend = dispatch.choose(self.op, self.codes.device)
-        if backend not in self.layout_backends:
-            return False
-        if self._layout is None or self._layout_backend != backend:
-            # An inference tensor, made in a first call under inference_mode, could not serve later calls outside it.
-            with torch.inference_mode(False), torch.no_grad():
-                self._layout, self._layout_backend = self._make_layout(backend), backend
-            self._direct_shapes = {}
-        return True
-
-    # While torch.compile traces, that method is run and not itself traced; the graph then takes the layout as an input.
-    # This is all that torch.compiler.assume_constant_result does, but that one imports the compiler.
-    _prepare_layout._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-    def _dense(self) -> DenseWeight:
-        if self._dense_weight is None:
-            with torch.inference_mode(False), torch.no_grad():
-                columns = math.prod(self.shape[1:])
-                values, scale = decode_rounded(self.codes, self.levels, columns, self.precision)
-                if self.precision == "bf16" and values.is_cuda:
-                    values = values.bfloat16()  # a GPU's libraries multiply them as they are
-                self._dense_weight = DenseWeight(values.view(self.shape), scale)
-        return self._dense_weight
-
-    def _renew(self) -> None:
-        """Drops what was made of the buffers and chooses again, for the present device, backend and threads."""
-        self._dense_weight = None
-        self._layout, self._layout_backend = None, ""
-        self._direct_shapes = {}
-        self._dense_shapes = set()
-        self._packed_rows = self._packed_rows_of_wide = ALWAYS if self._execution == "packed" else NEVER
-        if self._execution == "auto":
-            n_bytes = self.codes.nbytes + self.levels.nbytes
-            layer = (self.op, self.codes.device, self.shape, self.num_levels, self.precision, n_bytes)
-            self._packed_rows = self._packed_rows_of_wide = packed_rows(*layer)
-            if self.codes.is_cuda:
-                self._packed_rows = packed_rows(*layer, torch.bfloat16)
+    def _prepare(self) -> Prepared:
+        """What there is, where it is of the present buffers and threads; else a new one."""
+        prepared = self._prepared
+        if prepared is None or not self._is_current(prepared):
+            codes, levels = self.codes, self.levels
+            counted = not (codes.is_inference() or levels.is_inference())
+            versions = version_of(codes), version_of(levels)
+            prepared = Prepared(codes, levels, counted, *versions, torch.get_num_threads(), {}, {})
+            self._prepared = prepared
+        return prepared
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         levels = self.levels
         super()._apply(fn, recurse)
         if self.levels.dtype != torch.float32:
             self.levels = levels.to(self.levels.device)
-        self._renew()
         return self
 
     def _load_from_state_dict(
@@ -267,7 +259,19 @@ class PackedLayer(nn.Module):
             _check_values(self.codes, self.levels, math.prod(self.shape[1:]))
         except ValueError as error:
             messages[-1].append(prefix + str(error))
-        self._renew()
+
+
+def _name_of(execution: str) -> str | None:
+    """The backend that is asked for: "packed" leaves it to the choice among those that multiply codes."""
+    return "dense" if execution == "dense" else None
+
+
+def _counted(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of an inference tensor, whose changes nothing counts."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def check_execution(execution: str) -> None:

@@ -1,4 +1,4 @@
-"""Never slower: the expected time of a packed layer and of its dense product, the choice between them, and a check.
+"""Never slower: the expected time of a packed layer and of its dense product, and the choice between them.
 
 With the cpu backend, expected times are measured ones of small layers (bqnn.packed.probes). Otherwise the model is a
 roofline: a pass over a layer costs one call plus the longer of moving its bytes and doing its operations, at rates
@@ -9,20 +9,14 @@ measured once a process and device. A GPU's kernels decode the weight once for e
 from __future__ import annotations
 
 import math
-from functools import cache
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from bqnn.core.timing import median_seconds
 from bqnn.ops import dispatch
 from bqnn.ops.backends.gpu_layout import code_bits
-from bqnn.packed.probes import cpu_rates, packed_call_seconds
-
-if TYPE_CHECKING:
-    pass
+from bqnn.packed.probes import Roofline, cpu_rates, packed_call_seconds, roofline
 
 # What the reference moves for one weight when it decodes: digits and remainders (uint8), the index written and read
 # (int64 each time), the level (float32).
@@ -51,18 +45,6 @@ class RowRange(NamedTuple):
 
 
 ALWAYS, NEVER = RowRange(0, math.inf), RowRange(math.inf, 0)
-
-
-class Roofline(NamedTuple):
-    """What a device does in a second with one dtype, and what a call costs before it does anything, in seconds."""
-
-    bytes_per_second: float
-    operations_per_second: float
-    call_seconds: float
-
-    def seconds(self, n_bytes: float, operations: float) -> float:
-        """Expected seconds of one call that moves ``n_bytes`` and does ``operations`` (an addition counts as one)."""
-        return self.call_seconds + max(n_bytes / self.bytes_per_second, operations / self.operations_per_second)
 
 
 class LayerWork(NamedTuple):
@@ -143,7 +125,7 @@ def packed_rows(
         what is between. Where packed wins in more than one range, the one of most doublings counts.
     """
     try:
-        backend = dispatch.choose(op, device)
+        backend = dispatch.available(op, device)
     except dispatch.BackendError:
         return ALWAYS
     if backend == "reference":
@@ -166,23 +148,3 @@ def packed_rows(
     longest = max(runs, key=len)
     first = 0 if longest[0] == COMPARED_ROWS[0] else longest[0]
     return RowRange(first, math.inf if longest[-1] == COMPARED_ROWS[-1] else longest[-1])
-
-
-def roofline(device: torch.device, dtype: torch.dtype = torch.float32) -> Roofline:
-    """The rates of ``device``, measured once for its number of threads: a copy, a square product, a tiny one."""
-    return _measure(str(device), torch.get_num_threads(), dtype)
-
-
-@cache
-def _measure(device_name: str, threads: int, dtype: torch.dtype) -> Roofline:
-    device = torch.device(device_name)
-    side = 4096 if device.type == "cuda" else 1024
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.inference_mode():
-        matrix = torch.randn(side, side, device=device, generator=generator).to(dtype)
-        block = torch.randn(16 * side * side, device=device, generator=generator)
-        target = torch.empty_like(block)
-        copy_seconds = median_seconds(lambda: target.copy_(block), device)
-        product_seconds = median_seconds(lambda: F.linear(matrix, matrix), device)
-        call_seconds = median_seconds(lambda: F.linear(matrix[:1, :1], matrix[:1, :1]), device, repeats=101)
-    return Roofline(2 * block.nbytes / copy_seconds, 2 * side**3 / product_seconds, call_seconds)

@@ -6,17 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn.core.check import check_conv2d_input, check_linear_input
-from bqnn.core.geometry import explicit_padding, output_size, pair, symmetric_padding
-from bqnn.ops.backends.cpu_layout import make_layout
-from bqnn.ops.backends.gpu_layout import make_gpu_layout
-from bqnn.ops.packed_conv2d import packed_conv2d
-from bqnn.ops.packed_linear import packed_linear
-from bqnn.ops.packed_product import multiply, rectified
+from bqnn.core.geometry import Conv2dGeometry, LinearGeometry, explicit_padding, output_size, pair, symmetric_padding
 from bqnn.packed.base import PackedLayer
 
 if TYPE_CHECKING:
@@ -42,7 +35,6 @@ class PackedLinear(PackedLayer):
     """
 
     op = "packed_linear"
-    layout_backends = ("cpu", "cuda", "triton")
 
     def __init__(
         self,
@@ -58,17 +50,7 @@ class PackedLinear(PackedLayer):
         self.in_features, self.out_features = in_features, len(codes)
 
     def rows(self, x: Tensor) -> int:
-        return math.prod(x.shape[:-1])
-
-    def run_packed(self, x: Tensor) -> Tensor:
-        layout = self._layout_for(x)
-        return packed_linear(x, self.codes, self.levels, self.bias, self.precision, layout, relu=self.relu)
-
-    def run_dense(self, x: Tensor) -> Tensor:
-        if self.precision != "int8":
-            return rectified(multiply(F.linear, x, self._dense(), self.bias, self.precision, x.dtype), self.relu)
-        y = multiply(F.linear, x.reshape(-1, self.in_features), self._dense(), self.bias, self.precision, x.dtype)
-        return rectified(y, self.relu).view(*x.shape[:-1], self.out_features)
+        return LinearGeometry().rows(x)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
@@ -76,17 +58,8 @@ class PackedLinear(PackedLayer):
     def _check_input(self, x: Tensor) -> None:
         check_linear_input(x, self.in_features)
 
-    def _make_layout(self, backend: str) -> Tensor:
-        if backend != "cpu":
-            return make_gpu_layout(self.codes, self.levels, self.in_features, self.precision)
-        return make_layout(self.codes, self.levels, self.in_features, self.precision)
-
-    def _run_direct(self, x: Tensor) -> Tensor:
-        # nn.Module looks for a buffer in three places; here is where it is.
-        return torch.ops.bqnn_cpu.packed_linear.default(x, self._layout, self._buffers["bias"], self.relu)
-
-    def _run_direct_dense(self, x: Tensor) -> Tensor:
-        return rectified(F.linear(x, self._dense().values, self._buffers["bias"]), self.relu)
+    def _geometry(self) -> LinearGeometry:
+        return LinearGeometry()
 
 
 class PackedConv2d(PackedLayer):
@@ -108,7 +81,6 @@ class PackedConv2d(PackedLayer):
     """
 
     op = "packed_conv2d"
-    layout_backends = ("cpu", "triton")
 
     def __init__(
         self,
@@ -153,20 +125,6 @@ class PackedConv2d(PackedLayer):
         size = output_size(x.shape[2:], self.kernel_size, self.stride, padding, self.dilation)
         return x.shape[0] * math.prod(size)
 
-    def run_packed(self, x: Tensor) -> Tensor:
-        layout = self._layout_for(x)
-        x, padding = explicit_padding(x, self)
-        geometry = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
-        return packed_conv2d(x, self.codes, self.levels, self.bias, *geometry, self.precision, layout, relu=self.relu)
-
-    def run_dense(self, x: Tensor) -> Tensor:
-        x, padding = explicit_padding(x, self)
-
-        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
-
-        return rectified(multiply(convolve, x, self._dense(), self.bias, self.precision, x.dtype), self.relu)
-
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
         defaults = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
@@ -176,23 +134,11 @@ class PackedConv2d(PackedLayer):
     def _check_input(self, x: Tensor) -> None:
         check_conv2d_input(x, self.in_channels, self.out_channels, self.groups)
 
-    def _make_layout(self, backend: str) -> Tensor:
-        columns = math.prod(self.shape[1:])
-        if backend != "cpu":
-            return make_gpu_layout(self.codes, self.levels, columns, self.precision, math.prod(self.kernel_size))
-        geometry = (self.kernel_size, self.dilation[1], self.groups)
-        return make_layout(self.codes, self.levels, columns, self.precision, *geometry)
+    def _geometry(self) -> Conv2dGeometry:
+        return Conv2dGeometry(self.kernel_size, self.stride, self._zeros or (0, 0), self.dilation, self.groups)
 
-    def _takes_direct_calls(self) -> bool:
-        return self._zeros is not None and super()._takes_direct_calls()
-
-    def _run_direct(self, x: Tensor) -> Tensor:
-        geometry = (self.stride, self._zeros, self.dilation)
-        return torch.ops.bqnn_cpu.packed_conv2d.default(x, self._layout, self._buffers["bias"], *geometry, self.relu)
-
-    def _run_direct_dense(self, x: Tensor) -> Tensor:
-        geometry = (self.stride, self._zeros or 0, self.dilation, self.groups)
-        return rectified(F.conv2d(x, self._dense().values, self._buffers["bias"], *geometry), self.relu)
+    def _padded(self, x: Tensor) -> Tensor:
+        return x if self._zeros is not None else explicit_padding(x, self)[0]
 
     def _run_checked(self, x: Tensor) -> Tensor:
         if isinstance(x, Tensor) and x.dim() == 3:  # without the batch dimension, as nn.Conv2d takes it too

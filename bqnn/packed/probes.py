@@ -3,55 +3,53 @@
 A kernel decodes a weight once for many rows, and multiplies few rows in another way than many; libraries for dense
 products do likewise, and caches help both. So no single rate is right: probe layers of a few sizes are run with a few
 numbers of rows, and a layer is expected to take, for each of its weights, as long as the probe of the nearest size.
+
+What else runs on the machine makes a measurement longer, never shorter. So a probe is measured in rounds that lie
+apart, each round over all numbers of rows; the shortest time counts, and there are further rounds until another one
+comes near it.
 """
 
 from __future__ import annotations
 
-import bisect
 import math
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn.core.codes import pack_codes
-from bqnn.core.timing import seconds_of
-
-if TYPE_CHECKING:
-    from bqnn.packed.base import PackedLayer
+from bqnn.core.geometry import Conv2dGeometry, Geometry, LinearGeometry
+from bqnn.core.timing import median_seconds, seconds_of
+from bqnn.ops import dispatch
+from bqnn.ops.packed_product import PackedCall
+from bqnn.packed import rates
+from bqnn.packed.rates import Rates
 
 # Probes have as many channels out as in; those of convolutions have kernels of 3 x 3 and square images.
 LINEAR_CHANNELS, LINEAR_ROWS = (64, 256, 1024, 2048), (1, 4, 16, 64, 256)
 CONV2D_CHANNELS, CONV2D_SIDES, CONV2D_KERNEL = (8, 32, 128), (4, 8, 16, 32), 3
 
+LEAST_ROUNDS, MOST_ROUNDS = 3, 12
+AGREEMENT = 1.1  # by which the second shortest time of a round may be above the shortest
 
-class Rates(NamedTuple):
-    """What one way to run a layer costs."""
 
+class Roofline(NamedTuple):
+    """What a device does in a second with one dtype, and what a call costs before it does anything, in seconds."""
+
+    bytes_per_second: float
+    operations_per_second: float
     call_seconds: float
-    """Of a call that does next to nothing."""
-    rows: tuple[int, ...]
-    weight_seconds: tuple[float, ...]
-    """Beyond that, for each weight, where so many rows are multiplied by it."""
 
-    def seconds(self, weights: int, rows: int) -> float:
-        """Expected seconds of one call with ``weights`` weights and ``rows`` output positions."""
-        return self.call_seconds + weights * self._per_weight(rows)
-
-    def _per_weight(self, rows: int) -> float:
-        if rows <= self.rows[0]:
-            return self.weight_seconds[0]
-        if rows >= self.rows[-1]:
-            return self.weight_seconds[-1] * rows / self.rows[-1]
-        after = bisect.bisect(self.rows, rows)
-        low, high = self.rows[after - 1 : after + 1]
-        share = (rows - low) / (high - low)
-        return (1 - share) * self.weight_seconds[after - 1] + share * self.weight_seconds[after]
+    def seconds(self, n_bytes: float, operations: float) -> float:
+        """Expected seconds of one call that moves ``n_bytes`` and does ``operations`` (an addition counts as one)."""
+        return self.call_seconds + max(n_bytes / self.bytes_per_second, operations / self.operations_per_second)
 
 
 def cpu_rates(op: str, num_levels: int, precision: str, weights: int, execution: str) -> Rates:
-    """The rates of the cpu backend for layers of about ``weights`` weights, measured once a process.
+    """The rates of the cpu backend for layers of about ``weights`` weights, measured once a machine.
 
     Args:
         op: "packed_linear" or "packed_conv2d".
@@ -61,57 +59,92 @@ def cpu_rates(op: str, num_levels: int, precision: str, weights: int, execution:
     """
     sizes, square = (LINEAR_CHANNELS, 1) if op == "packed_linear" else (CONV2D_CHANNELS, CONV2D_KERNEL**2)
     channels = min(sizes, key=lambda size: abs(math.log(size * size * square / weights)))
-    return _measure(op, num_levels, precision, channels, execution, torch.get_num_threads())
+    return _rates(op, num_levels, precision, channels, execution, torch.get_num_threads())
 
 
 @cache
-def _measure(op: str, num_levels: int, precision: str, channels: int, execution: str, threads: int) -> Rates:
-    layer = _probe(op, num_levels, precision, channels, execution)
+def _rates(op: str, num_levels: int, precision: str, channels: int, execution: str, threads: int) -> Rates:
+    key = f"{op} M={num_levels} {precision} {channels} {execution} threads={threads}"
+    return rates.known(key) or rates.remember(key, _measure(op, num_levels, precision, channels, execution))
+
+
+def _measure(op: str, num_levels: int, precision: str, channels: int, execution: str) -> Rates:
     sides = LINEAR_ROWS if op == "packed_linear" else CONV2D_SIDES
-    call = _measure_call(op, num_levels, precision, execution, threads)
-    rows, seconds = [], []
-    for side in sides:
-        x = _probe_input(op, channels, side)
-        rows.append(layer.rows(x))
-        seconds.append(max(_time(layer, x) - call, 0.0) / math.prod(layer.shape))
-    return Rates(call, tuple(rows), tuple(seconds))
+    probes = [_probe(op, num_levels, precision, channels, side) for side in sides]
+    nothing = _probe(op, num_levels, precision, 1, 1)
+    call, *seconds = least_seconds([_bound(op, probe, execution) for probe in (nothing, *probes)])
+    count = channels * probes[0].columns
+    rows = tuple(probe.geometry.rows(probe.x) for probe in probes)
+    return Rates(call, rows, tuple(max(each - call, 0.0) / count for each in seconds))
+
+
+def least_seconds(calls: list[Callable[[], object]], repeats: int = 5) -> list[float]:
+    """The shortest time of each call, undisturbed as far as repeating can tell."""
+    rounds: list[list[float]] = []
+    while len(rounds) < LEAST_ROUNDS or (len(rounds) < MOST_ROUNDS and _is_disturbed(rounds)):
+        rounds.append([min(seconds_of(call, torch.device("cpu"), repeats)) for call in calls])
+    return [min(times) for times in zip(*rounds)]
+
+
+def _is_disturbed(rounds: list[list[float]]) -> bool:
+    """Whether the shortest time of some call was reached in one round alone."""
+    return any(second > AGREEMENT * first for first, second in (sorted(times)[:2] for times in zip(*rounds)))
+
+
+def _bound(op: str, probe: PackedCall, execution: str) -> Callable[[], object]:
+    """A call of the probe as a layer makes it from the second time on."""
+    backend = dispatch.choose(op, probe, "dense" if execution == "dense" else "cpu")
+    assert backend.bind is not None
+    run, x, bias = backend.bind(probe), probe.x, probe.bias
+
+    def timed() -> Tensor:
+        with torch.inference_mode():
+            return run(x, bias)
+
+    return timed
 
 
 @cache
 def packed_call_seconds(op: str, num_levels: int, precision: str, device: torch.device) -> float:
     """Seconds of a call of the packed ``op`` on a GPU that does next to nothing, measured once a process."""
-    return _time(_probe(op, num_levels, precision, 1, "packed").to(device), _probe_input(op, 1, 1).to(device), 51)
+    probe = _probe(op, num_levels, precision, 1, 1)
+    here = {name: getattr(probe, name).to(device) for name in ("x", "codes", "levels", "bias")}
+    with torch.inference_mode():
+        return min(seconds_of(lambda: dispatch.run(op, probe._replace(**here)), device, 51))
+
+
+def _probe(op: str, num_levels: int, precision: str, channels: int, side: int) -> PackedCall:
+    """A layer of ``channels`` channels on [side, channels], or on one image of side x side."""
+    geometry: Geometry = LinearGeometry()
+    shape: tuple[int, ...] = (side, channels)
+    if op == "packed_conv2d":
+        kernel, padding = (CONV2D_KERNEL, CONV2D_KERNEL), (CONV2D_KERNEL // 2, CONV2D_KERNEL // 2)
+        geometry, shape = Conv2dGeometry(kernel, (1, 1), padding, (1, 1), 1), (1, channels, side, side)
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"), torch.inference_mode(False):
+        x = torch.randn(shape, generator=generator, dtype=torch.float32)
+        size = (channels, geometry.columns(x))
+        codes = torch.randint(num_levels, size, dtype=torch.uint8, generator=generator)
+        levels = torch.linspace(-1.0, 1.0, num_levels, dtype=torch.float32).unsqueeze(0)
+        bias = torch.zeros(channels, dtype=torch.float32)
+        return PackedCall(x, pack_codes(codes, num_levels), levels, bias, geometry, precision, None, False)
+
+
+def roofline(device: torch.device, dtype: torch.dtype = torch.float32) -> Roofline:
+    """The rates of ``device``, measured once for its number of threads: a copy, a square product, a tiny one."""
+    return _roofline(str(device), torch.get_num_threads(), dtype)
 
 
 @cache
-def _measure_call(op: str, num_levels: int, precision: str, execution: str, threads: int) -> float:
-    return _time(_probe(op, num_levels, precision, 1, execution), _probe_input(op, 1, 1), repeats=201)
-
-
-def _time(layer: PackedLayer, x: Tensor, repeats: int = 7) -> float:
-    """The least of the times: a rate lasts as long as the process, and what else ran when it was measured does not."""
+def _roofline(device_name: str, threads: int, dtype: torch.dtype) -> Roofline:
+    device = torch.device(device_name)
+    side = 4096 if device.type == "cuda" else 1024
+    generator = torch.Generator(device).manual_seed(0)
     with torch.inference_mode():
-        return min(seconds_of(lambda: layer(x), x.device, repeats))
-
-
-def _probe(op: str, num_levels: int, precision: str, channels: int, execution: str) -> PackedLayer:
-    from bqnn.packed.layers import PackedConv2d, PackedLinear
-
-    columns = channels if op == "packed_linear" else channels * CONV2D_KERNEL**2
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("cpu"):
-        codes = torch.randint(num_levels, (channels, columns), dtype=torch.uint8, generator=generator)
-        levels = torch.linspace(-1.0, 1.0, num_levels, dtype=torch.float32).unsqueeze(0)
-        packed = pack_codes(codes, num_levels)
-        bias = torch.zeros(channels, dtype=torch.float32)
-    if op == "packed_linear":
-        return PackedLinear(channels, packed, levels, bias, precision, execution)
-    options = {"padding": CONV2D_KERNEL // 2, "precision": precision, "execution": execution}
-    return PackedConv2d(channels, CONV2D_KERNEL, packed, levels, bias, **options)  # type: ignore[arg-type]
-
-
-def _probe_input(op: str, channels: int, side: int) -> Tensor:
-    """[side, channels], or one image of side x side."""
-    shape = (side, channels) if op == "packed_linear" else (1, channels, side, side)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        matrix = torch.randn(side, side, device=device, generator=generator).to(dtype)
+        block = torch.randn(16 * side * side, device=device, generator=generator)
+        target = torch.empty_like(block)
+        copy_seconds = median_seconds(lambda: target.copy_(block), device)
+        product_seconds = median_seconds(lambda: F.linear(matrix, matrix), device)
+        call_seconds = median_seconds(lambda: F.linear(matrix[:1, :1], matrix[:1, :1]), device, repeats=101)
+    return Roofline(2 * block.nbytes / copy_seconds, 2 * side**3 / product_seconds, call_seconds)

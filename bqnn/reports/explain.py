@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from bqnn.core.codes import digits_per_byte
 from bqnn.core.timing import median_seconds
-from bqnn.ops import dispatch
-from bqnn.ops.backends.cpu_layout import layout_name
-from bqnn.ops.backends.gpu_layout import code_bits
 from bqnn.packed.base import PackedLayer
 from bqnn.packed.cost import LayerWork
 from bqnn.packed.visit import inputs_of_packed_layers
@@ -74,7 +71,9 @@ def explain_speed(net: nn.Module, x: Tensor) -> SpeedReport:
 
 
 def _explain_layer(name: str, layer: PackedLayer, x: Tensor) -> LayerSpeed:
-    backend, rows, num_levels = dispatch.choose(layer.op, x.device), layer.rows(x), layer.num_levels
+    rows, num_levels = layer.rows(x), layer.num_levels
+    backend, call = layer.backend_for(x)
+    packed, _ = _with_execution(layer, "packed").backend_for(x)
     work = LayerWork(
         op=layer.op,
         num_levels=num_levels,
@@ -86,11 +85,14 @@ def _explain_layer(name: str, layer: PackedLayer, x: Tensor) -> LayerSpeed:
         packed_bytes=layer.codes.nbytes + layer.levels.nbytes,
         dtype=x.dtype,
     )
-    expected_packed, expected_dense = work.expected_seconds(x.device, backend)
+    expected_packed, expected_dense = work.expected_seconds(x.device, packed.name)
+    described = (
+        backend.describe(call) if backend.describe else f"{num_levels} levels, {digits_per_byte(num_levels)}/byte"
+    )
     return LayerSpeed(
         name=name,
-        backend=backend,
-        layout=_layout_name(num_levels, layer.precision, backend) + (", ReLU" if layer.relu else ""),
+        backend=backend.name,
+        layout=described + (", ReLU" if layer.relu else ""),
         rows=rows,
         execution=layer.execution_for(x),
         expected_packed=expected_packed,
@@ -100,16 +102,14 @@ def _explain_layer(name: str, layer: PackedLayer, x: Tensor) -> LayerSpeed:
     )
 
 
-def _layout_name(num_levels: int, precision: str, backend: str) -> str:
-    if backend == "cpu":
-        return layout_name(num_levels, precision)
-    if backend == "reference":
-        return f"{num_levels} levels, {digits_per_byte(num_levels)}/byte"
-    return f"{num_levels} levels, {code_bits(num_levels)} bits, {precision}"
+def _with_execution(layer: PackedLayer, execution: str) -> PackedLayer:
+    """The layer as it would run with ``execution``; the layer itself stays as it is."""
+    twin = copy.copy(layer)
+    twin.execution = execution
+    return twin
 
 
 def _measure_execution(layer: PackedLayer, x: Tensor, execution: str) -> float:
-    """Median seconds of the layer as it would run with ``execution``; the layer itself stays as it is."""
-    twin = copy.copy(layer)
-    twin.execution = execution
+    """Median seconds of the layer as it would run with ``execution``."""
+    twin = _with_execution(layer, execution)
     return median_seconds(lambda: twin.forward(x), x.device)

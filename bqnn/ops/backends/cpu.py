@@ -1,8 +1,10 @@
-"""What the backends "cpu" of the ops share."""
+"""What the backends "cpu" of the training ops share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +14,22 @@ from bqnn.core.native import cpu_isa
 kernels = torch.ops.bqnn_cpu
 
 
-def all_float32(*tensors: Tensor | None) -> bool:
-    """Whether the kernels serve these tensors; the reference takes the others."""
-    return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
+def serves(call: Any) -> str:
+    """The kernels take float32 alone."""
+    return not_float32(call)
+
+
+def not_float32(values: Iterable[Any]) -> str:
+    """Why the kernels do not take these tensors, nested or not; empty where they do."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.dtype != torch.float32 and value.is_floating_point():
+                return f"it takes float32 tensors, got {value.dtype}"
+        elif isinstance(value, tuple):
+            reason = not_float32(value)
+            if reason:
+                return reason
+    return ""
 
 
 @cache

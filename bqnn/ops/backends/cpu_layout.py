@@ -10,9 +10,6 @@ from torch import Tensor
 from bqnn.core.int8 import round_levels
 from bqnn.core.native import cpu_isa
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-"""Of the activations that the kernels read and write; they compute bfloat16 ones in float32."""
-
 # What multiplies, by instruction set; AMX multiplies a float32 in three bfloat16 parts.
 _UNITS = {"scalar": "scalar", "avx2": "AVX2", "avx512": "AVX-512", "amx": "AMX"}
 

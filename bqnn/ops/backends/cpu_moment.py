@@ -6,85 +6,57 @@ it: products twice to several times as fast. Noise is made from the seed whereve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from bqnn.core.product import Product, bind, channels_last, coarse_order, dense, is_wide
-from bqnn.core.quantizer import MODES
-from bqnn.ops import dispatch, moment_product
-from bqnn.ops.backends.cpu import all_float32, kernels, multiplies_bfloat16
-from bqnn.ops.backends.cpu_products import Posterior, Weights, codebook_of, gradients, outputs, reuse
+from bqnn.core.product import channels_last, coarse_order, dense, is_wide
+from bqnn.core.quantizer import MODES, Posterior, codebook_of
+from bqnn.ops import dispatch
+from bqnn.ops.backends.cpu import kernels, multiplies_bfloat16, not_float32, serves
+from bqnn.ops.backends.cpu_products import Weights, gradients, outputs, reuse
+from bqnn.ops.moment_product import Gradients, MomentBackwardCall, MomentCall
 
 LARGE_LINEAR = 1 << 18  # weights from which on a linear layer's bfloat16 products are faster than its float32 ones
 
 
-def _moment_product(
-    product: Product,
-    x: Tensor,
-    weight: Tensor,
-    log_sigma2: Tensor,
-    levels: Tensor,
-    thresholds: Tensor,
-    bias: Tensor | None,
-    seed: Tensor,
-    offset: int,
-    mode: str,
-    coarse: bool,
-) -> tuple[Tensor, Tensor]:
-    posterior = Posterior.of(weight, log_sigma2, levels, thresholds)
-    if not all_float32(x, *posterior, bias):
-        return moment_product.moment_product(
-            product, x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode, coarse
-        )
-    fast = coarse and _gains_from_bfloat16(x, weight)
-    make = partial(_weight_moments, posterior, mode, fast)
-    y, y_variance = outputs(product, (x, _square(x, fast)), weight.shape[0], make, bias)
+def _moment_product(call: MomentCall) -> tuple[Tensor, Tensor]:
+    x, posterior, coarse = call.x, call.posterior.contiguous(), call.coarse_variance
+    fast = coarse and _gains_from_bfloat16(x, posterior.weight)
+    make = partial(_weight_moments, posterior, call.mode, fast)
+    y, y_variance = outputs(call.product, (x, _square(x, fast)), posterior.weight.shape[0], make, call.bias)
     if coarse:
         y_variance = coarse_order(x, y_variance.bfloat16())
-    kernels.add_noise(y, y_variance, seed, offset, coarse)  # a coarse variance becomes dy/dVar in its place
+    kernels.add_noise(y, y_variance, *call.noise, coarse)  # a coarse variance becomes dy/dVar in its place
     return y, y_variance if coarse else y.new_empty(0)
 
 
-def _moment_product_backward(
-    product: Product,
-    grad: Tensor,
-    slope: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    log_sigma2: Tensor,
-    levels: Tensor,
-    thresholds: Tensor,
-    seed: Tensor,
-    offset: int,
-    mode: str,
-    input_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    posterior = Posterior.of(weight, log_sigma2, levels, thresholds)
-    if not all_float32(grad, x, *posterior):
-        return moment_product.moment_product_backward(
-            product, grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offset, mode, input_gradient
-        )
+def _moment_product_backward(call: MomentBackwardCall) -> Gradients:
+    x, slope, posterior = call.x, call.slope, call.posterior.contiguous()
+    weight, _, levels, thresholds = posterior
     fast = slope is not None and _gains_from_bfloat16(x, weight)
-    grad, square = dense(grad), _square(x, fast)
-    make = partial(_weight_moments, posterior, mode, fast)
+    grad, square = dense(call.grad), _square(x, fast)
+    make = partial(_weight_moments, posterior, call.mode, fast)
     by_variance = torch.empty_like(grad if slope is None or not fast else slope)
     if slope is None:
-        (variance,) = outputs(product, (square,), weight.shape[0], make, None)
-        kernels.noise_gradient(grad, variance, seed, offset, by_variance)
+        (variance,) = outputs(call.product, (square,), weight.shape[0], make, None)
+        kernels.noise_gradient(grad, variance, *call.noise, by_variance)
     else:
         kernels.multiply(grad, dense(slope), by_variance)
     by_codebook = levels.new_zeros(levels.shape), thresholds.new_zeros(thresholds.shape)
     by_posterior = (weight.new_empty(weight.shape), *by_codebook)
-    finish = partial(_weight_moments_backward, posterior, mode, by_posterior)
+    finish = partial(_weight_moments_backward, posterior, call.mode, by_posterior)
     operands = (grad, by_variance), (x, square), weight.shape
-    (grad_x, grad_square), grad_weight = gradients(product, *operands, make, finish, input_gradient)
-    if input_gradient:
+    (grad_x, grad_square), grad_weight = gradients(call.product, *operands, make, finish, call.input_gradient)
+    if call.input_gradient:
         grad_x = dense(grad_x)
         kernels.add_square_gradient(grad_x, dense(x), dense(grad_square))
     return grad_x, grad_weight, *by_posterior
+
+
+def _serves_backward(call: MomentBackwardCall) -> str:
+    return not_float32(call._replace(slope=None))  # which is bfloat16
 
 
 def _gains_from_bfloat16(x: Tensor, weight: Tensor) -> bool:
@@ -130,7 +102,7 @@ def _weight_moments_backward(
     codebook_of(gradients[2], channels).add_(by_thresholds)
 
 
-def register(name: str, product_of: Callable[..., Product]) -> None:
+def register(name: str) -> None:
     """Registers the backend for ``bqnn::<name>`` and ``bqnn::<name>_backward``."""
-    dispatch.register(name, "cpu", bind(_moment_product, product_of, moment_product.FORWARD))
-    dispatch.register(f"{name}_backward", "cpu", bind(_moment_product_backward, product_of, moment_product.BACKWARD))
+    dispatch.register(name, "cpu", _moment_product, serves)
+    dispatch.register(f"{name}_backward", "cpu", _moment_product_backward, _serves_backward)

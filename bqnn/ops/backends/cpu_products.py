@@ -7,7 +7,6 @@ layer is, no memory holds the whole of it, and none is fetched from the system f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,31 +20,6 @@ WHOLE = slice(None)
 Weights = tuple[Tensor, ...]  # of some channels, one for each product
 Make = Callable[[slice, "Weights | None"], Weights]  # of these channels, in the memory of others that have served
 Finish = Callable[..., None]  # takes the channels, and the gradients of those weights, which it may write to
-
-
-class Posterior(NamedTuple):
-    """The parameters of a weight, contiguous; log_sigma2 is None where it is deterministic."""
-
-    weight: Tensor
-    log_sigma2: Tensor | None
-    levels: Tensor
-    thresholds: Tensor
-
-    @staticmethod
-    def of(weight: Tensor, log_sigma2: Tensor | None, levels: Tensor, thresholds: Tensor) -> Posterior:
-        log_sigma2 = None if log_sigma2 is None else log_sigma2.contiguous()
-        return Posterior(weight.contiguous(), log_sigma2, levels.contiguous(), thresholds.contiguous())
-
-    def part(self, channels: slice) -> Posterior:
-        """That of some channels, in the same memory."""
-        log_sigma2 = None if self.log_sigma2 is None else self.log_sigma2[channels]
-        codebook = codebook_of(self.levels, channels), codebook_of(self.thresholds, channels)
-        return Posterior(self.weight[channels], log_sigma2, *codebook)
-
-
-def codebook_of(codebook: Tensor, channels: slice) -> Tensor:
-    """The part [1 or N, ...] of levels or thresholds that belongs to some channels."""
-    return codebook[channels] if codebook.shape[0] > 1 else codebook
 
 
 def outputs(product: Product, inputs: Sequence[Tensor], channels: int, make: Make, bias: Tensor | None) -> list[Tensor]:

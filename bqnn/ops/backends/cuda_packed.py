@@ -12,44 +12,39 @@ import torch
 from torch import Tensor
 
 from bqnn.ops import dispatch
-from bqnn.ops.backends.gpu_layout import integer_codebooks, make_gpu_layout
+from bqnn.ops.backends.gpu_layout import describe, integer_codebooks, layout_of
+from bqnn.ops.packed_product import PackedCall
 
 MAX_ROWS = 16
 """More rows than this are left to the next backend."""
 
 
-def packed_linear_cuda(
-    x: Tensor,
-    codes: Tensor,
-    levels: Tensor,
-    bias: Tensor | None,
-    precision: str,
-    layout: Tensor | None,
-    relu: bool = False,
-) -> Tensor:
-    """The kernel, with a layout of this call's own where none is given; for many rows, or float64, the next backend."""
-    columns, channels = x.shape[-1], codes.shape[0]
-    rows = x.numel() // columns
-    if rows > MAX_ROWS or x.dtype == torch.float64:
-        usable = dispatch.status("packed_linear", "triton", x.device.type).usable
-        run = dispatch.implementation("packed_linear", x.device, "triton" if usable else "reference")
-        return run(x, codes, levels, bias, precision, layout, relu=relu)
-    y = x.new_empty((*x.shape[:-1], channels))
+def packed_linear_cuda(call: PackedCall) -> Tensor:
+    """The kernel, on rows that it serves."""
+    x, levels, channels = call.x, call.levels, call.codes.shape[0]
+    y = call.geometry.output(x, channels)
+    rows = call.geometry.rows(x)
     if rows == 0:
         return y
-    if layout is None:
-        layout = make_gpu_layout(codes, levels, columns, precision)
-    x = x.reshape(rows, columns).contiguous()
+    layout = layout_of(call)
+    x = x.reshape(rows, call.columns).contiguous()
     integers = scale = row_scale = None
-    if precision == "int8":
+    if call.precision == "int8":
         integers, scale = integer_codebooks(layout, channels, len(levels))
         q, row_scale = torch.empty_like(x, dtype=torch.bfloat16), torch.empty(rows, device=x.device)
         _round_rows(x, q, row_scale)
         x = q
-    bias = None if bias is None else bias.float().contiguous()
-    levels, out = levels.contiguous(), y.view(rows, channels)
-    _launch(x, layout, levels, integers, bias, scale, row_scale, precision, relu, out)
+    bias = None if call.bias is None else call.bias.float().contiguous()
+    out = y.view(rows, channels)
+    _launch(x, layout, levels.contiguous(), integers, bias, scale, row_scale, call.precision, call.relu, out)
     return y
+
+
+def _serves(call: PackedCall) -> str:
+    if call.x.dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16 activations, got float64"
+    rows = call.geometry.rows(call.x)
+    return f"it takes up to {MAX_ROWS} rows, got {rows}" if rows > MAX_ROWS else ""
 
 
 def _launch(*arguments: Tensor | str | bool | None) -> None:
@@ -59,3 +54,8 @@ def _launch(*arguments: Tensor | str | bool | None) -> None:
 def _round_rows(x: Tensor, q: Tensor, scale: Tensor) -> None:
     """Fills ``q`` and ``scale`` by the rule of bqnn.core.int8.quantize_rows, in one pass of the GPU."""
     torch.ops.bqnn_cuda.round_rows(x, q, scale)
+
+
+def register(name: str) -> None:
+    """Registers the backend for ``bqnn::<name>``."""
+    dispatch.register(name, "cuda", packed_linear_cuda, _serves, describe=describe)

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn.core.codes import unpack_codes
+from bqnn.core.derived import Derived
 from bqnn.core.int8 import round_levels
+from bqnn.ops.packed_product import PackedCall
 
 BLOCK_WORDS = 16
 INTEGERS = 16
@@ -91,3 +93,19 @@ def integer_codebooks(layout: Tensor, channels: int, codebooks: int) -> tuple[Te
     books = layout[channels:].view(-1)
     integers = books[codebooks : codebooks * (1 + INTEGERS // 4)].view(torch.int8).view(codebooks, INTEGERS)
     return integers, books[:codebooks].view(torch.float32)
+
+
+_layouts = Derived(make_gpu_layout)
+
+
+def layout_of(call: PackedCall) -> Tensor:
+    """The layout of the call's weight, made where it is none of the call's own."""
+    if call.layout is not None:
+        return call.layout
+    return _layouts((call.codes, call.levels), call.columns, call.precision, call.geometry.taps())
+
+
+def describe(call: PackedCall) -> str:
+    """Levels, bits of a code and precision, as :func:`bqnn.explain_speed` prints them."""
+    num_levels = call.levels.shape[1]
+    return f"{num_levels} levels, {code_bits(num_levels)} bits, {call.precision}"

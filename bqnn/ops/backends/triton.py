@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-SERVED = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kernels(module: str) -> ModuleType:
@@ -16,13 +18,23 @@ def kernels(module: str) -> ModuleType:
     return importlib.import_module(f"bqnn.kernels.{module}")
 
 
-def serves(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these tensors; the reference takes the others, float64 and empty ones."""
-    return all(tensor is None or (tensor.dtype in SERVED and tensor.numel() > 0) for tensor in tensors)
+def other_dtype(values: Iterable[Any]) -> str:
+    """Why the kernels do not take these tensors, nested or not; empty where they do. A tensor that is no floating-point
+    one is not looked at."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and value.dtype not in DTYPES:
+                return f"it takes float32, bfloat16 and float16 tensors, got {value.dtype}"
+        elif isinstance(value, tuple):
+            reason = other_dtype(value)
+            if reason:
+                return reason
+    return ""
 
 
-def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+def no_weights(weight: Tensor) -> str:
+    """Why the kernels do not take this weight: there is nothing in it that a program could be for."""
+    return "" if weight.numel() else "it takes a weight with elements, got none"
 
 
 def order_for(x: Tensor) -> torch.memory_format:

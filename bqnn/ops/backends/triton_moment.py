@@ -6,39 +6,25 @@ Which of the two is decided by ``is_fused`` of the op's kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from bqnn.core.product import Product, bind, coarse_order
-from bqnn.ops import dispatch, moment_product
-from bqnn.ops.backends.triton import contiguous, kernels, number, order_for, serves
+from bqnn.core.product import coarse_order
+from bqnn.ops import dispatch
+from bqnn.ops.backends.triton import kernels, no_weights, number, order_for, other_dtype
+from bqnn.ops.moment_product import Gradients, MomentBackwardCall, MomentCall
 
 
-def _moment_product(
-    name: str,
-    product: Product,
-    x: Tensor,
-    weight: Tensor,
-    log_sigma2: Tensor,
-    levels: Tensor,
-    thresholds: Tensor,
-    bias: Tensor | None,
-    seed: Tensor,
-    offset: int,
-    mode: str,
-    coarse: bool,
-) -> tuple[Tensor, Tensor]:
-    if not serves(x, weight, log_sigma2, levels, thresholds, bias):
-        return moment_product.moment_product(
-            product, x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode, coarse
-        )
-    posterior = contiguous(weight, log_sigma2, levels, thresholds)
-    noise = number(seed), offset
+def _moment_product(name: str, call: MomentCall) -> tuple[Tensor, Tensor]:
+    x, _, bias, (seed, offset), mode, coarse, product = call
+    if x.numel() == 0:
+        y = product.forward(x, call.posterior.weight.to(x.dtype), bias)  # empty, whatever the weight is
+        return y, coarse_order(x, torch.empty_like(y, dtype=torch.bfloat16)) if coarse else y.new_empty(0)
+    posterior, noise = call.posterior.contiguous(), (number(seed), offset)
     fused, elementwise = kernels(name), kernels("moment")
-    if fused.is_fused(x, weight, levels, mode, *product):
+    if fused.is_fused(x, posterior.weight, posterior.levels, mode, *product):
         return fused.forward(x, *posterior, bias, *noise, mode, coarse, *product)
     mean, variance = elementwise.moments(*posterior, mode, x.dtype, order_for(x))
     y = product.forward(x, mean, bias)
@@ -47,29 +33,17 @@ def _moment_product(
     return y, y.new_empty(0) if slope is None else slope
 
 
-def _moment_product_backward(
-    name: str,
-    product: Product,
-    grad: Tensor,
-    slope: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    log_sigma2: Tensor,
-    levels: Tensor,
-    thresholds: Tensor,
-    seed: Tensor,
-    offset: int,
-    mode: str,
-    input_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if not serves(grad, slope, x, weight, log_sigma2, levels, thresholds):
-        return moment_product.moment_product_backward(
-            product, grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offset, mode, input_gradient
+def _moment_product_backward(name: str, call: MomentBackwardCall) -> Gradients:
+    grad, slope, x, _, (seed, offset), mode, input_gradient, product = call
+    posterior, noise = call.posterior.contiguous(), (number(seed), offset)
+    if grad.numel() == 0 or x.numel() == 0:
+        grad_x = torch.zeros_like(x) if input_gradient else x.new_empty(0)
+        by_weight, by_log_sigma2, by_levels, by_thresholds = (
+            torch.zeros_like(tensor) for tensor in posterior if tensor is not None
         )
-    posterior = contiguous(weight, log_sigma2, levels, thresholds)
-    noise = number(seed), offset
+        return grad_x, by_weight, by_log_sigma2, by_levels, by_thresholds
     fused, elementwise = kernels(name), kernels("moment")
-    if fused.is_fused(x, weight, levels, mode, *product):
+    if fused.is_fused(x, posterior.weight, posterior.levels, mode, *product):
         return fused.backward(grad, slope, x, *posterior, *noise, mode, input_gradient, *product)
     mean, variance = elementwise.moments(*posterior, mode, x.dtype, order_for(x))
     square = x * x
@@ -85,8 +59,11 @@ def _moment_product_backward(
     return grad_x, *elementwise.moments_backward(*gradients, *posterior, mode)
 
 
-def register(name: str, product_of: Callable[..., Product]) -> None:
+def _serves(call: MomentCall | MomentBackwardCall) -> str:
+    return other_dtype(call) or no_weights(call.posterior.weight)
+
+
+def register(name: str) -> None:
     """Registers the backend for ``bqnn::<name>`` and ``bqnn::<name>_backward``, from ``bqnn.kernels.<name>``."""
-    forward, backward = partial(_moment_product, name), partial(_moment_product_backward, name)
-    dispatch.register(name, "triton", bind(forward, product_of, moment_product.FORWARD))
-    dispatch.register(f"{name}_backward", "triton", bind(backward, product_of, moment_product.BACKWARD))
+    dispatch.register(name, "triton", partial(_moment_product, name), _serves)
+    dispatch.register(f"{name}_backward", "triton", partial(_moment_product_backward, name), _serves)

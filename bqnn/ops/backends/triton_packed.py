@@ -1,62 +1,44 @@
-"""The backend "triton" of the packed products: from an op's arguments to what the launchers take."""
+"""The backend "triton" of the packed products: from an op's arguments to what the launchers take.
+
+The kernels take half-precision activations as they are.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from bqnn.ops.backends.gpu_layout import BLOCK_WORDS, integer_codebooks, make_gpu_layout
-from bqnn.ops.backends.triton import kernels
+from bqnn.core.geometry import Conv2dGeometry, memory_format_of
+from bqnn.ops import dispatch
+from bqnn.ops.backends.gpu_layout import BLOCK_WORDS, describe, integer_codebooks, layout_of
+from bqnn.ops.backends.triton import kernels, other_dtype
+from bqnn.ops.packed_product import PackedCall
 
 
-def _codebooks(layout: Tensor, levels: Tensor, channels: int, precision: str) -> tuple[Tensor, Tensor | None]:
-    """What the kernels multiply with: levels as they are, or the layout's integers with their scales."""
-    if precision == "int8":
-        return integer_codebooks(layout, channels, len(levels))
-    return levels.contiguous(), None
+def _run(name: str, call: PackedCall) -> Tensor:
+    x, codes, levels, geometry = call.x, call.codes, call.levels, call.geometry
+    if x.numel() == 0:
+        return geometry.output(x, len(codes))
+    layout = layout_of(call)
+    book, scale = levels.contiguous(), None
+    if call.precision == "int8":  # the layout's integers with their scales, instead of levels
+        book, scale = integer_codebooks(layout, len(codes), len(levels))
+    weight = (layout[: len(codes)], levels.shape[1], book, scale, call.bias, call.precision, BLOCK_WORDS, call.relu)
+    forward = kernels(name).forward
+    if not isinstance(geometry, Conv2dGeometry):
+        return forward(x, *weight)
+    y = forward(x, *weight, geometry.size(x), *geometry)
+    if memory_format_of(x) == torch.channels_last:
+        return y
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device).copy_(y)
 
 
-def packed_linear(
-    x: Tensor,
-    codes: Tensor,
-    levels: Tensor,
-    bias: Tensor | None,
-    precision: str,
-    layout: Tensor | None,
-    relu: bool,
-) -> Tensor:
-    """The kernel, with a layout of this call's own where none is given."""
-    if layout is None:
-        layout = make_gpu_layout(codes, levels, x.shape[-1], precision)
-    words = layout[: len(codes)]
-    book, scale = _codebooks(layout, levels, len(codes), precision)
-    return kernels("packed_linear").forward(x, words, levels.shape[1], book, scale, bias, precision, BLOCK_WORDS, relu)
+def _serves(call: PackedCall) -> str:
+    return other_dtype(call)
 
 
-def packed_conv2d(
-    x: Tensor,
-    codes: Tensor,
-    levels: Tensor,
-    bias: Tensor | None,
-    size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    precision: str,
-    layout: Tensor | None,
-    relu: bool,
-) -> Tensor:
-    """The kernel, with a layout of this call's own where none is given; channels-last. ``size`` is the output's."""
-    taps = math.prod(kernel_size)
-    if layout is None:
-        layout = make_gpu_layout(codes, levels, x.shape[1] // groups * taps, precision, taps)
-    words = layout[: len(codes)]
-    book, scale = _codebooks(layout, levels, len(codes), precision)
-    geometry = (size, kernel_size, stride, padding, dilation, groups)
-    return kernels("packed_conv2d").forward(
-        x, words, levels.shape[1], book, scale, bias, precision, BLOCK_WORDS, relu, *geometry
-    )
+def register(name: str) -> None:
+    """Registers the backend for ``bqnn::<name>``, from ``bqnn.kernels.<name>``."""
+    dispatch.register(name, "triton", partial(_run, name), _serves, describe=describe)

@@ -1,0 +1,64 @@
+"""The backend "dense" of the packed products: torch's product with the weight, decoded once and kept.
+
+No call gets it but those that ask for it: it needs as much memory as the weight had at full precision. It is what is
+fast where rows are many, or where torch has instructions that the packed kernels have not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bqnn.core.derived import Derived
+from bqnn.ops import dispatch
+from bqnn.ops.dispatch import Bound
+from bqnn.ops.packed_product import (
+    DenseWeight,
+    PackedCall,
+    decode_rounded,
+    is_half,
+    multiply_decoded,
+    rectified,
+)
+
+
+def _decode(codes: Tensor, levels: Tensor, columns: int, precision: str) -> DenseWeight:
+    weight = decode_rounded(codes, levels, columns, precision)
+    if precision == "bf16" and codes.is_cuda:
+        return weight._replace(values=weight.values.bfloat16())  # a GPU's libraries multiply them as they are
+    return weight
+
+
+weights = Derived(_decode)
+
+
+def _run(call: PackedCall) -> Tensor:
+    weight = weights((call.codes, call.levels), call.columns, call.precision)
+    if is_half(call.x) and call.x.dtype != weight.values.dtype:
+        return multiply_decoded(call._replace(x=call.x.float()), weight, torch.float32).to(call.x.dtype)
+    return multiply_decoded(call, weight, call.x.dtype)
+
+
+def _bind(call: PackedCall) -> Bound:
+    geometry, relu, plain = call.geometry, call.relu, call.precision == "fp32" and call.x.dtype == torch.float32
+    if not plain or call.x.is_cuda:
+        return lambda x, bias: _run(call._replace(x=x, bias=bias))
+    values = weights((call.codes, call.levels), call.columns, call.precision).values
+    values = values.view(geometry.weight_shape(call.columns))
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        # With nothing to convert a small layer is as fast as nn.Linear.
+        if torch.is_autocast_enabled("cpu") or (bias is not None and bias.dtype is not torch.float32):
+            return _run(call._replace(x=x, bias=bias))
+        return rectified(geometry.product(x, values, bias), relu)
+
+    return run
+
+
+def _describe(call: PackedCall) -> str:
+    return f"decoded, {call.precision}"
+
+
+def register(name: str) -> None:
+    """Registers the backend for ``bqnn::<name>``."""
+    dispatch.register(name, "dense", _run, bind=_bind, describe=_describe)

@@ -1,0 +1,124 @@
+"""What this machine's rates are, kept in a file, so that each is measured once a machine and not once a process.
+
+The file is ``rates-<processor>-<instruction set>.json`` in the user's cache folder for bqnn (on Linux ~/.cache/bqnn),
+or in the folder that ``BQNN_CACHE`` names; ``BQNN_CACHE=`` with nothing after it keeps no file. It may be deleted, and
+is then made again, and shipped to machines of the same kind. Rates of another version of bqnn or torch do not
+count. A file that can not be read or written costs a measurement, and nothing else.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import logging
+import os
+import platform
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import platformdirs
+import torch
+
+from bqnn._version import __version__
+from bqnn.core.files import write_atomically
+from bqnn.core.native import cpu_isa
+
+ENVIRONMENT = "BQNN_CACHE"
+
+_log = logging.getLogger("bqnn")
+
+
+class Rates(NamedTuple):
+    """What one way to run a layer costs."""
+
+    call_seconds: float
+    """Of a call that does next to nothing."""
+    rows: tuple[int, ...]
+    weight_seconds: tuple[float, ...]
+    """Beyond that, for each weight, where so many rows are multiplied by it."""
+
+    def seconds(self, weights: int, rows: int) -> float:
+        """Expected seconds of one call with ``weights`` weights and ``rows`` output positions."""
+        return self.call_seconds + weights * self._per_weight(rows)
+
+    def _per_weight(self, rows: int) -> float:
+        if rows <= self.rows[0]:
+            return self.weight_seconds[0]
+        if rows >= self.rows[-1]:
+            return self.weight_seconds[-1] * rows / self.rows[-1]
+        after = bisect.bisect(self.rows, rows)
+        low, high = self.rows[after - 1 : after + 1]
+        share = (rows - low) / (high - low)
+        return (1 - share) * self.weight_seconds[after - 1] + share * self.weight_seconds[after]
+
+
+def cache_file() -> Path | None:
+    """Where the rates are kept; None where they are not to be kept."""
+    folder = os.environ.get(ENVIRONMENT)
+    if folder == "":
+        return None
+    root = Path(folder) if folder else platformdirs.user_cache_path("bqnn")
+    return root / f"rates-{_processor()}-{cpu_isa()}.json"
+
+
+def known(key: str) -> Rates | None:
+    """The rates that an earlier process measured under this name, if there are any."""
+    return _read().get(key)
+
+
+def remember(key: str, rates: Rates) -> Rates:
+    """Adds ``rates`` to the file, and returns them."""
+    path = cache_file()
+    if path is not None:
+        entries = {**_read(), key: rates}
+        content = {"versions": _versions(), "rates": {name: each._asdict() for name, each in entries.items()}}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1)))
+        except OSError as error:
+            _log.info("the measured rates are not kept: %s", error)
+    return rates
+
+
+def _read() -> dict[str, Rates]:
+    path = cache_file()
+    if path is None or not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        if content["versions"] != _versions():
+            return {}
+        return {name: _rates_of(fields) for name, fields in content["rates"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        _log.warning("%s holds no rates and is not used: %s", path, error)
+        return {}
+
+
+def _rates_of(fields: dict[str, Any]) -> Rates:
+    """Raises ValueError, KeyError or TypeError where the fields are none of :class:`Rates`."""
+    call, rows, seconds = float(fields["call_seconds"]), fields["rows"], [float(s) for s in fields["weight_seconds"]]
+    if not all(type(count) is int and count > 0 for count in rows) or rows != sorted(set(rows)):
+        raise ValueError(f"rows must be increasing counts, got {rows!r:.80}")
+    if not rows or len(rows) != len(seconds) or not all(0.0 <= each < float("inf") for each in (call, *seconds)):
+        raise ValueError("a time, not negative and finite, is needed for each number of rows")
+    return Rates(call, tuple(rows), tuple(seconds))
+
+
+def _versions() -> dict[str, str]:
+    return {"bqnn": __version__, "torch": torch.__version__}
+
+
+@cache
+def _processor() -> str:
+    """The processor in a word: its name, and what tells its generations apart where Linux says it."""
+    parts = [platform.processor() or platform.machine()]
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    for field in ("model name", "cpu family", "model"):
+        if match := re.search(rf"^{field}\s*: (.*)$", text, re.MULTILINE):
+            parts.append(match[1])
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
