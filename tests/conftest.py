@@ -33,6 +33,14 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BQNN_BACKEND", raising=False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def rates_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Measured rates are shared by the tests of a process, and are not those of the machine's user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BQNN_CACHE", str(tmp_path_factory.mktemp("rates")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def interpreted_bfloat16() -> Iterator[None]:
     """Where kernels are interpreted, makes Triton compute with bfloat16 numbers and not with their bits."""

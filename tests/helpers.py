@@ -38,6 +38,16 @@ def usable_backends(op: str) -> list[Any]:
     ]
 
 
+def forced_or_automatic(run: Callable[[str | None], Tensor], backend: str | None) -> Tensor:
+    """What ``run`` returns with the backend; or with the automatic choice, where the backend says that it does not take
+    such tensors. That it says so and runs nothing else is what test_forced_backends is about."""
+    try:
+        return run(backend)
+    except dispatch.BackendError as error:
+        assert "it takes" in str(error)
+        return run(None)
+
+
 def compiled_backends(op: str) -> list[Any]:
     """What torch.compile is tried with: the automatic choice on the CPU, and the backend "triton" where it can run."""
     automatic = pytest.param(("cpu", None), id="cpu-automatic")

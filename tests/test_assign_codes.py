@@ -15,7 +15,16 @@ from bqnn.core.codes import pack_codes, packed_width, unpack_codes
 from bqnn.ops import assign_codes
 from bqnn.ops.dispatch import status
 from tests import formulas
-from tests.helpers import compiled_backends, digest, lower_isas, make_case, run_on_isa, triton_devices, usable_backends
+from tests.helpers import (
+    compiled_backends,
+    digest,
+    forced_or_automatic,
+    lower_isas,
+    make_case,
+    run_on_isa,
+    triton_devices,
+    usable_backends,
+)
 from tests.shapes import (
     CONV2D_GRID,
     EVERY_M,
@@ -76,7 +85,8 @@ def test_a_weight_on_a_threshold_is_below_it(num_levels: int, runs_on: tuple[str
 def test_other_dtypes(dtype: torch.dtype, runs_on: tuple[str, str]) -> None:
     device, backend = runs_on
     case = make_case(SMALL_CONV2D, 5, "channel").to(dtype)
-    codes = assign_codes(case.weight.to(device), case.thresholds.to(device), backend=backend)
+    here = case.weight.to(device), case.thresholds.to(device)
+    codes = forced_or_automatic(lambda each: assign_codes(*here, backend=each), backend)
     expected = formulas.codes_of(case.weight.double(), case.thresholds.double())
     assert torch.equal(codes.cpu(), expected.to(torch.uint8))
 

@@ -21,12 +21,14 @@ from torch import Tensor
 from bqnn import PackedLinear
 from bqnn.core import native
 from bqnn.core.codes import pack_codes
+from bqnn.core.geometry import LinearGeometry
 from bqnn.core.int8 import quantize_rows
 from bqnn.ops import dispatch
-from bqnn.ops.backends import cuda_packed
-from bqnn.ops.backends.cuda_packed import MAX_ROWS, packed_linear_cuda
+from bqnn.ops.backends import cuda_packed, gpu_layout
+from bqnn.ops.backends.cuda_packed import MAX_ROWS
 from bqnn.ops.backends.gpu_layout import make_gpu_layout, row_words
-from bqnn.ops.packed_linear import packed_linear, packed_linear_reference
+from bqnn.ops.packed_linear import packed_linear
+from bqnn.ops.packed_product import PackedCall
 from tests.shapes import EVERY_M, GRANULARITIES
 from tests.test_packed_linear import make_case, relative_error
 
@@ -58,6 +60,22 @@ class RoundCall(ctypes.Structure):
         + [("columns", ctypes.c_int64)]
         + [(name, ctypes.c_int32) for name in ("rows", "x_element")]
     )
+
+
+def call_of(
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    precision: str,
+    layout: Tensor | None = None,
+    relu: bool = False,
+) -> PackedCall:
+    return PackedCall(x, codes, levels, bias, LinearGeometry(), precision, layout, relu)
+
+
+def packed_linear_cuda(*arguments: Any, relu: bool = False) -> Tensor:
+    return cuda_packed.packed_linear_cuda(call_of(*arguments, relu=relu))
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -154,7 +172,7 @@ def test_every_precision(num_levels: int, granularity: str, rows: int, channels:
     assert relative_error(bf16, F.linear(x.bfloat16().double(), weight.bfloat16().double(), bias.double())) <= ROUNDING
     for b in (bias, None):
         int8 = run(x, codes, levels, b, "int8")
-        assert torch.equal(int8, packed_linear_reference(x, codes, levels, b, "int8", None))
+        assert torch.equal(int8, packed_linear(x, codes, levels, b, "int8", backend="reference"))
 
 
 @pytest.mark.parametrize("precision", MODES)
@@ -166,7 +184,7 @@ def test_half_activations(rows: int, num_levels: int, dtype: torch.dtype, precis
     x, bias = x.to(dtype), bias.to(dtype)
     y = run(x, codes, levels, bias, precision)
     wide = x.float() if precision == "int8" else x.double()
-    exact = packed_linear_reference(wide, codes, levels, bias, precision, None)
+    exact = packed_linear(wide, codes, levels, bias, precision, backend="reference")
     assert y.dtype == dtype
     # One rounding, but for the few sums that lie at the border between two values.
     assert (y.double() - exact).abs().max() <= torch.finfo(dtype).eps * 0.51 * exact.abs().max()
@@ -247,7 +265,7 @@ def test_int8_sums_are_exact_beyond_24_bits(num_levels: int, run: Run) -> None:
     levels, x = torch.linspace(126.0, 127.0, num_levels)[None], torch.full((1, 8463), 127.0)
     y = run(x, pack_codes(index, num_levels), levels, None, "int8")
     assert y > 2**26
-    assert torch.equal(y, packed_linear_reference(x, pack_codes(index, num_levels), levels, None, "int8", None))
+    assert torch.equal(y, packed_linear(x, pack_codes(index, num_levels), levels, None, "int8", backend="reference"))
 
 
 @pytest.mark.parametrize("where", ["host", "gpu"])
@@ -297,26 +315,34 @@ def test_strides_alignment_and_leading_dimensions(host: Host) -> None:
     assert torch.equal(packed_linear_cuda(x, codes, levels, bias, "fp32", layout), y)
 
 
-def test_many_rows_and_float64_are_left_to_the_next_backend(host: Host) -> None:
-    x, codes, levels, bias, _ = make_case(3, "tensor", MAX_ROWS + 1, 5, 21)
-    expected = packed_linear(x, codes, levels, bias, backend="reference")
-    assert torch.equal(packed_linear_cuda(x, codes, levels, bias, "fp32", None), expected)
-    assert torch.equal(packed_linear_cuda(x, codes, levels, bias, "fp32", None, relu=True), expected.relu())
-    packed_linear_cuda(x[:2].double(), codes, levels, bias, "fp32", None)
-    assert host.launches == 0
+@pytest.mark.parametrize(
+    ("rows", "dtype", "reason"),
+    [
+        (MAX_ROWS, torch.float32, ""),
+        (MAX_ROWS, torch.float16, ""),
+        (MAX_ROWS + 1, torch.float32, "it takes up to 16 rows, got 17"),
+        (2, torch.float64, "it takes float32, bfloat16 and float16 activations, got float64"),
+    ],
+)
+def test_many_rows_and_float64_are_not_served(rows: int, dtype: torch.dtype, reason: str) -> None:
+    x, codes, levels, bias, _ = make_case(3, "tensor", rows, 5, 21)
+    assert dispatch.backend("packed_linear", "cuda").serves(call_of(x.to(dtype), codes, levels, bias, "fp32")) == reason
 
 
-def test_a_layer_keeps_the_layout(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layout_is_made_once_for_a_weight(host: Host) -> None:
     x, codes, levels, bias, weight = make_case(3, "channel", 4, 9, 77)
-    layer = PackedLinear(77, codes, levels, bias, execution="packed")
-    monkeypatch.setattr(dispatch, "choose", lambda *_: "cuda")
-    for half in (False, True):
-        y = layer(x.half() if half else x)
+    kept = len(gpu_layout.layouts)
+    for half in (False, True, False):
+        y = packed_linear_cuda(x.half() if half else x, codes, levels, bias, "fp32")
         assert relative_error(y, F.linear(x.double(), weight, bias.double())) <= (1e-3 if half else ROUNDING)
-    assert host.launches == 2
-    assert torch.equal(layer._layout, make_gpu_layout(codes, levels, 77, "fp32"))
-    assert layer._direct_shapes == {}
-    assert "_layout" not in layer.state_dict()
+    assert host.launches == 3
+    assert len(gpu_layout.layouts) == kept + 1
+    levels += 1.0  # a change in place makes it stale
+    y = packed_linear_cuda(x, codes, levels, bias, "fp32")
+    assert relative_error(y, F.linear(x.double(), weight + 1.0, bias.double())) <= ROUNDING
+    assert len(gpu_layout.layouts) == kept + 1
+    del codes
+    assert len(gpu_layout.layouts) == kept
 
 
 def test_why_the_backend_can_not_run() -> None:

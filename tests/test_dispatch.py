@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import bqnn
 from bqnn.core import native
+from bqnn.core.structure import Structure
 from bqnn.ops import dispatch
 from bqnn.ops.dispatch import BackendError
 from bqnn.ops.register import register_op
@@ -34,34 +36,65 @@ OPS = [
 ]
 
 
+class Elsewhere:
+    """In place of a tensor on a device that need not be here."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+
+def call_on(device: torch.device, odd: bool = False) -> tuple[Elsewhere, bool]:
+    return Elsewhere(device), odd
+
+
+def chosen(op: str, device: torch.device, backend: str | None = None) -> str:
+    return dispatch.choose(op, call_on(device), backend).name
+
+
 @pytest.fixture
 def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An op with the backends cpu and reference, known to this test alone, as if the extensions were here."""
     monkeypatch.setattr(native, "MISSING", "")
     monkeypatch.setattr(native, "cuda_missing", lambda: "")
-    monkeypatch.setattr(dispatch, "_implementations", {})
-    dispatch._choose.cache_clear()
-    dispatch.register("probe", "reference", lambda: "reference ran")
-    dispatch.register("probe", "cpu", lambda: "cpu ran")
+    monkeypatch.setattr(dispatch, "_backends", {})
+    dispatch._log_choice.cache_clear()
+    dispatch.register("probe", "reference", lambda call: "reference ran")
+    dispatch.register("probe", "cpu", lambda call: "cpu ran", lambda call: "it takes no odd calls" if call[1] else "")
     yield "probe"
-    dispatch._choose.cache_clear()
+    dispatch._candidates.cache_clear()
 
 
 def test_the_first_usable_backend_is_chosen(op: str) -> None:
-    assert dispatch.choose(op, CPU) == "cpu"
-    assert dispatch.choose(op, CUDA) == "reference"
-    assert dispatch.implementation(op, CPU)() == "cpu ran"
-    assert dispatch.implementation(op, CPU, "reference")() == "reference ran"
+    assert chosen(op, CPU) == "cpu"
+    assert chosen(op, CUDA) == "reference"
+    assert dispatch.run(op, call_on(CPU)) == "cpu ran"
+    assert dispatch.run(op, call_on(CPU), "reference") == "reference ran"
+
+
+def test_a_call_that_a_backend_does_not_serve_is_the_next_ones(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dispatch.run(op, call_on(CPU, odd=True)) == "reference ran"
+    message = "backend 'cpu' can not run bqnn::probe: it takes no odd calls"
+    with pytest.raises(BackendError, match=message):
+        dispatch.run(op, call_on(CPU, odd=True), "cpu")
+    monkeypatch.setenv("BQNN_BACKEND", "cpu")
+    with pytest.raises(BackendError, match=message):
+        dispatch.run(op, call_on(CPU, odd=True))
+
+
+def test_a_backend_by_name_only_is_never_chosen(op: str) -> None:
+    dispatch.register(op, "dense", lambda call: "dense ran")
+    assert dispatch.run(op, call_on(CPU)) == "cpu ran"
+    assert dispatch.run(op, call_on(CPU, odd=True)) == "reference ran"
+    assert dispatch.run(op, call_on(CPU), "dense") == "dense ran"
 
 
 def test_every_backend_can_be_chosen(op: str) -> None:
-    dispatch.register(op, "triton", lambda: "triton ran")
-    assert dispatch.choose(op, CUDA) == "triton"
-    assert dispatch.choose(op, CPU) == "cpu"
-    dispatch._choose.cache_clear()
-    dispatch.register(op, "cuda", lambda: "cuda ran")
-    assert dispatch.choose(op, CUDA) == "cuda"
-    assert dispatch.choose(op, CUDA, "triton") == "triton"
+    dispatch.register(op, "triton", lambda call: "triton ran")
+    assert chosen(op, CUDA) == "triton"
+    assert chosen(op, CPU) == "cpu"
+    dispatch.register(op, "cuda", lambda call: "cuda ran")
+    assert chosen(op, CUDA) == "cuda"
+    assert chosen(op, CUDA, "triton") == "triton"
 
 
 @pytest.mark.parametrize(
@@ -78,46 +111,54 @@ def test_every_backend_can_be_chosen(op: str) -> None:
 def test_a_forced_backend_that_is_not_usable_raises_with_the_reason(
     op: str, backend: str, device: torch.device, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dispatch.register(op, "triton", lambda: "triton ran")
+    dispatch.register(op, "triton", lambda call: "triton ran")
     message = f"backend '{backend}' can not run bqnn::probe: .*{reason}"
     with pytest.raises(BackendError, match=message):
-        dispatch.choose(op, device, backend)
+        chosen(op, device, backend)
     monkeypatch.setenv("BQNN_BACKEND", backend)
     with pytest.raises(BackendError, match=message):
-        dispatch.choose(op, device)
+        chosen(op, device)
     assert issubclass(BackendError, RuntimeError)
 
 
 def test_the_environment_forces_and_an_argument_goes_before_it(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BQNN_BACKEND", "reference")
-    assert dispatch.choose(op, CPU) == "reference"
-    assert dispatch.choose(op, CPU, "cpu") == "cpu"
+    assert chosen(op, CPU) == "reference"
+    assert chosen(op, CPU, "cpu") == "cpu"
     monkeypatch.setenv("BQNN_BACKEND", "")
-    assert dispatch.choose(op, CPU) == "cpu"
+    assert chosen(op, CPU) == "cpu"
 
 
 def test_the_choice_is_logged_once_with_what_was_passed_over(op: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="bqnn"):
         for _ in range(3):
-            dispatch.choose(op, CPU)
+            chosen(op, CPU)
     assert len(caplog.messages) == 1
     assert "bqnn::probe on cpu: cpu" in caplog.text
     assert "passed over: cuda (not installed), triton (not installed)" in caplog.text
 
 
+class Scale(NamedTuple):
+    x: Tensor
+    factor: int
+    name: str
+
+
+def test_a_schema_that_names_other_arguments_is_refused() -> None:
+    with pytest.raises(ValueError, match="the schema of bqnn::probe_other must name"):
+        register_op("probe_other", "(Tensor x, int factor, str? backend=None) -> Tensor", Structure(Scale), id, id)
+
+
 def test_an_op_hands_its_arguments_and_defaults_to_the_chosen_backend(op: str) -> None:
     calls = []
 
-    def implementation(x: Tensor, factor: int, name: str) -> Tensor:
-        calls.append((factor, name))
-        return x * factor
+    def implementation(call: Scale) -> Tensor:
+        calls.append((call.factor, call.name))
+        return call.x * call.factor
 
-    register_op(
-        "probe_scale",
-        "(Tensor x, int factor=3, str name='a', str? backend=None) -> Tensor",
-        implementation,
-        lambda x, factor=3, name="a", backend=None: torch.empty_like(x),
-    )
+    schema = "(Tensor x, int factor=3, str name='a', str? backend=None) -> Tensor"
+    structure = Structure(Scale)
+    register_op("probe_scale", schema, structure, implementation, lambda call: torch.empty_like(call.x))
     x = torch.ones(2)
     torch.ops.bqnn.probe_scale(x)
     torch.ops.bqnn.probe_scale(x, 5)
@@ -139,8 +180,7 @@ def test_the_table_has_every_op_device_and_backend() -> None:
             assert backends["reference"].usable
             for state in backends.values():
                 assert state.usable == (state.reason == "")
-            chosen = dispatch.choose(op_name, torch.device(device))
-            assert backends[chosen].usable
+            assert backends[dispatch.available(op_name, torch.device(device))].usable
 
 
 def test_the_table_prints(op: str) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bqnn.core.check import PRECISIONS
+from bqnn.core.geometry import Conv2dGeometry, LinearGeometry
+from bqnn.ops import dispatch
 from bqnn.ops.backends import cuda_packed
-from bqnn.ops.backends.cuda_packed import packed_linear_cuda
 from bqnn.ops.backends.gpu_layout import make_gpu_layout
-from bqnn.ops.packed_conv2d import packed_conv2d_triton
-from bqnn.ops.packed_linear import packed_linear_triton
+from bqnn.ops.packed_product import PackedCall
 from tests.test_packed_conv2d import make_case as conv2d_case
 from tests.test_packed_linear import make_case as linear_case
 
@@ -83,13 +83,13 @@ def test_a_read_is_noticed() -> None:
 def test_packed_linear(rows: int, granularity: str, precision: str, dtype: torch.dtype, launches: list[str]) -> None:
     x, codes, levels, bias, _ = linear_case(3, granularity, rows, 9, 300)
     layout = make_gpu_layout(codes, levels, 300, precision)
-    arguments = (x.to(dtype), codes, levels, bias, precision, layout, True)
-    y = watched(lambda: packed_linear_triton(*arguments))
+    call = PackedCall(x.to(dtype), codes, levels, bias, LinearGeometry(), precision, layout, True)
+    y = watched(lambda: dispatch.backend("packed_linear", "triton").run(call))
     assert (y.shape, y.dtype) == ((rows, 9), dtype)
     assert ("quantize_rows_kernel" in launches) == (precision == "int8")
     launches.clear()
     if rows <= cuda_packed.MAX_ROWS:
-        y = watched(lambda: packed_linear_cuda(*arguments))
+        y = watched(lambda: dispatch.backend("packed_linear", "cuda").run(call))
         assert (y.shape, y.dtype) == ((rows, 9), dtype)
         assert launches == (["round_rows"] if precision == "int8" else []) + ["packed_linear"]
 
@@ -101,7 +101,8 @@ def test_packed_conv2d(kernel: tuple[int, int], precision: str, dtype: torch.dty
     x, codes, levels, bias, _ = conv2d_case(3, "channel", (3, 9, 70), kernel)
     taps = kernel[0] * kernel[1]
     layout = make_gpu_layout(codes, levels, 70 * taps, precision, taps)
-    geometry = (kernel, (1, 1), (0, 0), (1, 1), 1)
-    y = watched(lambda: packed_conv2d_triton(x.to(dtype), codes, levels, bias, *geometry, precision, layout, True))
+    geometry = Conv2dGeometry(kernel, (1, 1), (0, 0), (1, 1), 1)
+    call = PackedCall(x.to(dtype), codes, levels, bias, geometry, precision, layout, True)
+    y = watched(lambda: dispatch.backend("packed_conv2d", "triton").run(call))
     assert y.dtype == dtype
     assert f"packed_{'linear' if kernel == (1, 1) else 'conv2d'}_fwd_kernel" in launches

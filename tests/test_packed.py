@@ -13,6 +13,8 @@ from bqnn import BayesConv2d, BayesLinear
 from bqnn.core.check import PRECISIONS
 from bqnn.core.codes import pack_codes, packed_width
 from bqnn.engine.pack import pack_layer
+from bqnn.ops.backends import dense_packed
+from bqnn.packed.base import PackedLayer
 from bqnn.packed.layers import PackedConv2d, PackedLinear
 
 EVERY_M = [pytest.param(m, id=f"M{m}") for m in range(2, 17)]
@@ -92,9 +94,9 @@ def test_int8_is_the_same_bits_packed_and_dense(granularity: str) -> None:
     """Up to sums of 2**24, that is with 1040 columns or fewer: the dense product then is one of integers, exact."""
     x, images = torch.randn(5, 21), torch.randn(3, 4, 9, 8)
     linear = pack_layer(make_linear(5, granularity), "int8")
-    assert torch.equal(linear.run_dense(x), linear.run_packed(x))
+    assert torch.equal(executed(linear, "dense", x), executed(linear, "packed", x))
     conv2d = pack_layer(make_conv2d(5, granularity, kernel_size=3, padding=1), "int8")
-    assert torch.equal(conv2d.run_dense(images), conv2d.run_packed(images))
+    assert torch.equal(executed(conv2d, "dense", images), executed(conv2d, "packed", images))
     assert torch.equal(linear.decode(), make_linear(5, granularity).quantized_weight())  # which is not rounded
 
 
@@ -113,24 +115,33 @@ def test_both_executions_round_alike(precision: str) -> None:
         (pack_layer(make_linear(), precision), x),
         (pack_layer(make_conv2d(kernel_size=3, padding=1), precision), images),
     ):
-        torch.testing.assert_close(layer.run_dense(given), layer.run_packed(given), rtol=1e-5, atol=1e-6)
+        dense, packed = executed(layer, "dense", given), executed(layer, "packed", given)
+        torch.testing.assert_close(dense, packed, rtol=1e-5, atol=1e-6)
+
+
+def executed(layer: PackedLayer, execution: str, x: Tensor) -> Tensor:
+    """The layer's output with this execution; the layer stays as it is."""
+    twin = copy.copy(layer)
+    twin.execution = execution
+    return twin(x)
 
 
 def test_dense_weight_is_decoded_once_and_only_there() -> None:
     dense, packed = (pack_layer(make_linear(), execution=execution) for execution in ("dense", "packed"))
     x = torch.randn(2, 21)
-    assert dense._dense_weight is None
+    kept = len(dense_packed.weights)
     with torch.inference_mode():
         dense(x), packed(x)
-    assert packed._dense_weight is None
-    weight = dense._dense_weight
-    assert weight is not None
+    assert len(dense_packed.weights) == kept + 1
+    key = (dense.codes, dense.levels), 21, "fp32"
+    weight = dense_packed.weights(*key)
     assert not weight.values.is_inference()
     assert dense(x) is not None
-    assert dense._dense_weight is weight
+    assert dense_packed.weights(*key) is weight
     assert set(dense.state_dict()) == {"codes", "levels", "bias"}
-    assert copy.deepcopy(dense)._dense_weight is None
-    assert dense.to("cpu")._dense_weight is None
+    assert copy.deepcopy(dense)._prepared is None
+    del key, dense
+    assert len(dense_packed.weights) == kept
 
 
 def test_loading_a_state_dict_replaces_the_dense_weight() -> None:

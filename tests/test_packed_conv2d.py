@@ -19,7 +19,7 @@ from bqnn.ops.backends.cpu_layout import make_layout
 from bqnn.ops.packed_conv2d import packed_conv2d
 from bqnn.ops.packed_product import decode
 from tests import formulas
-from tests.helpers import triton_devices, usable_backends
+from tests.helpers import forced_or_automatic, triton_devices, usable_backends
 from tests.shapes import INTERPRETED
 
 BACKENDS = [param for param in usable_backends("packed_conv2d") if not INTERPRETED or param.values[0][1] == "triton"]
@@ -65,9 +65,10 @@ def run(
     *args: Any,
     relu: bool = False,
 ) -> Tensor:
-    """The convolution by a backend on its device, moved back."""
-    tensors = (tensor if tensor is None else tensor.to(backend[0]) for tensor in (x, codes, levels, bias))
-    return packed_conv2d(*tensors, *args, backend=backend[1], relu=relu).cpu()  # type: ignore[arg-type]
+    """The convolution by a backend on its device, moved back; float64 by the one that takes it."""
+    device, name = backend
+    tensors = [tensor if tensor is None else tensor.to(device) for tensor in (x, codes, levels, bias)]
+    return forced_or_automatic(lambda each: packed_conv2d(*tensors, *args, backend=each, relu=relu), name).cpu()
 
 
 def arguments_of(kernel_size: Any, geometry: dict[str, Any], precision: str = "fp32") -> tuple[Any, ...]:

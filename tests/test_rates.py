@@ -1,19 +1,19 @@
-"""Measured rates: interpolation between numbers of rows, the probe of the nearest size, one measurement a process."""
+"""Measured rates: interpolation between numbers of rows, the probe of the nearest size, one measurement a machine."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from bqnn.ops import dispatch
-from bqnn.packed import probes
-from bqnn.packed.base import PackedLayer
-from bqnn.packed.layers import PackedLinear
-from bqnn.packed.probes import Rates, cpu_rates
+from bqnn.ops.packed_product import PackedCall
+from bqnn.packed import probes, rates
+from bqnn.packed.cost import Rates
+from bqnn.packed.probes import LEAST_ROUNDS, MOST_ROUNDS, cpu_rates, least_seconds
 
 RATES = Rates(call_seconds=5.0, rows=(2, 4, 8), weight_seconds=(1.0, 2.0, 6.0))
 
@@ -26,32 +26,54 @@ def test_seconds_between_and_beyond_the_measured_rows(rows: int, expected: float
     assert RATES.seconds(10, rows) == 5.0 + 10 * expected
 
 
-def test_what_else_runs_during_a_measurement_is_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = [9.0, 9.0, 8.0, 8.0, 8.0, 1.0, 8.0, 8.0, 8.0]  # of two calls that warm up and seven that count
-    clock = iter([moment for i, taken in enumerate(seconds) for moment in (100.0 * i, 100.0 * i + taken)])
-    monkeypatch.setattr(probes, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    layer = PackedLinear(1, torch.zeros(1, 1, dtype=torch.uint8), torch.tensor([[-1.0, 1.0]]), None, "fp32", "packed")
-    assert probes._time(layer, torch.zeros(1, 1)) == 1.0
+class Clock:
+    """Two calls and the time that they take: the first is disturbed in its first rounds, by less each time."""
+
+    def __init__(self, disturbed: int) -> None:
+        self.now, self.rounds, self.disturbed = 0.0, 0, disturbed
+
+    def first(self) -> float:
+        self.rounds += 1
+        return 100.0 / self.rounds if self.rounds <= self.disturbed else 1.0
+
+    def second(self) -> float:
+        return 5.0
+
+
+@pytest.mark.parametrize("disturbed", [0, 1, 4, 8])
+def test_what_else_runs_during_a_measurement_is_not_in_it(disturbed: int) -> None:
+    clock = Clock(disturbed)
+    assert least_seconds([clock.first, clock.second], lambda call: [call()]) == [1.0, 5.0]
+    assert clock.rounds == max(LEAST_ROUNDS, disturbed + 2)
+
+
+def test_a_measurement_ends_where_nothing_agrees() -> None:
+    times = [2.0**-index for index in range(10 * MOST_ROUNDS)]
+    assert least_seconds([lambda: times.pop(0)], lambda call: [call()]) == [2.0 ** (1 - MOST_ROUNDS)]
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[PackedLayer, Tensor]]]:
-    """What is timed; every call takes a microsecond for each row and weight, and another one."""
-    calls = []
+def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[PackedCall]]:
+    """The probes that are timed; every call takes a microsecond for each row and weight, and another one."""
+    calls: list[PackedCall] = []
 
-    def time(layer: PackedLayer, x: Tensor, repeats: int = 7) -> float:
-        calls.append((layer, x))
-        weights = layer.shape[0] * layer.shape[1]
-        return 1e-6 * (1 + (weights * layer.rows(x) if weights > 1 else 0))
+    def note(op: str, probe: PackedCall, execution: str) -> PackedCall:
+        calls.append(probe)
+        return probe
 
-    def forget() -> None:
-        probes._measure.cache_clear()
-        probes._measure_call.cache_clear()
+    def seconds(probes_now: list[PackedCall]) -> list[float]:
+        channels = [len(probe.codes) for probe in probes_now]
+        return [
+            1e-6 * (1 + (n * probe.columns * probe.geometry.rows(probe.x) if n > 1 else 0))
+            for n, probe in zip(channels, probes_now, strict=True)
+        ]
 
-    monkeypatch.setattr(probes, "_time", time)
-    forget()
+    monkeypatch.setattr(probes, "_bound", note)
+    monkeypatch.setattr(probes, "least_seconds", seconds)
+    monkeypatch.setenv("BQNN_CACHE", str(tmp_path / "cache"))
+    probes._rates.cache_clear()
     yield calls
-    forget()
+    probes._rates.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -66,25 +88,81 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[PackedLayer, T
     ],
 )
 def test_the_probe_of_the_nearest_size_is_measured_once(
-    op: str, weights: int, channels: int, timed: list[tuple[PackedLayer, Tensor]]
+    op: str, weights: int, channels: int, timed: list[PackedCall]
 ) -> None:
     found = cpu_rates(op, 3, "int8", weights, "packed")
     assert found.call_seconds == pytest.approx(1e-6)
-    layers = {layer.shape[0] for layer, _ in timed}
-    assert layers == {1, channels}
-    for layer, _ in timed:
-        assert (layer.op, layer.num_levels, layer.precision, layer.execution) == (op, 3, "int8", "packed")
+    assert {len(probe.codes) for probe in timed} == {1, channels}
+    for probe in timed:
+        assert (probe.levels.shape[1], probe.precision) == (3, "int8")
     count = len(timed)
+    assert cpu_rates(op, 3, "int8", weights, "packed") == found
+    assert len(timed) == count
+    probes._rates.cache_clear()  # as another process
     assert cpu_rates(op, 3, "int8", weights, "packed") == found
     assert len(timed) == count
     cpu_rates(op, 3, "int8", weights, "dense")
     assert len(timed) == 2 * count
 
 
-def test_rates_are_for_each_weight(timed: list[tuple[PackedLayer, Tensor]]) -> None:
+def test_rates_are_for_each_weight(timed: list[PackedCall]) -> None:
     found = cpu_rates("packed_linear", 2, "fp32", 64 * 64, "packed")
     assert found.rows == probes.LINEAR_ROWS
     assert found.weight_seconds == pytest.approx([1e-6 * rows for rows in found.rows])
+
+
+def test_the_file_is_kept_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BQNN_CACHE", str(tmp_path / "a" / "b"))
+    assert rates.known("some") is None
+    rates.remember("some", RATES)
+    rates.remember("other", RATES._replace(call_seconds=6.0))
+    assert rates.known("some") == RATES
+    (file,) = (tmp_path / "a" / "b").iterdir()
+    assert file == rates.cache_file()
+    assert file.name.startswith("rates-")
+    file.unlink()
+    assert rates.known("some") is None
+    monkeypatch.setenv("BQNN_CACHE", "")
+    assert rates.cache_file() is None
+    rates.remember("some", RATES)
+    assert rates.known("some") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"versions": {}, "rates": {}}',
+        '{"versions": %s, "rates": {"some": {"call_seconds": 1, "rows": [2, 1], "weight_seconds": [1, 1]}}}',
+        '{"versions": %s, "rates": {"some": {"call_seconds": 1, "rows": [1], "weight_seconds": []}}}',
+        '{"versions": %s, "rates": {"some": {"call_seconds": -1, "rows": [1], "weight_seconds": [1]}}}',
+        '{"versions": %s, "rates": {"some": {"call_seconds": NaN, "rows": [1], "weight_seconds": [1]}}}',
+        '{"versions": %s, "rates": {"some": 5}}',
+        '{"versions": %s, "rates": 5}',
+        "[" * 100_000,
+        "\0",
+    ],
+    ids=range(12),
+)
+def test_a_damaged_file_costs_a_measurement_and_nothing_else(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("BQNN_CACHE", str(tmp_path))
+    file = rates.cache_file()
+    assert file is not None
+    file.write_text(text.replace("%s", json.dumps(rates._versions())))
+    assert rates.known("some") is None
+    rates.remember("some", RATES)
+    assert rates.known("some") == RATES
+
+
+def test_a_folder_that_can_not_be_written_costs_a_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BQNN_CACHE", str(tmp_path / "file"))
+    assert rates.remember("some", RATES) == RATES
+    assert rates.known("some") is None
 
 
 def test_probes_leave_random_numbers_alone() -> None:

@@ -105,13 +105,13 @@ def _triton_status(device_type: str) -> Status:
     return Status(True, "")
 
 
-def choose(op: str, call: Any, backend: str | None = None) -> Backend:
+def choose(op: str, call: Any, forced: str | None = None) -> Backend:
     """The backend that runs ``call`` of ``op``.
 
     Raises:
-        BackendError: ``backend``, or else ``BQNN_BACKEND``, names one that can not run it.
+        BackendError: ``forced``, or else ``BQNN_BACKEND``, names one that can not run it.
     """
-    forced = backend or os.environ.get("BQNN_BACKEND") or None
+    forced = forced or os.environ.get("BQNN_BACKEND") or None
     device_type = call[0].device.type
     for candidate in _candidates(op, device_type, forced):
         reason = candidate.serves(call)
@@ -121,18 +121,23 @@ def choose(op: str, call: Any, backend: str | None = None) -> Backend:
     raise BackendError(f"backend {candidate.name!r} can not run bqnn::{op}: {reason}")
 
 
-def available(op: str, device: torch.device, backend: str | None = None) -> str:
+def backend(op: str, name: str) -> Backend:
+    """What is registered for ``op`` under this name, whether or not it can run here."""
+    return _backends[op][name]
+
+
+def available(op: str, device: torch.device, forced: str | None = None) -> str:
     """The name of the backend that runs those calls of ``op`` on ``device`` that it serves.
 
     Raises:
         BackendError: as :func:`choose` does.
     """
-    return _candidates(op, device.type, backend or os.environ.get("BQNN_BACKEND") or None)[0].name
+    return _candidates(op, device.type, forced or os.environ.get("BQNN_BACKEND") or None)[0].name
 
 
-def run(op: str, call: Any, backend: str | None = None) -> Any:
+def run(op: str, call: Any, forced: str | None = None) -> Any:
     """Runs ``call`` of ``op``; raises as :func:`choose` does."""
-    return choose(op, call, backend).run(call)
+    return choose(op, call, forced).run(call)
 
 
 @cache

@@ -23,7 +23,8 @@ from bqnn.ops import dispatch
 from bqnn.ops.dispatch import Backend, Bound
 from bqnn.ops.packed_product import PackedCall, check_weight, decode
 from bqnn.ops.register import call, is_plain
-from bqnn.packed.cost import RowRange, packed_rows
+from bqnn.packed.cost import RowRange
+from bqnn.packed.probes import packed_rows
 
 EXECUTIONS = ("auto", "packed", "dense")
 

@@ -1,22 +1,21 @@
-"""Never slower: the expected time of a packed layer and of its dense product, and the choice between them.
+"""Never slower: how long a packed layer and its dense product are expected to take, and for how many rows which wins.
 
-With the cpu backend, expected times are measured ones of small layers (bqnn.packed.probes). Otherwise the model is a
-roofline: a pass over a layer costs one call plus the longer of moving its bytes and doing its operations, at rates
-measured once a process and device. A GPU's kernels decode the weight once for each tile of rows;
-:meth:`LayerWork.gpu_seconds`.
+Data in, a plan out; the machine is asked in bqnn.packed.probes. With the cpu backend, expected times are those of
+measured small layers. Otherwise the model is a roofline: a pass over a layer costs one call plus the longer of moving
+its bytes and doing its operations. A GPU's kernels decode the weight once for each tile of rows.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
+from collections.abc import Callable
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 
-from bqnn.ops import dispatch
 from bqnn.ops.backends.gpu_layout import code_bits
-from bqnn.packed.probes import Roofline, cpu_rates, packed_call_seconds, roofline
 
 # What the reference moves for one weight when it decodes: digits and remainders (uint8), the index written and read
 # (int64 each time), the level (float32).
@@ -45,6 +44,42 @@ class RowRange(NamedTuple):
 
 
 ALWAYS, NEVER = RowRange(0, math.inf), RowRange(math.inf, 0)
+
+
+class Roofline(NamedTuple):
+    """What a device does in a second with one dtype, and what a call costs before it does anything, in seconds."""
+
+    bytes_per_second: float
+    operations_per_second: float
+    call_seconds: float
+
+    def seconds(self, n_bytes: float, operations: float) -> float:
+        """Expected seconds of one call that moves ``n_bytes`` and does ``operations`` (an addition counts as one)."""
+        return self.call_seconds + max(n_bytes / self.bytes_per_second, operations / self.operations_per_second)
+
+
+class Rates(NamedTuple):
+    """What one way to run a layer costs."""
+
+    call_seconds: float
+    """Of a call that does next to nothing."""
+    rows: tuple[int, ...]
+    weight_seconds: tuple[float, ...]
+    """Beyond that, for each weight, where so many rows are multiplied by it."""
+
+    def seconds(self, weights: int, rows: int) -> float:
+        """Expected seconds of one call with ``weights`` weights and ``rows`` output positions."""
+        return self.call_seconds + weights * self._per_weight(rows)
+
+    def _per_weight(self, rows: int) -> float:
+        if rows <= self.rows[0]:
+            return self.weight_seconds[0]
+        if rows >= self.rows[-1]:
+            return self.weight_seconds[-1] * rows / self.rows[-1]
+        after = bisect.bisect(self.rows, rows)
+        low, high = self.rows[after - 1 : after + 1]
+        share = (rows - low) / (high - low)
+        return (1 - share) * self.weight_seconds[after - 1] + share * self.weight_seconds[after]
 
 
 class LayerWork(NamedTuple):
@@ -76,12 +111,11 @@ class LayerWork(NamedTuple):
             return machine.seconds(REFERENCE_DECODE_BYTES * weights, weights) + self.dense_seconds(machine)
         return machine.seconds(self.packed_bytes + 4 * self.activations, 2 * self.rows * weights)
 
-    def gpu_seconds(self, device: torch.device) -> tuple[float, float]:
-        """Expected seconds of the packed op on a GPU's kernels, and of the dense product, which is one of bfloat16 for
-        "bf16" and activations of bfloat16, and one of float32 else. Decoding and products are taken to follow each
-        other."""
+    def gpu_seconds(self, float32: Roofline, bfloat16: Roofline, call_seconds: float) -> tuple[float, float]:
+        """Expected seconds of the packed op on a GPU's kernels, a call of which takes ``call_seconds`` beside its work,
+        and of the dense product, which is one of bfloat16 for "bf16" and activations of bfloat16, and one of float32
+        else. Decoding and products are taken to follow each other."""
         weights = self.channels * self.columns
-        float32, bfloat16 = roofline(device), roofline(device, torch.bfloat16)
         dense_half = self.precision == "bf16" and self.dtype == torch.bfloat16
         units = float32 if self.precision == "fp32" else bfloat16
         # An instruction of a lane is half of a fused multiply-add's two operations.
@@ -89,57 +123,24 @@ class LayerWork(NamedTuple):
         compute = 2 * decode / float32.operations_per_second
         compute += 2 * self.rows * weights / (GPU_PRODUCT_SHARE * units.operations_per_second)
         transfer = (self.packed_bytes + self.dtype.itemsize * self.activations) / float32.bytes_per_second
-        call = packed_call_seconds(self.op, self.num_levels, self.precision, device)
         dense = self.dense_seconds(bfloat16, 2) if dense_half else self.dense_seconds(float32)
-        return call + max(transfer, compute), dense
+        return call_seconds + max(transfer, compute), dense
 
-    def expected_seconds(self, device: torch.device, backend: str) -> tuple[float, float]:
-        """Expected seconds of the packed op on ``backend``, and of the dense product."""
-        if backend in ("cuda", "triton") and device.type == "cuda":
-            return self.gpu_seconds(device)
-        if backend != "cpu":
-            machine = roofline(device)
-            return self.packed_seconds(machine, backend), self.dense_seconds(machine)
+    def cpu_seconds(self, packed: Rates, dense: Rates) -> tuple[float, float]:
+        """Expected seconds of the packed op on the cpu backend, and of the dense product, by measured rates."""
         weights = self.channels * self.columns
-        packed, dense = (
-            cpu_rates(self.op, self.num_levels, self.precision, weights, execution).seconds(weights, self.rows)
-            for execution in ("packed", "dense")
-        )
-        return packed, dense
+        return packed.seconds(weights, self.rows), dense.seconds(weights, self.rows)
 
 
-def packed_rows(
-    op: str,
-    device: torch.device,
-    shape: tuple[int, ...],
-    num_levels: int,
-    precision: str,
-    packed_bytes: int,
-    dtype: torch.dtype = torch.float32,
-) -> RowRange:
-    """For how many rows the packed ``op`` is expected to beat the dense product, for a weight of ``shape`` and
-    activations of ``dtype``.
+def winning_rows(seconds: Callable[[int], tuple[float, float]]) -> RowRange:
+    """For how many rows packed is expected to beat dense, by the seconds of both for a number of rows.
 
     Returns:
-        NEVER, as with the reference; ALWAYS, also where no backend can run ``op``, so that the call itself says why; or
-        what is between. Where packed wins in more than one range, the one of most doublings counts.
+        NEVER, ALWAYS or what is between. Where packed wins in more than one range, the one of most doublings counts.
     """
-    try:
-        backend = dispatch.available(op, device)
-    except dispatch.BackendError:
-        return ALWAYS
-    if backend == "reference":
-        return NEVER  # It decodes first and is then the dense product: no rate has to be measured to know.
-    if device.type == "cuda" and precision == "bf16" and dtype != torch.bfloat16:
-        # A GPU's libraries multiply bfloat16 into bfloat16 only: to round wider activations, and keep the sums as wide,
-        # takes the packed kernels, or a float32 product that is slower than they are.
-        return ALWAYS
-    channels, columns = shape[0], math.prod(shape[1:])
 
     def wins(rows: int) -> bool:
-        activations = rows * (channels + columns)
-        work = LayerWork(op, num_levels, precision, channels, columns, rows, activations, packed_bytes, dtype)
-        packed, dense = work.expected_seconds(device, backend)
+        packed, dense = seconds(rows)
         return packed <= CLEARLY_FASTER * dense
 
     runs = [list(rows) for won, rows in groupby(COMPARED_ROWS, wins) if won]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from bqnn.core.timing import median_seconds, seconds_of
 from bqnn.ops import dispatch
 from bqnn.ops.packed_product import PackedCall
 from bqnn.packed import rates
-from bqnn.packed.rates import Rates
+from bqnn.packed.cost import ALWAYS, NEVER, LayerWork, Rates, Roofline, RowRange, winning_rows
 
 # Probes have as many channels out as in; those of convolutions have kernels of 3 x 3 and square images.
 LINEAR_CHANNELS, LINEAR_ROWS = (64, 256, 1024, 2048), (1, 4, 16, 64, 256)
@@ -36,16 +36,52 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 12
 AGREEMENT = 1.1  # by which the second shortest time of a round may be above the shortest
 
 
-class Roofline(NamedTuple):
-    """What a device does in a second with one dtype, and what a call costs before it does anything, in seconds."""
+def packed_rows(
+    op: str,
+    device: torch.device,
+    shape: tuple[int, ...],
+    num_levels: int,
+    precision: str,
+    packed_bytes: int,
+    dtype: torch.dtype = torch.float32,
+) -> RowRange:
+    """For how many rows the packed ``op`` is expected to beat the dense product, for a weight of ``shape`` and
+    activations of ``dtype``: NEVER with the reference; ALWAYS also where no backend can run ``op``, so that the call
+    itself says why.
+    """
+    try:
+        backend = dispatch.available(op, device)
+    except dispatch.BackendError:
+        return ALWAYS
+    if backend == "reference":
+        return NEVER  # It decodes first and is then the dense product: no rate has to be measured to know.
+    if device.type == "cuda" and precision == "bf16" and dtype != torch.bfloat16:
+        # A GPU's libraries multiply bfloat16 into bfloat16 only: to round wider activations, and keep the sums as wide,
+        # takes the packed kernels, or a float32 product that is slower than they are.
+        return ALWAYS
+    channels, columns = shape[0], math.prod(shape[1:])
 
-    bytes_per_second: float
-    operations_per_second: float
-    call_seconds: float
+    def seconds(rows: int) -> tuple[float, float]:
+        activations = rows * (channels + columns)
+        work = LayerWork(op, num_levels, precision, channels, columns, rows, activations, packed_bytes, dtype)
+        return expected_seconds(work, device, backend)
 
-    def seconds(self, n_bytes: float, operations: float) -> float:
-        """Expected seconds of one call that moves ``n_bytes`` and does ``operations`` (an addition counts as one)."""
-        return self.call_seconds + max(n_bytes / self.bytes_per_second, operations / self.operations_per_second)
+    return winning_rows(seconds)
+
+
+def expected_seconds(work: LayerWork, device: torch.device, backend: str) -> tuple[float, float]:
+    """Expected seconds of the packed op on ``backend`` of this machine, and of the dense product."""
+    if backend in ("cuda", "triton") and device.type == "cuda":
+        call = packed_call_seconds(work.op, work.num_levels, work.precision, device)
+        return work.gpu_seconds(roofline(device), roofline(device, torch.bfloat16), call)
+    if backend != "cpu":
+        machine = roofline(device)
+        return work.packed_seconds(machine, backend), work.dense_seconds(machine)
+    weights = work.channels * work.columns
+    packed, dense = (
+        cpu_rates(work.op, work.num_levels, work.precision, weights, execution) for execution in ("packed", "dense")
+    )
+    return work.cpu_seconds(packed, dense)
 
 
 def cpu_rates(op: str, num_levels: int, precision: str, weights: int, execution: str) -> Rates:
@@ -78,11 +114,15 @@ def _measure(op: str, num_levels: int, precision: str, channels: int, execution:
     return Rates(call, rows, tuple(max(each - call, 0.0) / count for each in seconds))
 
 
-def least_seconds(calls: list[Callable[[], object]], repeats: int = 5) -> list[float]:
-    """The shortest time of each call, undisturbed as far as repeating can tell."""
+def _five_times(call: Callable[[], object]) -> list[float]:
+    return seconds_of(call, torch.device("cpu"), 5)
+
+
+def least_seconds(calls: list[Any], measure: Callable[[Any], list[float]] = _five_times) -> list[float]:
+    """The shortest time of each call, undisturbed as far as repeating can tell; ``measure`` times one a few times."""
     rounds: list[list[float]] = []
     while len(rounds) < LEAST_ROUNDS or (len(rounds) < MOST_ROUNDS and _is_disturbed(rounds)):
-        rounds.append([min(seconds_of(call, torch.device("cpu"), repeats)) for call in calls])
+        rounds.append([min(measure(call)) for call in calls])
     return [min(times) for times in zip(*rounds)]
 
 

@@ -8,7 +8,6 @@ count. A file that can not be read or written costs a measurement, and nothing e
 
 from __future__ import annotations
 
-import bisect
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ import platform
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import platformdirs
 import torch
@@ -24,34 +23,11 @@ import torch
 from bqnn._version import __version__
 from bqnn.core.files import write_atomically
 from bqnn.core.native import cpu_isa
+from bqnn.packed.cost import Rates
 
 ENVIRONMENT = "BQNN_CACHE"
 
 _log = logging.getLogger("bqnn")
-
-
-class Rates(NamedTuple):
-    """What one way to run a layer costs."""
-
-    call_seconds: float
-    """Of a call that does next to nothing."""
-    rows: tuple[int, ...]
-    weight_seconds: tuple[float, ...]
-    """Beyond that, for each weight, where so many rows are multiplied by it."""
-
-    def seconds(self, weights: int, rows: int) -> float:
-        """Expected seconds of one call with ``weights`` weights and ``rows`` output positions."""
-        return self.call_seconds + weights * self._per_weight(rows)
-
-    def _per_weight(self, rows: int) -> float:
-        if rows <= self.rows[0]:
-            return self.weight_seconds[0]
-        if rows >= self.rows[-1]:
-            return self.weight_seconds[-1] * rows / self.rows[-1]
-        after = bisect.bisect(self.rows, rows)
-        low, high = self.rows[after - 1 : after + 1]
-        share = (rows - low) / (high - low)
-        return (1 - share) * self.weight_seconds[after - 1] + share * self.weight_seconds[after]
 
 
 def cache_file() -> Path | None:

@@ -13,6 +13,7 @@ from bqnn.core.codes import digits_per_byte
 from bqnn.core.timing import median_seconds
 from bqnn.packed.base import PackedLayer
 from bqnn.packed.cost import LayerWork
+from bqnn.packed.probes import expected_seconds
 from bqnn.packed.visit import inputs_of_packed_layers
 
 
@@ -85,7 +86,7 @@ def _explain_layer(name: str, layer: PackedLayer, x: Tensor) -> LayerSpeed:
         packed_bytes=layer.codes.nbytes + layer.levels.nbytes,
         dtype=x.dtype,
     )
-    expected_packed, expected_dense = work.expected_seconds(x.device, packed.name)
+    expected_packed, expected_dense = expected_seconds(work, x.device, packed.name)
     described = (
         backend.describe(call) if backend.describe else f"{num_levels} levels, {digits_per_byte(num_levels)}/byte"
     )

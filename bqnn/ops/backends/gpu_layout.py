@@ -95,14 +95,14 @@ def integer_codebooks(layout: Tensor, channels: int, codebooks: int) -> tuple[Te
     return integers, books[:codebooks].view(torch.float32)
 
 
-_layouts = Derived(make_gpu_layout)
+layouts = Derived(make_gpu_layout)
 
 
 def layout_of(call: PackedCall) -> Tensor:
     """The layout of the call's weight, made where it is none of the call's own."""
     if call.layout is not None:
         return call.layout
-    return _layouts((call.codes, call.levels), call.columns, call.precision, call.geometry.taps())
+    return layouts((call.codes, call.levels), call.columns, call.precision, call.geometry.taps())
 
 
 def describe(call: PackedCall) -> str:
