@@ -23,7 +23,7 @@ from bench.published import published, published_loss
 from bench.summary import Claim, Medians, times_faster
 from bqnn.bayes.elbo import parameter_groups
 from bqnn.models import build
-from tests.test_training_memory import saved_bytes
+from tests.support.memory import saved_bytes
 
 NUM_LEVELS, DATASET_SIZE = 3, 60_000
 SEED = 1

@@ -17,8 +17,8 @@ from bqnn import ops
 from bqnn.core import quantizer
 from bqnn.core.product import channels_last
 from bqnn.models import build
-from tests.helpers import Case, make_case
-from tests.shapes import Conv2dShape, LinearShape
+from tests.support.helpers import Case, make_case
+from tests.support.shapes import Conv2dShape, LinearShape
 
 NUM_LEVELS, SEED = 3, 20261
 DATASET_SIZE = 60_000

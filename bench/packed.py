@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bqnn.core.codes import pack_codes
 from bqnn.ops.packed_product import decode
-from tests.helpers import make_codebook
+from tests.support.helpers import make_codebook
 
 PRECISIONS = ("fp32", "bf16", "int8")
 

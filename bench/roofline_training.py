@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bench.roofline import RESULTS, Gpu, Rows, Work, publish
-from tests.shapes import Conv2dShape
+from tests.support.shapes import Conv2dShape
 
 TABLE = RESULTS / "roofline_training.json"
 

@@ -2,8 +2,8 @@
 
 Without a GPU, for sm_80, sm_90 and sm_100 and every kind of call, or those that are named: ``python -m bench.spills 90
 bf16 moment_linear``, where bf16, fp32 and int8 are the precisions of packed products. Prints each kernel that spills
-registers, and exits with 1 where there is one. Tests compile a choice of these (tests/compile_cases.py): all of them
-take about an hour a target.
+registers, and exits with 1 where there is one. Tests compile a choice of these (tests/support/compile_cases.py): all of
+them take about an hour a target.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 
 from bqnn.core.quantizer import MODES
 from bqnn.kernels import moment_conv2d, sample_conv2d
-from tests.aot import TARGETS, compiled
-from tests.compile_cases import (
+from tests.support.aot import TARGETS, compiled
+from tests.support.compile_cases import (
     call_conv2d,
     call_moment_linear,
     call_packed_conv2d,
@@ -29,7 +29,7 @@ from tests.compile_cases import (
     in_parts,
     in_tf32,
 )
-from tests.shapes import Conv2dShape
+from tests.support.shapes import Conv2dShape
 
 Codebooks = tuple[tuple[int, bool], ...]
 Calls = Iterator[tuple[str, Callable[[], Any]]]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.shapes import INTERPRETED
+from tests.support.shapes import INTERPRETED
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def interpreted_bfloat16() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    interpreter = pytest.importorskip("tests.interpreter")
+    interpreter = pytest.importorskip("tests.support.interpreter")
     with interpreter.bfloat16_is_right():
         yield
 

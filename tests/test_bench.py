@@ -26,7 +26,7 @@ from bench import (
 from bench.interleaved import LEAST_ROUNDS, Race, Replay
 from bench.save import save
 from bench.summary import Claim, Measured
-from tests.shapes import Conv2dShape, LinearShape
+from tests.support.shapes import Conv2dShape, LinearShape
 
 
 class Sleepers:

@@ -18,8 +18,8 @@ from bqnn.ops import dispatch, moment_conv2d, moment_linear, sample_conv2d, samp
 from bqnn.ops.backends import cpu_moment, cpu_products
 from bqnn.ops.backends.cpu_products import Posterior
 from bqnn.ops.codebook_from_raw import codebook_from_raw
-from tests.helpers import SEED, Case, channels_last, digest, lower_isas, make_case, run_on_isa
-from tests.shapes import GRANULARITIES, SMALL_CONV2D, Conv2dShape, LinearShape
+from tests.support.helpers import SEED, Case, channels_last, digest, lower_isas, make_case, run_on_isa
+from tests.support.shapes import GRANULARITIES, SMALL_CONV2D, Conv2dShape, LinearShape
 
 pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=native.MISSING)
 

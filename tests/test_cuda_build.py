@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.nvcc import ROOT, TOOLKIT, Kernel, compiled, disassembler
+from tests.support.nvcc import ARCHITECTURES, ROOT, TABLE, TOOLKIT, Kernel, compiled, disassembler
 
-ARCHITECTURES = ("80", "90")
-TABLE = ROOT / "bench" / "results" / "cuda_resources.json"
 LEEWAY = 1.05  # instructions; what a changed constant may move
 
 

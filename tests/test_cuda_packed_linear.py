@@ -27,8 +27,9 @@ from bqnn.ops.backends import cuda_packed
 from bqnn.ops.backends.cuda_packed import MAX_ROWS, packed_linear_cuda
 from bqnn.ops.backends.gpu_layout import make_gpu_layout, row_words
 from bqnn.ops.packed_linear import packed_linear, packed_linear_reference
-from tests.shapes import EVERY_M, GRANULARITIES
-from tests.test_packed_linear import make_case, relative_error
+from tests.support.packed_products import linear_case as make_case
+from tests.support.packed_products import relative_error
+from tests.support.shapes import EVERY_M, GRANULARITIES
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("g++") or shutil.which("c++")

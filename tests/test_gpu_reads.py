@@ -19,11 +19,10 @@ from bqnn.ops.backends.cuda_packed import packed_linear_cuda
 from bqnn.ops.backends.gpu_layout import make_gpu_layout
 from bqnn.ops.packed_conv2d import packed_conv2d_triton
 from bqnn.ops.packed_linear import packed_linear_triton
-from tests.test_packed_conv2d import make_case as conv2d_case
-from tests.test_packed_linear import make_case as linear_case
+from tests.support.packed_products import conv2d_case, linear_case
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-aot = pytest.importorskip("tests.aot")
+aot = pytest.importorskip("tests.support.aot")
 
 # What a value comes back by, as a number or as the shape of a result.
 READS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +12,9 @@ pytest.importorskip("triton", reason="Triton is not installed: there is nothing 
 
 import triton
 
-from tests.aot import SHARED_LIMIT, TARGETS, Kernel, compiled
-from tests.compile_cases import CASES
+from tests.support.aot import SHARED_LIMIT, TABLE, TARGETS, Kernel, compiled
+from tests.support.compile_cases import CASES
 
-TABLE = Path(__file__).resolve().parent.parent / "bench" / "results" / "kernel_resources.json"
 LEEWAY = 1.05  # instructions; what a changed constant may move
 
 

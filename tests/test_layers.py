@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bqnn
 from bqnn import BayesConv2d, BayesLinear, sampling
-from tests.shapes import GRANULARITIES, SOME_M
+from tests.support.shapes import GRANULARITIES, SOME_M
 
 ESTIMATORS = ["moment", "sample", "local", "local-quantized", "deterministic"]
 CONV_ARGUMENTS = [

@@ -14,8 +14,8 @@ from torch import Tensor
 from bqnn import BackendError
 from bqnn.core.quantizer import MODES
 from bqnn.ops import moment_conv2d, moment_linear, sample_conv2d
-from tests import formulas
-from tests.helpers import (
+from tests.support import formulas
+from tests.support.helpers import (
     SEED,
     Case,
     assert_matches,
@@ -28,7 +28,7 @@ from tests.helpers import (
     triton_devices,
     usable_backends,
 )
-from tests.shapes import CONV2D_GRID, GATHERED_CONV2D, GRANULARITIES, SMALL_CONV2D, SOME_M, Conv2dShape
+from tests.support.shapes import CONV2D_GRID, GATHERED_CONV2D, GRANULARITIES, SMALL_CONV2D, SOME_M, Conv2dShape
 
 RUNS_ON = usable_backends("moment_conv2d")
 OFFSET = 2**32 - 2  # the calls of the noise cross into the counter's second word

@@ -11,8 +11,8 @@ import torch
 
 from bqnn.core import philox
 from bqnn.core.philox import fresh_seed, normal, normals_from_words, philox4x32, random_words
-from tests import formulas
-from tests.helpers import SEED, triton_devices
+from tests.support import formulas
+from tests.support.helpers import SEED, triton_devices
 
 CPU = torch.device("cpu")
 ONES = 0xFFFFFFFF
@@ -161,7 +161,7 @@ def test_fresh_seeds_stay_on_the_cpu_under_a_default_device() -> None:
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("seed", [0, 1, SEED, 2**63 - 1])
 def test_kernels_draw_the_same_words(seed: int, offset: int, device: str) -> None:
-    from tests.philox_kernels import words_kernel
+    from tests.support.philox_kernels import words_kernel
 
     words = torch.empty((4, 37), dtype=torch.int64, device=device)
     words_kernel[(3,)](words, seed, offset, 37, BLOCK=16)
@@ -171,7 +171,7 @@ def test_kernels_draw_the_same_words(seed: int, offset: int, device: str) -> Non
 @pytest.mark.parametrize("device", triton_devices("sample_linear"))
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_kernels_make_the_same_normals(offset: int, device: str) -> None:
-    from tests.philox_kernels import normals_kernel, normals_of_rows_kernel
+    from tests.support.philox_kernels import normals_kernel, normals_of_rows_kernel
 
     expected = normal(torch.tensor(SEED), offset, (8, 60), CPU, torch.float64)
     for launch in (

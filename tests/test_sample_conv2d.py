@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bqnn import BackendError
 from bqnn.ops import sample_conv2d, sample_linear
-from tests import formulas
-from tests.helpers import (
+from tests.support import formulas
+from tests.support.helpers import (
     SEED,
     Case,
     assert_matches,
@@ -28,7 +28,7 @@ from tests.helpers import (
     triton_devices,
     usable_backends,
 )
-from tests.shapes import CONV2D_GRID, EVERY_M, GATHERED_CONV2D, GRANULARITIES, SMALL_CONV2D, SOME_M, Conv2dShape
+from tests.support.shapes import CONV2D_GRID, EVERY_M, GATHERED_CONV2D, GRANULARITIES, SMALL_CONV2D, SOME_M, Conv2dShape
 
 RUNS_ON = usable_backends("sample_conv2d")
 OFFSET = 2**32 - 2  # the calls of the noise cross into the counter's second word

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bqnn import BackendError
 from bqnn.ops import sample_linear
-from tests import formulas
-from tests.helpers import (
+from tests.support import formulas
+from tests.support.helpers import (
     SEED,
     Case,
     assert_matches,
@@ -24,7 +24,7 @@ from tests.helpers import (
     triton_devices,
     usable_backends,
 )
-from tests.shapes import EVERY_M, GRANULARITIES, LINEAR_GRID, SMALL_LINEAR, SOME_M, LinearShape
+from tests.support.shapes import EVERY_M, GRANULARITIES, LINEAR_GRID, SMALL_LINEAR, SOME_M, LinearShape
 
 RUNS_ON = usable_backends("sample_linear")
 OFFSET = 2**32 - 2  # the calls of the noise cross into the counter's second word

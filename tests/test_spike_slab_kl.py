@@ -14,8 +14,8 @@ from torch import Tensor
 from bqnn import BackendError
 from bqnn.ops import spike_slab_kl
 from bqnn.ops.dispatch import status
-from tests import formulas
-from tests.helpers import (
+from tests.support import formulas
+from tests.support.helpers import (
     Case,
     channels_last,
     compiled_backends,
@@ -27,7 +27,7 @@ from tests.helpers import (
     triton_devices,
     usable_backends,
 )
-from tests.shapes import (
+from tests.support.shapes import (
     CONV2D_GRID,
     EVERY_M,
     GRANULARITIES,

@@ -30,7 +30,7 @@ from bqnn.kernels.conv2d import output_of
 from bqnn.kernels.packed import sum_of_parts
 from bqnn.ops.packed_conv2d import packed_conv2d_triton
 from bqnn.ops.packed_linear import packed_linear_triton
-from tests.shapes import Conv2dShape
+from tests.support.shapes import Conv2dShape
 
 SEED, OFFSET = 2**62, 2**33
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -16,6 +16,8 @@ from cuda_toolkit import ROOT, Toolkit, find_toolkit
 
 TOOLKIT = find_toolkit()
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = ("80", "90")
+TABLE = ROOT / "bench" / "results" / "cuda_resources.json"
 
 # Of the integer units; the multiplier's (IMAD) run beside them.
 INTEGER = re.compile(r"(PRMT|LOP3|SHF|LEA|IADD3?|VIADD|VIADDMNMX|IMNMX|ISETP|SEL|BMSK|SGXT)\b")

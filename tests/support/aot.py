@@ -26,6 +26,7 @@ INSTRUCTION_BYTES = 16
 # Bytes of shared memory that a block can ask for (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TARGETS = tuple(SHARED_LIMIT)
+TABLE = Path(__file__).resolve().parents[2] / "bench" / "results" / "kernel_resources.json"
 
 
 class Kernel(NamedTuple):
