@@ -13,7 +13,8 @@ import pytest
 
 from tests.support.nvcc import ARCHITECTURES, ROOT, TABLE, TOOLKIT, Kernel, compiled, disassembler
 
-LEEWAY = 1.05  # instructions; what a changed constant may move
+# A changed constant may move the number of instructions by so much.
+LEEWAY = 1.05
 
 
 @pytest.mark.skipif(TOOLKIT is None or disassembler() is None, reason="no CUDA toolkit, or no cuobjdump")
@@ -24,10 +25,10 @@ def test_resources(architecture: str) -> None:
     assert len(kernels) == 17
     for kernel in kernels:
         assert (kernel.local, kernel.stack) == (0, 0), f"{kernel.name} spills: {kernel}"
-        assert kernel.shared <= 48 * 1024, kernel  # more has to be asked for
+        assert kernel.shared <= 48 * 1024, kernel  # a launch gets more only where it asks for it
     table = json.loads(TABLE.read_text())
     if tuple(table["nvcc"]) != TOOLKIT.release:
-        return
+        pytest.skip(f"compared with no table: it is of CUDA {table['nvcc']}, and this is {TOOLKIT.release}")
     rows = [row for row in table["kernels"] if row.pop("architecture") == architecture]
     before = [Kernel(**row) for row in rows]
     assert [kernel.name for kernel in kernels] == [kernel.name for kernel in before], "make the table again"
