@@ -39,10 +39,10 @@ lint: setup  ## ruff and mypy
 	$(VENV)/bin/mypy
 
 unit: setup data  ## pytest, two processes of one thread each
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --benchmark-disable $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 $(ARGS)
 
 interpret: setup  ## the tests of Triton kernels, interpreted: no GPU is needed
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --benchmark-disable -k cpu-triton $(TRITON_TESTS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 -k cpu-triton $(TRITON_TESTS)
 
 TRITON_TESTS := $(wildcard $(patsubst kernels/%.py,tests/test_%.py,$(wildcard kernels/*.py)))
 
@@ -78,8 +78,8 @@ sanitize:  ## kernels under AddressSanitizer and UBSan, on every instruction set
 	@$(MAKE) --no-print-directory -j "$$(nproc)" $(CASES:%=build/sanitize/%)
 	@set -e; for program in $(CASES); do echo "$$program, with sanitizers"; build/sanitize/$$program; done
 
-bench: $(RIVALS) data  ## pytest-benchmark on bench/, about 20 minutes; ARGS="-k lenet5" for a part
-	$(VENV)/bin/pytest bench -q --benchmark-quiet $(ARGS)
+bench: $(RIVALS)  ## time against rivals, to bench/results/<cpu>.json; about 20 minutes, ARGS="-k lenet5" for a part
+	$(VENV)/bin/pytest bench -q --save $(ARGS)
 
 $(RIVALS): $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[bench]"
@@ -93,5 +93,5 @@ gpu:  ## on a machine with a GPU, torch, triton and pytest, and no network: test
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 clean:  ## remove what builds, tests and tools left; .venv and data stay
-	rm -rf build dist bqnn.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist bqnn.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -187,7 +187,7 @@ setup(
         "scikit-learn>=1.4",  # the digits data set
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5"],
         "bench": ["onnx>=1.17", "onnxruntime>=1.23"],  # a rival
         "dev": ["ruff>=0.12", "mypy>=1.15"],
     },

@@ -52,10 +52,12 @@ NARROW = (ConvShape(160, 12, 3, 32, 1), ConvShape(16, 16, 3, 32, 1), ConvShape(6
 BATCHES = (1, 32, 256)
 BUDGET = 3.0
 
-# What is asked at every batch: fp32 over torch fp32; the better of bf16 and int8 over torch fp32 and over torch bf16.
 ASKED_FP32 = 1.0
+"""How many times faster than torch fp32 "fp32" shall be, at every batch."""
 ASKED_BEST = {**dict.fromkeys(WIDE, 5.0), **dict.fromkeys(NARROW, 3.0)}
+"""How many times faster than torch fp32 the better of "bf16" and "int8" shall be, at every batch."""
 ASKED_BEST_OVER_BF16 = 1.3
+"""How many times faster than torch bf16 the better of "bf16" and "int8" shall be, at every batch."""
 
 BASELINES = ("torch fp32 nchw", "torch fp32 nhwc")
 TORCH_BF16 = "torch bf16 bf16-nhwc"

@@ -27,12 +27,12 @@ from tests.support.memory import saved_bytes
 
 NUM_LEVELS, DATASET_SIZE = 3, 60_000
 SEED = 1
-# The shape of a batch, steps a measurement, seconds for the group, and how many times the full-precision network's step
-# one may take.
 NETWORKS = {
     "lenet5": ((128, 1, 28, 28), 4, 20.0, 2.0),
     "vgg7": ((64, 3, 32, 32), 1, 20.0, 1.6),
 }
+"""The shape of a batch, steps that are timed together, seconds for the group, and how many times the full-precision
+network's step one may take."""
 
 BASELINES = ("fpnn",)
 OURS = ("cpu moment", "cpu local", "cpu sample", "cpu moment, exact")

@@ -20,8 +20,7 @@ import torch
 from bench import gpu_packed, gpu_training
 from bench.gpu_timing import Verdict, copy_bandwidth
 from bench.gpu_training import Asked, Row
-from bench.machine import describe_machine
-from bench.save import RESULTS
+from bench.machine import RESULTS, describe_machine
 
 OPS = ("sample_linear", "sample_conv2d", "moment_linear", "moment_conv2d", "spike_slab_kl", "assign_codes")
 PACKED = ("packed_linear", "packed_conv2d")

@@ -19,10 +19,14 @@ from bench.machine import Elsewhere
 from bench.summary import Group
 
 LEAST_ROUNDS = 15
-PAUSE_SECONDS = 0.003  # between visits: the idle threads of one library spin before they sleep
-SETTLE_SECONDS = 0.006  # of untimed calls: long enough to have the largest weights in the last cache again
-BURST_SECONDS = 0.006  # of timed calls, where one takes less
-LONG_SECONDS = 0.020  # a call that takes longer has settled before it ends
+PAUSE_SECONDS = 0.003
+"""Of sleep before a visit: the idle threads of one library spin before they sleep."""
+SETTLE_SECONDS = 0.006
+"""Of untimed calls in a visit: long enough to have the largest weights in the last cache again."""
+BURST_SECONDS = 0.006
+"""Of timed calls in a visit; a longer call is made once."""
+LONG_SECONDS = 0.020
+"""A call that takes longer has settled before it ends, and is not made untimed first."""
 
 
 def interleaved_seconds(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
@@ -71,32 +75,16 @@ def _visit(call: Callable[[], object], estimate: float) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-class Replay:
-    """A timer for pytest-benchmark under which one round after the other takes the seconds that were measured."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-        self._seconds: list[float] = []
-        self._running = False
-
-    def load(self, seconds: list[float]) -> None:
-        """What the next ``len(seconds)`` rounds take."""
-        self._seconds = seconds[::-1]
-
-    def __call__(self) -> float:
-        if self._running:
-            self._now += self._seconds.pop()
-        self._running = not self._running
-        return self._now
-
-
 class Race:
     """The selected variants of one group: made, checked, and those that are right timed against each other."""
 
     def __init__(self, group: Group, variants: list[str], timed: bool) -> None:
         self.name = group.name
         self.failures: dict[str, BaseException] = {}
+        self.seconds: dict[str, list[float]] = {}
         self.infos: dict[str, dict[str, Any]] = {}
+        self.elsewhere: float | None = None
+        """The share of the cores that something else took meanwhile, where times were taken and the system tells."""
         calls: dict[str, Callable[[], object]] = {}
         for variant in variants:
             try:
@@ -107,10 +95,8 @@ class Race:
                 calls[variant] = call
             except (Exception, pytest.skip.Exception) as failure:
                 self.failures[variant] = failure
-        elsewhere = Elsewhere()
-        with torch.inference_mode():
-            self.seconds = interleaved_seconds(calls, group.budget) if timed and calls else {}
-        if self.seconds:
-            share = elsewhere.share()
-            for info in self.infos.values():
-                info["elsewhere"] = share
+        if timed and calls:
+            elsewhere = Elsewhere()
+            with torch.inference_mode():
+                self.seconds = interleaved_seconds(calls, group.budget)
+            self.elsewhere = elsewhere.share()

@@ -5,27 +5,51 @@ from __future__ import annotations
 import os
 import platform
 import time
+from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 import bqnn
 
+RESULTS = Path(__file__).resolve().parent / "results"
+RIVAL_PACKAGES = ("onnxruntime", "openvino")
 
-def describe_machine() -> dict[str, object]:
-    """Processor, cores that torch uses, GPU, and versions."""
+
+def describe_cpu() -> dict[str, Any]:
+    """The processor, the instruction set that kernels use, and the threads that torch uses."""
     names = _cpuinfo()
     return {
         "cpu": names.get("model name", platform.processor()),
         "cpu_family_model_stepping": [names.get(key) for key in ("cpu family", "model", "stepping")],
         "cpu_isa": bqnn.cpu_isa(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "bqnn": bqnn.__version__,
     }
+
+
+def cpu_name(machine: dict[str, Any]) -> str:
+    """Short, for a file name: "xeon-6-207-amx-2-threads" for a Xeon of family 6, model 207, with AMX in use."""
+    family, model, _ = machine["cpu_family_model_stepping"]
+    brand = "xeon" if "Xeon" in machine["cpu"] else machine["cpu"].split()[0].lower()
+    return f"{brand}-{family}-{model}-{machine['cpu_isa']}-{machine['threads']}-threads"
+
+
+def versions() -> dict[str, str]:
+    """Of Python, torch, this package, and of the packages among RIVAL_PACKAGES that are installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "bqnn": bqnn.__version__}
+    for package in RIVAL_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores that torch uses, GPU, and versions."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {**describe_cpu(), "gpu": gpu, **versions()}
 
 
 def _cpuinfo() -> dict[str, str]:

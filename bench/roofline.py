@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.machine import RESULTS
 from bqnn.ops.backends.cuda_packed import MAX_ROWS
 from bqnn.ops.backends.gpu_layout import row_words
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TABLE = RESULTS / "roofline_packed.json"
 
 

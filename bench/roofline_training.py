@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.roofline import RESULTS, Gpu, Rows, Work, publish
+from bench.machine import RESULTS
+from bench.roofline import Gpu, Rows, Work, publish
 from tests.support.shapes import Conv2dShape
 
 TABLE = RESULTS / "roofline_training.json"

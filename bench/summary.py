@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Protocol
 from bench.machine import known_limits
 
 CELL, NAME = 19, 34
-DISTURBED = 0.03  # the share of the cores that may go elsewhere before a group's ratios are in doubt
+DISTURBED = 0.03
+"""The share of the cores that may go elsewhere before a group's ratios are in doubt."""
 
 
 class Group(Protocol):
@@ -28,12 +29,13 @@ class Group(Protocol):
 
 
 class Measured(NamedTuple):
-    """A variant's median seconds, and what its check returned."""
+    """A variant's median seconds, what its check returned, and the share of the cores that something else took."""
 
     group: str
     variant: str
     seconds: float
     info: dict[str, Any]
+    elsewhere: float | None = None
 
 
 class Claim(NamedTuple):
@@ -76,9 +78,7 @@ def write_summary(reporter: Any, module: ModuleType, rows: list[Measured]) -> No
             reporter.write_line(line)
         for line in _shares(members):
             reporter.write_line(line)
-        disturbed = {
-            row.group: row.info["elsewhere"] for row in members if (row.info.get("elsewhere") or 0) > DISTURBED
-        }
+        disturbed = {row.group: row.elsewhere for row in members if (row.elsewhere or 0.0) > DISTURBED}
         for group, share in disturbed.items():
             reporter.write_line(f"NOT ALONE: something else took {share:.0%} of the cores during {group}", red=True)
     claims = list(module.claims(_medians(rows))) if hasattr(module, "claims") else []

@@ -48,4 +48,5 @@ def _levels_and_weight(
 
 
 def relative_error(y: Tensor, exact: Tensor) -> float:
-    return float((y.double() - exact).norm() / exact.norm())
+    """The norm of the difference over that of ``exact``."""
+    return float((y.double() - exact).norm() / exact.double().norm())
