@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +20,9 @@ from bench import (
     gpu_timing,
     gpu_training,
     interleaved,
-    save,
     summary,
-    tables,
 )
 from bench.interleaved import LEAST_ROUNDS, Race
-from bench.machine import RESULTS
 from bench.summary import Claim, Measured
 from tests.support.shapes import Conv2dShape, LinearShape
 
@@ -94,71 +90,6 @@ def test_summary_says_what_is_met() -> None:
     assert "bench_it: 1 of 2 figures met" in text and "500   (4.00)" in text
     assert [line.split()[-1] for line in lines if "asked" in line] == ["met", "MET"]
     assert "NOT MET" in next(line for line in lines if line.startswith("missed"))
-
-
-def result_of(seconds: dict[str, float]) -> dict[str, Any]:
-    rows = {variant: {"seconds": median} for variant, median in seconds.items()}
-    return {"bench": "it", "date": "2026-01-01", "versions": {"torch": "2"}, "elsewhere": None, "rows": rows}
-
-
-def test_a_group_is_described_by_medians_and_what_its_check_returned(quick: None) -> None:
-    race = Race(Sleepers(), ["1", "nonsense"], timed=True)
-    race.seconds["1"], race.infos["1"] = [4.0, 1.0, 3.0, 2.0, 5.0], {"distance": 0.5}
-    group = save.describe(race, "it")
-    assert group["rows"] == {"1": {"seconds": 3.0, "quartiles": [2.0, 4.0], "rounds": 5, "distance": 0.5}}
-    assert group["bench"] == "it" and group["versions"]["torch"] == torch.__version__
-    assert group["elsewhere"] is None or 0.0 <= group["elsewhere"] <= 1.0
-
-
-def test_a_group_is_saved_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = {"cpu": "Intel(R) Xeon(R) Processor", "cpu_family_model_stepping": ["6", "207", "2"], "cpu_isa": "amx"}
-    monkeypatch.setattr(save, "describe_cpu", lambda: {**machine, "threads": 2})
-    path = tmp_path / "xeon-6-207-amx-2-threads.json"
-    first = {f"it, batch {batch}": result_of({"ours": 1.0, "theirs": 2.0}) for batch in (64, 8)}
-    assert save.save(first, tmp_path) == [f"saved as {path}"]
-    assert json.loads(path.read_text()) == {"machine": {**machine, "threads": 2}, "groups": first}
-    assert list(json.loads(path.read_text())["groups"]) == ["it, batch 8", "it, batch 64"]
-    again = {"it, batch 8": result_of({"ours": 3.0, "theirs": 4.0, "new": 5.0})}
-    lines = save.save({**again, "it, batch 64": result_of({"new": 1.0})}, tmp_path)
-    assert lines[1:] == ["it, batch 64 is not saved: it ran without ours, theirs"]
-    assert save.read(path)["groups"] == {"it, batch 8": again["it, batch 8"], "it, batch 64": first["it, batch 64"]}
-
-
-def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
-    for path in RESULTS.glob("*-threads.json"):
-        save.write(save.read(path), tmp_path / path.name)
-        assert (tmp_path / path.name).read_text() == path.read_text()
-
-
-def test_readme_shows_the_results() -> None:
-    readme = tables.README.read_text()
-    machines = tables.machines_of(readme)
-    assert machines
-    shown = {found[2] for found in tables.TABLE.finditer(readme)}
-    assert shown == {*tables.OF_A_MACHINE, *tables.OF_A_FILE}
-    assert tables.render(readme, machines) == readme
-
-
-def test_a_table_follows_its_file(tmp_path: Path) -> None:
-    group = {**result_of({"fpnn fp32": 2e-3, "int8 auto": 1e-3, "fp32 compiled": 4e-3}), "bench": "lenet5"}
-    machine = {"cpu": "Some CPU", "cpu_family_model_stepping": ["1", "2", "3"], "cpu_isa": "avx2", "threads": 4}
-    save.write({"machine": machine, "groups": {"lenet5, batch 8": group}}, tmp_path / "some.json")
-    text = "<!-- machines: other -->\nbefore\n<!-- table: network -->\nstale\n<!-- end -->\nafter\n"
-    assert tables.machines_of(text) == ["other"]
-    found = tables.render(text, ["some"], tmp_path).splitlines()
-    assert found[:3] == ["<!-- machines: some -->", "before", "<!-- table: network -->"]
-    assert "Some CPU (family 1, model 2), avx2, 4 threads, torch 2, 2026-01-01:" in found
-    assert "stale" not in found and found[-2:] == ["<!-- end -->", "after"]
-    assert [line for line in found if line.startswith("|")] == [
-        "| LeNet-5 | batch 1 | batch 8 | batch 64 | batch 512 |",
-        "|---|---|---|---|---|",
-        "| FPNN fp32 |  | 2 (1.00) |  |  |",
-        "| **packed int8** |  | 1 (2.00) |  |  |",
-        "| **packed fp32, compiled** |  | 4 (0.50) |  |  |",
-    ]
-    group["rows"]["int8 auto"]["seconds"] = 1e-4
-    save.write({"machine": machine, "groups": {"lenet5, batch 8": group}}, tmp_path / "some.json")
-    assert "| **packed int8** |  | 0.1 (20) |  |  |" in tables.render(text, ["some"], tmp_path)
 
 
 def test_gpu_benches_run(monkeypatch: pytest.MonkeyPatch) -> None:
