@@ -24,16 +24,19 @@ from bench.machine import RESULTS, describe_machine
 
 OPS = ("sample_linear", "sample_conv2d", "moment_linear", "moment_conv2d", "spike_slab_kl", "assign_codes")
 PACKED = ("packed_linear", "packed_conv2d")
-# Those that run something on a GPU where there is one; tests/test_bench.py looks that none is missing.
 TESTS = [
     *(f"tests/test_{op}.py" for op in (*OPS, *PACKED)),
     *(f"tests/test_{name}.py" for name in ("philox", "moment", "int8", "cuda_packed_linear")),
 ]
+"""The test files that run something on a GPU where there is one; tests/test_bench.py looks that none is missing."""
 SANITIZED = "cuda and (triton or cuda-cuda) and M3 and (B1 or B2)"
 KL_WEIGHTS = 1 << 24
-KL_BYTES = 24  # a weight: read twice in forward and twice in backward, two gradients written
+KL_BYTES = 24
+"""Bytes of memory traffic a weight: two parameters are read in forward and in backward, two gradients are written."""
 KL_BANDWIDTH = 0.7
-KL_KEPT = 8.5  # bytes a weight at most: two gradients, and sums of blocks of weights
+"""The share of a copy's bandwidth that is asked of the divergence."""
+KL_KEPT = 8.5
+"""Bytes a weight that a step may hold at most: two gradients, and the sums of blocks of weights."""
 
 
 def run_tests() -> dict[str, str]:

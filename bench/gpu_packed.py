@@ -20,20 +20,26 @@ from bench.gpu_training import Row
 from bqnn.ops.backends.gpu_layout import row_words
 
 CALLS = 50
-ROTATED_BYTES = 256 << 20  # of weights that take turns: more than a second-level cache holds
+ROTATED_BYTES = 256 << 20
+"""Bytes of the weights that take turns: more than a second-level cache holds."""
 SIZES, BATCHES = (4096, 8192, 16384), (1, 8, 16, 64, 128, 1024)
 NUM_LEVELS = 3
-# Times faster than cuBLAS in bfloat16, by batch: layers of precision "bf16".
 FASTER = {
     4096: (2.5, 2.5, 2.0, 1.3, 1.0, 0.95),
     8192: (5.0, 5.0, 4.5, 2.2, 1.3, 0.95),
     16384: (6.0, 6.0, 5.0, 2.4, 1.3, 0.95),
 }
+"""How many times faster than cuBLAS in bfloat16 layers of precision "bf16" shall be, by size and batch."""
 INT8_FASTER = {(8192, 1024): 1.3, (16384, 1024): 1.3}
-GEMV_BANDWIDTH = 0.6  # of a copy's, over the bytes of the words of codes, at one row of the largest size
-CONV = (128, 128, 3, 32, 128)  # inputs, channels, kernel, image, batch
-CONV_FASTER, CONV_SMALLER = 0.85, 8.0  # in time, and in bytes of the weight
-ALLOWED = {"bf16": 2e-2, "int8": 5e-2}  # root mean square, relative to the product in float32
+"""The same of precision "int8", by size and batch."""
+GEMV_BANDWIDTH = 0.6
+"""The share of a copy's bandwidth that reading the words of codes shall reach, at one row of the largest size."""
+CONV = (128, 128, 3, 32, 128)
+"""The convolution: inputs, channels, kernel, image, batch."""
+CONV_FASTER, CONV_SMALLER = 0.85, 8.0
+"""How many times faster than cuDNN the convolution shall be, and how many times smaller its weight."""
+ALLOWED = {"bf16": 2e-2, "int8": 5e-2}
+"""The root mean square error that each precision may have, relative to the product in float32."""
 DENSE = "bf16 dense"
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 
 ROUNDS, WARMUP = 30, 5
-FLUSH_BYTES = 256 << 20  # written before each call: more than any second-level cache holds
+FLUSH_BYTES = 256 << 20
+"""Bytes that are written before each call: more than any second-level cache holds."""
 
 
 class Cost(NamedTuple):

@@ -49,7 +49,6 @@ LAYERS = {
     "conv2d-128-128-3x3-32x32-B128": Conv2dShape(128, 128, 128, 32, 32, (3, 3), padding=(1, 1)),
     "conv2d-160-12-3x3-32x32-B256": Conv2dShape(256, 160, 12, 32, 32, (3, 3), padding=(1, 1)),
 }
-# By what the name of a case begins with.
 ASKED = {
     "sample_linear-4096-4096-B256": [Asked("reference", 3.0, 3.0), Asked("compiled", 1.5)],
     "sample_linear-4096-4096-B2048": [Asked("reference", 1.5, 3.0), Asked("compiled", 1.1)],
@@ -58,8 +57,10 @@ ASKED = {
     "moment_conv2d": [Asked("reference", 2.0, 2.5), Asked("compiled", 1.1)],
     "spike_slab_kl": [Asked("reference", 10.0)],
 }
+"""What is asked of a case, by what its name begins with."""
 NETWORKS = {"lenet5": (128, 1, 28, 28), "densenet": (64, 3, 32, 32)}
-ALLOWED = 2e-2  # root mean square, relative: outputs and gradients are bfloat16
+ALLOWED = 2e-2
+"""The relative root mean square error of outputs and gradients, which are bfloat16, beyond which there is no figure."""
 KINDS = ("sample", "moment")
 
 

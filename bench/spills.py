@@ -36,12 +36,14 @@ Calls = Iterator[tuple[str, Callable[[], Any]]]
 
 PACKED_ROWS = {"fp32": (1, 16, 32, 64), "bf16": (1, 16, 32, 64, 128), "int8": (1, 16, 32, 64, 128)}
 PACKED_LEVELS = (2, 3, 4, 5, 16)
-SIDES = {16: 4, 32: 5, 64: 8, 128: 12}  # of an image with about so many pixels
-# Of training: a codebook that is unrolled, one that stays in registers, one that does not; (num_levels, channel).
+SIDES = {16: 4, 32: 5, 64: 8, 128: 12}
+"""The side of an image with about so many pixels."""
 CODEBOOKS = tuple(itertools.product((3, 4, 16), (False, True)))
+"""(num_levels, channel) of the training ops: a codebook that is unrolled, one that stays in registers, and one that
+does not."""
 ROWS = {"bfloat16": (16, 32, 64, 128, 256), "float16": (64,), "float32": (16, 32, 64), "tf32": (16, 32, 64)}
 COLUMNS = (512, 511)
-# Of a convolution: the op, and for each of its modes the codebooks that its kernels differ by.
+# A convolution's kernels differ by mode and codebook, and not every mode has a kernel for every codebook.
 CONV2D: dict[str, tuple[ModuleType, list[tuple[dict[str, Any], Codebooks]]]] = {
     "sample_conv2d": (sample_conv2d, [({}, CODEBOOKS)]),
     "moment_conv2d": (
@@ -94,13 +96,13 @@ def moment_linear_calls() -> Calls:
 
 def conv2d_calls(name: str) -> Calls:
     op, modes = CONV2D[name]
-    few, many = [(1, side, side) for side in SIDES.values()], (8, 16, 16)  # images
+    few, many = [(1, side, side) for side in SIDES.values()], (8, 16, 16)
     weights = [(mode, codebook) for mode, codebooks in modes for codebook in codebooks]
     same: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1)}
     plain = [
         (Conv2dShape(batch, inputs, channels, *size, **same), weights if inputs == 64 and batch == 1 else weights[:1])
         for channels, inputs, (batch, *size) in itertools.product((12, 32, 64, 128), (6, 16, 32, 64, 128), [*few, many])
-    ]  # a product makes its weight for a few pixels only, from a block of its own width, whatever the inputs are
+    ]
     other = [
         (Conv2dShape(batch, inputs, 128, *size, **same, **geometry), weights[:1])
         for (batch, *size), inputs, geometry in itertools.product(

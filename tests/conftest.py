@@ -39,8 +39,10 @@ def interpreted_bfloat16() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    interpreter = pytest.importorskip("tests.support.interpreter")
-    with interpreter.bfloat16_is_right():
+    pytest.importorskip("triton")
+    from tests.support.interpreter import bfloat16_is_right
+
+    with bfloat16_is_right():
         yield
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=native.MISSING)
 
 OFFSET = 2**32 - 2
 CPU = torch.device("cpu")
-# More weights than one block has, and no multiple of a vector or a tile.
+# These have more weights than one block, and no multiple of a vector or a tile.
 WIDE_LINEAR = LinearShape(9, 63, 129)
 WIDE_CONV2D = Conv2dShape(2, 19, 35, 13, 11, (3, 3), padding=(1, 1))
 
@@ -152,7 +152,7 @@ def test_a_linear_weight_is_made_some_channels_at_a_time(
     monkeypatch.setattr(cpu_products, "WEIGHTS", 5000)
     monkeypatch.setattr(cpu_products, "CHANNELS", 16)
     monkeypatch.setattr(Posterior, "part", lambda self, channels: blocks.append(channels) or part(self, channels))
-    monkeypatch.setattr(cpu_moment, "LARGE_LINEAR", 1)  # in bfloat16 where the processor has it
+    monkeypatch.setattr(cpu_moment, "LARGE_LINEAR", 1)  # so the product is in bfloat16 where the processor has it
     for coarse, expected in zip((False, True), whole):
         found = gradients(partial(layer, coarse=coarse), case)
         for name, one in expected.items():

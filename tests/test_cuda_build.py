@@ -49,7 +49,7 @@ def test_setup_says_why_it_skips(switch: str, message: str, tmp_path: Path) -> N
     for folder in ("bin", "include"):
         (tmp_path / folder).mkdir()
     (tmp_path / "include" / "cuda_runtime.h").touch()
-    nvcc = tmp_path / "bin" / "nvcc"  # of a toolkit that no torch was built with
+    nvcc = tmp_path / "bin" / "nvcc"  # it says that it is of a toolkit that no torch was built with
     nvcc.write_text("#!/bin/sh\necho 'release 9.0, V9.0.1'\n")
     nvcc.chmod(0o755)
     environment = {**os.environ, "BQNN_CPU": "0", "BQNN_CUDA": switch, "CUDA_HOME": str(tmp_path)}

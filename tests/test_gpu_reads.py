@@ -22,9 +22,9 @@ from bqnn.ops.packed_linear import packed_linear_triton
 from tests.support.packed_products import conv2d_case, linear_case
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-aot = pytest.importorskip("tests.support.aot")
+from tests.support import aot  # noqa: E402
 
-# What a value comes back by, as a number or as the shape of a result.
+# By these ops a value comes back from the GPU, as a number or as the shape of a result.
 READS = {
     *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim", "_unique2"),
     *("repeat_interleave.Tensor", "bincount", "histc", "_assert_async"),

@@ -16,7 +16,7 @@ from tests.support.helpers import SEED, triton_devices
 
 CPU = torch.device("cpu")
 ONES = 0xFFFFFFFF
-# Random123's kat_vectors: counter, key, words.
+# Random123's kat_vectors give counter, key and words.
 KNOWN_ANSWERS = [
     pytest.param((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8), id="zeros"),
     pytest.param((ONES,) * 4, (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD), id="ones"),
@@ -131,7 +131,7 @@ def test_kolmogorov_smirnov() -> None:
     probability = torch.special.ndtr(numbers(2023, 2**33, count).double().sort().values)
     rank = torch.arange(count, dtype=torch.float64)
     distance = torch.maximum(probability - rank / count, (rank + 1) / count - probability).max()
-    assert distance * math.sqrt(count) < 1.63  # the 1 % point of Kolmogorov's distribution
+    assert distance * math.sqrt(count) < 1.63  # 1.63 is the 1 % point of Kolmogorov's distribution
 
 
 def test_manual_seed_governs_fresh_seeds() -> None:

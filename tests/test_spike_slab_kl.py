@@ -40,7 +40,7 @@ from tests.support.shapes import (
 )
 
 RUNS_ON = usable_backends("spike_slab_kl")
-# tau in gaps: narrow windows leave most of the prior to the slab, wide ones overlap to more than 1.
+# These are tau in gaps: narrow windows leave most of the prior to the slab, wide ones overlap to more than 1.
 WIDTHS = [pytest.param(0.15, id="narrow"), pytest.param(0.375, id="published"), pytest.param(1.5, id="wide")]
 ZERO = [pytest.param(False, id="no-zero"), pytest.param(True, id="zero-level")]
 GRADIENTS = ("weight", "log_sigma2", "levels")

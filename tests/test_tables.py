@@ -57,7 +57,9 @@ def test_a_group_is_saved_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
-    for path in RESULTS.glob("*-threads.json"):
+    paths = list(RESULTS.glob("*-threads.json"))
+    assert paths
+    for path in paths:
         save.write(save.read(path), tmp_path / path.name)
         assert (tmp_path / path.name).read_text() == path.read_text()
 

@@ -9,9 +9,9 @@ import bqnn
 from bqnn.models import build
 from tests.support.memory import saved_bytes
 
-# Batch, and the shape of an image.
+# An input is a batch, and the shape of an image.
 INPUTS = {"lenet5": (32, 1, 28, 28), "vgg7": (2, 3, 32, 32)}
-# What is allowed, as a factor of the full-precision network's bytes.
+# So many times the full-precision network's bytes may be kept.
 BOUNDS = {"moment": 1.25, "local": 1.25, "sample": 1.1}
 
 

@@ -21,9 +21,10 @@ from bqnn.ops import dispatch
 from tests.support import formulas
 from tests.support.shapes import Conv2dShape, LinearShape
 
-SEED = 0x1234_5678_9ABC_DEF0  # uses both halves of the key
-MARGIN = 1e-3  # no sampled weight is nearer to a threshold, so that rounding does not choose its cell
-
+SEED = 0x1234_5678_9ABC_DEF0
+"""Both halves of the key are in use."""
+MARGIN = 1e-3
+"""No sampled weight is nearer to a threshold, so that rounding does not choose its cell."""
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 

@@ -13,7 +13,7 @@ from bqnn.bayes.layers import bayes_layers
 def saved_bytes(net: nn.Module, x: Tensor, target: Tensor) -> int:
     """The bytes of all storages that backward will read, each once, but for those of parameters and buffers."""
     existing = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
-    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+    storages: dict[int, torch.UntypedStorage] = {}  # they are held, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
