@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.packed import PRECISIONS, Expected, Weight, check_rival, random_weight
-from bench.summary import Claim, Medians, fastest, times_faster
+from bench.summary import Medians, Verdict, fastest, times_faster
 from bqnn import PackedConv2d
 from bqnn.ops.packed_conv2d import packed_conv2d
 
@@ -154,7 +154,7 @@ def test_packed_conv2d(race: Any, shape: ConvShape, batch: int, variant: str) ->
     race(Conv2dGroup)
 
 
-def claims(medians: Medians) -> Iterator[Claim]:
+def claims(medians: Medians) -> Iterator[Verdict]:
     """The figures asked for, and what was measured, with the variant that counted."""
     for shape, least in ASKED_BEST.items():
         for batch in BATCHES:
@@ -168,4 +168,4 @@ def claims(medians: Medians) -> Iterator[Claim]:
             ):
                 measured = times_faster(medians.get(group, {}), mine, theirs)
                 if measured is not None:
-                    yield Claim(f"{group}: {fastest(medians[group], mine)} over {text}", asked, measured)
+                    yield Verdict(f"{group}: {fastest(medians[group], mine)} over {text}", asked, measured)

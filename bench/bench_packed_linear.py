@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bench import rivals
 from bench.packed import PRECISIONS, Expected, Weight, check_rival, random_weight
-from bench.summary import Claim, Medians, times_faster
+from bench.summary import Medians, Verdict, times_faster
 from bqnn import PackedLinear
 from bqnn.ops.packed_linear import packed_linear
 
@@ -152,13 +152,13 @@ def test_packed_linear(race: Any, shape: tuple[int, int], batch: int, variant: s
     race(LinearGroup)
 
 
-def claims(medians: Medians) -> Iterator[Claim]:
+def claims(medians: Medians) -> Iterator[Verdict]:
     """The figures asked for, and what was measured; without the groups and variants that did not run."""
 
-    def claim(text: str, asked: float, mine: list[str], theirs: list[str]) -> Iterator[Claim]:
+    def claim(text: str, asked: float, mine: list[str], theirs: list[str]) -> Iterator[Verdict]:
         measured = times_faster(medians.get(group, {}), mine, theirs)
         if measured is not None:
-            yield Claim(f"{group}: {text}", asked, measured)
+            yield Verdict(f"{group}: {text}", asked, measured)
 
     for num_levels, share in ((3, 1.0), (16, ASKED_AT_M16)):
         for batch in LARGE_BATCHES:

@@ -26,9 +26,9 @@ import torch
 import bqnn
 
 PAUSE_SECONDS = 0.003
-"""Of sleep before a case is timed: the idle threads of the other process spin before they sleep."""
+"""A sleep comes before a case is timed: the idle threads of the other process spin before they sleep."""
 BURST_SECONDS = 0.04
-"""For so long a case is called before it is timed, and then timed; a call that takes longer is timed alone."""
+"""A case is called for so long before it is timed, and then timed for so long; a longer call is timed alone."""
 START = "import runpy, sys; runpy.run_path(sys.argv[1])['answer']()"
 
 

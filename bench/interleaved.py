@@ -10,7 +10,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,21 +19,32 @@ from bench.machine import Elsewhere
 from bench.summary import Group
 
 LEAST_ROUNDS = 15
-PAUSE_SECONDS = 0.003
-"""Of sleep before a visit: the idle threads of one library spin before they sleep."""
-SETTLE_SECONDS = 0.006
-"""Of untimed calls in a visit: long enough to have the largest weights in the last cache again."""
-BURST_SECONDS = 0.006
-"""Of timed calls in a visit; a longer call is made once."""
-LONG_SECONDS = 0.020
-"""A call that takes longer has settled before it ends, and is not made untimed first."""
 
 
-def interleaved_seconds(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
+class Pace(NamedTuple):
+    """Seconds of the parts of a visit."""
+
+    pause: float = 0.003
+    """A sleep comes first: the idle threads of one library spin before they sleep."""
+    settle: float = 0.006
+    """Untimed calls take so long that the largest weights are in the last cache again."""
+    burst: float = 0.006
+    """Timed calls take about so long; a longer call is made once."""
+    long: float = 0.020
+    """A call that takes longer has settled before it ends, and is not made untimed first."""
+
+
+PACE = Pace()
+
+
+def interleaved_seconds(
+    calls: Mapping[str, Callable[[], object]], budget: float, pace: Pace = PACE
+) -> dict[str, list[float]]:
     """Seconds a call of each of ``calls``, one figure a round.
 
     Args:
         budget: seconds that all rounds together may take; there are at least :data:`LEAST_ROUNDS` whatever it says.
+        pace: of each visit.
     """
     estimates = {name: _estimate(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -47,7 +58,7 @@ def interleaved_seconds(calls: Mapping[str, Callable[[], object]], budget: float
         while rounds < LEAST_ROUNDS or time.perf_counter() < end:
             shuffle(order)
             for name in order:
-                times[name].append(_visit(calls[name], estimates[name]))
+                times[name].append(_visit(calls[name], estimates[name], pace))
             rounds += 1
     finally:
         gc.enable()
@@ -63,12 +74,12 @@ def _estimate(call: Callable[[], object]) -> float:
     return min(times)
 
 
-def _visit(call: Callable[[], object], estimate: float) -> float:
-    time.sleep(PAUSE_SECONDS)
-    settled = time.perf_counter() + SETTLE_SECONDS
-    while estimate < LONG_SECONDS and time.perf_counter() < settled:
+def _visit(call: Callable[[], object], estimate: float, pace: Pace) -> float:
+    time.sleep(pace.pause)
+    settled = time.perf_counter() + pace.settle
+    while estimate < pace.long and time.perf_counter() < settled:
         call()
-    repeats = max(1, round(BURST_SECONDS / estimate))
+    repeats = max(1, round(pace.burst / estimate))
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -78,7 +89,7 @@ def _visit(call: Callable[[], object], estimate: float) -> float:
 class Race:
     """The selected variants of one group: made, checked, and those that are right timed against each other."""
 
-    def __init__(self, group: Group, variants: list[str], timed: bool) -> None:
+    def __init__(self, group: Group, variants: list[str], timed: bool, pace: Pace = PACE) -> None:
         self.name = group.name
         self.failures: dict[str, BaseException] = {}
         self.seconds: dict[str, list[float]] = {}
@@ -98,5 +109,5 @@ class Race:
         if timed and calls:
             elsewhere = Elsewhere()
             with torch.inference_mode():
-                self.seconds = interleaved_seconds(calls, group.budget)
+                self.seconds = interleaved_seconds(calls, group.budget, pace)
             self.elsewhere = elsewhere.share()

@@ -99,6 +99,8 @@ def conv2d_calls(name: str) -> Calls:
     few, many = [(1, side, side) for side in SIDES.values()], (8, 16, 16)
     weights = [(mode, codebook) for mode, codebooks in modes for codebook in codebooks]
     same: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1)}
+    # A product makes its weight for a few pixels only, from a block of its own width: other inputs and many pixels need
+    # no other codebooks.
     plain = [
         (Conv2dShape(batch, inputs, channels, *size, **same), weights if inputs == 64 and batch == 1 else weights[:1])
         for channels, inputs, (batch, *size) in itertools.product((12, 32, 64, 128), (6, 16, 32, 64, 128), [*few, many])
