@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,13 +120,13 @@ class Checkout:
         return json.loads(line)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("-k", default="", metavar="TEXT", help="the cases with TEXT in their names")
     parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     base, new = (Checkout(folder.resolve()) for folder in (arguments.base, arguments.new))
     ratios: dict[str, float] = {}
     for name in [name for name in base.names if name in new.names and arguments.k in name]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from bench.interleaved import Race
+from bench.machine import describe_cpu
 from bench.save import describe, save
 from bench.summary import Group, Measured, write_summary
 
@@ -81,5 +82,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             for module, races in by_module.items()
             for race in races
         }
-        for line in save(groups):
+        for line in save(groups, describe_cpu()):
             terminalreporter.write_line(line)

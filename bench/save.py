@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.interleaved import Race
-from bench.machine import RESULTS, cpu_name, describe_cpu, versions
+from bench.machine import RESULTS, cpu_name, versions
 
 
 def describe(race: Race, bench: str) -> dict[str, Any]:
@@ -29,16 +29,15 @@ def describe(race: Race, bench: str) -> dict[str, Any]:
     return {"bench": bench, "date": date, "versions": versions(), "elsewhere": race.elsewhere, "rows": rows}
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A file of results; of one that is not there, this machine and no groups."""
-    return json.loads(path.read_text()) if path.exists() else {"machine": describe_cpu(), "groups": {}}
+def save(groups: dict[str, dict[str, Any]], machine: dict[str, Any], folder: Path = RESULTS) -> list[str]:
+    """Puts measured groups into the file of ``machine``, which is what :func:`bench.machine.describe_cpu` gives.
 
-
-def save(groups: dict[str, dict[str, Any]], folder: Path = RESULTS) -> list[str]:
-    """Puts measured groups into this machine's file, and returns lines that say so: which file, and which groups stay
-    out because they lack a variant of the group in the file, as when a part of its variants was selected."""
-    path = folder / f"{cpu_name(describe_cpu())}.json"
-    results, lines = read(path), [f"saved as {path}"]
+    Returns lines that say which file that is, and which groups stay out because they lack a variant of the group in the
+    file, as when a part of its variants was selected.
+    """
+    path = folder / f"{cpu_name(machine)}.json"
+    results = json.loads(path.read_text()) if path.exists() else {"machine": machine, "groups": {}}
+    lines = [f"saved as {path}"]
     for name, group in groups.items():
         missing = set(results["groups"].get(name, {"rows": {}})["rows"]) - set(group["rows"])
         if missing:

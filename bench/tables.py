@@ -16,8 +16,7 @@ from typing import Any
 
 from bench import bench_lenet5, bench_packed_conv2d, bench_packed_linear, bench_training
 from bench.machine import RESULTS
-from bench.save import read
-from bench.summary import times_faster
+from bench.summary import DISTURBED, times_faster
 from bqnn.core.codes import packed_width
 from bqnn.models import lenet5
 
@@ -31,7 +30,7 @@ Lines = Iterator[str]
 
 def render(readme: str, machines: Sequence[str], folder: Path = RESULTS) -> str:
     """The text of README with its tables, and the line of its machines, made anew."""
-    results = [read(folder / f"{name}.json") for name in machines]
+    results = [json.loads((folder / f"{name}.json").read_text()) for name in machines]
 
     def table(found: re.Match[str]) -> str:
         name = found[2]
@@ -58,10 +57,12 @@ def _of_machine(result: dict[str, Any], name: str) -> Lines:
     family, model, _ = machine["cpu_family_model_stepping"]
     dates = sorted({group["date"] for group in groups.values()})
     torches = sorted({group["versions"]["torch"] for group in groups.values()})
+    elsewhere = max(group["elsewhere"] or 0.0 for group in groups.values())
+    disturbed = f", while something else took up to {elsewhere:.0%} of the cores" if elsewhere > DISTURBED else ""
     yield ""
     yield (
         f"{machine['cpu']} (family {family}, model {model}), {machine['cpu_isa']}, {machine['threads']} threads, "
-        f"torch {', '.join(torches)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}:"
+        f"torch {', '.join(torches)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}{disturbed}:"
     )
     yield ""
     yield from OF_A_MACHINE[name](groups)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -44,14 +42,9 @@ def checkout(folder: Path, seconds: float, wrong: str = "") -> Path:
     return folder
 
 
-def compared(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments)])
-    compare.main()
-
-
-def test_checkouts_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_checkouts_are_compared(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     base, new = checkout(tmp_path / "base", 0.005), checkout(tmp_path / "new", 0.1, wrong="other")
-    compared(monkeypatch, base, new, "--rounds", 3)
+    compare.main([str(base), str(new), "--rounds", "3"])
     lines = capfd.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == ["N3, batch 1", "N3, batch 1", "training, net"]
     assert "N3, batch 1: other" in lines[1] and lines[1].endswith("not timed, NEW: AssertionError: not right")
@@ -62,11 +55,11 @@ def test_checkouts_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert lines[4].startswith(f"worst {max(ratios):.3f}, ")
 
 
-def test_a_checkout_is_compared_by_its_own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_is_compared_by_its_own_package(tmp_path: Path) -> None:
     base, new = checkout(tmp_path / "base", 0.0), checkout(tmp_path / "new", 0.0)
     with pytest.raises(SystemExit, match="no case was timed"):
-        compared(monkeypatch, base, new, "-k", "no such case")
+        compare.main([str(base), str(new), "-k", "no such case"])
     (new / "bqnn" / "__init__.py").unlink()
     (new / "bqnn").rmdir()
     with pytest.raises(SystemExit, match="imports bqnn from"):
-        compared(monkeypatch, base, new)
+        compare.main([str(base), str(new)])
