@@ -49,7 +49,7 @@ def race(request: pytest.FixtureRequest) -> Callable[[Callable[..., Group]], Non
         variant, key = params.pop("variant"), _group_key(request.node)
         if key not in races:
             variants = [item.callspec.params["variant"] for item in request.session.items if _group_key(item) == key]
-            races[key] = request.module, Race(make(**params), variants, not request.config.getoption("--check"))
+            races[key] = request.module, Race(make(**params), variants, not request.config.getoption("--check", False))
         _, found = races[key]
         if variant in found.failures:
             raise found.failures[variant]
@@ -76,7 +76,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             for variant, seconds in race.seconds.items()
         ]
         write_summary(terminalreporter, module, rows)
-    if config.getoption("--save") and by_module:
+    if config.getoption("--save", False) and by_module:
         groups = {
             race.name: describe(race, module.__name__.rpartition(".")[2].removeprefix("bench_"))
             for module, races in by_module.items()
