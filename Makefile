@@ -78,8 +78,8 @@ sanitize:  ## kernels under AddressSanitizer and UBSan, on every instruction set
 	@$(MAKE) --no-print-directory -j "$$(nproc)" $(CASES:%=build/sanitize/%)
 	@set -e; for program in $(CASES); do echo "$$program, with sanitizers"; build/sanitize/$$program; done
 
-bench: $(RIVALS) data  ## pytest-benchmark on bench/, about 20 minutes; ARGS="-k lenet5" for a part
-	$(VENV)/bin/pytest bench -q --benchmark-quiet $(ARGS)
+bench: $(RIVALS)  ## pytest-benchmark, to bench/results/<cpu>.json; about 20 minutes, ARGS="-k lenet5" for a part
+	$(VENV)/bin/pytest bench -q --benchmark-quiet --save $(ARGS)
 
 $(RIVALS): $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[bench]"

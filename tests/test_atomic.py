@@ -86,7 +86,7 @@ def test_leftovers_of_a_killed_write_are_removed_and_nothing_else(tmp_path: Path
 
 
 def test_what_a_killed_write_leaves_is_a_leftover(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint[1].pt"  # with characters that a pattern would read
+    path = tmp_path / "checkpoint[1].pt"  # a pattern would read these characters
     child = os.fork()
     if child == 0:
         write_atomically(path, lambda temporary: os._exit(9))

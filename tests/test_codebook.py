@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bqnn.core import codebook
 from bqnn.core.codebook import lloyd_max
-from tests.shapes import EVERY_M
+from tests.support.shapes import EVERY_M
 
 
 def squared_error(values: Tensor, levels: Tensor) -> float:

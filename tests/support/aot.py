@@ -23,9 +23,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 INSTRUCTION_BYTES = 16
-# Bytes of shared memory that a block can ask for (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that a block can ask for (CUDA C++ Programming Guide, technical specifications)."""
 TARGETS = tuple(SHARED_LIMIT)
+TABLE = Path(__file__).resolve().parents[2] / "bench" / "results" / "kernel_resources.json"
 
 
 class Kernel(NamedTuple):
@@ -37,7 +38,8 @@ class Kernel(NamedTuple):
     stack: int
     shared: int
     instructions: int
-    products: str  # "tcgen05", "wgmma", "mma" or "": the tensor core instructions in its PTX
+    products: str
+    """The tensor core instructions in its PTX: "tcgen05", "wgmma", "mma" or ""."""
 
 
 class _Driver:

@@ -16,8 +16,10 @@ from cuda_toolkit import ROOT, Toolkit, find_toolkit
 
 TOOLKIT = find_toolkit()
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = ("80", "90")
+TABLE = ROOT / "bench" / "results" / "cuda_resources.json"
 
-# Of the integer units; the multiplier's (IMAD) run beside them.
+# These run on the integer units; the multiplier's (IMAD) run beside them.
 INTEGER = re.compile(r"(PRMT|LOP3|SHF|LEA|IADD3?|VIADD|VIADDMNMX|IMNMX|ISETP|SEL|BMSK|SGXT)\b")
 
 
@@ -64,7 +66,7 @@ def _describe(target: str) -> Iterator[Kernel]:
     }
     for symbol, line in re.findall(r"Function (\w+):\n\s+(.*)", usage):
         count = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
-        traits = tuple(map(int, re.findall(r"Li(\d+)E", symbol)))  # capacity, parts, column tiles
+        traits = tuple(map(int, re.findall(r"Li(\d+)E", symbol)))
         name = re.search(r"\d+(packed_\w+?_kernel)", symbol)
         assert name, symbol
         work = _instructions(code[symbol], *traits) if traits else (0.0, 0.0, 0.0)
@@ -88,9 +90,9 @@ def _instructions(code: str, capacity: int, parts: int, column_tiles: int) -> tu
     row_tiles = 2 if parts == 1 and column_tiles < 3 else 1
     # A product is of 16 x 16 weights; with capacity 2, one in row_tiles + 1 is of the activations alone.
     shared = (row_tiles + 1) / row_tiles if capacity == 2 else 1.0
-    weights = 8 * kinds["HMMA"] / shared / column_tiles / parts  # a lane
+    weights_of_a_lane = 8 * kinds["HMMA"] / shared / column_tiles / parts
     integer = sum(count for kind, count in kinds.items() if INTEGER.fullmatch(kind))
-    return tuple(round(count / weights, 2) for count in (kinds.total(), integer, kinds["IMAD"]))  # type: ignore[return-value]
+    return tuple(round(count / weights_of_a_lane, 2) for count in (kinds.total(), integer, kinds["IMAD"]))  # type: ignore[return-value]
 
 
 def _output(*command: str) -> str:

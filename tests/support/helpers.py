@@ -18,12 +18,13 @@ from torch import Tensor
 
 from bqnn.core import native
 from bqnn.ops import dispatch
-from tests import formulas
-from tests.shapes import Conv2dShape, LinearShape
+from tests.support import formulas
+from tests.support.shapes import Conv2dShape, LinearShape
 
-SEED = 0x1234_5678_9ABC_DEF0  # uses both halves of the key
-MARGIN = 1e-3  # no sampled weight is nearer to a threshold, so that rounding does not choose its cell
-
+SEED = 0x1234_5678_9ABC_DEF0
+"""Both halves of the key are in use."""
+MARGIN = 1e-3
+"""No sampled weight is nearer to a threshold, so that rounding does not choose its cell."""
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -80,7 +81,7 @@ def lower_isas() -> list[str]:
 def run_on_isa(isa: str, module: str, function: str) -> str:
     """What ``module.function()`` returns, a word, in a process whose kernels use ``isa``."""
     script = f"import {module} as m, bqnn; assert bqnn.cpu_isa() == {isa!r}; print(m.{function}())"
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "BQNN_CPU_ISA": isa, "PYTHONPATH": root}
     output = subprocess.run(
         [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True, check=True

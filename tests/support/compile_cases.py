@@ -31,7 +31,7 @@ from bqnn.kernels.conv2d import output_of
 from bqnn.kernels.packed import sum_of_parts
 from bqnn.ops import dispatch
 from bqnn.ops.packed_product import PackedCall
-from tests.shapes import Conv2dShape
+from tests.support.shapes import Conv2dShape
 
 SEED, OFFSET = 2**62, 2**33
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # a step of a Triton kernel then takes milliseconds
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's kernels are interpreted: a step of one then takes milliseconds."""
 
 EVERY_M = [pytest.param(m, id=f"M{m}") for m in range(2, 17)]
 SOME_M = [pytest.param(m, id=f"M{m}") for m in (2, 3, 5, 16)]
