@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from bench import (
 from bench.interleaved import LEAST_ROUNDS, Pace, Race
 from bench.machine import RESULTS
 from bench.summary import Measured, Verdict
+from bqnn.ops import dispatch
 from tests.support.shapes import Conv2dShape, LinearShape
 
 
@@ -98,7 +99,20 @@ def test_the_benches_run_and_save_nothing_unless_told_to() -> None:
     assert sorted(RESULTS.iterdir()) == before
 
 
-def test_gpu_benches_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def bfloat16_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backend "cpu" takes what a GPU's do: the reference stands in for its training kernels,
+    which take float32 alone."""
+    for op, backends in dispatch._backends.items():
+        if not op.startswith("packed"):
+            monkeypatch.setitem(backends, "cpu", backends["reference"]._replace(name="cpu"))
+    dispatch._candidates.cache_clear()
+    yield
+    monkeypatch.undo()
+    dispatch._candidates.cache_clear()
+
+
+def test_gpu_benches_run(monkeypatch: pytest.MonkeyPatch, bfloat16_on_the_cpu: None) -> None:
     """On the CPU, tiny: every bench makes its rows, and every figure that is asked has its line."""
     layers: dict[str, Any] = {f"linear-4096-4096-B{rows}": LinearShape(8, 16, 32) for rows in (256, 2048)}
     layers["conv2d-tiny"] = Conv2dShape(2, 8, 4, 8, 8, (3, 3), padding=(1, 1))
