@@ -20,8 +20,8 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "cpu/base/isa.h"
+#include "cpu/base/parallel.h"
 
 // Read by the sanitizers' libraries: abort, so that the case is printed.
 extern "C" [[gnu::used]] inline const char* __asan_default_options() { return "abort_on_error=1"; }

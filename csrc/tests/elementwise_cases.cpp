@@ -3,11 +3,11 @@
 #include <memory>
 
 #include "cases.h"
-#include "cpu/assign_codes.h"
-#include "cpu/elementwise.h"
-#include "cpu/noise.h"
-#include "cpu/spike_slab_kl.h"
-#include "cpu/weights.h"
+#include "cpu/train/assign_codes.h"
+#include "cpu/train/elementwise.h"
+#include "cpu/train/noise.h"
+#include "cpu/train/spike_slab_kl.h"
+#include "cpu/train/weights.h"
 
 namespace bqnn::cases {
 namespace {

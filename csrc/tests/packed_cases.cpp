@@ -7,7 +7,7 @@
 #include <cfloat>
 
 #include "cases.h"
-#include "cpu/packed.h"
+#include "cpu/packed/call.h"
 
 namespace bqnn::cases {
 namespace {
