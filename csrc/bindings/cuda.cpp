@@ -4,51 +4,55 @@
 #include <Python.h>
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "bindings/tensors.h"
 #include "cuda/packed_linear.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 namespace bqnn {
 namespace {
 
-// A contiguous tensor on the GPU whose data begins at a multiple of 16 bytes.
-void* data_of(const Tensor& tensor, const char* name) {
-  void* data = tensor.mutable_data_ptr();
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.is_contiguous() && reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
-                  " must be on the GPU, contiguous and aligned to 16 bytes");
+// The data of a contiguous tensor on the GPU of this dtype and shape, or of no given dtype, from a multiple of 16 bytes.
+void* gpu_data(const Tensor& tensor, const char* name, std::optional<ScalarType> dtype,
+               std::initializer_list<int64_t> shape) {
+  void* data = tensor.data_ptr();
+  if ((dtype && tensor.scalar_type() != *dtype) || !tensor.is_cuda() || !tensor.is_contiguous() ||
+      !has_shape(tensor, shape) || reinterpret_cast<uintptr_t>(data) % 16 != 0)
+    refuse(name,
+           std::string("contiguous ") + (dtype ? dtype_name(*dtype) : "") + " " + shape_text(shape) +
+               " on the GPU, from a multiple of 16 bytes",
+           describe(tensor));
   return data;
 }
 
-float* floats_of(const std::optional<Tensor>& tensor, int64_t count, const char* name) {
+float* gpu_floats(const std::optional<Tensor>& tensor, int64_t count, const char* name) {
   if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->numel() == count && tensor->is_cuda() &&
-                      tensor->is_contiguous(),
-                  name, " must be ", count, " float32 on the GPU, side by side");
-  return static_cast<float*>(tensor->mutable_data_ptr());
+  if (tensor->scalar_type() != ScalarType::Float || tensor->numel() != count || !tensor->is_cuda() ||
+      !tensor->is_contiguous())
+    refuse(name, "contiguous float32 on the GPU of " + std::to_string(count) + " elements", describe(*tensor));
+  return static_cast<float*>(tensor->data_ptr());
 }
 
 cuda::Element element_of(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
-                  " must be float32, bfloat16 or float16");
-  return type == ScalarType::Float      ? cuda::Element::float32
-         : type == ScalarType::BFloat16 ? cuda::Element::bfloat16
-                                        : cuda::Element::float16;
+  if (type == ScalarType::Float) return cuda::Element::float32;
+  if (type == ScalarType::BFloat16) return cuda::Element::bfloat16;
+  if (type == ScalarType::Half) return cuda::Element::float16;
+  refuse(name, "float32, bfloat16 or float16", describe(tensor));
 }
 
 cuda::Mode mode_of(const std::string& precision) {
-  return precision == "fp32" ? cuda::Mode::fp32 : precision == "bf16" ? cuda::Mode::bf16 : cuda::Mode::int8;
+  if (precision == "fp32") return cuda::Mode::fp32;
+  if (precision == "bf16") return cuda::Mode::bf16;
+  if (precision == "int8") return cuda::Mode::int8;
+  refuse("precision", "\"fp32\", \"bf16\" or \"int8\"", "\"" + precision + "\"");
 }
 
 // Float32 numbers that live as long as the tensor, from torch's allocator.
@@ -63,39 +67,51 @@ Tensor new_floats(int64_t count, int32_t device) {
 void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tensor> integers, std::optional<Tensor> bias,
                       std::optional<Tensor> scale, std::optional<Tensor> row_scale, std::string precision, bool relu,
                       Tensor y) {
-  STD_TORCH_CHECK(x.dim() == 2 && words.dim() == 2 && levels.dim() == 2 && y.dim() == 2, "matrices are needed");
+  require(x.dim() == 2, "x", "a matrix", x.dim());
+  require(words.dim() == 2, "words", "a matrix", words.dim());
+  require(levels.dim() == 2, "levels", "a matrix", levels.dim());
+  require(y.dim() == 2, "y", "a matrix", y.dim());
   const int64_t rows = x.size(0), channels = y.size(1), codebooks = levels.size(0), num_levels = levels.size(1);
-  STD_TORCH_CHECK(rows > 0 && y.size(0) == rows && words.size(0) >= channels, "a row for each of x and of the words");
-  STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int && words.size(1) % 16 == 0 && words.numel() / 4 < INT32_MAX,
-                  "words must be int32, whole blocks a row, and less than 32 GiB");
-  STD_TORCH_CHECK(num_levels >= 2 && num_levels <= 16 && (codebooks == 1 || codebooks == channels),
-                  "levels must be [1 or channels, 2 to 16]");
+  require(rows > 0 && rows <= INT32_MAX, "x", "of 1 to 2^31 - 1 rows", rows);
+  require(x.size(1) <= INT32_MAX, "x", "of fewer than 2^31 columns", x.size(1));
+  require(words.size(0) >= channels, "words", "a row or more a channel of y", words.size(0));
+  require(words.size(1) % 16 == 0 && words.numel() / 4 < INT32_MAX, "words", "whole blocks a row, less than 32 GiB",
+          words.size(1));
+  require(num_levels >= 2 && num_levels <= 16, "levels", "2 to 16 a codebook", num_levels);
+  require(codebooks == 1 || codebooks == channels, "levels", "one codebook, or one a channel", codebooks);
+  const int64_t columns = x.size(1);
+  // A word has 32, 16 or 8 codes.
+  const int64_t capacity = num_levels == 2 ? 32 : num_levels <= 4 ? 16 : 8;
+  require(columns <= words.size(1) * capacity, "x", "of no more columns than the words have codes", columns);
   cuda::PackedLinearCall call{};
-  call.words = static_cast<const uint32_t*>(data_of(words, "words"));
-  call.x = data_of(x, "x");
-  call.bias = floats_of(bias, channels, "bias");
-  call.scale = floats_of(scale, codebooks, "scale");
-  call.row_scale = floats_of(row_scale, rows, "row_scale");
-  call.y = data_of(y, "y");
+  call.words = static_cast<const uint32_t*>(gpu_data(words, "words", ScalarType::Int, {kAny, kAny}));
+  call.x = gpu_data(x, "x", std::nullopt, {rows, columns});
+  call.bias = gpu_floats(bias, channels, "bias");
+  call.scale = gpu_floats(scale, codebooks, "scale");
+  call.row_scale = gpu_floats(row_scale, rows, "row_scale");
+  call.y = gpu_data(y, "y", std::nullopt, {rows, channels});
   call.channels = channels;
   call.row_loads = static_cast<int32_t>(words.size(1) / 4);
-  call.x_columns = static_cast<int32_t>(x.size(1));
+  call.x_columns = static_cast<int32_t>(columns);
   call.rows = static_cast<int32_t>(rows);
   call.num_levels = static_cast<int32_t>(num_levels);
   call.codebooks = static_cast<int32_t>(codebooks);
   call.mode = mode_of(precision);
   if (call.mode == cuda::Mode::int8) {
-    STD_TORCH_CHECK(integers && integers->scalar_type() == ScalarType::Char && integers->is_cuda() &&
-                        integers->is_contiguous() && integers->numel() == codebooks * cuda::kIntegers,
-                    "integers must be int8 [codebooks, ", cuda::kIntegers, "] on the GPU, contiguous");
-    call.integers = static_cast<const int8_t*>(integers->mutable_data_ptr());
+    if (!integers) refuse("integers", "given in \"int8\"", "none");
+    if (!scale) refuse("scale", "given in \"int8\"", "none");
+    if (!row_scale) refuse("row_scale", "given in \"int8\"", "none");
+    if (integers->scalar_type() != ScalarType::Char || !integers->is_cuda() || !integers->is_contiguous() ||
+        integers->numel() != codebooks * cuda::kIntegers)
+      refuse("integers", "contiguous int8 " + shape_text(std::vector<int64_t>{codebooks, cuda::kIntegers}) + " on the GPU",
+             describe(*integers));
+    call.integers = static_cast<const int8_t*>(integers->data_ptr());
   } else {
-    call.levels = floats_of(levels, codebooks * num_levels, "levels");
+    call.levels = gpu_floats(levels, codebooks * num_levels, "levels");
   }
   call.x_element = element_of(x, "x");
   call.y_element = element_of(y, "y");
   call.relu = relu;
-  STD_TORCH_CHECK(call.mode != cuda::Mode::int8 || (scale && row_scale), "int8 needs scales");
   if (channels == 0) return;
 
   const int32_t device = x.get_device_index();
@@ -112,13 +128,12 @@ void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tenso
 }
 
 void round_rows_op(Tensor x, Tensor q, Tensor scale) {
-  STD_TORCH_CHECK(x.dim() == 2 && q.dim() == 2 && q.size(0) == x.size(0) && q.size(1) == x.size(1) &&
-                      q.scalar_type() == ScalarType::BFloat16,
-                  "q must be bfloat16, of the shape of x");
+  require(x.dim() == 2, "x", "a matrix", x.dim());
+  require(x.size(0) <= INT32_MAX, "x", "of fewer than 2^31 rows", x.size(0));
   cuda::RoundRowsCall call{};
-  call.x = data_of(x, "x");
-  call.q = static_cast<uint16_t*>(data_of(q, "q"));
-  call.scale = floats_of(scale, x.size(0), "scale");
+  call.x = gpu_data(x, "x", std::nullopt, {kAny, kAny});
+  call.q = static_cast<uint16_t*>(gpu_data(q, "q", ScalarType::BFloat16, {x.size(0), x.size(1)}));
+  call.scale = gpu_floats(scale, x.size(0), "scale");
   call.columns = x.size(1);
   call.rows = static_cast<int32_t>(x.size(0));
   call.x_element = element_of(x, "x");

@@ -1,140 +1,226 @@
-// torch.ops.bqnn_cpu: packed_layout, packed_linear and packed_conv2d.
-#include <cstring>
+// torch.ops.bqnn_cpu: packed_layout, packed_linear and packed_conv2d, and which kernel runs them.
+#include <climits>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "bindings/tensors.h"
+#include "bindings/cpu.h"
 #include "cpu/base/pages.h"
-#include "cpu/packed/call.h"
+#include "cpu/packed/select.h"
 
 namespace bqnn {
 namespace {
 
-// A new output of four dimensions at most. (torch::stable::empty goes through the dispatcher, which a small layer would
-// notice.)
-Tensor new_output(bool half, const std::vector<int64_t>& size, bool channels_last) {
-  std::vector<int64_t> stride(size.size());
-  int64_t next = 1;
-  if (channels_last) {
-    stride = {size[1] * size[2] * size[3], 1, size[1] * size[3], size[1]};
-  } else {
-    for (size_t i = size.size(); i-- > 0; next *= size[i]) stride[i] = next;
-  }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(size.size()), size.data(), stride.data(),
-      half ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor out(handle);
-  prefer_huge_pages(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * out.element_size());
-  return out;
+Precision precision_of(const std::string& precision) {
+  if (precision == "fp32") return Precision::fp32;
+  if (precision == "bf16") return Precision::bf16;
+  if (precision == "int8") return Precision::int8;
+  refuse("precision", "\"fp32\", \"bf16\" or \"int8\"", "\"" + precision + "\"");
 }
 
 Tensor packed_layout_op(Tensor codes, Tensor levels, Tensor int8_levels, Tensor int8_scale, int64_t columns,
                         std::vector<int64_t> kernel_size, int64_t dilation_w, int64_t groups, std::string precision) {
-  const int precision_index = precision == "fp32" ? 0 : precision == "bf16" ? 1 : 2;
   const bool linear = kernel_size.empty();
   if (linear) kernel_size = {1, 1};
-  const int64_t channels = codes.size(0), taps = kernel_size.at(0) * kernel_size.at(1);
-  STD_TORCH_CHECK(columns > 0 && columns % taps == 0 && groups > 0 && channels % groups == 0,
-                  "columns must be a multiple of the kernel's taps, and channels of groups");
-  const PackedWeight weight{codes.const_data_ptr<uint8_t>(),
-                            levels.const_data_ptr<float>(),
-                            int8_levels.const_data_ptr<int8_t>(),
-                            int8_scale.const_data_ptr<float>(),
-                            channels,
-                            columns,
-                            groups,
-                            static_cast<int>(levels.size(1)),
-                            static_cast<int>(levels.size(0)),
-                            static_cast<int>(kernel_size[0]),
-                            static_cast<int>(kernel_size[1]),
-                            static_cast<int>(dilation_w),
-                            static_cast<Precision>(precision_index),
-                            linear ? isa() >= Isa::avx512 : isa() == Isa::avx512};
-  Tensor layout = torch::stable::new_empty(codes, {static_cast<int64_t>(layout_bytes(weight))});
+  require(kernel_size.size() == 2, "kernel_size", "empty or two integers", static_cast<int64_t>(kernel_size.size()));
+  for (const int64_t size : kernel_size) require(size >= 1 && size <= INT_MAX, "kernel_size", "from 1 to 2^31 - 1", size);
+  require(dilation_w >= 1 && dilation_w <= INT_MAX, "dilation_w", "from 1 to 2^31 - 1", dilation_w);
+  const int64_t taps = kernel_size[0] * kernel_size[1];
+  require(columns >= 1 && columns % taps == 0 && taps <= INT_MAX, "columns", "a multiple of the kernel's taps", columns);
+  require(levels.dim() == 2 && levels.size(1) >= 2 && levels.size(1) <= kMostLevels, "levels",
+          "two-dimensional with 2 to 16 levels a codebook", levels.dim() == 2 ? levels.size(1) : levels.dim());
+  require(codes.dim() == 2 && codes.size(0) >= 1, "codes", "two-dimensional with a row or more a channel",
+          codes.dim() == 2 ? codes.size(0) : codes.dim());
+  const int64_t channels = codes.size(0), codebooks = levels.size(0), num_levels = levels.size(1);
+  require(codebooks == 1 || codebooks == channels, "levels", "one codebook, or one a channel", codebooks);
+  require(groups >= 1 && channels % groups == 0, "groups", "a divisor of the channels", groups);
+  const int64_t digits = digits_of_byte(static_cast<int>(num_levels));
+  PackedWeight weight{shaped<uint8_t>(codes, "codes", ScalarType::Byte, {channels, (columns - 1) / digits + 1}),
+                      shaped<float>(levels, "levels", ScalarType::Float, {codebooks, num_levels}),
+                      shaped<int8_t>(int8_levels, "int8_levels", ScalarType::Char, {codebooks, num_levels}),
+                      counted<float>(int8_scale, "int8_scale", ScalarType::Float, codebooks),
+                      channels,
+                      columns,
+                      groups,
+                      static_cast<int>(num_levels),
+                      static_cast<int>(codebooks),
+                      static_cast<int>(kernel_size[0]),
+                      static_cast<int>(kernel_size[1]),
+                      static_cast<int>(dilation_w),
+                      precision_of(precision),
+                      LayoutForm::words};
+  weight.form = form_read(linear ? PackedOp::linear : PackedOp::conv2d, isa(), weight);
+  Tensor layout = torch::stable::new_empty(codes, {plan_layout(weight).bytes});
   make_layout(weight, layout.mutable_data_ptr());
   return layout;
 }
 
 const PackedLayout& layout_of(const Tensor& tensor) {
-  const PackedLayout* layout = view_layout(tensor.const_data_ptr(), static_cast<size_t>(tensor.numel()));
-  STD_TORCH_CHECK(layout != nullptr, "layout must be what packed_layout made");
+  const PackedLayout* layout = nullptr;
+  if (tensor.scalar_type() == ScalarType::Byte && tensor.is_contiguous() && tensor.is_cpu())
+    layout = view_layout(tensor.const_data_ptr(), static_cast<size_t>(tensor.numel()));
+  if (layout == nullptr) refuse("layout", "what packed_layout made", describe(tensor));
   return *layout;
 }
 
-bool is_half(const Tensor& x) {
-  const bool half = x.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(half || x.scalar_type() == ScalarType::Float, "x must be float32 or bfloat16");
-  return half;
+Dtype dtype_of(const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  if ((type != ScalarType::Float && type != ScalarType::BFloat16) || !x.is_cpu())
+    refuse("x", "float32 or bfloat16 on the CPU", describe(x));
+  return type == ScalarType::Float ? Dtype::float32 : Dtype::bfloat16;
 }
 
 // The bias as contiguous float32, or nothing.
 std::optional<Tensor> float_bias(const std::optional<Tensor>& bias, const PackedLayout& layout) {
   if (!bias) return std::nullopt;
-  STD_TORCH_CHECK(bias->numel() == layout.channels, "bias must have one number a channel");
+  if (bias->numel() != layout.channels || !bias->is_cpu())
+    refuse("bias", std::to_string(layout.channels) + " numbers on the CPU", describe(*bias));
   if (bias->scalar_type() == ScalarType::Float && bias->is_contiguous()) return bias;
   return torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
 }
 
-const float* data_of(const std::optional<Tensor>& bias) { return bias ? bias->const_data_ptr<float>() : nullptr; }
-
-Tensor packed_linear_op(Tensor x, Tensor layout_tensor, std::optional<Tensor> bias, bool relu) {
-  const PackedLayout& layout = layout_of(layout_tensor);
-  const int64_t dims = x.dim();
-  STD_TORCH_CHECK(dims > 0 && x.size(dims - 1) == layout.columns, "x must have ", layout.columns, " columns");
-  const bool half = is_half(x);
-  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
-  size.back() = layout.channels;
-  Tensor y = new_output(half, size, false);
-  const std::optional<Tensor> floats = float_bias(bias, layout);
-  const LinearCall call{&layout,         x.const_data_ptr(),         y.mutable_data_ptr(),
-                        data_of(floats), x.numel() / layout.columns, half,
-                        relu};
-  if (call.rows > 0) packed_kernels(isa()).linear(call, torch_threads());
-  return y;
+// A new output. (torch::stable::empty goes through the dispatcher, which a small layer would notice.)
+Tensor new_output(Dtype dtype, const int64_t* size, const int64_t* stride, int64_t dims) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, size, stride, dtype == Dtype::bfloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32(),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor out(handle);
+  prefer_huge_pages(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * out.element_size());
+  return out;
 }
 
-Tensor packed_conv2d_op(Tensor x, Tensor layout_tensor, std::optional<Tensor> bias, std::vector<int64_t> stride,
-                        std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu) {
+// An output, and the kernel that made it.
+struct Result {
+  Tensor y;
+  const char* kernel;
+};
+
+Result run_linear(Tensor x, const Tensor& layout_tensor, const std::optional<Tensor>& bias, bool relu) {
+  constexpr int64_t kMostDims = 64;
   const PackedLayout& layout = layout_of(layout_tensor);
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == layout.inputs * layout.groups, "x must have the shape [batch, ",
-                  layout.inputs * layout.groups, ", height, width]");
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "stride, padding and dilation must be two integers each");
-  STD_TORCH_CHECK(layout.kernel_w == 1 || dilation[1] == layout.dilation_w, "dilation must be the layout's");
-  const bool half = is_half(x), contiguous = x.is_contiguous();
-  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
-  const bool channels_last = !contiguous && x.stride(1) == 1 && x.stride(3) == channels &&
-                             x.stride(2) == channels * width && x.stride(0) == channels * width * height;
-  if (!contiguous && !channels_last) x = torch::stable::contiguous(x);
-  const int kernel[2] = {layout.kernel_h, layout.kernel_w};
-  std::vector<int64_t> size{x.size(0), layout.channels, 0, 0};
-  for (int i = 0; i < 2; ++i)
-    size[2 + i] = (x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) / stride[i] + 1;
-  STD_TORCH_CHECK(size[2] > 0 && size[3] > 0, "x must be large enough for the kernel");
-  Tensor y = new_output(half, size, channels_last);
+  if (layout.taps() != 1 || layout.groups != 1) refuse("layout", "a linear layer's", "a convolution's");
+  const Dtype dtype = dtype_of(x);
+  const int64_t dims = x.dim();
+  if (dims < 1 || dims > kMostDims || x.size(dims - 1) != layout.columns)
+    refuse("x", "[..., " + std::to_string(layout.columns) + "]", describe(x));
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  int64_t size[kMostDims], stride[kMostDims], next = 1;
+  for (int64_t d = dims - 1; d >= 0; next *= size[d--]) {
+    size[d] = d == dims - 1 ? layout.channels : x.size(d);
+    stride[d] = next;
+  }
   const std::optional<Tensor> floats = float_bias(bias, layout);
-  const Conv2dCall call{&layout,
-                        x.const_data_ptr(),
-                        y.mutable_data_ptr(),
-                        data_of(floats),
-                        size[0],
+  Tensor y = new_output(dtype, size, stride, dims);
+  const PackedCall call = linear_call(
+      &layout, {const_cast<void*>(x.const_data_ptr()), dtype, Format::channels_last, layout.columns, layout.columns, 0},
+      {y.mutable_data_ptr(), dtype, Format::channels_last, layout.channels, layout.channels, 0},
+      floats ? floats->const_data_ptr<float>() : nullptr, relu ? Activation::relu : Activation::none,
+      x.numel() / layout.columns);
+  const char* kernel = call.images > 0 ? run_packed(PackedOp::linear, isa(), call, torch_threads()) : "none";
+  return {y, kernel};
+}
+
+// The two numbers of a geometry's argument.
+struct Pair {
+  int64_t h, w;
+
+  Pair(const std::vector<int64_t>& values, const char* name, int64_t least) {
+    require(values.size() == 2, name, "two integers", static_cast<int64_t>(values.size()));
+    for (const int64_t value : values)
+      if (value < least || value > INT_MAX)
+        refuse(name, "from " + std::to_string(least) + " to 2^31 - 1", std::to_string(value));
+    h = values[0], w = values[1];
+  }
+};
+
+// The size of an output along an axis. Of an axis without a choice the stride does not matter: it becomes 1, so that no
+// kernel makes room for what lies under it; the same is true of a dilation.
+int64_t output_size(int64_t size, int64_t padding, int64_t kernel, int64_t* dilation, int64_t* stride) {
+  if (kernel == 1) *dilation = 1;
+  const int64_t reach = *dilation * (kernel - 1) + 1, padded = size + 2 * padding;
+  if (padded < reach || size < 1)
+    refuse("x", "as large as the kernel's reach with its padding, " + std::to_string(reach), std::to_string(padded));
+  const int64_t count = (padded - reach) / *stride + 1;
+  if (count == 1) *stride = 1;
+  return count;
+}
+
+// Refuses a padding that makes so much of a small image that a copy of it would not fit the memory.
+void check_padded(const Tensor& x, const Pair& padding, const int64_t* out, int64_t channels) {
+  constexpr double kMost = 1 << 30;  // numbers of an image
+  const double image = static_cast<double>(x.size(1)) * static_cast<double>(x.size(2)) * static_cast<double>(x.size(3));
+  const double padded = static_cast<double>(x.size(1)) * static_cast<double>(x.size(2) + 2 * padding.h) *
+                        static_cast<double>(x.size(3) + 2 * padding.w);
+  const double outputs = static_cast<double>(x.size(0)) * static_cast<double>(channels) * static_cast<double>(out[0]) *
+                         static_cast<double>(out[1]);
+  if (padded > kMost && padded > 64.0 * image)
+    refuse("padding", "less than what makes 2^30 numbers of an image",
+           "[" + std::to_string(padding.h) + ", " + std::to_string(padding.w) + "]");
+  if (outputs > 0x1p60) refuse("x", "of fewer than 2^60 outputs", describe(x));
+}
+
+Result run_conv2d(Tensor x, const Tensor& layout_tensor, const std::optional<Tensor>& bias,
+                  const std::vector<int64_t>& strides, const std::vector<int64_t>& paddings,
+                  const std::vector<int64_t>& dilations, bool relu) {
+  const PackedLayout& layout = layout_of(layout_tensor);
+  const int64_t inputs = layout.inputs * layout.groups;
+  const Dtype dtype = dtype_of(x);
+  if (x.dim() != 4 || x.size(1) != inputs)
+    refuse("x", "[batch, " + std::to_string(inputs) + ", height, width]", describe(x));
+  Pair stride(strides, "stride", 1), dilation(dilations, "dilation", 1);
+  const Pair padding(paddings, "padding", 0);
+  require(layout.kernel_w == 1 || dilation.w == layout.dilation_w, "dilation", "the layout's along the width", dilation.w);
+  const int64_t images = x.size(0), height = x.size(2), width = x.size(3);
+  const bool contiguous = x.is_contiguous();
+  const bool channels_last = !contiguous && x.stride(1) == 1 && x.stride(3) == inputs &&
+                             x.stride(2) == inputs * width && x.stride(0) == inputs * width * height;
+  if (!contiguous && !channels_last) x = torch::stable::contiguous(x);
+  const int64_t out[2] = {output_size(height, padding.h, layout.kernel_h, &dilation.h, &stride.h),
+                          output_size(width, padding.w, layout.kernel_w, &dilation.w, &stride.w)};
+  check_padded(x, padding, out, layout.channels);
+  const int64_t channels = layout.channels, pixels = out[0] * out[1], size[4] = {images, channels, out[0], out[1]};
+  const int64_t planar[4] = {channels * pixels, pixels, out[1], 1};
+  const int64_t last[4] = {channels * pixels, 1, channels * out[1], channels};
+  const std::optional<Tensor> floats = float_bias(bias, layout);
+  Tensor y = new_output(dtype, size, channels_last ? last : planar, 4);
+  const Format format = channels_last ? Format::channels_last : Format::contiguous;
+  const PackedCall call{&layout,
+                        {const_cast<void*>(x.const_data_ptr()), dtype, format, inputs * height * width, inputs, 0},
+                        {y.mutable_data_ptr(), dtype, format, channels * pixels, channels, 0},
+                        floats ? floats->const_data_ptr<float>() : nullptr,
+                        relu ? Activation::relu : Activation::none,
+                        images,
                         height,
                         width,
-                        size[2],
-                        size[3],
-                        static_cast<int>(stride[0]),
-                        static_cast<int>(stride[1]),
-                        static_cast<int>(padding[0]),
-                        static_cast<int>(padding[1]),
-                        static_cast<int>(dilation[0]),
-                        channels_last,
-                        half,
-                        relu};
-  if (call.images > 0) packed_kernels(isa()).conv2d(call, torch_threads());
-  return y;
+                        out[0],
+                        out[1],
+                        static_cast<int>(stride.h),
+                        static_cast<int>(stride.w),
+                        static_cast<int>(padding.h),
+                        static_cast<int>(padding.w),
+                        static_cast<int>(dilation.h)};
+  const char* kernel = call.images > 0 ? run_packed(PackedOp::conv2d, isa(), call, torch_threads()) : "none";
+  return {y, kernel};
+}
+
+Tensor packed_linear_op(Tensor x, Tensor layout, std::optional<Tensor> bias, bool relu) {
+  return run_linear(x, layout, bias, relu).y;
+}
+
+Tensor packed_conv2d_op(Tensor x, Tensor layout, std::optional<Tensor> bias, std::vector<int64_t> stride,
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu) {
+  return run_conv2d(x, layout, bias, stride, padding, dilation, relu).y;
+}
+
+// A kernel may leave activations that it can not multiply to the next one of the table: so the call itself is made.
+std::string packed_linear_kernel_op(Tensor x, Tensor layout) {
+  return run_linear(x, layout, std::nullopt, false).kernel;
+}
+
+std::string packed_conv2d_kernel_op(Tensor x, Tensor layout, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                    std::vector<int64_t> dilation) {
+  return run_conv2d(x, layout, std::nullopt, stride, padding, dilation, false).kernel;
 }
 
 }  // namespace
@@ -147,12 +233,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bqnn_cpu, m) {
   m.def(
       "packed_conv2d(Tensor x, Tensor layout, Tensor? bias, int[] stride, int[] padding, int[] dilation,"
       " bool relu=False) -> Tensor");
+  m.def("packed_linear_kernel(Tensor x, Tensor layout) -> str");
+  m.def("packed_conv2d_kernel(Tensor x, Tensor layout, int[] stride, int[] padding, int[] dilation) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CPU, m) {
   m.impl("packed_layout", TORCH_BOX(&packed_layout_op));
   m.impl("packed_linear", TORCH_BOX(&packed_linear_op));
   m.impl("packed_conv2d", TORCH_BOX(&packed_conv2d_op));
+  m.impl("packed_linear_kernel", TORCH_BOX(&packed_linear_kernel_op));
+  m.impl("packed_conv2d_kernel", TORCH_BOX(&packed_conv2d_kernel_op));
 }
 
 }  // namespace bqnn

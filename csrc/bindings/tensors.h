@@ -1,82 +1,99 @@
-// What the bindings of the CPU kernels share: torch's threads as a Parallel, and tensors as the pointers and shapes that
-// kernels take. Checks here are of what would read or write past an end; what Python hands in is checked there.
+// What the bindings share: the contract of every argument, in one dialect of errors. Python's own checks are
+// for the user; these keep whatever calls an op within the memory of its tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
-
-#include "cpu/base/isa.h"
-#include "cpu/base/parallel.h"
-#include "cpu/train/noise.h"
 
 namespace bqnn {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline Parallel torch_threads() {
-  return {[](int64_t n, int64_t grain, Parallel::Body body, void* context) {
-            torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
-          },
-          static_cast<int>(torch::stable::get_num_threads())};
+// --- errors -------------------------------------------------------------------------------------------------------
+
+// "<name> must be <needs>, got <got>".
+[[noreturn]] inline void refuse(const char* name, const std::string& needs, const std::string& got) {
+  throw std::invalid_argument(std::string(name) + " must be " + needs + ", got " + got);
 }
 
-inline Isa isa() {
-  static const Isa chosen = [] {
-    Isa isa;
-    const char* error = nullptr;
-    if (!chosen_isa(&isa, &error)) throw std::runtime_error(error);
-    return isa;
-  }();
-  return chosen;
+inline void require(bool holds, const char* name, const char* needs, int64_t got) {
+  if (!holds) refuse(name, needs, std::to_string(got));
 }
 
-inline void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(std::string("bqnn_cpu: ") + what);
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
 }
 
-inline float* floats(const Tensor& tensor) {
-  require(tensor.scalar_type() == ScalarType::Float, "a float32 tensor is needed");
-  require(tensor.is_contiguous(), "a contiguous tensor is needed");
-  return static_cast<float*>(tensor.data_ptr());
+constexpr int64_t kAny = -1;  // a size of a shape that may be anything
+
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + (size == kAny ? "any" : std::to_string(size));
+  return "[" + text + "]";
 }
 
-inline float* floats(const std::optional<Tensor>& tensor) { return tensor ? floats(*tensor) : nullptr; }
-
-// The elements of a tensor of `count` that lie side by side, in whatever order.
-inline Elements elements(const Tensor& tensor, int64_t count) {
-  const bool bfloat16 = tensor.scalar_type() == ScalarType::BFloat16;
-  require(bfloat16 || tensor.scalar_type() == ScalarType::Float, "a float32 or bfloat16 tensor is needed");
-  require(tensor.numel() == count, "tensors of one size are needed");
-  return {tensor.data_ptr(), bfloat16};
+// e.g. "float32 [3, 4], not contiguous".
+inline std::string describe(const Tensor& tensor) {
+  std::string text = std::string(dtype_name(tensor.scalar_type())) + " " + shape_text(tensor.sizes());
+  if (!tensor.is_contiguous()) text += ", not contiguous";
+  if (!tensor.is_cpu()) text += tensor.is_cuda() ? ", on a GPU" : ", not on the CPU";
+  return text;
 }
 
-// A linear layer's tensor is one row; an image's is [batch, channels, pixels].
-inline PlaneShape plane_shape(const Tensor& tensor) {
-  if (tensor.dim() != 4) return {1, 1, tensor.numel()};
-  return {tensor.size(0), tensor.size(1), tensor.size(2) * tensor.size(3)};
-}
+// --- contracts ----------------------------------------------------------------------------------------------------
 
-inline bool is_channels_last(const Tensor& tensor) {
-  if (tensor.dim() != 4) return false;
-  const int order[] = {1, 3, 2, 0};
-  int64_t expected = 1;
-  for (int d : order) {
-    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
-    expected *= tensor.size(d);
+inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  if (tensor.dim() != static_cast<int64_t>(shape.size())) return false;
+  int64_t d = 0;
+  for (const int64_t size : shape) {
+    if (size != kAny && tensor.size(d) != size) return false;
+    ++d;
   }
   return true;
 }
 
-inline Plane plane(const Tensor& tensor, const PlaneShape& shape) {
-  const bool planar = tensor.is_contiguous();
-  require(planar || is_channels_last(tensor), "a contiguous or channels-last tensor is needed");
-  return {elements(tensor, shape.batch * shape.channels * shape.pixels), !planar};
+// The data of a contiguous tensor on the CPU of this dtype and shape.
+template <class T>
+T* shaped(const Tensor& tensor, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  if (tensor.scalar_type() != dtype || !tensor.is_contiguous() || !tensor.is_cpu() || !has_shape(tensor, shape))
+    refuse(name, std::string("contiguous ") + dtype_name(dtype) + " " + shape_text(shape) + " on the CPU",
+           describe(tensor));
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// The data of a contiguous tensor on the CPU of this dtype and of `count` elements, in whatever shape.
+template <class T>
+T* counted(const Tensor& tensor, const char* name, ScalarType dtype, int64_t count) {
+  if (tensor.scalar_type() != dtype || !tensor.is_contiguous() || !tensor.is_cpu() || tensor.numel() != count)
+    refuse(name, "contiguous " + std::string(dtype_name(dtype)) + " on the CPU of " + std::to_string(count) + " elements",
+           describe(tensor));
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+inline float* floats(const Tensor& tensor, const char* name, int64_t count) {
+  return counted<float>(tensor, name, ScalarType::Float, count);
+}
+
+inline float* floats(const std::optional<Tensor>& tensor, const char* name, int64_t count) {
+  return tensor ? floats(*tensor, name, count) : nullptr;
 }
 
 }  // namespace bqnn

@@ -1,5 +1,5 @@
-#include "cpu/packed/call.h"
 #include "cpu/base/scratch.h"
+#include "cpu/packed/shape.h"
 
 #if defined(__x86_64__)
 

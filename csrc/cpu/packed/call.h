@@ -1,45 +1,48 @@
-// What the packed kernels are called with; each instruction set has its own pair of functions.
+// What the packed kernels are called with: one description for packed_linear and packed_conv2d.
 #pragma once
 
 #include <cstdint>
 
-#include "cpu/train/codebook.h"
-#include "cpu/base/isa.h"
-#include "cpu/packed/layout.h"
 #include "cpu/base/parallel.h"
+#include "cpu/packed/layout.h"
 
 namespace bqnn {
 
-// Elements of activations and outputs: float, or bfloat16 as its 16 bits.
-using Bf16 = uint16_t;
+using Bfloat16 = uint16_t;  // a bfloat16 number as its bits
 
-struct LinearCall {
-  const PackedLayout* weight;
-  const void* x;      // [rows, columns], contiguous
-  void* y;            // [rows, channels], contiguous
-  const float* bias;  // [channels] or null
-  int64_t rows;
-  bool half;  // x and y are bfloat16
-  bool relu;  // negative outputs become 0
+enum class Dtype : int32_t { float32, bfloat16 };
+enum class Format : int32_t { contiguous, channels_last };
+enum class Activation : int32_t { none, relu };
+
+// Images [images, channels, height, width] in memory, perhaps some channels of a tensor that has more. The planes of a
+// contiguous image lie one after the other; the channels of a channels-last pixel likewise. A matrix is channels-last:
+// its rows are images of one pixel.
+struct View {
+  void* data;  // kernels only read that of an input
+  Dtype dtype;
+  Format format;
+  int64_t image_stride;  // elements from an image, or a row of a matrix, to the next
+  int64_t pixel_stride;  // elements from a channels-last pixel to the next
+  int64_t offset;        // elements from `data` to the first channel
 };
 
-struct Conv2dCall {
+struct PackedCall {
   const PackedLayout* weight;
-  const void* x;  // [images, inputs * groups, height, width]
-  void* y;        // [images, channels, out_height, out_width]
-  const float* bias;
+  View x;             // [images, inputs * groups, height, width]
+  View y;             // [images, channels, out_height, out_width]
+  const float* bias;  // [channels] or null
+  Activation activation;
   int64_t images, height, width, out_height, out_width;
   int stride_h, stride_w, padding_h, padding_w, dilation_h;
-  bool channels_last;  // both x and y, else both contiguous
-  bool half;
-  bool relu;
 };
 
-struct PackedKernels {
-  void (*linear)(const LinearCall&, const Parallel&);
-  void (*conv2d)(const Conv2dCall&, const Parallel&);
-};
+// The call of a linear layer: x and y are matrices of so many rows.
+inline PackedCall linear_call(const PackedLayout* weight, const View& x, const View& y, const float* bias,
+                              Activation activation, int64_t rows) {
+  return {weight, x, y, bias, activation, rows, 1, 1, 1, 1, 1, 1, 0, 0, 1};
+}
 
-const PackedKernels& packed_kernels(Isa isa);
+// Runs a call. False where the kernel can not multiply one of the activations: then y holds nothing of use.
+using PackedKernel = bool(const PackedCall& call, const Parallel& parallel);
 
 }  // namespace bqnn

@@ -4,8 +4,11 @@
 // Included inside the namespace of the AVX-512 translation unit, after epilogue.inl.
 #pragma once
 
-constexpr int kMostBlocks = 8;       // that a kernel computes together
-constexpr int kAhead = 16;           // vectors of words between a prefetch and its use
+// Blocks that a kernel computes together at most.
+constexpr int kMostBlocks = 8;
+
+// Words are fetched so many vectors before their use.
+constexpr int kAhead = 16;
 
 BQNN_INLINE void prefetch_words(const uint32_t* word) {
   _mm_prefetch(reinterpret_cast<const char*>(word + kAhead * kBlock), _MM_HINT_T0);
@@ -34,7 +37,7 @@ __attribute__((noinline)) void channel_rows(const PackedLayout& layout, int64_t 
   alignas(64) uint32_t tables[kBlock][16], turned[kBlock][16];
   UInt total[kRows][kBlock] = {};
   for (int c = 0; c < kBlock; ++c) {
-    read_table<Op>(layout, (block * kBlock + c) * kTable, tables[c]);
+    read_table<Op>(layout, {layout.level_table()}, (block * kBlock + c) * kTable, tables[c]);
     if (Op::kInt8)
       for (int i = 0; i < 16; ++i) tables[c][i] ^= 0x80808080u;
   }
@@ -72,13 +75,4 @@ __attribute__((noinline)) void channel_rows(const PackedLayout& layout, int64_t 
     for (int i = 1; i < 16; ++i) product = Op::add(product, total[r][i]);
     __builtin_memcpy(products + r * kMostBlocks * kBlock, &product, sizeof product);
   }
-}
-
-template <class Op, int kRows>
-inline void channel_rows_of_bits(const PackedLayout& layout, int64_t block, const char* const* row,
-                                 typename Op::Product* products) {
-  const auto of_bits = layout.bits == 1   ? channel_rows<Op, 1, kRows>
-                       : layout.bits == 2 ? channel_rows<Op, 2, kRows>
-                                          : channel_rows<Op, 4, kRows>;
-  of_bits(layout, block, row, products);
 }

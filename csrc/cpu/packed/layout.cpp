@@ -1,5 +1,6 @@
 #include "cpu/packed/layout.h"
 
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -12,20 +13,99 @@ constexpr uint64_t kMagic = 0x316B6361706E7162;  // "bqnpack1"
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-int digits_per_byte(int num_levels) {
-  int digits = 1, values = num_levels;
-  while (values * num_levels <= 256) values *= num_levels, ++digits;
+// Places the parts one after the other, each aligned to 64 bytes, and sets the size of the whole.
+void place_parts(PackedLayout* p) {
+  const int64_t padded_channels = p->groups * p->blocks * kBlock, tables = p->codebooks == 1 ? 1 : padded_channels;
+  int64_t end = round_up(sizeof(PackedLayout), 64);
+  const auto part = [&end](bool exists, int64_t bytes) {
+    const int64_t begin = end;
+    if (exists) end = round_up(end + bytes, 64);
+    return exists ? begin : 0;
+  };
+  const bool int8 = p->precision == Precision::int8;
+  p->levels = part(true, tables * kTable * 4);
+  p->int8_levels = part(int8, tables * kTable);
+  p->int8_scale = part(int8, padded_channels * 4);
+  p->int8_shift = part(int8, padded_channels * 4);
+  // One vector more: kernels load words at byte offsets.
+  p->words = part(true, p->groups * p->blocks * p->block_words() * 4 + 64);
+  p->indices = part(p->form == LayoutForm::sum_indices, p->groups * p->blocks * p->index_words() * kBlock * 4);
+  p->bytes = end;
+}
+
+// Adds the sum indices of channel n, whose codes are in stored order, [input][tap].
+void add_indices(const PackedLayout& p, int64_t n, const uint8_t* codes, uint32_t* words) {
+  const int64_t group = n / p.group_channels, channel = n % p.group_channels, block = channel / kBlock;
+  const int64_t unit = block / kIndexBlocks, left = p.blocks - unit * kIndexBlocks, taps = p.taps();
+  const int64_t stride = (left < kIndexBlocks ? left : kIndexBlocks) * kBlock;
+  const SumIndex index = sum_index(p.num_levels);
+  words += p.indices_at(group, unit) + block % kIndexBlocks * kBlock + channel % kBlock;
+  for (int64_t input = 0; input < p.inputs; ++input) {
+    uint32_t power = 1;
+    for (int64_t j = 0; j < input % index.weights; ++j) power *= static_cast<uint32_t>(p.num_levels);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t i = input / index.weights * taps + tap;
+      words[i / index.in_word * stride] += power * codes[input * taps + tap] << (i % index.in_word * index.bits);
+    }
+  }
+}
+
+int bits_of_code(int num_levels) { return num_levels <= 2 ? 1 : num_levels <= 4 ? 2 : 4; }
+
+// The smallest magnitude of the levels that is not 0.
+float least_magnitude(const float* levels, int64_t count) {
+  float least = HUGE_VALF;
+  for (int64_t i = 0; i < count; ++i)
+    if (levels[i] != 0.0f && !(std::fabs(levels[i]) >= least)) least = std::fabs(levels[i]);
+  return least;
+}
+
+// Whether a header's sizes follow from each other, without a division, since every call asks; and whether so many words
+// are no more than the bytes, so that no size overflows.
+bool sizes_agree(const PackedLayout& p) {
+  const auto small = [](int64_t value) { return value > 0 && value < int64_t{1} << 40; };
+  if (!small(p.channels) || !small(p.columns) || !small(p.groups) || !small(p.blocks) || !small(p.inputs)) return false;
+  if (!small(p.padded) || !small(p.segment) || !small(p.group_channels)) return false;
+  if (p.kernel_h < 1 || p.kernel_w < 1 || p.dilation_w < 1 || p.num_levels < 2 || p.num_levels > kMostLevels)
+    return false;
+  const bool int8 = p.precision == Precision::int8;
+  if (!int8 && p.precision != Precision::fp32 && p.precision != Precision::bf16) return false;
+  if (p.bits != bits_of_code(p.num_levels) || p.unit != (int8 ? 4 : 2)) return false;
+  if (p.codebooks != 1 && p.codebooks != p.channels) return false;
+  const bool one_fp32_codebook = p.codebooks == 1 && p.precision == Precision::fp32;
+  if (p.affine != 0 && (p.affine != 1 || !one_fp32_codebook)) return false;
+  if (p.form != LayoutForm::words && (p.form != LayoutForm::sum_indices || !one_fp32_codebook || p.num_levels > 3))
+    return false;
+  const bool rows_are_runs = p.dilation_w == 1 || p.kernel_w == 1;
+  if (p.segments != (rows_are_runs ? p.kernel_h : p.taps())) return false;
+  const int64_t beyond = p.padded - p.segment, empty = p.blocks * kBlock - p.group_channels;
+  if (beyond < 0 || beyond >= (int8 ? 64 : 32) || p.padded % (int8 ? 64 : 32) != 0 || empty < 0 || empty >= kBlock)
+    return false;
+  const double words = 1.0 * static_cast<double>(p.groups) * static_cast<double>(p.blocks) * p.segments *
+                       static_cast<double>(p.padded) * p.bits / 2;
+  if (words > static_cast<double>(p.bytes) || static_cast<double>(p.taps()) * static_cast<double>(p.inputs) > 0x1p60)
+    return false;
+  return p.groups * p.group_channels == p.channels && p.segments * p.segment == p.columns &&
+         p.taps() * p.inputs == p.columns;
+}
+
+}  // namespace
+
+int digits_of_byte(int num_levels) {
+  int digits = 1;
+  for (int values = num_levels; values * num_levels <= 256; values *= num_levels) ++digits;
   return digits;
 }
 
-PackedLayout plan(const PackedWeight& w) {
+PackedLayout plan_layout(const PackedWeight& w) {
   PackedLayout p{};
   p.magic = kMagic;
   p.channels = w.channels;
   p.columns = w.columns;
   p.groups = w.groups;
-  p.blocks = round_up(w.channels / w.groups, kBlock) / kBlock;
-  p.inputs = w.columns / (w.kernel_h * w.kernel_w);
+  p.group_channels = w.channels / w.groups;
+  p.blocks = round_up(p.group_channels, kBlock) / kBlock;
+  p.inputs = w.columns / (int64_t{w.kernel_h} * w.kernel_w);
   const bool rows_are_runs = w.dilation_w == 1 || w.kernel_w == 1;
   p.segments = rows_are_runs ? w.kernel_h : w.kernel_h * w.kernel_w;
   p.segment = w.columns / p.segments;
@@ -34,55 +114,18 @@ PackedLayout plan(const PackedWeight& w) {
   p.kernel_w = w.kernel_w;
   p.dilation_w = w.dilation_w;
   p.num_levels = w.num_levels;
-  p.bits = w.num_levels <= 2 ? 1 : w.num_levels <= 4 ? 2 : 4;
+  p.bits = bits_of_code(w.num_levels);
   p.unit = w.precision == Precision::int8 ? 4 : 2;
   p.codebooks = w.codebooks;
   p.precision = w.precision;
-  const int64_t padded_channels = p.groups * p.blocks * kBlock, tables = w.codebooks == 1 ? 1 : padded_channels;
-  int64_t end = round_up(sizeof(PackedLayout), 64);
-  const auto part = [&end](int64_t bytes) {
-    const int64_t begin = end;
-    end = round_up(end + bytes, 64);
-    return begin;
-  };
-  p.levels = part(tables * kTable * sizeof(float));
-  if (w.precision == Precision::int8) {
-    p.int8_levels = part(tables * kTable);
-    p.int8_scale = part(padded_channels * sizeof(float));
-    p.int8_shift = part(padded_channels * sizeof(uint32_t));
-  }
-  // One vector more: kernels load words at byte offsets.
-  p.words = part(p.groups * p.blocks * p.block_words() * sizeof(uint32_t) + 64);
-  if (w.numbers && w.num_levels <= 3 && w.codebooks == 1 && w.precision == Precision::fp32)
-    p.numbers = part(p.groups * p.blocks * p.number_words() * kBlock * sizeof(uint32_t));
-  p.bytes = end;
+  p.form = w.form;
+  place_parts(&p);
   return p;
 }
 
-// Adds the numbers of channel n, whose codes are in stored order, [input][tap].
-void add_numbers(const PackedLayout& p, int64_t n, const uint8_t* codes, uint32_t* words) {
-  const int64_t group = n / p.group_channels(), channel = n % p.group_channels(), block = channel / kBlock;
-  const int64_t unit = block / kNumberBlocks, left = p.blocks - unit * kNumberBlocks, taps = p.taps();
-  const int64_t stride = (left < kNumberBlocks ? left : kNumberBlocks) * kBlock;
-  const Numbers number = numbers_of(p.num_levels);
-  words += p.numbers_at(group, unit) + block % kNumberBlocks * kBlock + channel % kBlock;
-  for (int64_t input = 0; input < p.inputs; ++input) {
-    uint32_t power = 1;
-    for (int64_t j = 0; j < input % number.weights; ++j) power *= static_cast<uint32_t>(p.num_levels);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t i = input / number.weights * taps + tap;
-      words[i / number.in_word * stride] += power * codes[input * taps + tap] << (i % number.in_word * number.bits);
-    }
-  }
-}
-
-}  // namespace
-
-size_t layout_bytes(const PackedWeight& weight) { return static_cast<size_t>(plan(weight).bytes); }
-
 void make_layout(const PackedWeight& w, void* memory) {
-  PackedLayout p = plan(w);
-  const int period = 1 << p.bits, digits = digits_per_byte(w.num_levels);
+  PackedLayout p = plan_layout(w);
+  const int period = 1 << p.bits, digits = digits_of_byte(w.num_levels);
   AffineLevels affine;
   if (w.precision == Precision::fp32 && w.codebooks == 1 && find_affine(w.levels, w.num_levels, &affine)) {
     p.affine = 1;
@@ -90,6 +133,7 @@ void make_layout(const PackedWeight& w, void* memory) {
     p.affine_scale = affine.scale;
     for (int i = 0; i < kTable; ++i) p.affine_steps[i] = affine.step[i % period < w.num_levels ? i % period : 0];
   }
+  p.least_level = least_magnitude(w.levels, int64_t{w.codebooks} * w.num_levels);
   char* base = static_cast<char*>(memory);
   std::memset(base, 0, static_cast<size_t>(p.bytes));
   std::memcpy(base, &p, sizeof p);
@@ -109,7 +153,7 @@ void make_layout(const PackedWeight& w, void* memory) {
   };
   if (w.codebooks == 1) fill_tables(0, 0);
   const int word_shift = p.bits == 1 ? 5 : p.bits == 2 ? 4 : 3;
-  int bit[32];  // where weight i of a word is
+  int bit[32];  // where each weight of a word is
   for (int i = 0; i < p.word_weights(); ++i) bit[i] = i % p.unit * (32 / p.unit) + i / p.unit * p.bits;
   std::vector<uint8_t> codes(static_cast<size_t>(width * digits));
   for (int64_t n = 0; n < w.channels; ++n) {
@@ -117,8 +161,8 @@ void make_layout(const PackedWeight& w, void* memory) {
       unsigned byte = w.codes[n * width + i];
       for (int d = 0; d < digits; ++d, byte /= w.num_levels) codes[i * digits + d] = byte % w.num_levels;
     }
-    if (p.numbers != 0) add_numbers(p, n, codes.data(), reinterpret_cast<uint32_t*>(base + p.numbers));
-    const int64_t group = n / p.group_channels(), in_group = n % p.group_channels();
+    if (p.indices != 0) add_indices(p, n, codes.data(), reinterpret_cast<uint32_t*>(base + p.indices));
+    const int64_t group = n / p.group_channels, in_group = n % p.group_channels;
     const int64_t lane = group * p.blocks * kBlock + in_group, codebook = w.codebooks == 1 ? 0 : n;
     if (w.codebooks > 1) fill_tables(lane, codebook);
     uint32_t* block = words + (lane / kBlock) * p.block_words() + lane % kBlock;
@@ -140,7 +184,10 @@ void make_layout(const PackedWeight& w, void* memory) {
 const PackedLayout* view_layout(const void* memory, size_t bytes) {
   const auto* p = static_cast<const PackedLayout*>(memory);
   if (bytes < sizeof(PackedLayout) || reinterpret_cast<uintptr_t>(memory) % 64 != 0) return nullptr;
-  return p->magic == kMagic && p->bytes == static_cast<int64_t>(bytes) ? p : nullptr;
+  if (p->magic != kMagic || p->bytes != static_cast<int64_t>(bytes) || !sizes_agree(*p)) return nullptr;
+  PackedLayout placed = *p;
+  place_parts(&placed);
+  return std::memcmp(&placed, p, sizeof placed) == 0 ? p : nullptr;
 }
 
 }  // namespace bqnn

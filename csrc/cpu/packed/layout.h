@@ -12,11 +12,11 @@
 // channels run inside it, channels fastest), or one for each (r, s) where dilation sets the columns apart. Every
 // segment is padded to whole steps of one 64-byte row of activations.
 //
-// A layer with one codebook of two or three levels, in "fp32", may have its codes a second time, for AVX-512: those of
-// four (three) consecutive inputs at one kernel tap are a number, and a word holds eight (six) of these, in the order
-// [inputs / 4 (3)][r][s],
+// A layer with one codebook of two or three levels, in "fp32", may have its codes a second time, as indices into tables
+// of sums: those of four (three) consecutive inputs at one kernel tap are one index, and a word holds eight (six) of
+// these, in the order [inputs / 4 (3)][r][s],
 //
-//     number i of a word is at bit 4 i (5 i), and weight j of a number counts 2^j (3^j)
+//     index i of a word is at bit 4 i (5 i), and weight j of an index counts 2^j (3^j)
 //
 // Up to 8 blocks of a group stand side by side, so that a kernel reads them as one stream.
 #pragma once
@@ -28,56 +28,60 @@ namespace bqnn {
 
 enum class Precision : int32_t { fp32, bf16, int8 };
 
-constexpr int kBlock = 16;  // output channels side by side
-constexpr int kTable = 16;  // entries of a decoding table: the levels, at most 16, repeated with period 2^bits
-constexpr int kNumberBlocks = 8;  // side by side
-constexpr uint32_t kInt8Offset = 128;  // of 8-bit activations where the instruction takes them unsigned
+// What a kernel reads of a layout. The words are always there.
+enum class LayoutForm : int32_t { words = 0, sum_indices = 1 };
 
-// Numbers of several weights.
-struct Numbers {
+constexpr int kBlock = 16;             // output channels side by side
+constexpr int kTable = 16;             // entries of a decoding table: the levels, repeated with period 2^bits
+constexpr int kIndexBlocks = 8;        // blocks of sum indices side by side
+constexpr int kMostLevels = 16;        // of a codebook
+constexpr uint32_t kInt8Offset = 128;  // added to 8-bit activations where the instruction takes them unsigned
+
+// An index into a table of sums: the weights it stands for, its bits, and how many a word holds.
+struct SumIndex {
   int weights, bits, in_word;
 };
 
-constexpr Numbers numbers_of(int num_levels) { return num_levels == 2 ? Numbers{4, 4, 8} : Numbers{3, 5, 6}; }
+constexpr SumIndex sum_index(int num_levels) { return num_levels == 2 ? SumIndex{4, 4, 8} : SumIndex{3, 5, 6}; }
 
 struct PackedLayout {
   uint64_t magic;
   int64_t bytes;              // of the whole
   int64_t channels, columns;  // N, K: the weight's shape
   int64_t groups;
-  int64_t blocks;           // of 16 channels, in each group
-  int64_t inputs;           // channels of the activations in each group
-  int64_t segment, padded;  // weights in a segment, and after padding
+  int64_t blocks;             // of 16 channels, in each group
+  int64_t group_channels;     // output channels of each group
+  int64_t inputs;             // channels of the activations in each group
+  int64_t segment, padded;    // weights in a segment, and after padding
   int32_t segments, kernel_h, kernel_w, dilation_w;
   int32_t num_levels, bits, unit, codebooks;
   Precision precision;
-  int32_t affine;                     // whether the levels are offset + scale * step, see affine_levels.h
+  LayoutForm form;     // the form it has beside the words
+  int32_t affine;      // whether the levels are offset + scale * step, see affine_levels.h
+  float least_level;   // the smallest magnitude of a level that is not 0
   double affine_offset, affine_scale;
-  float affine_steps[kTable];         // as in a decoding table
-  int64_t words, levels, int8_levels, int8_scale, int8_shift;  // where each part begins, in bytes
-  int64_t numbers;                                           // likewise, or 0 where there are none
+  float affine_steps[kTable];  // the steps of an affine codebook as a decoding table
+  // Where each part begins, in bytes from the header; 0 where there is none.
+  int64_t words, levels, int8_levels, int8_scale, int8_shift, indices;
 
   int64_t word_weights() const { return 32 / bits; }
-  int64_t block_words() const { return segments * padded / word_weights() * kBlock; }
-  int64_t group_channels() const { return channels / groups; }
+  int64_t block_words() const { return segments * padded * bits / 32 * kBlock; }
+  int64_t taps() const { return int64_t{kernel_h} * kernel_w; }
 
   const char* at(int64_t offset) const { return reinterpret_cast<const char*>(this) + offset; }
   // The words of 16 channels, [segments * padded / word_weights][16].
   const uint32_t* block(int64_t group, int64_t index) const {
     return reinterpret_cast<const uint32_t*>(at(words)) + (group * blocks + index) * block_words();
   }
-  int64_t taps() const { return int64_t{kernel_h} * kernel_w; }
-  int64_t number_words() const {
-    const Numbers number = numbers_of(num_levels);
-    const int64_t count = (inputs + number.weights - 1) / number.weights * taps();
-    return (count + number.in_word - 1) / number.in_word;
+  int64_t index_words() const {
+    return num_levels == 2 ? ((inputs + 3) / 4 * taps() + 7) / 8 : ((inputs + 2) / 3 * taps() + 5) / 6;
   }
-  // Where the numbers of 8 blocks of a group begin, of fewer at its end: [number_words][blocks][16].
-  int64_t numbers_at(int64_t group, int64_t unit) const {
-    return (group * blocks + unit * kNumberBlocks) * number_words() * kBlock;
+  // Where the sum indices of 8 blocks of a group begin, of fewer at its end: [index_words][blocks][16].
+  int64_t indices_at(int64_t group, int64_t unit) const {
+    return (group * blocks + unit * kIndexBlocks) * index_words() * kBlock;
   }
-  const uint32_t* number_unit(int64_t group, int64_t unit) const {
-    return reinterpret_cast<const uint32_t*>(at(numbers)) + numbers_at(group, unit);
+  const uint32_t* index_unit(int64_t group, int64_t unit) const {
+    return reinterpret_cast<const uint32_t*>(at(indices)) + indices_at(group, unit);
   }
   // [1, or groups * blocks * 16][16]: the levels of a codebook; a channel beyond the last one has zeros.
   const float* level_table() const { return reinterpret_cast<const float*>(at(levels)); }
@@ -88,24 +92,30 @@ struct PackedLayout {
   const uint32_t* int8_shifts() const { return reinterpret_cast<const uint32_t*>(at(int8_shift)); }
 };
 
+// A weight as it is stored. Sizes are 1 or more, columns a multiple of the kernel's taps, channels of the groups.
 struct PackedWeight {
-  const uint8_t* codes;       // [channels, ceil(columns / digits)], base-M digits
+  const uint8_t* codes;       // [channels, ceil(columns / digits_of_byte(num_levels))], base-M digits
   const float* levels;        // [codebooks, num_levels]
-  const int8_t* int8_levels;  // the same shape, or null unless the precision is int8
-  const float* int8_scale;    // [codebooks], or null
+  const int8_t* int8_levels;  // the shape of levels; null unless the precision is int8
+  const float* int8_scale;    // [codebooks]; null unless the precision is int8
   int64_t channels, columns, groups;
-  int num_levels, codebooks, kernel_h, kernel_w, dilation_w;
+  int num_levels, codebooks;  // 2 to 16; 1 or channels
+  int kernel_h, kernel_w, dilation_w;
   Precision precision;
-  bool numbers;  // whether a kernel may read them
+  LayoutForm form;  // what kernels may read of it, see select.h
 };
 
-// Bytes of the layout of `weight`.
-size_t layout_bytes(const PackedWeight& weight);
+// Base-M digits that a byte of stored codes holds.
+int digits_of_byte(int num_levels);
 
-// Writes the layout into `memory`, which is aligned to 64 and has layout_bytes(weight).
+// The layout of a weight but for what follows from its levels and codes: its tensors are not read.
+PackedLayout plan_layout(const PackedWeight& weight);
+
+// Writes the layout into `memory`, which is aligned to 64 and has plan_layout(weight).bytes.
 void make_layout(const PackedWeight& weight, void* memory);
 
-// The layout in `memory`, or null where the bytes are no layout that make_layout wrote.
+// The layout in `memory`, or null where a kernel might read past its end. Words, indices and levels may hold anything:
+// kernels look at as many bits of a code as their tables have entries.
 const PackedLayout* view_layout(const void* memory, size_t bytes);
 
 }  // namespace bqnn

@@ -4,7 +4,7 @@
 // An operand class provides
 //
 //     Element, kUnit     an activation as the kernels read it, and how many fill a lane
-//     kInt8, kHalf       whether it multiplies integers, or bfloat16 numbers
+//     kInt8, kBfloat16       whether it multiplies integers, or bfloat16 numbers
 //     kZero              what stands for an activation of 0
 //     Sum                a vector of running sums, over at most kChunk lanes
 //     Product            what the sums of all chunks add up to
@@ -12,7 +12,8 @@
 // Included inside the namespace of a translation unit that has set the target and included vec.inl.
 #pragma once
 
-constexpr int kChunk = 128;  // lanes of K whose weights are decoded together: their panel stays in the L1 cache
+// Lanes of K whose weights are decoded together: their panel stays in the L1 cache.
+constexpr int kChunk = 128;
 
 // a * b + c, in one instruction where there is one: results differ in their last bits between instruction sets.
 BQNN_INLINE Float multiply_add(Float a, Float b, Float c) {
@@ -41,7 +42,7 @@ struct FloatOperand {
   using Element = float;
   using Product = float;
   using Sum = Float;
-  static constexpr bool kInt8 = false, kHalf = false;
+  static constexpr bool kInt8 = false, kBfloat16 = false;
   static constexpr int kUnit = 1;
   static constexpr float kZero = 0.0f;
 
@@ -52,11 +53,11 @@ struct FloatOperand {
 
 #if BQNN_LANES == 16
 // Pairs of bfloat16. The instruction takes denormal numbers for zeros.
-struct HalfOperand {
-  using Element = Bf16;
+struct Bfloat16Operand {
+  using Element = Bfloat16;
   using Product = float;
   using Sum = Float;
-  static constexpr bool kInt8 = false, kHalf = true;
+  static constexpr bool kInt8 = false, kBfloat16 = true;
   static constexpr int kUnit = 2;
   static constexpr Element kZero = 0;
 
@@ -72,7 +73,7 @@ struct HalfOperand {
 // they may wrap around, so they are unsigned.
 struct Int8Operand {
   using Product = int32_t;
-  static constexpr bool kInt8 = true, kHalf = false;
+  static constexpr bool kInt8 = true, kBfloat16 = false;
 #if BQNN_LANES == 16
   // vpdpbusd takes one unsigned operand: x + 128, and what that adds is subtracted at the end.
   using Element = uint8_t;
@@ -104,16 +105,19 @@ struct Int8Operand {
 };
 
 #if BQNN_LANES == 16
-// Signed 8-bit activations, for kernels that have the weights as vpdpbusd's unsigned operand.
+// Signed 8-bit activations, for tiles and for kernels that have the weights as vpdpbusd's unsigned operand.
 struct SignedOperand {
   using Element = int8_t;
   using Product = int32_t;
   using Sum = UInt;
-  static constexpr bool kInt8 = true, kHalf = false;
+  static constexpr bool kInt8 = true, kBfloat16 = false;
   static constexpr int kUnit = 4, kZero = 0;
   static BQNN_INLINE Sum dot(UInt x, UInt w, Sum sum) {
     return (UInt)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
   }
   static BQNN_INLINE UInt add(UInt a, UInt b) { return a + b; }
 };
+#else
+// Pairs of bfloat16 are multiplied as the floats they are.
+using Bfloat16Operand = FloatOperand;
 #endif

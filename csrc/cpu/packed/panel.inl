@@ -3,7 +3,8 @@
 // Included inside the namespace of a translation unit that has set the target, after decode.inl.
 #pragma once
 
-constexpr int kStripBlocks = BQNN_LANES == 16 ? 2 : 1;  // blocks of channels of a strip
+// Blocks of channels that make a strip.
+constexpr int kStripBlocks = BQNN_LANES == 16 ? 2 : 1;
 constexpr int kWidth = kStripBlocks * kBlock;
 // Positions that are multiplied together, as many as there are registers for their sums.
 constexpr int kTile = BQNN_LANES == 16 ? 8 : BQNN_LANES == 8 ? 6 : 2;
@@ -72,21 +73,20 @@ __attribute__((noinline)) void multiply_strip(const PackedLayout& layout, int64_
   static_assert(kChunk % (kStep / Op::kUnit) == 0, "pieces begin at a word");
   Codebook book[kStripBlocks];
   for (int b = 0; b < blocks; ++b) read_codebook<Op>(layout, group, first_block + b, &book[b]);
-  auto* panel = reinterpret_cast<uint32_t*>(scratch(Scratch::panel, sizeof(uint32_t) * kChunk * kWidth));
+  auto* panel = room<uint32_t>(Scratch::panel, kChunk * kWidth);
   bool first = true;
   for (int64_t segment = 0, at = 0; segment < layout.segments; first = false) {
     Piece pieces[kChunk * Op::kUnit / kStep];
     int num_pieces = 0;
     for (int64_t used = 0; used < kChunk && segment < layout.segments;) {
-      int64_t weights = layout.segment - at;
-      if (weights > (kChunk - used) * Op::kUnit) weights = (kChunk - used) * Op::kUnit;
+      const int64_t weights = smaller(layout.segment - at, (kChunk - used) * Op::kUnit);
       const int64_t word = (segment * layout.padded + at) / layout.word_weights();
       for (int b = 0; b < blocks; ++b)
         decode<Op>(layout, book[b], layout.block(group, first_block + b) + word * kBlock, weights,
                    panel + (used * blocks + b) * kBlock, blocks * kBlock);
       pieces[num_pieces++] = {offset[segment] + at * static_cast<int64_t>(sizeof(typename Op::Element)),
-                              (weights + Op::kUnit - 1) / Op::kUnit, used};
-      used += (weights + kStep - 1) / kStep * kStep / Op::kUnit;
+                              ceil_div(weights, Op::kUnit), used};
+      used += ceil_div(weights, kStep) * kStep / Op::kUnit;
       at += weights;
       if (at == layout.segment) at = 0, ++segment;
     }

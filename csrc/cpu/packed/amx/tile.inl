@@ -1,30 +1,147 @@
-// How packed_linear and packed_conv2d on AMX describe a product to their operands.
+// Products of tiles. A tile is 16 output positions (rows of a linear layer, pixels of a convolution) whose activations
+// lie at a constant distance; K is walked in the segments of the layout, in steps of 64 bytes.
 //
-// Both are one product: a tile is 16 output positions (rows of a linear layer, pixels of a convolution) whose
-// activations lie at a constant distance; K is walked in the segments of the layout, in steps of 64 bytes. An operand
-// class `Op` has
-//
-//     Product                     float or int32_t, what is accumulated
-//     kElement, kInt8             bytes of an activation, and whether it is an integer
-//     kParts, kLevelParts         copies of the activations (a float32 is three bfloat16 parts), and of the levels
-//     kAffine                     whether levels are offset + scale * what is multiplied, see affine_levels.h
-//     panel_bytes(steps)          of one block of 16 channels
-//     decode(layout, group, block, first_step, steps, panel)
-//     multiply(tiles, blocks, strip, run, panel, panel_stride, out, accumulate)
-//     pack_step, pack_run, pack_square: activations of 64 bytes, of a run, of 16 x 16 transposed ones
+// Included inside the namespace of the AMX translation unit, after common.inl.
 #pragma once
 
-constexpr int kTile = 16;     // output positions in a tile
-constexpr int kMaxTiles = 4;  // tiles that one call of multiply takes
-constexpr int kWidth = 64;    // channels that a task computes together: the row length of its products
+constexpr int kTile = 16;             // output positions in a tile
+constexpr int kWidth = 64;            // channels that a task computes together: the row length of its products
+constexpr int kWidthBlocks = kWidth / kBlock;
+constexpr int64_t kTileBytes = 1024;  // of activations or weights, a step of them
 
-struct Strip {
-  const char* const* tile;  // where the first row of each tile begins
-  int64_t row, step, part;  // bytes from row to row of a tile, from step to step of K, from part to part
+// Tiles 0 to 3 hold products, 4 and 5 activations, 6 and 7 weights. GCC 12 does not tell its optimiser that ldtilecfg
+// reads the whole structure: volatile keeps the stores.
+struct TileConfig {
+  explicit TileConfig(int rows) {
+    alignas(64) volatile uint8_t config[64] = {};
+    config[0] = 1;
+    for (int t = 0; t < 8; ++t) {
+      config[16 + 2 * t] = 64;
+      config[48 + t] = static_cast<uint8_t>(t < 6 ? rows : 16);
+    }
+    _tile_loadconfig(const_cast<const uint8_t*>(config));
+  }
+  ~TileConfig() { _tile_release(); }
 };
 
+// The instructions name their tiles by literals; here they are template arguments.
+#define BQNN_EACH(f) f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7)
+#define BQNN_ZERO(t) if constexpr (kIndex == t) _tile_zero(t);
+#define BQNN_LOAD(t) if constexpr (kIndex == t) _tile_loadd(t, from, static_cast<size_t>(stride));
+#define BQNN_STORE(t) if constexpr (kIndex == t) _tile_stored(t, to, static_cast<size_t>(stride));
+#define BQNN_DOT(c, a, b)                                    \
+  if constexpr (kProduct == c && kX == a && kWeights == b) { \
+    if constexpr (kInt8)                                     \
+      _tile_dpbssd(c, a, b);                                 \
+    else                                                     \
+      _tile_dpbf16ps(c, a, b);                               \
+  }
+#define BQNN_DOTS(c) BQNN_DOT(c, 4, 6) BQNN_DOT(c, 4, 7) BQNN_DOT(c, 5, 6) BQNN_DOT(c, 5, 7)
+
+template <int kIndex>
+BQNN_INLINE void zero_tile() {
+  BQNN_EACH(BQNN_ZERO)
+}
+template <int kIndex>
+BQNN_INLINE void load_tile(const char* from, int64_t stride) {
+  BQNN_EACH(BQNN_LOAD)
+}
+template <int kIndex>
+BQNN_INLINE void store_tile(char* to, int64_t stride) {
+  BQNN_EACH(BQNN_STORE)
+}
+template <bool kInt8, int kProduct, int kX, int kWeights>
+BQNN_INLINE void dot_tiles() {
+  BQNN_DOTS(0) BQNN_DOTS(1) BQNN_DOTS(2) BQNN_DOTS(3)
+}
+
+#undef BQNN_EACH
+#undef BQNN_ZERO
+#undef BQNN_LOAD
+#undef BQNN_STORE
+#undef BQNN_DOT
+#undef BQNN_DOTS
+
+// What tiles multiply: operands of the class `Operand`, of which an activation and a level are the sum of one or three.
+// Three of the ones and one of the others: the levels are affine, see affine_levels.h, and a product is of their steps.
+template <class Operand, int kActivationParts = 1, int kPartsOfLevels = kActivationParts>
+struct Tiles {
+  using Op = Operand;
+  using Element = typename Op::Element;
+  using Product = typename Op::Product;
+  static constexpr int kActivations = kActivationParts, kLevels = kPartsOfLevels;
+  static constexpr bool kAffine = kLevels < kActivations;
+  static constexpr int64_t kStep = 64 / sizeof(Element);  // activations
+  // Of the nine products of three parts with three, the six above 2^-24 of the whole are added, or all three of three
+  // parts with one, in one order whatever the shape: a result does not depend on how the rows of a batch are cut into
+  // tasks.
+  static constexpr int kProducts = kLevels == 3 ? 6 : kActivations;
+  static constexpr int activation_part(int i) { return kLevels == 3 ? "\0\0\1\2\1\0"[i] : kActivations - 1 - i; }
+  static constexpr int level_part(int i) { return kLevels == 3 ? "\2\1\1\0\0\0"[i] : 0; }
+};
+
+using Int8Tiles = Tiles<SignedOperand>;
+using Bfloat16Tiles = Tiles<Bfloat16Operand>;
+using SplitTiles = Tiles<Bfloat16Operand, 3>;
+using AffineTiles = Tiles<Bfloat16Operand, 3, 1>;
+
+// A product over all steps of a run.
 struct Run {
   int segments;
-  int64_t steps;          // of each segment
-  const int64_t* offset;  // [segments]: bytes from a position's first activation to the segment's
+  int64_t steps;           // of each segment
+  const int64_t* offset;   // [segments]: bytes from a position's first activation to the segment's
+  int64_t row, step, part; // bytes from row to row of a tile, from step to step, from a part of activations to the next
+  const char* panel;       // [blocks][parts of levels][all steps] of weights
+  int64_t panel_part, panel_block;  // bytes from one part of the levels to the next, from one block to the next
 };
+
+// Up to four tiles of positions times one block of channels, or two times two.
+template <class T, int kTiles, int kBlocks>
+__attribute__((noinline)) void multiply_tiles(const char* const* tiles, const Run& run, char* out, bool accumulate) {
+  constexpr int64_t kRow = kWidth * 4;
+  const auto each_product = [&](const auto& f) __attribute__((always_inline)) {
+    unroll<kTiles * kBlocks>([&](auto i) __attribute__((always_inline)) {
+      f(i, out + i.value / kBlocks * 16 * kRow + i.value % kBlocks * 64);
+    });
+  };
+  if (accumulate)
+    each_product([](auto i, char* at) __attribute__((always_inline)) { load_tile<i.value>(at, kRow); });
+  else
+    each_product([](auto i, char*) __attribute__((always_inline)) { zero_tile<i.value>(); });
+  const char* x[kTiles];
+  for (int t = 0; t < kTiles; ++t) x[t] = tiles[t];
+  const char* weights = run.panel;
+  for (int s = 0; s < run.segments; ++s) {
+    int64_t at = run.offset[s];
+    for (int64_t step = 0; step < run.steps; ++step, at += run.step, weights += kTileBytes)
+      unroll<T::kProducts>([&](auto product) __attribute__((always_inline)) {
+        constexpr int i = product.value, last = i == 0 ? 0 : i - 1;
+        constexpr int of_x = T::activation_part(i), of_level = T::level_part(i);
+        constexpr bool other_x = i == 0 || of_x != T::activation_part(last) || kTiles > 2;
+        if constexpr (i == 0 || of_level != T::level_part(last))
+          unroll<kBlocks>([&](auto b) __attribute__((always_inline)) {
+            load_tile<6 + b.value>(weights + of_level * run.panel_part + b.value * run.panel_block, 64);
+          });
+        unroll<kTiles>([&](auto t) __attribute__((always_inline)) {
+          if constexpr (other_x) load_tile<4 + t.value % 2>(x[t.value] + at + of_x * run.part, run.row);
+          unroll<kBlocks>([&](auto b) __attribute__((always_inline)) {
+            dot_tiles<T::Op::kInt8, t.value * kBlocks + b.value, 4 + t.value % 2, 6 + b.value>();
+          });
+        });
+      });
+  }
+  each_product([](auto i, char* at) __attribute__((always_inline)) { store_tile<i.value>(at, kRow); });
+}
+
+// The tiles that one call multiplies with so many blocks: those of the sums are four.
+constexpr int tiles_with(int blocks) { return blocks == 1 ? 4 : 2; }
+
+// [tiles * 16] positions times [blocks * 16] channels, up to tiles_with(blocks) and two.
+template <class T>
+inline void multiply(const char* const* tile, int tiles, int blocks, const Run& run, typename T::Product* out,
+                     bool accumulate) {
+  static constexpr decltype(&multiply_tiles<T, 1, 1>) kOf[2][4] = {
+      {multiply_tiles<T, 1, 1>, multiply_tiles<T, 2, 1>, multiply_tiles<T, 3, 1>, multiply_tiles<T, 4, 1>},
+      {multiply_tiles<T, 1, 2>, multiply_tiles<T, 2, 2>}};
+  kOf[blocks - 1][tiles - 1](tile, run, reinterpret_cast<char*>(out), accumulate);
+}
