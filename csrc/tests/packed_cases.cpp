@@ -122,7 +122,8 @@ std::string run_all(const Case& c, const Operands& o) {
     if (wrong.empty()) wrong = compare(c, expected, found, isa);
     if (wrong.empty() && c.threads > 1) {
       wrong = run_on(c, o, layout, isa, c.threads, &threaded);
-      if (wrong.empty() && std::memcmp(found.data(), threaded.data(), found.size() * sizeof(float)) != 0)
+      const bool differ = !found.empty() && std::memcmp(found.data(), threaded.data(), found.size() * sizeof(float)) != 0;
+      if (wrong.empty() && differ)
         wrong = "another result with " + std::to_string(c.threads) + " threads";
     }
     if (!wrong.empty()) return name + wrong;

@@ -1,5 +1,5 @@
 #include "cpu/base/scratch.h"
-#include "cpu/packed/shape.h"
+#include "cpu/packed/select.h"
 
 #if defined(__x86_64__)
 

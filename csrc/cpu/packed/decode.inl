@@ -1,20 +1,7 @@
 // From words of codes to a panel of weights: [lane of K][blocks][16 channels], 32 bits each.
-//
-// Included inside the namespace of a translation unit that has set the target, after operands.inl.
-#pragma once
 
 // Vectors that hold a block's channels.
 constexpr int kParts = kBlock / kLanes;
-
-// The float nearest to x, ties to even, that bfloat16 has; NaN stays NaN, and infinity infinity.
-BQNN_INLINE float nearest_bfloat16(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  const uint32_t nearest = bits + 0x7FFF + (bits >> 16 & 1), quiet = bits | 0x400000;
-  bits = ((bits & 0x7FFFFFFF) > 0x7F800000 ? quiet : nearest) & 0xFFFF0000;
-  __builtin_memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 // The levels of a block of channels, as 32 bits each: floats, or integers where the lanes hold several.
 struct Codebook {
@@ -68,11 +55,6 @@ inline void read_codebook(const PackedLayout& layout, const LevelSource& source,
     for (int i = 0; i < kBlock; ++i) book->entries[m][i] = level_of<Op>(layout, source, (channel + i) * kTable + m);
 }
 
-template <class Op>
-inline void read_codebook(const PackedLayout& layout, int64_t group, int64_t block, Codebook* book) {
-  read_codebook<Op>(layout, {layout.level_table()}, group, block, book);
-}
-
 #if BQNN_LANES == 16
 // The entries of a table that the low bits of every byte, half or lane name. GCC 12 warns of permutes without a mask.
 template <class Op>
@@ -103,12 +85,9 @@ template <int kBits, int kUnit>
 BQNN_INLINE UInt choose_levels(const Codebook& book, UInt code, int part) {
   constexpr int kCodes = 1 << kBits;
   UInt level[kCodes];
-#pragma GCC unroll 16
-  for (int m = 0; m < kCodes; ++m) level[m] = load_lanes(book.entries[m] + part * kLanes);
-#pragma GCC unroll 4
-  for (int bit = 0; bit < kBits; ++bit)
-#pragma GCC unroll 8
-    for (int m = 0; m < kCodes >> (bit + 1); ++m) level[m] = choose<kUnit>(code, bit, level[2 * m], level[2 * m + 1]);
+  BQNN_UNROLL(16) for (int m = 0; m < kCodes; ++m) level[m] = load_lanes(book.entries[m] + part * kLanes);
+  BQNN_UNROLL(4) for (int bit = 0; bit < kBits; ++bit)
+    BQNN_UNROLL(8) for (int m = 0; m < kCodes >> (bit + 1); ++m) level[m] = choose<kUnit>(code, bit, level[2 * m], level[2 * m + 1]);
   return level[0];
 }
 
@@ -143,8 +122,7 @@ BQNN_INLINE UInt look_up_lane(const Codebook& book, UInt word, int first, int pa
   }
 #endif
   UInt value = {};
-#pragma GCC unroll 4
-  for (int j = 0; j < Op::kUnit; ++j) {
+  BQNN_UNROLL(4) for (int j = 0; j < Op::kUnit; ++j) {
     const int i = first + j;
     UInt level = look_up<kBits, kShared>(book, word >> (i % kUnit * (32 / kUnit) + i / kUnit * kBits), part);
     if (Op::kUnit > 1) level = (level & (0xFFFFFFFFu >> (32 - 32 / Op::kUnit))) << (j * (32 / Op::kUnit));
@@ -160,8 +138,7 @@ __attribute__((noinline)) void decode_words(const Codebook& book, const uint32_t
   for (int64_t k = 0; k < weights; k += kWord, words += kBlock, panel += kWord / Op::kUnit * stride) {
     for (int part = 0; part < kParts; ++part) {
       const UInt word = load_lanes(words + part * kLanes);
-#pragma GCC unroll 32
-      for (int first = 0; first < kWord; first += Op::kUnit) {
+      BQNN_UNROLL(32) for (int first = 0; first < kWord; first += Op::kUnit) {
         const UInt value = look_up_lane<Op, kBits, kShared>(book, word, first, part);
         __builtin_memcpy(panel + first / Op::kUnit * stride + part * kLanes, &value, sizeof value);
       }

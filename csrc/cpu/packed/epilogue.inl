@@ -1,10 +1,4 @@
 // What becomes of products: outputs, in whatever dtype and format the call has them.
-//
-// Included inside the namespace of a translation unit that has set the target, after operands.inl and transpose.inl.
-#pragma once
-
-BQNN_INLINE void store_outputs(float* y, Float value, int count) { store_first(y, value, count); }
-BQNN_INLINE void store_outputs(Bfloat16* y, Float value, int count) { store_bfloat16_first(y, value, count); }
 
 // What turns the products of some blocks into outputs; the pointers are at their first channel.
 struct Epilogue {
@@ -72,7 +66,7 @@ inline void finish_rows(const PackedCall& call, const typename Op::Product* prod
     for (int64_t row = 0; row < count; ++row, y += call.y.image_stride, products += stride)
       for (int64_t i = 0; i < width; i += kLanes) {
         const int lanes = lanes_left(width - i);
-        store_outputs(y + i, Finish<Op>(channels, i, lanes)(load_lanes(products + i), Op::kInt8 ? scales[row] : 1.0f),
+        store_numbers(y + i, Finish<Op>(channels, i, lanes)(load_lanes(products + i), Op::kInt8 ? scales[row] : 1.0f),
                       lanes);
       }
   });
@@ -95,7 +89,7 @@ inline void finish_pixels(const PackedCall& call, const typename Op::Product* pr
         auto* to = y + first * pitch + channel + c;
         const auto store = [&](int lanes) __attribute__((always_inline)) {
           for (int64_t i = 0; i < count; ++i)
-            store_outputs(to + i * pitch, finish(load_lanes(products + i * stride + c), scale), lanes);
+            store_numbers(to + i * pitch, finish(load_lanes(products + i * stride + c), scale), lanes);
         };
         if (lanes == kLanes)
           store(kLanes);
@@ -107,12 +101,10 @@ inline void finish_pixels(const PackedCall& call, const typename Op::Product* pr
       for (int64_t i = 0; i < count; i += kLanes, to += kLanes) {
         const int pixels = lanes_left(count - i);
         UInt v[kLanes];
-#pragma GCC unroll 16
-        for (int p = 0; p < kLanes; ++p) v[p] = load_lanes(products + (i + (p < pixels ? p : 0)) * stride + c);
+        BQNN_UNROLL(16) for (int p = 0; p < kLanes; ++p) v[p] = load_lanes(products + (i + (p < pixels ? p : 0)) * stride + c);
         transpose(v);
-#pragma GCC unroll 16
-        for (int of = 0; of < kLanes; ++of)
-          if (of < lanes) store_outputs(to + of * positions, Finish<Op>(channels, c + of)(v[of], scale), pixels);
+        BQNN_UNROLL(16) for (int of = 0; of < kLanes; ++of)
+          if (of < lanes) store_numbers(to + of * positions, Finish<Op>(channels, c + of)(v[of], scale), pixels);
       }
     }
   });

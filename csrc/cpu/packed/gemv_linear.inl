@@ -1,8 +1,5 @@
 // packed_linear of a few rows on AVX-512, where reading and decoding the words is most of the work: no panel, the
 // lanes are 16 channels and several blocks share what is read of the activations.
-//
-// Included inside the namespace of the AVX-512 translation unit, after gemv_per_channel.inl.
-#pragma once
 
 // Words added up in one float32 sum: its error grows with the number of terms.
 constexpr int64_t kWordsOfSum = 256;
@@ -27,8 +24,7 @@ __attribute__((noinline)) void dot_rows(const PackedLayout& layout, int64_t bloc
     count_up[i] = Op::kInt8 ? 0x03020100u + 0x04040404u * i : 0x00010000u + 0x00020002u * i;
   for (int i = 0; i < kInNibble; ++i) tables[i] = kFloats ? table : permute<Op>(count_up >> (i * kBits), table);
   const char* row[kRows];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) row[r] = rows[r];
+  BQNN_UNROLL(8) for (int r = 0; r < kRows; ++r) row[r] = rows[r];
   const uint32_t* words = layout.block(0, block);
   const int64_t stride = layout.block_words(), count = layout.padded * kBits / 32;
   for (int64_t first = 0; first < count; first += kWordsOfSum) {
@@ -36,37 +32,30 @@ __attribute__((noinline)) void dot_rows(const PackedLayout& layout, int64_t bloc
     typename Op::Sum sum[kBlocks][kRows][kSums] = {};
     for (int64_t at = first * kLanesOfWord * 4; at < end * kLanesOfWord * 4; at += kLanesOfWord * 4, words += kBlock) {
       UInt word[kBlocks];
-#pragma GCC unroll 8
-      for (int b = 0; b < kBlocks; ++b) {
+      BQNN_UNROLL(8) for (int b = 0; b < kBlocks; ++b) {
         prefetch_words(words + b * stride);
         word[b] = load_lanes(words + b * stride);
       }
-#pragma GCC unroll 32
-      for (int i = 0; i < kLanesOfWord; ++i) {
+      BQNN_UNROLL(32) for (int i = 0; i < kLanesOfWord; ++i) {
         // A float's codes are read from their byte on, so that some need no shift. The last one of a block reads up to
         // 3 bytes of the next, or of the end of the layout.
         constexpr int kInByte = 8 / kBits;
         UInt level[kBlocks];
-#pragma GCC unroll 8
-        for (int b = 0; b < kBlocks; ++b) {
+        BQNN_UNROLL(8) for (int b = 0; b < kBlocks; ++b) {
           const char* byte = reinterpret_cast<const char*>(words + b * stride) + i / kInByte;
           level[b] = kFloats ? permute<Op>(load_lanes(byte) >> (i % kInByte * kBits), table)
                              : permute<Op>(word[b] >> (i / kInNibble * 4), tables[i % kInNibble]);
         }
         // Every half word has every second weight; other lanes hold what follows each other.
         const int lane = kFloats ? i % (kLanesOfWord / 2) * 2 + i / (kLanesOfWord / 2) : i;
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
+        BQNN_UNROLL(8) for (int r = 0; r < kRows; ++r) {
           const UInt x = broadcast_lane(row[r] + at + lane * 4);
-#pragma GCC unroll 8
-          for (int b = 0; b < kBlocks; ++b) sum[b][r][i % kSums] = Op::dot(x, level[b], sum[b][r][i % kSums]);
+          BQNN_UNROLL(8) for (int b = 0; b < kBlocks; ++b) sum[b][r][i % kSums] = Op::dot(x, level[b], sum[b][r][i % kSums]);
         }
       }
     }
-#pragma GCC unroll 8
-    for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
+    BQNN_UNROLL(8) for (int b = 0; b < kBlocks; ++b)
+      BQNN_UNROLL(8) for (int r = 0; r < kRows; ++r) {
         typename Op::Product* to = products + (r * kMostBlocks + b) * kBlock;
         UInt total = (UInt)sum[b][r][0];
         if (kSums == 2) total = Op::add(total, sum[b][r][kSums - 1]);
@@ -122,24 +111,17 @@ __attribute__((noinline)) void run_rows(const PackedCall& call, const Parallel& 
   const char* row[kRows];
   float scales[kRows];
   uint32_t shift[kRows];
-  with_elements(call.x, [&](const auto* x) {
-    parallel_for(parallel, rows, 1 + (1 << 14) / layout.columns, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const auto* from = x + r * call.x.image_stride;
-        auto* to = reinterpret_cast<Element*>(packed + r * row_bytes);
-        const RowScale scale = Op::kInt8 ? row_scale(largest(from, layout.columns)) : RowScale{};
-        Packer<Op> packer(call, scale);
-        pack_row(packer, from, layout.columns, to);
-        uint32_t sum = 0;
-        if constexpr (Op::kInt8)
-          for (int64_t k = 0; k < layout.columns; ++k) sum += static_cast<uint32_t>(int32_t{to[k]});
-        for (int64_t k = layout.columns; k < padded; ++k) to[k] = 0;
-        row[r] = packed + r * row_bytes;
-        if (!shared) row[r] = turn_activations(row[r], groups, 32 / layout.bits / Op::kUnit, turned + r * row_bytes);
-        scales[r] = scale.scale;
-        shift[r] = 128u * sum;
-      }
-    });
+  parallel_for(parallel, rows, 1 + (1 << 14) / layout.columns, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      auto* to = reinterpret_cast<Element*>(packed + r * row_bytes);
+      scales[r] = pack_matrix_row<Op>(call, r, padded, to);
+      uint32_t sum = 0;
+      if constexpr (Op::kInt8)
+        for (int64_t k = 0; k < layout.columns; ++k) sum += static_cast<uint32_t>(int32_t{to[k]});
+      shift[r] = 128u * sum;
+      row[r] = packed + r * row_bytes;
+      if (!shared) row[r] = turn_activations(row[r], groups, 32 / layout.bits / Op::kUnit, turned + r * row_bytes);
+    }
   });
   for (int64_t r = rows; r < kRows; ++r) row[r] = row[0];
   const auto subtract_shift = [&](int channels, Product* products) {
@@ -150,20 +132,15 @@ __attribute__((noinline)) void run_rows(const PackedCall& call, const Parallel& 
           product = static_cast<Product>(static_cast<uint32_t>(product) - shift[r]);
         }
   };
-  const auto bits_of = [&](const auto& f) {
-    if (layout.bits == 1) return f(Constant<1>{});
-    if (layout.bits == 2) return f(Constant<2>{});
-    return f(Constant<4>{});
-  };
-  if (!shared) {
-    return run_blocks<Op, 1, kRows>(call, parallel, scales, [&](int64_t block, auto, Product* products) {
-      bits_of([&](auto bits) { channel_rows<Op, bits.value, kRows>(layout, block, row, products); });
-      subtract_shift(kBlock, products);
+  with_codes_of(layout, [&](auto bits, auto shared) {
+    constexpr int kMost = shared.value ? kMostOf[kRows] : 1;
+    run_blocks<Op, kMost, kRows>(call, parallel, scales, [&](int64_t block, auto blocks, Product* products) {
+      if constexpr (shared.value)
+        dot_rows<Op, bits.value, kRows, blocks.value>(layout, block, row, products);
+      else
+        channel_rows<Op, bits.value, kRows>(layout, block, row, products);
+      subtract_shift(blocks.value * kBlock, products);
     });
-  }
-  run_blocks<Op, kMostOf[kRows], kRows>(call, parallel, scales, [&](int64_t block, auto blocks, Product* products) {
-    bits_of([&](auto bits) { dot_rows<Op, bits.value, kRows, blocks.value>(layout, block, row, products); });
-    subtract_shift(blocks.value * kBlock, products);
   });
 }
 

@@ -1,8 +1,5 @@
 // packed_linear of a few rows on AVX-512 with a codebook a channel: 16 words of each channel are turned into one
 // vector, so that a permute of the channel's own table decodes them; the lanes are words, and sums run along K.
-//
-// Included inside the namespace of the AVX-512 translation unit, after epilogue.inl.
-#pragma once
 
 // Blocks that a kernel computes together at most.
 constexpr int kMostBlocks = 8;
@@ -45,28 +42,23 @@ __attribute__((noinline)) void channel_rows(const PackedLayout& layout, int64_t 
   const int64_t count = layout.padded / kWord;
   for (int64_t first = 0, at = 0; first < count; first += 16, at += kLanesOfWord * 64) {
     UInt word[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
+    BQNN_UNROLL(16) for (int i = 0; i < 16; ++i) {
       prefetch_words(words + (first + i) * kBlock);
       word[i] = first + i < count ? load_lanes(words + (first + i) * kBlock) : UInt{};
     }
     transpose(word);
-#pragma GCC unroll 16
-    for (int c = 0; c < kBlock; ++c) __builtin_memcpy(turned[c], &word[c], sizeof word[c]);
+    BQNN_UNROLL(16) for (int c = 0; c < kBlock; ++c) __builtin_memcpy(turned[c], &word[c], sizeof word[c]);
     for (int c = 0; c < kBlock; ++c) {
       const UInt codes = load_lanes(turned[c]);
       const UInt table = load_lanes(tables[c]);
       typename Op::Sum sum[kRows][2] = {};
-#pragma GCC unroll 32
-      for (int i = 0; i < kLanesOfWord; ++i) {
+      BQNN_UNROLL(32) for (int i = 0; i < kLanesOfWord; ++i) {
         const int shift = Op::kUnit > 1 ? i * kBits : i % 2 * 16 + i / 2 * kBits;
         const UInt level = permute<Op>(codes >> shift, table);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r)
+        BQNN_UNROLL(8) for (int r = 0; r < kRows; ++r)
           sum[r][i % 2] = Op::dot(load_lanes(row[r] + at + i * 64), level, sum[r][i % 2]);
       }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) total[r][c] = Op::add(Op::add(total[r][c], sum[r][0]), sum[r][1]);
+      BQNN_UNROLL(8) for (int r = 0; r < kRows; ++r) total[r][c] = Op::add(Op::add(total[r][c], sum[r][0]), sum[r][1]);
     }
   }
   for (int r = 0; r < kRows; ++r) {

@@ -60,33 +60,18 @@ float least_magnitude(const float* levels, int64_t count) {
   return least;
 }
 
-// Whether a header's sizes follow from each other, without a division, since every call asks; and whether so many words
-// are no more than the bytes, so that no size overflows.
-bool sizes_agree(const PackedLayout& p) {
-  const auto small = [](int64_t value) { return value > 0 && value < int64_t{1} << 40; };
-  if (!small(p.channels) || !small(p.columns) || !small(p.groups) || !small(p.blocks) || !small(p.inputs)) return false;
-  if (!small(p.padded) || !small(p.segment) || !small(p.group_channels)) return false;
-  if (p.kernel_h < 1 || p.kernel_w < 1 || p.dilation_w < 1 || p.num_levels < 2 || p.num_levels > kMostLevels)
+// Whether a header's own fields are those of a weight whose layout has as many bytes, so that no size overflows.
+bool is_of_a_weight(const PackedLayout& p) {
+  const auto size = [&p](int64_t value) { return value > 0 && value <= 8 * p.bytes; };
+  if (p.bytes > int64_t{1} << 48 || !size(p.channels) || !size(p.columns) || !size(p.groups)) return false;
+  if (static_cast<double>(p.channels) * static_cast<double>(p.columns) > 8.0 * static_cast<double>(p.bytes)) return false;
+  if (p.kernel_h < 1 || p.kernel_w < 1 || p.dilation_w < 1 || p.taps() > p.columns) return false;
+  if (p.num_levels < 2 || p.num_levels > kMostLevels || (p.codebooks != 1 && p.codebooks != p.channels)) return false;
+  if (p.precision != Precision::fp32 && p.precision != Precision::bf16 && p.precision != Precision::int8) return false;
+  const bool plain = p.affine == 0 && p.form == LayoutForm::words, indices = p.form == LayoutForm::sum_indices;
+  if (!plain && (p.codebooks != 1 || p.precision != Precision::fp32 || p.num_levels > 3 || p.affine < 0 || p.affine > 1))
     return false;
-  const bool int8 = p.precision == Precision::int8;
-  if (!int8 && p.precision != Precision::fp32 && p.precision != Precision::bf16) return false;
-  if (p.bits != bits_of_code(p.num_levels) || p.unit != (int8 ? 4 : 2)) return false;
-  if (p.codebooks != 1 && p.codebooks != p.channels) return false;
-  const bool one_fp32_codebook = p.codebooks == 1 && p.precision == Precision::fp32;
-  if (p.affine != 0 && (p.affine != 1 || !one_fp32_codebook)) return false;
-  if (p.form != LayoutForm::words && (p.form != LayoutForm::sum_indices || !one_fp32_codebook || p.num_levels > 3))
-    return false;
-  const bool rows_are_runs = p.dilation_w == 1 || p.kernel_w == 1;
-  if (p.segments != (rows_are_runs ? p.kernel_h : p.taps())) return false;
-  const int64_t beyond = p.padded - p.segment, empty = p.blocks * kBlock - p.group_channels;
-  if (beyond < 0 || beyond >= (int8 ? 64 : 32) || p.padded % (int8 ? 64 : 32) != 0 || empty < 0 || empty >= kBlock)
-    return false;
-  const double words = 1.0 * static_cast<double>(p.groups) * static_cast<double>(p.blocks) * p.segments *
-                       static_cast<double>(p.padded) * p.bits / 2;
-  if (words > static_cast<double>(p.bytes) || static_cast<double>(p.taps()) * static_cast<double>(p.inputs) > 0x1p60)
-    return false;
-  return p.groups * p.group_channels == p.channels && p.segments * p.segment == p.columns &&
-         p.taps() * p.inputs == p.columns;
+  return (p.form == LayoutForm::words || indices) && p.channels % p.groups == 0 && p.columns % p.taps() == 0;
 }
 
 }  // namespace
@@ -184,10 +169,14 @@ void make_layout(const PackedWeight& w, void* memory) {
 const PackedLayout* view_layout(const void* memory, size_t bytes) {
   const auto* p = static_cast<const PackedLayout*>(memory);
   if (bytes < sizeof(PackedLayout) || reinterpret_cast<uintptr_t>(memory) % 64 != 0) return nullptr;
-  if (p->magic != kMagic || p->bytes != static_cast<int64_t>(bytes) || !sizes_agree(*p)) return nullptr;
-  PackedLayout placed = *p;
-  place_parts(&placed);
-  return std::memcmp(&placed, p, sizeof placed) == 0 ? p : nullptr;
+  if (p->magic != kMagic || p->bytes != static_cast<int64_t>(bytes) || !is_of_a_weight(*p)) return nullptr;
+  // All else follows: the sizes and the places of the parts are planned again.
+  PackedLayout q = plan_layout({nullptr, nullptr, nullptr, nullptr, p->channels, p->columns, p->groups, p->num_levels,
+                                p->codebooks, p->kernel_h, p->kernel_w, p->dilation_w, p->precision, p->form});
+  q.affine = p->affine, q.least_level = p->least_level;
+  q.affine_offset = p->affine_offset, q.affine_scale = p->affine_scale;
+  std::memcpy(q.affine_steps, p->affine_steps, sizeof q.affine_steps);
+  return std::memcmp(&q, p, sizeof q) == 0 ? p : nullptr;
 }
 
 }  // namespace bqnn

@@ -4,9 +4,6 @@
 // no clearing.
 //
 // Tables are made where they are used, in the L1 cache, and all channels pass by: lut_linear.inl and lut_conv2d.inl.
-//
-// Included inside the namespace of the AVX-512 translation unit, after gemv_linear.inl.
-#pragma once
 
 constexpr int kSumRows = 4;                 // rows, or pixels, that share what is read and shifted of the codes
 constexpr int64_t kTablesRoom = 24 * 1024;  // bytes of tables that are made together
@@ -30,11 +27,9 @@ struct SumTables {
 
   // The table of kWeights activations.
   BQNN_INLINE void make(const float* x, float* table) const {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
+    BQNN_UNROLL(2) for (int v = 0; v < kVectors; ++v) {
       Float sum = level[0][v] * x[0];
-#pragma GCC unroll 4
-      for (int j = 1; j < kWeights; ++j) sum = multiply_add(level[j][v], broadcast(x[j]), sum);
+      BQNN_UNROLL(4) for (int j = 1; j < kWeights; ++j) sum = multiply_add(level[j][v], broadcast(x[j]), sum);
       store(table + 16 * v, sum);
     }
   }
@@ -64,37 +59,28 @@ BQNN_INLINE void add_sums(IndexStream indices, int64_t ahead, int64_t count, con
                           float* sums, int64_t stride, bool first) {
   Float sum[kRows][kBlocks] = {};
   const float* row[kRows];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) row[r] = tables[r];
+  BQNN_UNROLL(4) for (int r = 0; r < kRows; ++r) row[r] = tables[r];
   for (int64_t w = 0; w < count; ++w, indices.words += indices.stride) {
     UInt word[kBlocks];
-#pragma GCC unroll 8
-    for (int b = 0; b < kBlocks; ++b) {
+    BQNN_UNROLL(8) for (int b = 0; b < kBlocks; ++b) {
       word[b] = load_lanes(indices.words + b * kBlock);
       _mm_prefetch(reinterpret_cast<const char*>(indices.words + b * kBlock + ahead), _MM_HINT_T0);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < Tables::kInWord; ++i) {
+    BQNN_UNROLL(8) for (int i = 0; i < Tables::kInWord; ++i) {
       const int64_t offset = at(w * Tables::kInWord + i);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
+      BQNN_UNROLL(4) for (int r = 0; r < kRows; ++r) {
         Float table[Tables::kVectors];
-#pragma GCC unroll 2
-        for (int v = 0; v < Tables::kVectors; ++v) table[v] = load(row[r] + offset + v * 16);
-#pragma GCC unroll 8
-        for (int b = 0; b < kBlocks; ++b) {
+        BQNN_UNROLL(2) for (int v = 0; v < Tables::kVectors; ++v) table[v] = load(row[r] + offset + v * 16);
+        BQNN_UNROLL(8) for (int b = 0; b < kBlocks; ++b) {
           sum[r][b] += Tables::look_up(word[b], table);
           __asm__("" : "+v"(sum[r][b]));  // or GCC looks up a whole word's sums, and spills them, before it adds one
         }
       }
-#pragma GCC unroll 8
-      for (int b = 0; b < kBlocks; ++b) word[b] >>= Tables::kIndex.bits;
+      BQNN_UNROLL(8) for (int b = 0; b < kBlocks; ++b) word[b] >>= Tables::kIndex.bits;
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int b = 0; b < kBlocks; ++b) {
+  BQNN_UNROLL(4) for (int r = 0; r < kRows; ++r)
+    BQNN_UNROLL(8) for (int b = 0; b < kBlocks; ++b) {
       float* to = sums + r * stride + b * kBlock;
       store(to, first ? sum[r][b] : load(to) + sum[r][b]);
     }

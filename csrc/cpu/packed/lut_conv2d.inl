@@ -1,8 +1,5 @@
 // packed_conv2d by tables of sums: those of some inputs of the pixels that a rectangle of output pixels sees, each
 // pixel's once, then all channels.
-//
-// Included inside the namespace of the AVX-512 translation unit, after lut.inl and panel_conv2d.inl.
-#pragma once
 
 // Groups of kWeights inputs whose tables are made together: they fill whole words.
 template <class Tables>
@@ -67,7 +64,7 @@ void run_lookup_conv2d_of(const PackedCall& call, const Parallel& parallel) {
 
   for (int64_t first_image = 0; first_image < call.images; first_image += wave) {
     const int64_t images = smaller(call.images - first_image, wave);
-    pack_wave<FloatOperand>(call, plan, parallel, first_image, images, nullptr, activations);
+    pack_wave<Packer<FloatOperand>>(call, plan, parallel, first_image, images, nullptr, activations);
 
     const int64_t tiles = images * groups * down * across;
     const ChannelParts channels(layout.blocks, tiles, parallel.threads);

@@ -1,7 +1,4 @@
 // packed_linear by tables of sums: those of some columns of a few rows, then all channels.
-//
-// Included inside the namespace of the AVX-512 translation unit, after lut.inl.
-#pragma once
 
 // Words whose tables, of kRows rows, are made together.
 template <class Tables, int kRows>
@@ -33,13 +30,7 @@ __attribute__((noinline)) void run_lookup_of(const PackedCall& call, const Paral
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / parts * kRows, count = smaller(call.images - row, kRows);
       const int64_t first_block = channels.first_block(task % parts), last_block = channels.first_block(task % parts + 1);
-      with_elements(call.x, [&](const auto* from) {
-        Packer<FloatOperand> packer(call, {});
-        for (int64_t r = 0; r < count; ++r) {
-          pack_row(packer, from + (row + r) * call.x.image_stride, layout.columns, x + r * padded);
-          for (int64_t k = layout.columns; k < padded; ++k) x[r * padded + k] = 0.0f;
-        }
-      });
+      for (int64_t r = 0; r < count; ++r) pack_matrix_row<FloatOperand>(call, row + r, padded, x + r * padded);
       for (int64_t word = 0; word < words; word += kWords) {
         const int64_t here = smaller(words - word, kWords);
         for (int64_t r = 0; r < count; ++r)

@@ -4,39 +4,13 @@
 // An operand class provides
 //
 //     Element, kUnit     an activation as the kernels read it, and how many fill a lane
-//     kInt8, kBfloat16       whether it multiplies integers, or bfloat16 numbers
+//     kInt8, kBfloat16   whether it multiplies integers, or bfloat16 numbers
 //     kZero              what stands for an activation of 0
 //     Sum                a vector of running sums, over at most kChunk lanes
 //     Product            what the sums of all chunks add up to
-//
-// Included inside the namespace of a translation unit that has set the target and included vec.inl.
-#pragma once
 
 // Lanes of K whose weights are decoded together: their panel stays in the L1 cache.
 constexpr int kChunk = 128;
-
-// a * b + c, in one instruction where there is one: results differ in their last bits between instruction sets.
-BQNN_INLINE Float multiply_add(Float a, Float b, Float c) {
-#if BQNN_LANES == 16
-  return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif BQNN_LANES == 8
-  return (Float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-BQNN_INLINE UInt load_lanes(const void* p) {
-  UInt x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
-}
-
-BQNN_INLINE UInt broadcast_lane(const char* p) {
-  uint32_t x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x - UInt{};
-}
 
 struct FloatOperand {
   using Element = float;
@@ -53,20 +27,19 @@ struct FloatOperand {
 
 #if BQNN_LANES == 16
 // Pairs of bfloat16. The instruction takes denormal numbers for zeros.
-struct Bfloat16Operand {
+struct Bfloat16Operand : FloatOperand {
   using Element = Bfloat16;
-  using Product = float;
-  using Sum = Float;
-  static constexpr bool kInt8 = false, kBfloat16 = true;
+  static constexpr bool kBfloat16 = true;
   static constexpr int kUnit = 2;
   static constexpr Element kZero = 0;
 
   static BQNN_INLINE Sum dot(UInt x, UInt w, Sum sum) {
     return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
   }
-  static BQNN_INLINE UInt add(UInt product, Sum sum) { return (UInt)((Float)product + sum); }
-  static BQNN_INLINE UInt add(UInt a, UInt b) { return add(a, (Float)b); }
 };
+#else
+// Pairs of bfloat16 are multiplied as the floats they are.
+using Bfloat16Operand = FloatOperand;
 #endif
 
 // Sums of 8-bit products fit 32 bits: integer_limit in bqnn/ops/_int8.py keeps K * 127 * max|n| below 2^31. On the way
@@ -106,18 +79,9 @@ struct Int8Operand {
 
 #if BQNN_LANES == 16
 // Signed 8-bit activations, for tiles and for kernels that have the weights as vpdpbusd's unsigned operand.
-struct SignedOperand {
+struct SignedOperand : Int8Operand {
   using Element = int8_t;
-  using Product = int32_t;
-  using Sum = UInt;
-  static constexpr bool kInt8 = true, kBfloat16 = false;
-  static constexpr int kUnit = 4, kZero = 0;
-  static BQNN_INLINE Sum dot(UInt x, UInt w, Sum sum) {
-    return (UInt)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
-  }
-  static BQNN_INLINE UInt add(UInt a, UInt b) { return a + b; }
+  static constexpr int kZero = 0;
+  static BQNN_INLINE Sum dot(UInt x, UInt w, Sum sum) { return Int8Operand::dot(w, x, sum); }
 };
-#else
-// Pairs of bfloat16 are multiplied as the floats they are.
-using Bfloat16Operand = FloatOperand;
 #endif

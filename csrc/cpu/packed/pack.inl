@@ -1,32 +1,4 @@
 // From activations to operands: reading, rounding, and the zero-padded channels-last copy that convolutions multiply.
-//
-// Included inside the namespace of a translation unit that has set the target, after operands.inl and transpose.inl.
-#pragma once
-
-BQNN_INLINE Float load_activations(const float* x, int count) { return load_first(x, count); }
-BQNN_INLINE Float load_activations(const Bfloat16* x, int count) { return load_bfloat16_first(x, count); }
-
-// The largest magnitude of n numbers; a NaN counts as larger than everything.
-template <class X>
-inline float largest(const X* x, int64_t n) {
-  constexpr int kChains = 4;  // a single one would wait for each comparison
-  Int most[kChains] = {};     // magnitudes of floats compare as integers, NaN above infinity
-  const auto see = [&](int64_t i, int chain, int count) __attribute__((always_inline)) {
-    const Int bits = as_int(abs(load_activations(x + i, count)));
-    most[chain] = select(bits > most[chain], bits, most[chain]);
-  };
-  int64_t i = 0;
-  for (; i + kChains * kLanes <= n; i += kChains * kLanes)
-#pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain) see(i + chain * kLanes, chain, kLanes);
-  for (; i < n; i += kLanes) see(i, 0, lanes_left(n - i));
-  float value = 0.0f;
-  int32_t bits = 0;
-  for (const Int& of_chain : most)
-    for (int lane = 0; lane < kLanes; ++lane) bits = of_chain[lane] > bits ? of_chain[lane] : bits;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 // Activations rounded to what the operands can hold, still floats; those of pairs are rounded when they are stored.
 template <class Op>
@@ -40,24 +12,6 @@ BQNN_INLINE Float rounded(Float x, bool bf16, const RowScale& row) {
   return min(max(round(q), broadcast(-127.0f)), broadcast(127.0f));
 #endif
 }
-
-// To the nearest integer, and where there is none to any.
-BQNN_INLINE Int integers(Float rounded) {
-#if BQNN_LANES == 16
-  return (Int)_mm512_maskz_cvtps_epi32(0xFFFF, (__m512)rounded);
-#else
-  return to_int(rounded);
-#endif
-}
-
-#if BQNN_LANES == 16
-// The nearest bfloat16, ties to even, and 0 for a denormal number, which is what the product takes it for.
-BQNN_INLINE Bits16 bfloat16_operands(Float x) { return (Bits16)_mm512_cvtneps_pbh((__m512)x); }
-
-BQNN_INLINE void store_bits16(Bfloat16* to, Bits16 bits, int count) {
-  _mm256_mask_storeu_epi16(to, (__mmask16)((1u << count) - 1u), (__m256i)bits);
-}
-#endif
 
 template <class Op>
 BQNN_INLINE void store_operands(typename Op::Element* to, Float rounded, int count) {
@@ -107,9 +61,22 @@ __attribute__((noinline)) void pack_row(P& packer, const X* x, int64_t n, typena
   P pack = packer;
   for (int64_t i = 0; i < n; i += kLanes) {
     const int count = lanes_left(n - i);
-    pack(load_activations(x + i, count), to + i, count);
+    pack(load_numbers(x + i, count), to + i, count);
   }
   packer = pack;
+}
+
+// Packs row `row` of a matrix, and zeros up to `padded` operands; returns the row's scale.
+template <class Op>
+inline float pack_matrix_row(const PackedCall& call, int64_t row, int64_t padded, typename Op::Element* to) {
+  const int64_t columns = call.weight->columns;
+  return with_elements(call.x, [&](const auto* x) {
+    x += row * call.x.image_stride;
+    Packer<Op> packer(call, Op::kInt8 ? row_scale(largest(x, columns)) : RowScale{});
+    pack_row(packer, x, columns, to);
+    for (int64_t k = columns; k < padded; ++k) to[k] = static_cast<typename Op::Element>(Op::kZero);
+    return packer.scale.scale;
+  });
 }
 
 // Where things stand in the copy of images: [image][group][height][width][inputs], in bytes.
@@ -138,12 +105,10 @@ __attribute__((noinline)) void pack_square(P& packer, const X* from, int64_t pla
                                            typename P::Element* to, int64_t pixel) {
   P pack = packer;
   UInt v[kLanes];
-#pragma GCC unroll 16
-  for (int c = 0; c < kLanes; ++c)  // beyond the last channel the first again
-    v[c] = (UInt)load_activations(from + (c < channels ? c : 0) * plane, pixels);
+  BQNN_UNROLL(16) for (int c = 0; c < kLanes; ++c)  // beyond the last channel the first again
+    v[c] = (UInt)load_numbers(from + (c < channels ? c : 0) * plane, pixels);
   transpose(v);
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
+  BQNN_UNROLL(16) for (int i = 0; i < kLanes; ++i)
     if (i < pixels) pack((Float)v[i], to + i * pixel, channels);
   packer = pack;
 }
@@ -159,7 +124,7 @@ inline void pack_channels(P& packer, const X* from, int64_t n, int64_t channels,
   X line[kLanes];
   int filled = 0;
   const auto store_line = [&] {
-    packer(load_activations(line, filled), to, filled);
+    packer(load_numbers(line, filled), to, filled);
     to += filled, filled = 0;
   };
   for (int64_t i = 0; i < n; ++i)
@@ -264,10 +229,11 @@ inline void pack_images(const PackedCall& call, const Parallel& parallel, int64_
 }
 
 // Copies a wave of images; their scales become known, in "int8". False where one of them does not fit the operands.
-// packer(scale) makes what writes an image.
-template <class Op, class F>
+// P(call, scale, more...) writes an image.
+template <class P, class... More>
 inline bool pack_wave(const PackedCall& call, const CopyPlan& plan, const Parallel& parallel, int64_t first,
-                      int64_t images, RowScale* scales, char* activations, const F& packer) {
+                      int64_t images, RowScale* scales, char* activations, const More&... more) {
+  using Op = typename P::Op;
   bool fits = true;
   const int64_t rows = call.height + 2 * int64_t{call.padding_h};
   // Without a border an image of one group is one row.
@@ -275,7 +241,7 @@ inline bool pack_wave(const PackedCall& call, const CopyPlan& plan, const Parall
                     call.padding_h + call.padding_w == 0;
   pack_images<Op>(call, parallel, first, images, flat ? 1 : call.weight->groups * rows, scales,
                   [&](const auto* x, int64_t image, int64_t i) {
-                    auto pack = packer(Op::kInt8 ? scales[image] : RowScale{});
+                    P pack(call, Op::kInt8 ? scales[image] : RowScale{}, more...);
                     char* to = activations + image * plan.image;
                     if (flat) {
                       pack_row(pack, x, image_size(call), reinterpret_cast<typename Op::Element*>(to));
@@ -286,13 +252,6 @@ inline bool pack_wave(const PackedCall& call, const CopyPlan& plan, const Parall
                     if (!pack.fits()) __atomic_store_n(&fits, false, __ATOMIC_RELAXED);
                   });
   return fits;
-}
-
-template <class Op>
-inline void pack_wave(const PackedCall& call, const CopyPlan& plan, const Parallel& parallel, int64_t first,
-                      int64_t images, RowScale* scales, char* activations) {
-  pack_wave<Op>(call, plan, parallel, first, images, scales, activations,
-                [&](const RowScale& scale) { return Packer<Op>(call, scale); });
 }
 
 // As many images as the L2 caches hold, and enough pixels to repay decoding the weights and waking threads.

@@ -1,7 +1,4 @@
 // The product of many positions (rows of a linear layer, pixels of a convolution) and a strip of channels.
-//
-// Included inside the namespace of a translation unit that has set the target, after decode.inl.
-#pragma once
 
 // Blocks of channels that make a strip.
 constexpr int kStripBlocks = BQNN_LANES == 16 ? 2 : 1;
@@ -24,27 +21,21 @@ __attribute__((noinline)) void multiply_tile(const char* const* position, const 
   constexpr int kVectors = kBlocks * kParts;
   Sum sum[kRows][kVectors] = {};
   const char* row[kRows];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) row[r] = position[r];
+  BQNN_UNROLL(8) for (int r = 0; r < kRows; ++r) row[r] = position[r];
   for (int p = 0; p < count; ++p) {
     const uint32_t* weight = panel + pieces[p].panel * kBlocks * kBlock;
     const int64_t begin = pieces[p].offset, end = begin + pieces[p].lanes * 4;
     for (int64_t at = begin; at < end; at += 4, weight += kBlocks * kBlock) {
       UInt w[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) w[v] = load_lanes(weight + v * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
+      BQNN_UNROLL(4) for (int v = 0; v < kVectors; ++v) w[v] = load_lanes(weight + v * kLanes);
+      BQNN_UNROLL(8) for (int r = 0; r < kRows; ++r) {
         const UInt x = broadcast_lane(row[r] + at);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = Op::dot(x, w[v], sum[r][v]);
+        BQNN_UNROLL(4) for (int v = 0; v < kVectors; ++v) sum[r][v] = Op::dot(x, w[v], sum[r][v]);
       }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
+  BQNN_UNROLL(8) for (int r = 0; r < kRows; ++r) {
+    BQNN_UNROLL(4) for (int v = 0; v < kVectors; ++v) {
       typename Op::Product* to = out + r * kWidth + v * kLanes;
       const UInt product = Op::add(first ? UInt{} : load_lanes(to), sum[r][v]);
       __builtin_memcpy(to, &product, sizeof product);
@@ -72,7 +63,7 @@ __attribute__((noinline)) void multiply_strip(const PackedLayout& layout, int64_
   constexpr int64_t kStep = Op::kInt8 ? 64 : 32;  // weights that a segment is padded to
   static_assert(kChunk % (kStep / Op::kUnit) == 0, "pieces begin at a word");
   Codebook book[kStripBlocks];
-  for (int b = 0; b < blocks; ++b) read_codebook<Op>(layout, group, first_block + b, &book[b]);
+  for (int b = 0; b < blocks; ++b) read_codebook<Op>(layout, {layout.level_table()}, group, first_block + b, &book[b]);
   auto* panel = room<uint32_t>(Scratch::panel, kChunk * kWidth);
   bool first = true;
   for (int64_t segment = 0, at = 0; segment < layout.segments; first = false) {

@@ -1,8 +1,5 @@
 // The driver of packed_conv2d: a copy of each image, then tasks of some output pixels, of one or several images, by a
 // strip of channels.
-//
-// Included inside the namespace of a translation unit that has set the target, after panel.inl and pack.inl.
-#pragma once
 
 // Where the activations of `count` output pixels of a wave begin, and kTile more that may be read as well.
 inline void place_pixels(const PackedCall& call, const CopyPlan& plan, const char* activations, int64_t first,
@@ -33,7 +30,7 @@ void run_conv2d(const PackedCall& call, const Parallel& parallel) {
 
   for (int64_t first_image = 0; first_image < call.images; first_image += wave) {
     const int64_t images = smaller(call.images - first_image, wave);
-    pack_wave<Op>(call, plan, parallel, first_image, images, scales, activations);
+    pack_wave<Packer<Op>>(call, plan, parallel, first_image, images, scales, activations);
 
     const int64_t pixels = images * positions;
     const int64_t chunk = rows_of_task(pixels, plan.pixel, strips * groups, parallel.threads);

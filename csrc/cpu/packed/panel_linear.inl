@@ -1,7 +1,4 @@
 // The driver of packed_linear: rows packed once, then tasks of some rows by a strip of channels.
-//
-// Included inside the namespace of a translation unit that has set the target, after panel.inl.
-#pragma once
 
 // Rows of a task: few enough for their activations to stay in the L2 cache, enough to repay decoding the weights, and
 // such that there are tasks for every thread.
@@ -34,18 +31,10 @@ void run_linear(const PackedCall& call, const Parallel& parallel) {
     row_bytes = ceil_div(columns * static_cast<int64_t>(sizeof(Element)), 64) * 64;
     if (row_bytes % 1024 == 0) row_bytes += 64;
     char* packed = room<char>(Scratch::activations, rows * row_bytes);
-    with_elements(call.x, [&](const auto* x) {
-      parallel_for(parallel, rows, 1 + (1 << 16) / columns, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-          const auto* from = x + row * call.x.image_stride;
-          const RowScale scale = Op::kInt8 ? row_scale(largest(from, columns)) : RowScale{};
-          scales[row] = scale.scale;
-          auto* to = reinterpret_cast<Element*>(packed + row * row_bytes);
-          Packer<Op> packer(call, scale);
-          pack_row(packer, from, columns, to);
-          for (int64_t k = columns; k % Op::kUnit; ++k) to[k] = static_cast<Element>(Op::kZero);
-        }
-      });
+    const int64_t padded = ceil_div(columns, Op::kUnit) * Op::kUnit;
+    parallel_for(parallel, rows, 1 + (1 << 16) / columns, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        scales[row] = pack_matrix_row<Op>(call, row, padded, reinterpret_cast<Element*>(packed + row * row_bytes));
     });
     activations = packed;
   }

@@ -1,8 +1,5 @@
 // packed_conv2d with few output channels: lanes are pixels of a row and weights are broadcast, so that 12 channels, or
 // one of a depthwise layer, leave no lanes of a block empty.
-//
-// Included inside the namespace of a translation unit that has set the target, after planar_pack.inl.
-#pragma once
 
 constexpr int kRegisters = BQNN_LANES == 16 ? 32 : 16;
 constexpr int kMostChannels = BQNN_LANES == 16 ? 12 : 6;  // that are multiplied together
@@ -30,26 +27,20 @@ template <class Op, int kChannels, int kVectors>
 __attribute__((noinline)) void multiply_runs(const uint32_t* const* runs, const int64_t* offset,
                                              const uint32_t* weight, int64_t lanes, typename Op::Product* products) {
   const uint32_t* x[kVectors];
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) x[v] = runs[v];
+  BQNN_UNROLL(8) for (int v = 0; v < kVectors; ++v) x[v] = runs[v];
   for (int64_t first = 0; first < lanes; first += kLanesOfSum) {
     const int64_t end = smaller(lanes, first + kLanesOfSum);
     typename Op::Sum sum[kChannels][kVectors] = {};
     for (int64_t k = first; k < end; ++k, weight += kBlock) {
       UInt pixels[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) pixels[v] = load_lanes(x[v] + offset[k]);
-#pragma GCC unroll 12
-      for (int c = 0; c < kChannels; ++c) {
+      BQNN_UNROLL(8) for (int v = 0; v < kVectors; ++v) pixels[v] = load_lanes(x[v] + offset[k]);
+      BQNN_UNROLL(12) for (int c = 0; c < kChannels; ++c) {
         const UInt w = weight[c] - UInt{};
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[c][v] = Op::dot(pixels[v], w, sum[c][v]);
+        BQNN_UNROLL(8) for (int v = 0; v < kVectors; ++v) sum[c][v] = Op::dot(pixels[v], w, sum[c][v]);
       }
     }
-#pragma GCC unroll 12
-    for (int c = 0; c < kChannels; ++c)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
+    BQNN_UNROLL(12) for (int c = 0; c < kChannels; ++c)
+      BQNN_UNROLL(8) for (int v = 0; v < kVectors; ++v) {
         typename Op::Product* to = products + c * kRunRoom + v * kLanes;
         const UInt product = Op::add(first > 0 ? load_lanes(to) : UInt{}, sum[c][v]);
         __builtin_memcpy(to, &product, sizeof product);
@@ -80,7 +71,7 @@ template <class Op>
 inline void decode_units(const PackedLayout& layout, int64_t group, uint32_t* weight) {
   constexpr unsigned kBits = 32 / Op::kUnit, kMask = 0xFFFFFFFFu >> (32 - kBits);
   Codebook book;
-  read_codebook<Op>(layout, group, 0, &book);
+  read_codebook<Op>(layout, {layout.level_table()}, group, 0, &book);
   const int64_t padded = layout.segments * layout.padded, taps = layout.taps();
   auto* panel = room<uint32_t>(Scratch::panel, padded / Op::kUnit * kBlock);
   decode<Op>(layout, book, layout.block(group, 0), padded, panel, kBlock);
@@ -113,9 +104,9 @@ inline void finish_runs(const PackedCall& call, const typename Op::Product* prod
         for (int64_t v = 0; v < vectors; ++v) {
           const Float value = finish(load_lanes(products + c * kRunRoom + v * kLanes), scale);
           if (runs[v].lanes == kLanes)
-            store_outputs(plane + runs[v].pixel, value, kLanes);
+            store_numbers(plane + runs[v].pixel, value, kLanes);
           else
-            store_outputs(plane + runs[v].pixel, value, runs[v].lanes);
+            store_numbers(plane + runs[v].pixel, value, runs[v].lanes);
         }
       }
       return;
@@ -125,14 +116,12 @@ inline void finish_runs(const PackedCall& call, const typename Op::Product* prod
       const Finish<Op> finish(channels, c, lanes);
       for (int64_t v = 0; v < vectors; ++v) {
         UInt square[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i)
+        BQNN_UNROLL(16) for (int i = 0; i < kLanes; ++i)
           square[i] = load_lanes(products + (c + (i < lanes ? i : 0)) * kRunRoom + v * kLanes);
         transpose(square);
         auto* to = y + runs[v].pixel * call.y.pixel_stride + group * count + c;
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i)
-          if (i < runs[v].lanes) store_outputs(to + i * call.y.pixel_stride, finish(square[i], scale), lanes);
+        BQNN_UNROLL(16) for (int i = 0; i < kLanes; ++i)
+          if (i < runs[v].lanes) store_numbers(to + i * call.y.pixel_stride, finish(square[i], scale), lanes);
       }
     }
   });

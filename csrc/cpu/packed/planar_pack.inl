@@ -1,8 +1,5 @@
 // The zero-padded copy of images that lanes of pixels are read from: a plane for every kUnit inputs, of which a lane
 // holds those of one pixel.
-//
-// Included inside the namespace of a translation unit that has set the target, after pack.inl.
-#pragma once
 
 // Where things stand in the copy: [image][group][unit][height][width], in lanes.
 struct PlanarPlan {
@@ -51,11 +48,10 @@ __attribute__((noinline)) void join_planes(const X* from, int64_t height, int64_
   const int64_t plane = height * width;
   const auto join = [&](const X* x, uint32_t* lanes, int count) __attribute__((always_inline)) {
     UInt lane = {};
-#pragma GCC unroll 4
-    for (unsigned j = 0; j < Op::kUnit; ++j)
+    BQNN_UNROLL(4) for (unsigned j = 0; j < Op::kUnit; ++j)
       if (j < inputs) {
         const unsigned up = j * (32 / Op::kUnit);
-        const UInt bits = operand_bits<Op>(rounded<Op>(load_activations(x + j * plane, count), bf16, scale));
+        const UInt bits = operand_bits<Op>(rounded<Op>(load_numbers(x + j * plane, count), bf16, scale));
         lane = (lane & ((1u << up) - 1)) | bits << up;
       }
     store_first(reinterpret_cast<float*>(lanes), (Float)(lane ^ zero_lane<Op>()), count);
@@ -71,14 +67,11 @@ __attribute__((noinline)) void join_planes(const X* from, int64_t height, int64_
 template <int kUnits>
 __attribute__((noinline)) void part_lanes(const char* line, int64_t width, uint32_t* to, int64_t plane) {
   UInt index = {};
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) index[i] = static_cast<uint32_t>(i * kUnits);
+  BQNN_UNROLL(16) for (int i = 0; i < kLanes; ++i) index[i] = static_cast<uint32_t>(i * kUnits);
   for (int64_t w = 0; w < width; w += kLanes, line += kLanes * kUnits * 4) {
     UInt v[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < kUnits; ++i) v[i] = load_lanes(line + i * kLanes * 4);
-#pragma GCC unroll 4
-    for (unsigned u = 0; u < kUnits; ++u) {
+    BQNN_UNROLL(4) for (int i = 0; i < kUnits; ++i) v[i] = load_lanes(line + i * kLanes * 4);
+    BQNN_UNROLL(4) for (unsigned u = 0; u < kUnits; ++u) {
       UInt pixels = __builtin_shuffle(v[0], v[kUnits > 1], index + u);
       if constexpr (kUnits > 2)
         pixels = (UInt)select((Mask)(index + u < 2 * kLanes), (Int)pixels,
@@ -100,11 +93,9 @@ __attribute__((noinline)) inline void part_pixels(const char* line, int64_t pixe
     const int pixels = lanes_left(width - w);
     for (int64_t u = 0; u < units; u += kLanes) {
       UInt v[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) v[i] = load_lanes(line + (w + (i < pixels ? i : 0)) * pixel + u * 4);
+      BQNN_UNROLL(16) for (int i = 0; i < kLanes; ++i) v[i] = load_lanes(line + (w + (i < pixels ? i : 0)) * pixel + u * 4);
       transpose(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
+      BQNN_UNROLL(16) for (int i = 0; i < kLanes; ++i)
         if (u + i < units) store_first(reinterpret_cast<float*>(to + (u + i) * plane + w), (Float)v[i], pixels);
     }
   }

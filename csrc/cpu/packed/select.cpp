@@ -1,7 +1,5 @@
 #include "cpu/packed/select.h"
 
-#include "cpu/packed/shape.h"
-
 namespace bqnn {
 
 // What the translation unit of each instruction set has.

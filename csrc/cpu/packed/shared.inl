@@ -1,7 +1,4 @@
-// What the vector and the tile kernels share: sizes, working memory, the rule of "int8", compile-time constants.
-//
-// Included inside the namespace of a translation unit that has set the target.
-#pragma once
+// What the vector and the tile kernels share: sizes, working memory, the rule of "int8".
 
 // Products of two numbers that repay waking a thread.
 constexpr int64_t kTaskWork = int64_t{1} << 20;
@@ -32,21 +29,6 @@ inline RowScale row_scale(float largest) {
   if (!(largest < __builtin_inff())) return {0.0f, 0.0f, __builtin_nanf("")};
   const float lift = small ? 0x1p64f : 1.0f;
   return {lift, largest > 0.0f ? 127.0f / (largest * lift) : 0.0f, largest / 127.0f};
-}
-
-// std::integral_constant without the header.
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
-// Calls f with the constants 0 to kCount - 1.
-template <int kCount, int kFirst = 0, class F>
-inline __attribute__((always_inline)) void unroll(const F& f) {
-  if constexpr (kFirst < kCount) {
-    f(Constant<kFirst>{});
-    unroll<kCount, kFirst + 1>(f);
-  }
 }
 
 // Calls f(bits, shared) with both as compile-time constants.

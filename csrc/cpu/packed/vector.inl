@@ -1,7 +1,6 @@
 // packed_linear and packed_conv2d on vectors: one source for every instruction set.
 //
 // A translation unit defines BQNN_LANES (16, 8 or 4) and includes this file inside a namespace of its own.
-#pragma once
 
 #include "cpu/packed/common.inl"
 #include "cpu/packed/planar_pack.inl"

@@ -1,7 +1,4 @@
 // bfloat16 in memory, float in registers.
-//
-// Included inside the namespace of a translation unit that has set the target and included vec.inl.
-#pragma once
 
 typedef uint16_t Bits16 __attribute__((vector_size(2 * BQNN_LANES)));
 

@@ -8,6 +8,10 @@
 
 #define BQNN_INLINE inline __attribute__((always_inline))
 
+// BQNN_UNROLL(n) before a loop unrolls it.
+#define BQNN_PRAGMA(text) _Pragma(#text)
+#define BQNN_UNROLL(n) BQNN_PRAGMA(GCC unroll n)
+
 constexpr int kLanes = BQNN_LANES;
 
 typedef float Float __attribute__((vector_size(4 * BQNN_LANES)));

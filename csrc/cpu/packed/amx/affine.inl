@@ -1,9 +1,6 @@
 // packed_conv2d where levels are offset + scale * step: the sums of activations that the offset multiplies, and what
 // makes outputs of the products with steps. The sums of each pixel's channels are kept, a float for each pixel of the
 // padded rows of a group; an output adds those under its kernel.
-//
-// Included inside the namespace of the AMX translation unit, after operands.inl.
-#pragma once
 
 // Sums of the channels of row h of a group of an image.
 template <class X>
@@ -13,7 +10,7 @@ inline void sum_channels(const PackedCall& call, const X* image, int64_t group, 
     const X* x = image + h * width * pitch + group * inputs;
     for (int64_t w = 0; w < width; ++w, x += pitch) {
       Float sum = {};
-      for (int64_t c = 0; c < inputs; c += kLanes) sum += load_activations(x + c, lanes_left(inputs - c));
+      for (int64_t c = 0; c < inputs; c += kLanes) sum += load_numbers(x + c, lanes_left(inputs - c));
       sums[w] = _mm512_reduce_add_ps((__m512)sum);
     }
     return;
@@ -22,7 +19,7 @@ inline void sum_channels(const PackedCall& call, const X* image, int64_t group, 
   for (int64_t w = 0; w < width; w += kLanes) {
     Float sum[4] = {};
     const int lanes = lanes_left(width - w);
-    for (int64_t c = 0; c < inputs; ++c) sum[c % 4] += load_activations(x + c * call.height * width + w, lanes);
+    for (int64_t c = 0; c < inputs; ++c) sum[c % 4] += load_numbers(x + c * call.height * width + w, lanes);
     store_first(sums + w, (sum[0] + sum[1]) + (sum[2] + sum[3]), lanes);
   }
 }

@@ -1,7 +1,7 @@
 // AMX: products of 16 x 64-byte tiles of bfloat16 or 8-bit integers. Activations that bfloat16 does not hold (NaN,
 // infinity) are for the AVX-512 kernels, as select.cpp has it.
 #include "cpu/base/scratch.h"
-#include "cpu/packed/shape.h"
+#include "cpu/packed/select.h"
 
 #if defined(__x86_64__)
 
@@ -18,6 +18,7 @@
 namespace bqnn::amx {
 
 #include "cpu/packed/common.inl"
+#include "cpu/simd/tiles.inl"
 #include "cpu/packed/amx/tile.inl"
 #include "cpu/packed/amx/operands.inl"
 #include "cpu/packed/amx/linear.inl"

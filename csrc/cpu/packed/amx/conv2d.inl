@@ -1,7 +1,4 @@
 // packed_conv2d on AMX: a copy of each image, and an implicit matrix product over it.
-//
-// Included inside the namespace of the AMX translation unit, after affine.inl.
-#pragma once
 
 // How a call is cut into tiles. Positions are output pixels in the order in which tiles take them: with stride 1 an image
 // can be one line of all pixels of the padded rows (the few between the rows are computed and left unused), else every
@@ -54,9 +51,8 @@ struct Wave {
 template <class T>
 inline bool pack_tiles(const PackedCall& call, const TilePlan& plan, const Parallel& parallel, const Wave& wave) {
   if constexpr (T::kAffine) sum_images(call, parallel, wave.first, wave.images, plan.sums, wave.sums);
-  return pack_wave<typename T::Op>(
-      call, plan.copy, parallel, wave.first, wave.images, wave.scales, wave.packed,
-      [&](const RowScale& scale) { return TilePacker<T>(*call.weight, scale, plan.part); });
+  return pack_wave<TilePacker<T>>(call, plan.copy, parallel, wave.first, wave.images, wave.scales, wave.packed,
+                                  plan.part);
 }
 
 // Writes the outputs of 64 channels from `block` on of a group whose positions are in [first, last) of an image.

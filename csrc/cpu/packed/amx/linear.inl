@@ -1,7 +1,4 @@
 // packed_linear on AMX: packs the activations, then computes 64 channels by a chunk of rows at a time.
-//
-// Included inside the namespace of the AMX translation unit, after operands.inl.
-#pragma once
 
 // Steps of K whose decoded weights, of two blocks, stay in the L1 cache.
 constexpr int64_t kChunkSteps = 8;
@@ -18,18 +15,18 @@ inline int64_t activations_at(int64_t row, int64_t step, int64_t steps, int64_t 
 
 // Packs a row of x; false where an activation does not fit.
 template <class T, class X>
-inline bool pack_tile_row(const PackedLayout& layout, const X* x, int64_t row, int64_t tiles, char* activations,
+inline bool pack_tile_row(const PackedCall& call, const X* x, int64_t row, int64_t tiles, char* activations,
                           float* scale) {
   using Op = typename T::Op;
-  const int64_t columns = layout.columns, steps = layout.padded / T::kStep;
+  const int64_t columns = call.weight->columns, steps = call.weight->padded / T::kStep;
   const RowScale rule = Op::kInt8 ? row_scale(largest(x, columns)) : RowScale{};
   *scale = rule.scale;
-  TilePacker<T> pack(layout, rule, 0);
+  TilePacker<T> pack(call, rule, 0);
   for (int64_t step = 0; step < steps; ++step) {
     auto* to = reinterpret_cast<typename T::Element*>(activations + activations_at(row, step, steps, tiles));
     for (int64_t i = 0; i < T::kStep; i += kLanes) {
       const int64_t k = step * T::kStep + i, left = columns - k;
-      pack(left > 0 ? load_activations(x + k, lanes_left(left)) : Float{}, to + i, kLanes);
+      pack(left > 0 ? load_numbers(x + k, lanes_left(left)) : Float{}, to + i, kLanes);
     }
   }
   return pack.fits();
@@ -121,7 +118,7 @@ bool run_linear(const PackedCall& call, const Parallel& parallel) {
   with_elements(call.x, [&](const auto* x) {
     parallel_for(parallel, rows, 1 + (1 << 14) / layout.columns, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
-        if (!pack_tile_row<T>(layout, x + row * call.x.image_stride, row, tiles, activations, scales + row))
+        if (!pack_tile_row<T>(call, x + row * call.x.image_stride, row, tiles, activations, scales + row))
           __atomic_store_n(&fits, false, __ATOMIC_RELAXED);
     });
   });

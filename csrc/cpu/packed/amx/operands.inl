@@ -1,7 +1,4 @@
 // Activations as the operands of tiles, and decoded weights.
-//
-// Included inside the namespace of the AMX translation unit, after tile.inl.
-#pragma once
 
 // Writes the activations of one row or image, every part of them, and sees whether they fit.
 template <class T>
@@ -17,10 +14,11 @@ struct TilePacker {
   // Numbers whose products are as they should be: finite, and finite after rounding to bfloat16; sums of them, too.
   // Tiles take denormal numbers for 0, so that the parts of an activation, and their products with those of levels, have
   // to be normal: 2^-100 leaves room for the third part of an activation, and more for the steps of affine levels.
-  TilePacker(const PackedLayout& layout, const RowScale& scale, int64_t part) : scale(scale), part(part) {
+  TilePacker(const PackedCall& call, const RowScale& scale, int64_t part) : scale(scale), part(part) {
     constexpr uint32_t kFinite = 0x7F7F7FFF, kFiniteSums = 0x6F800000;
     if (T::kActivations == 3) {
-      const float smallest = T::kAffine ? 0x1p-90f : layout.least_level < 1.0f ? 0x1p-100f / layout.least_level : 0x1p-100f;
+      const float level = call.weight->least_level < 1.0f ? call.weight->least_level : 1.0f;
+      const float smallest = T::kAffine ? 0x1p-90f : 0x1p-100f / level;
       __builtin_memcpy(&least, &smallest, sizeof least);
     }
     range = (T::kAffine ? kFiniteSums : kFinite) - least;
@@ -32,8 +30,7 @@ struct TilePacker {
     } else {
       const UInt magnitude = (UInt)abs(x);
       misfit |= (Mask)(magnitude - least > range) & (Mask)(magnitude != 0);
-#pragma GCC unroll 3
-      for (int p = 0; p < T::kActivations; ++p) {
+      BQNN_UNROLL(3) for (int p = 0; p < T::kActivations; ++p) {
         const Bits16 bits = bfloat16_operands(x);
         store_bits16(reinterpret_cast<Element*>(reinterpret_cast<char*>(to) + p * part), bits, count);
         if (p + 1 < T::kActivations) x -= widen(bits);
