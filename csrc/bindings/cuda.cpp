@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "bindings/tensors.h"
 #include "cuda/packed_linear.h"
@@ -19,7 +18,7 @@
 namespace bqnn {
 namespace {
 
-// The data of a contiguous tensor on the GPU of this dtype and shape, or of no given dtype, from a multiple of 16 bytes.
+// The data of a contiguous tensor on the GPU of this dtype, where one is given, and shape, from a multiple of 16 bytes.
 void* gpu_data(const Tensor& tensor, const char* name, std::optional<ScalarType> dtype,
                std::initializer_list<int64_t> shape) {
   void* data = tensor.data_ptr();
@@ -103,7 +102,7 @@ void packed_linear_op(Tensor x, Tensor words, Tensor levels, std::optional<Tenso
     if (!row_scale) refuse("row_scale", "given in \"int8\"", "none");
     if (integers->scalar_type() != ScalarType::Char || !integers->is_cuda() || !integers->is_contiguous() ||
         integers->numel() != codebooks * cuda::kIntegers)
-      refuse("integers", "contiguous int8 " + shape_text(std::vector<int64_t>{codebooks, cuda::kIntegers}) + " on the GPU",
+      refuse("integers", "contiguous int8 of " + std::to_string(codebooks * cuda::kIntegers) + " elements on the GPU",
              describe(*integers));
     call.integers = static_cast<const int8_t*>(integers->data_ptr());
   } else {

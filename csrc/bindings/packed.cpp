@@ -23,10 +23,12 @@ Tensor packed_layout_op(Tensor codes, Tensor levels, Tensor int8_levels, Tensor 
   const bool linear = kernel_size.empty();
   if (linear) kernel_size = {1, 1};
   require(kernel_size.size() == 2, "kernel_size", "empty or two integers", static_cast<int64_t>(kernel_size.size()));
-  for (const int64_t size : kernel_size) require(size >= 1 && size <= INT_MAX, "kernel_size", "from 1 to 2^31 - 1", size);
+  for (const int64_t size : kernel_size)
+    require(size >= 1 && size <= INT_MAX, "kernel_size", "from 1 to 2^31 - 1", size);
   require(dilation_w >= 1 && dilation_w <= INT_MAX, "dilation_w", "from 1 to 2^31 - 1", dilation_w);
   const int64_t taps = kernel_size[0] * kernel_size[1];
-  require(columns >= 1 && columns % taps == 0 && taps <= INT_MAX, "columns", "a multiple of the kernel's taps", columns);
+  require(columns >= 1 && columns % taps == 0, "columns", "a multiple of the kernel's taps", columns);
+  require(taps <= INT_MAX, "kernel_size", "of fewer than 2^31 taps", taps);
   require(levels.dim() == 2 && levels.size(1) >= 2 && levels.size(1) <= kMostLevels, "levels",
           "two-dimensional with 2 to 16 levels a codebook", levels.dim() == 2 ? levels.size(1) : levels.dim());
   require(codes.dim() == 2 && codes.size(0) >= 1, "codes", "two-dimensional with a row or more a channel",
@@ -170,7 +172,8 @@ Result run_conv2d(Tensor x, const Tensor& layout_tensor, const std::optional<Ten
     refuse("x", "[batch, " + std::to_string(inputs) + ", height, width]", describe(x));
   Pair stride(strides, "stride", 1), dilation(dilations, "dilation", 1);
   const Pair padding(paddings, "padding", 0);
-  require(layout.kernel_w == 1 || dilation.w == layout.dilation_w, "dilation", "the layout's along the width", dilation.w);
+  require(layout.kernel_w == 1 || dilation.w == layout.dilation_w, "dilation", "the layout's along the width",
+          dilation.w);
   const int64_t images = x.size(0), height = x.size(2), width = x.size(3);
   const bool contiguous = x.is_contiguous();
   const bool channels_last = !contiguous && x.stride(1) == 1 && x.stride(3) == inputs &&

@@ -83,7 +83,8 @@ T* shaped(const Tensor& tensor, const char* name, ScalarType dtype, std::initial
 template <class T>
 T* counted(const Tensor& tensor, const char* name, ScalarType dtype, int64_t count) {
   if (tensor.scalar_type() != dtype || !tensor.is_contiguous() || !tensor.is_cpu() || tensor.numel() != count)
-    refuse(name, "contiguous " + std::string(dtype_name(dtype)) + " on the CPU of " + std::to_string(count) + " elements",
+    refuse(name,
+           "contiguous " + std::string(dtype_name(dtype)) + " on the CPU of " + std::to_string(count) + " elements",
            describe(tensor));
   return static_cast<T*>(tensor.data_ptr());
 }

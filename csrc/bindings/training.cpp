@@ -1,5 +1,5 @@
-// torch.ops.bqnn_cpu: the ops of training, and the instruction set. Stable ABI of torch 2.10 and Python's limited API, so
-// that one build serves later versions of both.
+// torch.ops.bqnn_cpu: the ops of training, and the instruction set. Stable ABI of torch 2.10 and Python's limited API,
+// so that one build serves later versions of both.
 #include <Python.h>
 
 #include <optional>
@@ -124,8 +124,8 @@ void multiply_op(Tensor grad, Tensor slope, Tensor out) {
 }
 
 void noise_gradient_op(Tensor grad, Tensor variance, Tensor seed, int64_t offset, Tensor out) {
-  noise_gradient(torch_threads(), isa(), plane_shape(grad), plane(grad, "grad", grad), plane(variance, "variance", grad),
-                 noise(seed, offset), plane(out, "out", grad));
+  noise_gradient(torch_threads(), isa(), plane_shape(grad), plane(grad, "grad", grad),
+                 plane(variance, "variance", grad), noise(seed, offset), plane(out, "out", grad));
 }
 
 void square_op(Tensor x, Tensor out) {
@@ -223,7 +223,8 @@ void assign_codes_op(Tensor weight, Tensor thresholds, bool packed, Tensor out) 
                             shape.columns,
                             codebook.groups != 1,
                             static_cast<int>(codebook.levels)};
-  auto* codes = counted<uint8_t>(out, "out", ScalarType::Byte, shape.channels * ((shape.columns + digits - 1) / digits));
+  const int64_t width = (shape.columns + digits - 1) / digits;
+  auto* codes = counted<uint8_t>(out, "out", ScalarType::Byte, shape.channels * width);
   (packed ? assign_codes_packed : assign_codes)(torch_threads(), isa(), weights, codes);
 }
 

@@ -73,7 +73,8 @@ struct Memory {
   }
   // Whether nothing was written but what has been taken.
   bool untouched() const {
-    return bytes.intact() && std::all_of(bytes.data(), bytes.data() + bytes.size(), [](int byte) { return byte == 0xFF; });
+    const unsigned char *begin = bytes.data(), *end = begin + bytes.size();
+    return bytes.intact() && std::all_of(begin, end, [](unsigned char byte) { return byte == 0xFF; });
   }
 };
 
@@ -122,7 +123,8 @@ std::string run_all(const Case& c, const Operands& o) {
     if (wrong.empty()) wrong = compare(c, expected, found, isa);
     if (wrong.empty() && c.threads > 1) {
       wrong = run_on(c, o, layout, isa, c.threads, &threaded);
-      const bool differ = !found.empty() && std::memcmp(found.data(), threaded.data(), found.size() * sizeof(float)) != 0;
+      const size_t size = found.size() * sizeof(float);
+      const bool differ = size > 0 && std::memcmp(found.data(), threaded.data(), size) != 0;
       if (wrong.empty() && differ)
         wrong = "another result with " + std::to_string(c.threads) + " threads";
     }

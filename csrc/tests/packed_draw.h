@@ -96,8 +96,8 @@ struct Case {
       std::snprintf(shape, sizeof shape, "linear B%d N%d K%d", static_cast<int>(images), static_cast<int>(outputs),
                     static_cast<int>(inputs));
     }
-    std::snprintf(rest, sizeof rest, " M%d %s %s %s in %d+%d to %s in %d+%d, %s activations%s%s, %d threads", num_levels,
-                  per_channel ? "channel" : "tensor", kPrecisions[static_cast<int>(precision)],
+    std::snprintf(rest, sizeof rest, " M%d %s %s %s in %d+%d to %s in %d+%d, %s activations%s%s, %d threads",
+                  num_levels, per_channel ? "channel" : "tensor", kPrecisions[static_cast<int>(precision)],
                   x.bfloat16 ? "bfloat16" : "float", static_cast<int>(x.before), static_cast<int>(x.after),
                   y.bfloat16 ? "bfloat16" : "float", static_cast<int>(y.before), static_cast<int>(y.after),
                   kActivations[static_cast<int>(activations)], bias ? ", bias" : "", relu ? ", ReLU" : "", threads);

@@ -12,7 +12,7 @@ inline double worst[kIsas];
 
 // --- the plain loops ----------------------------------------------------------------------------------------------
 
-// What y has to be, [images, channels, pixels]: the value, for "fp32" and "bf16" the sum of its terms' magnitudes as well.
+// What y has to be, [images, channels, pixels]: the value, and but for "int8" the sum of its terms' magnitudes.
 struct Expected {
   std::vector<double> value, magnitude;
 };

@@ -8,8 +8,8 @@ struct Codebook {
   alignas(64) uint32_t entries[kTable][kBlock];  // [0][code] of a shared one, [code][channel] else
 };
 
-// What is decoded: a table of levels, and which of the bfloat16 numbers whose sum is a level. The first one is the level
-// rounded, the second and third what rounding left.
+// What is decoded: a table of levels, and which of the bfloat16 numbers whose sum is a level: the level rounded, or
+// what rounding left of it.
 struct LevelSource {
   const float* table;
   int part = 0;
@@ -87,7 +87,8 @@ BQNN_INLINE UInt choose_levels(const Codebook& book, UInt code, int part) {
   UInt level[kCodes];
   BQNN_UNROLL(16) for (int m = 0; m < kCodes; ++m) level[m] = load_lanes(book.entries[m] + part * kLanes);
   BQNN_UNROLL(4) for (int bit = 0; bit < kBits; ++bit)
-    BQNN_UNROLL(8) for (int m = 0; m < kCodes >> (bit + 1); ++m) level[m] = choose<kUnit>(code, bit, level[2 * m], level[2 * m + 1]);
+    BQNN_UNROLL(8) for (int m = 0; m < kCodes >> (bit + 1); ++m)
+      level[m] = choose<kUnit>(code, bit, level[2 * m], level[2 * m + 1]);
   return level[0];
 }
 

@@ -87,21 +87,16 @@ inline void finish_pixels(const PackedCall& call, const typename Op::Product* pr
       if (call.y.format == Format::channels_last) {
         const Finish<Op> finish(channels, c, lanes);
         auto* to = y + first * pitch + channel + c;
-        const auto store = [&](int lanes) __attribute__((always_inline)) {
-          for (int64_t i = 0; i < count; ++i)
-            store_numbers(to + i * pitch, finish(load_lanes(products + i * stride + c), scale), lanes);
-        };
-        if (lanes == kLanes)
-          store(kLanes);
-        else
-          store(lanes);
+        for (int64_t i = 0; i < count; ++i)
+          store_numbers(to + i * pitch, finish(load_lanes(products + i * stride + c), scale), lanes);
         continue;
       }
       auto* to = y + (channel + c) * positions + first;
       for (int64_t i = 0; i < count; i += kLanes, to += kLanes) {
         const int pixels = lanes_left(count - i);
         UInt v[kLanes];
-        BQNN_UNROLL(16) for (int p = 0; p < kLanes; ++p) v[p] = load_lanes(products + (i + (p < pixels ? p : 0)) * stride + c);
+        BQNN_UNROLL(16) for (int p = 0; p < kLanes; ++p)
+          v[p] = load_lanes(products + (i + (p < pixels ? p : 0)) * stride + c);
         transpose(v);
         BQNN_UNROLL(16) for (int of = 0; of < kLanes; ++of)
           if (of < lanes) store_numbers(to + of * positions, Finish<Op>(channels, c + of)(v[of], scale), pixels);

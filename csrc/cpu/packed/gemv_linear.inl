@@ -4,9 +4,9 @@
 // Words added up in one float32 sum: its error grows with the number of terms.
 constexpr int64_t kWordsOfSum = 256;
 
-// Products [kRows][kMostBlocks * 16] of kBlocks blocks, one codebook for all. Activations are zeros up to the end of the
-// last word. 8-bit ones are multiplied by levels + 128, since vpdpbusd wants one operand unsigned: 128 times the sum of
-// the activations is to be subtracted. Integer sums may wrap around on the way.
+// Products [kRows][kMostBlocks * 16] of kBlocks blocks, one codebook for all. Activations are zeros up to the end of
+// the last word. 8-bit ones are multiplied by levels + 128, since vpdpbusd wants one operand unsigned: 128 times their
+// sum is to be subtracted. Integer sums may wrap around on the way.
 template <class Op, int kBits, int kRows, int kBlocks>
 __attribute__((noinline)) void dot_rows(const PackedLayout& layout, int64_t block, const char* const* rows,
                                         typename Op::Product* products) {
@@ -50,7 +50,8 @@ __attribute__((noinline)) void dot_rows(const PackedLayout& layout, int64_t bloc
         const int lane = kFloats ? i % (kLanesOfWord / 2) * 2 + i / (kLanesOfWord / 2) : i;
         BQNN_UNROLL(8) for (int r = 0; r < kRows; ++r) {
           const UInt x = broadcast_lane(row[r] + at + lane * 4);
-          BQNN_UNROLL(8) for (int b = 0; b < kBlocks; ++b) sum[b][r][i % kSums] = Op::dot(x, level[b], sum[b][r][i % kSums]);
+          BQNN_UNROLL(8) for (int b = 0; b < kBlocks; ++b)
+            sum[b][r][i % kSums] = Op::dot(x, level[b], sum[b][r][i % kSums]);
         }
       }
     }

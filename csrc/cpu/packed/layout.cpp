@@ -64,14 +64,14 @@ float least_magnitude(const float* levels, int64_t count) {
 bool is_of_a_weight(const PackedLayout& p) {
   const auto size = [&p](int64_t value) { return value > 0 && value <= 8 * p.bytes; };
   if (p.bytes > int64_t{1} << 48 || !size(p.channels) || !size(p.columns) || !size(p.groups)) return false;
-  if (static_cast<double>(p.channels) * static_cast<double>(p.columns) > 8.0 * static_cast<double>(p.bytes)) return false;
+  if (p.columns > 8 * p.bytes / p.channels) return false;
   if (p.kernel_h < 1 || p.kernel_w < 1 || p.dilation_w < 1 || p.taps() > p.columns) return false;
   if (p.num_levels < 2 || p.num_levels > kMostLevels || (p.codebooks != 1 && p.codebooks != p.channels)) return false;
   if (p.precision != Precision::fp32 && p.precision != Precision::bf16 && p.precision != Precision::int8) return false;
   const bool plain = p.affine == 0 && p.form == LayoutForm::words, indices = p.form == LayoutForm::sum_indices;
-  if (!plain && (p.codebooks != 1 || p.precision != Precision::fp32 || p.num_levels > 3 || p.affine < 0 || p.affine > 1))
-    return false;
-  return (p.form == LayoutForm::words || indices) && p.channels % p.groups == 0 && p.columns % p.taps() == 0;
+  if (!plain && (p.codebooks != 1 || p.precision != Precision::fp32 || p.num_levels > 3)) return false;
+  if ((p.affine != 0 && p.affine != 1) || (p.form != LayoutForm::words && !indices)) return false;
+  return p.channels % p.groups == 0 && p.columns % p.taps() == 0;
 }
 
 }  // namespace

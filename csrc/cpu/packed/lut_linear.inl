@@ -29,7 +29,8 @@ __attribute__((noinline)) void run_lookup_of(const PackedCall& call, const Paral
     auto* sums = room<float>(Scratch::products, kRows * most);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / parts * kRows, count = smaller(call.images - row, kRows);
-      const int64_t first_block = channels.first_block(task % parts), last_block = channels.first_block(task % parts + 1);
+      const int64_t part = task % parts;
+      const int64_t first_block = channels.first_block(part), last_block = channels.first_block(part + 1);
       for (int64_t r = 0; r < count; ++r) pack_matrix_row<FloatOperand>(call, row + r, padded, x + r * padded);
       for (int64_t word = 0; word < words; word += kWords) {
         const int64_t here = smaller(words - word, kWords);

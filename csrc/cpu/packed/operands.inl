@@ -1,5 +1,5 @@
-// What the vector kernels multiply: a 32-bit lane holds one float, or a few bfloat16 numbers or integers of one channel,
-// consecutive in K.
+// What kernels multiply: a 32-bit lane holds one float, or a few bfloat16 numbers or integers of one channel that follow
+// each other in K.
 //
 // An operand class provides
 //

@@ -103,10 +103,7 @@ inline void finish_runs(const PackedCall& call, const typename Op::Product* prod
         auto* plane = y + (group * count + c) * size;
         for (int64_t v = 0; v < vectors; ++v) {
           const Float value = finish(load_lanes(products + c * kRunRoom + v * kLanes), scale);
-          if (runs[v].lanes == kLanes)
-            store_numbers(plane + runs[v].pixel, value, kLanes);
-          else
-            store_numbers(plane + runs[v].pixel, value, runs[v].lanes);
+          store_numbers(plane + runs[v].pixel, value, runs[v].lanes);
         }
       }
       return;
@@ -185,8 +182,8 @@ void run_planar_conv2d(const PackedCall& call, const Parallel& parallel) {
   // An image takes this many multiplications or more.
   const int64_t fetches = ceil_div(layout.channels, kMostChannels) * (out_height * call.out_width / kRunRoom + 1);
 
-  // Copies the images [begin, end) a wave at a time, then multiplies bands of their rows. With `ahead` the images of the
-  // next wave are fetched meanwhile.
+  // Copies the images [begin, end) a wave at a time, then multiplies bands of their rows. A thread that is alone
+  // fetches the images of the next wave meanwhile.
   const auto run_images = [&](const Parallel& threads, int64_t begin, int64_t end, int64_t wave, bool alone) {
     auto* planes = room<uint32_t>(Scratch::activations, wave * plan.image + 2 * kBlock);
     auto* scales = room<RowScale>(Scratch::scales, wave);

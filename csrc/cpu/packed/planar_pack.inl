@@ -93,7 +93,8 @@ __attribute__((noinline)) inline void part_pixels(const char* line, int64_t pixe
     const int pixels = lanes_left(width - w);
     for (int64_t u = 0; u < units; u += kLanes) {
       UInt v[kLanes];
-      BQNN_UNROLL(16) for (int i = 0; i < kLanes; ++i) v[i] = load_lanes(line + (w + (i < pixels ? i : 0)) * pixel + u * 4);
+      BQNN_UNROLL(16) for (int i = 0; i < kLanes; ++i)
+        v[i] = load_lanes(line + (w + (i < pixels ? i : 0)) * pixel + u * 4);
       transpose(v);
       BQNN_UNROLL(16) for (int i = 0; i < kLanes; ++i)
         if (u + i < units) store_first(reinterpret_cast<float*>(to + (u + i) * plane + w), (Float)v[i], pixels);

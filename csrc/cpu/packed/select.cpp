@@ -140,8 +140,8 @@ constexpr Row kLinear[] = {
 
 constexpr Row kConv2d[] = {
 #if defined(__x86_64__)
-    {kAmx, kFp32, affine_split_pays, any_layer, kWords, amx::conv2d_fp32_affine, "AMX fp32 in 3 bf16 parts, affine panel"},
-    {kAmx, kFp32, split_pays, any_layer, kWords, amx::conv2d_fp32, "AMX fp32 in 3 bf16 parts panel"},
+    {kAmx, kFp32, affine_split_pays, any_layer, kWords, amx::conv2d_fp32_affine, "AMX fp32 affine in bf16 parts panel"},
+    {kAmx, kFp32, split_pays, any_layer, kWords, amx::conv2d_fp32, "AMX fp32 in bf16 parts panel"},
     {kAmx, kBf16, always, any_layer, kWords, amx::conv2d_bf16, "AMX bf16 panel"},
     {kAmx, kInt8, always, any_layer, kWords, amx::conv2d_int8, "AMX int8 panel"},
     {kAvx512, kFp32, lookup_conv2d_pays, few_levels_and_many_blocks, LayoutForm::sum_indices, avx512::lookup_conv2d,

@@ -24,6 +24,7 @@ BQNN_INLINE Bits16 round_to_bfloat16(Float x) { return __builtin_convertvector(b
 
 BQNN_INLINE void store_bfloat16_first(uint16_t* p, Float x, int count) {
   const Bits16 bits = round_to_bfloat16(x);
+  if (count == kLanes) return (void)__builtin_memcpy(p, &bits, sizeof bits);
 #if BQNN_LANES == 16
   _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1u), (__m256i)bits);
 #else

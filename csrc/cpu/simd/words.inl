@@ -1,5 +1,5 @@
-// What products are made of, beside vec.inl: constants as arguments, vectors of 32-bit words, numbers that are float32 or
-// bfloat16, fused multiplication and addition.
+// What products are made of, beside vec.inl: constants as arguments, vectors of 32-bit words, numbers that are float32
+// or bfloat16, fused multiplication and addition.
 //
 // A translation unit includes it after lanes.inl and bfloat16.inl.
 

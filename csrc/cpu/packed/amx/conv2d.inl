@@ -1,8 +1,8 @@
 // packed_conv2d on AMX: a copy of each image, and an implicit matrix product over it.
 
-// How a call is cut into tiles. Positions are output pixels in the order in which tiles take them: with stride 1 an image
-// can be one line of all pixels of the padded rows (the few between the rows are computed and left unused), else every
-// output row is a line of its own.
+// How a call is cut into tiles. Positions are output pixels in the order in which tiles take them: with stride 1 an
+// image can be one line of all pixels of the padded rows (the few between the rows are computed and left unused), else
+// every output row is a line of its own.
 struct TilePlan {
   CopyPlan copy;
   int64_t part;                // bytes of all images of a part
@@ -17,7 +17,8 @@ template <class T>
 inline TilePlan plan_tiles(const PackedCall& call) {
   const PackedLayout& layout = *call.weight;
   TilePlan p{};
-  const int64_t padded_w = call.width + 2 * int64_t{call.padding_w}, padded_h = call.height + 2 * int64_t{call.padding_h};
+  const int64_t padded_w = call.width + 2 * int64_t{call.padding_w};
+  const int64_t padded_h = call.height + 2 * int64_t{call.padding_h};
   const int64_t flat = ceil_div((call.out_height - 1) * padded_w + call.out_width, kTile);
   const int64_t by_rows = call.out_height * ceil_div(call.out_width, kTile);
   const bool one_line = call.stride_h == 1 && call.stride_w == 1 && flat < by_rows;

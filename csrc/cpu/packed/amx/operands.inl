@@ -12,8 +12,8 @@ struct TilePacker {
   Mask misfit = {};
 
   // Numbers whose products are as they should be: finite, and finite after rounding to bfloat16; sums of them, too.
-  // Tiles take denormal numbers for 0, so that the parts of an activation, and their products with those of levels, have
-  // to be normal: 2^-100 leaves room for the third part of an activation, and more for the steps of affine levels.
+  // Tiles take denormal numbers for 0, so that the parts of an activation, and their products with those of levels,
+  // have to be normal: 2^-100 leaves room for the third part of an activation, and more for the steps of affine levels.
   TilePacker(const PackedCall& call, const RowScale& scale, int64_t part) : scale(scale), part(part) {
     constexpr uint32_t kFinite = 0x7F7F7FFF, kFiniteSums = 0x6F800000;
     if (T::kActivations == 3) {
