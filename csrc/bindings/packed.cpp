@@ -150,7 +150,7 @@ int64_t output_size(int64_t size, int64_t padding, int64_t kernel, int64_t* dila
 
 // Refuses a padding that makes so much of a small image that a copy of it would not fit the memory.
 void check_padded(const Tensor& x, const Pair& padding, const int64_t* out, int64_t channels) {
-  constexpr double kMost = 1 << 30;  // numbers of an image
+  constexpr double kMost = 1 << 30;  // numbers of an image, unless it has a 64th of them
   const double image = static_cast<double>(x.size(1)) * static_cast<double>(x.size(2)) * static_cast<double>(x.size(3));
   const double padded = static_cast<double>(x.size(1)) * static_cast<double>(x.size(2) + 2 * padding.h) *
                         static_cast<double>(x.size(3) + 2 * padding.w);

@@ -43,7 +43,8 @@ struct WarpRows {
 
 // Sets row_warps and splits for a device with so many multiprocessors.
 inline void divide(PackedLinearCall* call, int multiprocessors) {
-  constexpr int64_t kLeastBytes = 32 << 10;  // of the weight for a block: a second kernel, which adds, has its price
+  // A block with fewer bytes of the weight is not worth the second kernel, which adds.
+  constexpr int64_t kLeastBytes = 32 << 10;
   // Warps of a block that have rows of their own share the activations that it stages, so the more of these, the more
   // of those. The others share rows and need no second kernel to add what they have.
   call->row_warps = 1;

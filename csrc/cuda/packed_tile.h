@@ -38,7 +38,7 @@ template <int kCapacity_, int kParts_, int kColumnTiles_>
 struct LinearTraits {
   static constexpr int kCapacity = kCapacity_, kParts = kParts_, kColumnTiles = kColumnTiles_;
   using Code = Codes<kCapacity>;
-  static constexpr int kUnits = 4 * Code::kQuads;         // units of a lane in a step, for one column
+  static constexpr int kUnits = 4 * Code::kQuads;         // units that a lane reads in a step for one column
   // Three tables a row, or three tiles of sums, leave registers for two rows a lane.
   static constexpr int kRowTiles = kParts == 1 && kColumnTiles < 3 ? 2 : 1;
   static constexpr int kLaneRows = 2 * kRowTiles;
@@ -54,13 +54,13 @@ struct LinearTraits {
 // Where a block is, and how it divides its work.
 template <class T>
 struct Tile {
-  int columns;             // of the activations, all parts
-  int parts;               // of a row of x: column = row * parts + part
+  int columns;             // columns of the activations, all parts of them
+  int parts;               // parts of a row of x: column = row * parts + part
   int first_x_row, x_rows;
-  int column_warps;        // that share rows
-  int block_rows;          // of the weight
+  int column_warps;        // warps that share rows and divide the columns
+  int block_rows;          // rows of the weight in a block
   int64_t first_row;
-  int begin, end;          // steps of this block
+  int begin, end;          // the steps of this block
   int slice;               // steps that shared memory holds, a multiple of column_warps * kDepth
 
   BQNN_HOST_DEVICE Tile(const PackedLinearCall& call, int parts_, int64_t block_x, int block_y, int block_z)
@@ -132,7 +132,7 @@ BQNN_HOST_DEVICE float load_activation(const void* x, Element element, int64_t i
 #endif
 }
 
-// The rule of bqnn/ops/_int8.py: q = rint((x * lift) * factor), which is x / scale.
+// The rule of "int8", as the Python reference has it: q = rint((x * lift) * factor), which is x / scale.
 struct Rounding {
   float lift, factor, scale;
 };
@@ -165,7 +165,7 @@ BQNN_HOST_DEVICE int steps_from(const Tile<T>& tile, int first) {
 template <class T>
 BQNN_HOST_DEVICE void stage(const PackedLinearCall& call, const Tile<T>& tile, int thread, int first, Unit* shared) {
   using Code = typename T::Code;
-  const int words = steps_from(tile, first) * 16;  // of a row of the weight
+  const int words = steps_from(tile, first) * 16;  // words of a row of the weight
   for (int item = thread; item < words * tile.x_rows; item += kThreads) {
     const int row = item / words, word = item % words;
     const int step = word / 16, t = word / 4 % 4, in_load = word % 4;

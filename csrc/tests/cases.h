@@ -159,7 +159,7 @@ inline void print_repeat() {
 
 inline void print_repeat_at_death() {
 #if defined(__SANITIZE_ADDRESS__)
-  constexpr int kSignals[] = {SIGABRT};  // the others are the sanitizer's, which then aborts
+  constexpr int kSignals[] = {SIGABRT};  // the sanitizer handles the other signals, then aborts
 #else
   constexpr int kSignals[] = {SIGSEGV, SIGFPE, SIGILL, SIGABRT, SIGBUS};
 #endif

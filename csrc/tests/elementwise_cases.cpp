@@ -17,7 +17,7 @@ struct Case {
   bool per_row;
   int num_levels, threads;
   PlaneShape shape;  // of outputs
-  bool interleaved[3], bfloat16[3];  // of their tensors
+  bool interleaved[3], bfloat16[3];  // the format and the dtype of three tensors of outputs
   Noise noise;
 
   int64_t weights() const { return rows * columns; }

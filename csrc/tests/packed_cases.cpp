@@ -1,6 +1,6 @@
 // Draws packed layers and compares every instruction set of this machine with a plain loop in double.
 //
-// "int8" has to have the bits of the rule in bqnn/ops/_int8.py. "fp32" and "bf16" may be off, in each output, by
+// "int8" has to have the bits of the rule of the Python reference. "fp32" and "bf16" may be off, in each output, by
 // kTolerance times the sum of the magnitudes it is made of, and as a whole by kTolerance times its norm; outputs that
 // are one weight have to be exact. NaN and infinity have to be in the outputs whose operands hold them, and in no
 // other. The number of threads must not change a bit.

@@ -8,7 +8,7 @@
 
 namespace bqnn::cases {
 
-constexpr int64_t kMostProducts = 600'000;  // of a case
+constexpr int64_t kMostProducts = 600'000;  // products of a drawn case at most
 
 // --- bfloat16 -----------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ struct Expected {
   std::vector<double> value, magnitude;
 };
 
-// The integers of an image's activations and their scale, as bqnn/ops/_int8.py has it.
+// The integers of an image's activations and their scale, by the rule of the Python reference.
 inline float quantize(const float* x, int64_t count, std::vector<double>* q) {
   float largest = 0.0f;
   q->assign(count, 0.0);

@@ -12,7 +12,7 @@
 namespace bqnn::tiles {
 
 struct Tile {
-  int rows, bytes;  // of a row; 0 where no configuration is loaded
+  int rows, bytes;  // rows, and bytes of a row; 0 where no configuration is loaded
   unsigned char data[16][64];
 };
 

@@ -10,7 +10,7 @@ namespace {
 // bfloat16 number next to where it has to be, which is off by some 2^-10 of itself. What is allowed is the rounding of
 // the levels, 2^-25 of each, so that one pair in 2^14 or so is right. Powers of two down to kSmallest make 2^19 pairs.
 constexpr int kSmallest = -8;
-constexpr double kLeastSpan = 0.5;  // between the outer steps
+constexpr double kLeastSpan = 0.5;  // the outer steps are so far apart at least
 // What is added for a level is at most so many times the level: the errors of sums stay in proportion to their terms.
 constexpr double kMostCancelled = 16.0;
 

@@ -32,7 +32,7 @@ inline uint32_t level_of(const PackedLayout& layout, const LevelSource& source, 
 // the code.
 template <class Op>
 inline void read_table(const PackedLayout& layout, const LevelSource& source, int64_t first, uint32_t* table) {
-  constexpr int kPlaces = kBlock * Op::kUnit;  // of a level, in the table
+  constexpr int kPlaces = kBlock * Op::kUnit;  // places of the table
   if constexpr (Op::kUnit == 4) {
     for (int i = 0; i < kPlaces; i += kTable)
       __builtin_memcpy(reinterpret_cast<char*>(table) + i, layout.int8_table() + first, kTable);
@@ -86,9 +86,10 @@ BQNN_INLINE UInt choose_levels(const Codebook& book, UInt code, int part) {
   constexpr int kCodes = 1 << kBits;
   UInt level[kCodes];
   BQNN_UNROLL(16) for (int m = 0; m < kCodes; ++m) level[m] = load_lanes(book.entries[m] + part * kLanes);
-  BQNN_UNROLL(4) for (int bit = 0; bit < kBits; ++bit)
-    BQNN_UNROLL(8) for (int m = 0; m < kCodes >> (bit + 1); ++m)
-      level[m] = choose<kUnit>(code, bit, level[2 * m], level[2 * m + 1]);
+  unroll<kBits>([&](auto bit) __attribute__((always_inline)) {
+    BQNN_UNROLL(8) for (int m = 0; m < kCodes >> (bit.value + 1); ++m)
+      level[m] = choose<kUnit>(code, bit.value, level[2 * m], level[2 * m + 1]);
+  });
   return level[0];
 }
 
@@ -114,7 +115,7 @@ BQNN_INLINE UInt look_up(const Codebook& book, UInt word, int part) {
 // One lane of K: the kUnit weights of a word from the `first` one on.
 template <class Op, int kBits, bool kShared>
 BQNN_INLINE UInt look_up_lane(const Codebook& book, UInt word, int first, int part) {
-  constexpr int kUnit = Op::kInt8 ? 4 : 2;  // of the layout
+  constexpr int kUnit = Op::kInt8 ? 4 : 2;  // weights that a lane of the layout has
 #if BQNN_LANES == 16
   if constexpr (Op::kUnit == kUnit) {  // one instruction for all of the lane
     const UInt code = word >> (first / kUnit * kBits);

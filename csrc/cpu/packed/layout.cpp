@@ -138,7 +138,7 @@ void make_layout(const PackedWeight& w, void* memory) {
   };
   if (w.codebooks == 1) fill_tables(0, 0);
   const int word_shift = p.bits == 1 ? 5 : p.bits == 2 ? 4 : 3;
-  int bit[32];  // where each weight of a word is
+  int bit[32];  // the place of each weight in a word
   for (int i = 0; i < p.word_weights(); ++i) bit[i] = i % p.unit * (32 / p.unit) + i / p.unit * p.bits;
   std::vector<uint8_t> codes(static_cast<size_t>(width * digits));
   for (int64_t n = 0; n < w.channels; ++n) {

@@ -34,7 +34,7 @@ enum class LayoutForm : int32_t { words = 0, sum_indices = 1 };
 constexpr int kBlock = 16;             // output channels side by side
 constexpr int kTable = 16;             // entries of a decoding table: the levels, repeated with period 2^bits
 constexpr int kIndexBlocks = 8;        // blocks of sum indices side by side
-constexpr int kMostLevels = 16;        // of a codebook
+constexpr int kMostLevels = 16;        // levels of a codebook at most
 constexpr uint32_t kInt8Offset = 128;  // added to 8-bit activations where the instruction takes them unsigned
 
 // An index into a table of sums: the weights it stands for, its bits, and how many a word holds.
@@ -46,17 +46,17 @@ constexpr SumIndex sum_index(int num_levels) { return num_levels == 2 ? SumIndex
 
 struct PackedLayout {
   uint64_t magic;
-  int64_t bytes;              // of the whole
+  int64_t bytes;              // size of the whole layout
   int64_t channels, columns;  // N, K: the weight's shape
   int64_t groups;
-  int64_t blocks;             // of 16 channels, in each group
+  int64_t blocks;             // blocks of 16 channels in each group
   int64_t group_channels;     // output channels of each group
   int64_t inputs;             // channels of the activations in each group
   int64_t segment, padded;    // weights in a segment, and after padding
   int32_t segments, kernel_h, kernel_w, dilation_w;
   int32_t num_levels, bits, unit, codebooks;
   Precision precision;
-  LayoutForm form;     // the form it has beside the words
+  LayoutForm form;     // what it has beside the words
   int32_t affine;      // whether the levels are offset + scale * step, see affine_levels.h
   float least_level;   // the smallest magnitude of a level that is not 0
   double affine_offset, affine_scale;

@@ -5,7 +5,7 @@
 //
 // Tables are made where they are used, in the L1 cache, and all channels pass by: lut_linear.inl and lut_conv2d.inl.
 
-constexpr int kSumRows = 4;                 // rows, or pixels, that share what is read and shifted of the codes
+constexpr int kSumRows = 4;                 // rows or pixels that share what is read and shifted of the codes
 constexpr int64_t kTablesRoom = 24 * 1024;  // bytes of tables that are made together
 
 // The tables of a codebook of kLevels levels.

@@ -42,7 +42,7 @@ struct Bfloat16Operand : FloatOperand {
 using Bfloat16Operand = FloatOperand;
 #endif
 
-// Sums of 8-bit products fit 32 bits: integer_limit in bqnn/ops/_int8.py keeps K * 127 * max|n| below 2^31. On the way
+// Sums of 8-bit products fit 32 bits: integer_limit of the Python reference keeps K * 127 * max|n| below 2^31. On the way
 // they may wrap around, so they are unsigned.
 struct Int8Operand {
   using Product = int32_t;

@@ -205,7 +205,7 @@ inline bool images_for_all(int64_t images, int threads) { return images >= 4 * t
 template <class Op, class F>
 inline void pack_images(const PackedCall& call, const Parallel& parallel, int64_t first, int64_t images, int64_t rows,
                         RowScale* scales, const F& pack) {
-  constexpr int64_t kGrain = 1 << 14;  // numbers
+  constexpr int64_t kGrain = 1 << 14;  // so many numbers repay waking a thread
   const int64_t stride = call.x.image_stride, size = image_size(call);
   with_elements(call.x, [&](const auto* x) {
     x += first * stride;

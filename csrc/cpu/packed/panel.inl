@@ -10,7 +10,7 @@ constexpr int kTile = BQNN_LANES == 16 ? 8 : BQNN_LANES == 8 ? 6 : 2;
 struct Piece {
   int64_t offset;  // bytes from a position's first activation
   int64_t lanes;
-  int64_t panel;  // its first lane in the panel
+  int64_t panel;  // the first lane that it has in the panel
 };
 
 // Adds (or, first, writes) kRows x kBlocks * 16 products over the lanes of a few pieces.

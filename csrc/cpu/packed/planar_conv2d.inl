@@ -2,9 +2,9 @@
 // one of a depthwise layer, leave no lanes of a block empty.
 
 constexpr int kRegisters = BQNN_LANES == 16 ? 32 : 16;
-constexpr int kMostChannels = BQNN_LANES == 16 ? 12 : 6;  // that are multiplied together
-constexpr int kMostRuns = 8;                              // of pixels that are multiplied together
-constexpr int kRunRoom = kMostRuns * kLanes;              // products of a channel
+constexpr int kMostChannels = BQNN_LANES == 16 ? 12 : 6;  // channels that are multiplied together at most
+constexpr int kMostRuns = 8;                              // runs of pixels that are multiplied together at most
+constexpr int kRunRoom = kMostRuns * kLanes;              // products that a channel has of these runs
 // Lanes of K added up in one sum: a float's error grows with the number of terms, and beyond some it is no integer.
 constexpr int64_t kLanesOfSum = 2 * kChunk;
 static_assert(kLanesOfSum * 127 * 127 <= 1 << 24, "floats are not all the integers");

@@ -3,7 +3,7 @@
 
 // Where things stand in the copy: [image][group][unit][height][width], in lanes.
 struct PlanarPlan {
-  int64_t units;  // of kUnit inputs, in a group
+  int64_t units;  // units of kUnit inputs in a group
   int64_t row, plane, image;
 };
 

@@ -25,7 +25,7 @@ struct LookupTile {
 };
 
 inline LookupTile lookup_tile(const PackedCall& call) {
-  constexpr int64_t kPixels = 32, kWidth = 16;  // as many as are transposed together
+  constexpr int64_t kPixels = 32, kWidth = 16;  // 16 pixels are transposed together
   const PackedLayout& layout = *call.weight;
   LookupTile t;
   t.out_width = call.out_width < kWidth ? call.out_width : kWidth;

@@ -19,7 +19,7 @@ inline auto with_elements(const View& view, const F& f) {
   return f(static_cast<float*>(view.data) + view.offset);
 }
 
-// The rule of "int8", as in bqnn/ops/_int8.py: q = rint((x * lift) * factor), which is x / scale.
+// The rule of "int8", as the Python reference has it: q = rint((x * lift) * factor), which is x / scale.
 struct RowScale {
   float lift, factor, scale;
 };

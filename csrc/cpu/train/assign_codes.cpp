@@ -8,7 +8,7 @@
 namespace bqnn {
 namespace {
 
-constexpr int64_t kGrain = 1 << 16;  // weights that are worth a thread
+constexpr int64_t kGrain = 1 << 16;  // so many weights repay waking a thread
 constexpr int64_t kBytes = 512;      // packed bytes made at a time: their codes stay in the first cache
 
 constexpr int kMaxDigits = 8;

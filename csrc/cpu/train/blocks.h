@@ -9,8 +9,8 @@
 
 namespace bqnn {
 
-constexpr int64_t kBlock = 2048;    // weights; sums within a block are float32, of blocks double
-constexpr int64_t kBlockGrain = 2;  // blocks that are worth a thread
+constexpr int64_t kBlock = 2048;    // weights of a block; sums within one are float32, those of blocks double
+constexpr int64_t kBlockGrain = 2;  // so many blocks repay waking a thread
 
 struct Blocks {
   int64_t groups, columns, per_group;

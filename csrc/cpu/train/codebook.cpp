@@ -6,7 +6,7 @@
 namespace bqnn {
 namespace {
 
-constexpr double kTauPerGap = 0.375, kMinGap = 1e-4, kMargin = 1e-3;  // as in bqnn/ops/codebook_from_raw.py
+constexpr double kTauPerGap = 0.375, kMinGap = 1e-4, kMargin = 1e-3;  // as the Python reference has them
 
 double softplus(double x) { return x > 0.0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
 

@@ -7,7 +7,7 @@ namespace bqnn {
 
 constexpr int kMaxLevels = 16;
 
-// What bqnn/ops/codebook_from_raw.py calls so.
+// Raw parameters of codebooks, as the op codebook_from_raw takes them.
 struct RawCodebook {
   const float* levels;      // [groups, num_levels]
   const float* scale;       // [groups]

@@ -4,8 +4,8 @@
 // the table; the function that calls it, with threads and sums over blocks, is <op>.cpp.
 #pragma once
 
-#include "cpu/train/assign_codes.h"
 #include "cpu/base/isa.h"
+#include "cpu/train/assign_codes.h"
 #include "cpu/train/noise.h"
 #include "cpu/train/spike_slab_kl.h"
 #include "cpu/train/weights.h"

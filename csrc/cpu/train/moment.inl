@@ -1,6 +1,6 @@
-// E[Q(w)] and Var[Q(w)] of w ~ N(mu, sigma^2), and their gradients: one pass each. bqnn/ops/quantizer.py has the sums.
+// E[Q(w)] and Var[Q(w)] of w ~ N(mu, sigma^2), and their gradients: one pass each. The Python reference has the sums.
 
-constexpr float kZLimit = 9.0f;  // as there: beyond, probabilities would be denormal
+constexpr float kZLimit = 9.0f;  // beyond, as in the reference, probabilities would be denormal
 
 // Where sigma is so small or large that it is limited, z is, or is 0, all the same.
 BQNN_INLINE Float inverse_deviation(Float log_sigma2) {

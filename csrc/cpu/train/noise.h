@@ -30,8 +30,8 @@ struct PlaneShape {
   int64_t batch, channels, pixels;
 };
 
-constexpr int kTileRows = 16, kTileColumns = 128;  // three float tiles of it stay in the first-level cache
-constexpr int kTileGrain = 8;                      // tiles that are worth a thread
+constexpr int kTileRows = 16, kTileColumns = 128;  // three float tiles of this size stay in the L1 cache
+constexpr int kTileGrain = 8;                      // so many tiles repay waking a thread
 
 // Rows are channels and columns pixels.
 struct Tile {

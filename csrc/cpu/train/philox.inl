@@ -1,4 +1,4 @@
-// Philox4x32-10 and the normal numbers made of its words, as bqnn/ops/philox.py has them: element i of a tensor is
+// Philox4x32-10 and the normal numbers made of its words, as the Python reference has them: element i of a tensor is
 // number i % 4 of call `offset + i / 4`.
 
 typedef uint64_t ULong __attribute__((vector_size(4 * BQNN_LANES)));  // two lanes each

@@ -8,7 +8,7 @@
 namespace bqnn {
 namespace {
 
-// Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14, as in bqnn/ops/spike_slab_kl.py. With
+// Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14, as in the Python reference. With
 // a = 1 / alpha and e = exp(-k2) a^k3 the sigmoid of k2 + k3 log alpha is 1 / (1 + e).
 constexpr double kK1 = 0.63576, kK2 = 1.87320, kK3 = 1.48695, kLogAlphaLimit = 10.0;
 

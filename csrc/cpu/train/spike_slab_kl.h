@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "cpu/train/codebook.h"
 #include "cpu/base/isa.h"
 #include "cpu/base/parallel.h"
+#include "cpu/train/codebook.h"
 
 namespace bqnn {
 

@@ -1,4 +1,4 @@
-// The kernels of spike_slab_kl; the formulas are those of bqnn/ops/spike_slab_kl.py.
+// The kernels of spike_slab_kl; the formulas are those of the Python reference.
 //
 // The slab's divergence is that of the spike at the level it is centred at, so that everything is a sum over levels,
 // kl = sum_m part_m F(mu - c_m), with part_m the spike's share and, at the slab's level, the slab's as well.

@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-#include "cpu/train/codebook.h"
 #include "cpu/base/isa.h"
-#include "cpu/train/noise.h"
 #include "cpu/base/parallel.h"
+#include "cpu/train/codebook.h"
+#include "cpu/train/noise.h"
 
 namespace bqnn {
 
@@ -25,7 +25,7 @@ struct Block {
   int64_t group, first, count;
 };
 
-// How the moments of a weight are taken; the order of MODES in bqnn/ops/_moment.py.
+// How the moments of a weight are taken; in the order of MODES of the Python reference.
 enum class Moments { categorical, gaussian, straight_through };
 
 // quantized [weights] = Q(mu + sigma * noise).

@@ -50,7 +50,7 @@ inline void apply_levels(const PackedCall& call, const float* sums, int64_t h, i
   for (int i = 0; i < kLanes; ++i) columns[i] = i * call.stride_w;
   const __m512d scale = _mm512_set1_pd(layout.affine_scale);
   for (int64_t first = 0; first < n; first += kLanes) {
-    Float sum = {};  // of what is under the kernel of 16 outputs
+    Float sum = {};  // the sums of what is under the kernel of 16 outputs
     for (int r = 0; r < layout.kernel_h; ++r) {
       const float* row = sums + (h * call.stride_h + r * call.dilation_h) * padded_w + (w + first) * call.stride_w;
       for (int s = 0; s < layout.kernel_w; ++s, row += layout.dilation_w)

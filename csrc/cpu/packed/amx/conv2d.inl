@@ -5,10 +5,10 @@
 // every output row is a line of its own.
 struct TilePlan {
   CopyPlan copy;
-  int64_t part;                // bytes of all images of a part
-  int64_t tiles, pitch;        // of an image; positions from an output row to the next
-  int64_t steps;               // of a segment
-  int64_t sums;                // of activations, of a group of an image
+  int64_t part;                // bytes that one part of all images takes
+  int64_t tiles, pitch;        // tiles of an image, and positions from an output row to the next
+  int64_t steps;               // steps of a segment
+  int64_t sums;                // sums of activations that a group of an image has
   const int64_t *offset, *at;  // [segments], [tiles]: bytes from a position's first activation to a segment's, and from
                                // an image to a tile's first activation
 };
@@ -94,7 +94,7 @@ inline void multiply_pixels(const PackedCall& call, const TilePlan& plan, const 
         decode_steps<T>(layout, book, group, block + b + i, s, 0, plan.steps,
                         panel + i * panel_block + s * plan.steps * kTileBytes, panel_part);
     }
-    int64_t image = begin, at = first;  // of the next tile
+    int64_t image = begin, at = first;  // where the next tile is
     for (int64_t t = 0; t < count; t += tiles_with(wide)) {
       const int high = static_cast<int>(smaller(count - t, tiles_with(wide)));
       const char* tile[4];
@@ -114,7 +114,7 @@ inline void multiply_pixels(const PackedCall& call, const TilePlan& plan, const 
 
 template <class T>
 bool run_conv2d(const PackedCall& call, const Parallel& parallel) {
-  constexpr int64_t kTaskTiles = 64;  // of a task: its products stay in the L2 cache
+  constexpr int64_t kTaskTiles = 64;  // the products of so many tiles stay in the L2 cache
   const PackedLayout& layout = *call.weight;
   if (call.images == 0) return true;
   TilePlan plan = plan_tiles<T>(call);

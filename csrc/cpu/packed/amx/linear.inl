@@ -50,7 +50,7 @@ template <class T, int kBlocks>
 inline void stream_blocks(const PackedLayout& layout, int64_t first_block, const char* x, typename T::Product* out) {
   using Op = typename T::Op;
   constexpr int kRing = 4;
-  constexpr int64_t kSlot = 4 * kTileBytes, kAhead = 16;  // words are fetched so many steps before their use
+  constexpr int64_t kSlot = 4 * kTileBytes, kAhead = 16;  // words are fetched 16 steps before their use
   const int64_t steps = layout.padded / T::kStep, words = T::kStep / layout.word_weights();
   alignas(64) char ring[kRing * kSlot];
   const auto decode = decoder_of<Op>(layout);

@@ -2,9 +2,9 @@
 // lie at a constant distance; K is walked in the segments of the layout, in steps of 64 bytes.
 
 constexpr int kTile = 16;             // output positions in a tile
-constexpr int kWidth = 64;            // channels that a task computes together: the row length of its products
+constexpr int kWidth = 64;            // channels that a task computes together, a row of its products
 constexpr int kWidthBlocks = kWidth / kBlock;
-constexpr int64_t kTileBytes = 1024;  // of activations or weights, a step of them
+constexpr int64_t kTileBytes = 1024;  // bytes that a step of a tile takes
 
 // What tiles multiply: operands of the class `Operand`, of which an activation and a level are the sum of one or three.
 // Three of the ones and one of the others: the levels are affine, see affine_levels.h, and a product is of their steps.
@@ -32,7 +32,7 @@ using AffineTiles = Tiles<Bfloat16Operand, 3, 1>;
 // A product over all steps of a run.
 struct Run {
   int segments;
-  int64_t steps;           // of each segment
+  int64_t steps;           // steps of each segment
   const int64_t* offset;   // [segments]: bytes from a position's first activation to the segment's
   int64_t row, step, part; // bytes from row to row of a tile, from step to step, from a part of activations to the next
   const char* panel;       // [blocks][parts of levels][all steps] of weights
