@@ -1,4 +1,4 @@
-"""The vector functions of csrc/cpu/vec.h, compiled here, against float64 and against each other."""
+"""The vector functions of csrc/cpu/simd/vec.inl, compiled here, against float64 and against each other."""
 
 from __future__ import annotations
 
