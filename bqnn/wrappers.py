@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -22,7 +23,7 @@ def unwrapped(net: nn.Module) -> nn.Module:
     if not any(_inside(module) for module in net.modules()):
         return net
     # deepcopy takes what its memo holds for the copy: of a tensor the tensor, of a wrapper the copy of what it wraps.
-    memo = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     # A module comes before those inside it, so that from the end on the innermost wrappers are done first.
     for module in reversed(list(net.modules())):
         if (inner := _inside(module)) is not None:

@@ -174,7 +174,10 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "round").is_symlink()
 
 
-@pytest.mark.parametrize("name", ["a" * 255, "a" * 247, "a" * 245, "模" * 84, "\udcff" * 255], ids=lambda n: str(len(n)))
+NAMES = ["a" * 255, "a" * 247, "a" * 245, "模" * 84, "\udcff" * 255]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=["255-bytes", "247-bytes", "245-bytes", "84-characters", "no-utf8"])
 def test_every_name_that_the_system_takes_is_taken(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.touch()
@@ -261,7 +264,11 @@ def test_a_file_is_opened_and_nothing_else_is(tmp_path: Path) -> None:
     with open_regular(tmp_path / "state") as file:
         assert file.read() == b"old"
     os.mkfifo(tmp_path / "fifo")
-    for path, message in ((tmp_path / "fifo", "not a regular"), (Path("/dev/zero"), "not a regular"), (tmp_path, "Is a")):
+    for path, message in (
+        (tmp_path / "fifo", "not a regular"),
+        (Path("/dev/zero"), "not a regular"),
+        (tmp_path, "Is a"),
+    ):
         with pytest.raises(OSError, match=f"{message}.*{path}"):
             open_regular(path)
     with pytest.raises(FileNotFoundError):
