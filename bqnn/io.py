@@ -98,11 +98,12 @@ def load(
     check_execution(execution)
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    with _read(path) as contents:
-        skeleton = _built_in(contents) if model is None else unwrapped(model)
+    with _read(path) as (contents, skeleton):
+        if model is not None:
+            skeleton = unwrapped(model)
+            check_model(contents, skeleton)
         if skeleton is None:
             raise ValueError(f"model must be given: {shown(os.fsdecode(path))} does not hold a built-in network")
-        check_model(contents, skeleton)
         return fill(contents, skeleton, precision, execution).eval().to(device)
 
 
@@ -118,10 +119,8 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         FormatError: the file is damaged or not one of these.
         OSError: the file can not be read; FileNotFoundError where there is none.
     """
-    with _read(path) as contents:
+    with _read(path) as (contents, _):
         contents.check_tensors()
-        if (net := _built_in(contents)) is not None:
-            check_model(contents, net)
     metadata = contents.metadata
     sizes = {name: entry.end - entry.begin for name, entry in contents.by_name().items()}
     layers = {}
@@ -148,7 +147,7 @@ def _check_factory(contents: Contents, net: nn.Module) -> None:
         made = built_in(contents.metadata["factory"], len(contents.by_name()))
         check_model(contents, made)
         changed = difference(made, net)
-        reason = None if changed is None else f"module {changed!r} is another" if changed else "it is of another class"
+        reason = None if changed is None else f"module {changed!r} is another"
     except FormatError as error:
         reason = str(error)
     if reason is not None:
@@ -179,13 +178,22 @@ def _stored_tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _read(path: str | os.PathLike[str]) -> Iterator[Contents]:
-    """The file at ``path``, open and its header checked; puts the path in front of the message of a FormatError."""
+def _read(path: str | os.PathLike[str]) -> Iterator[tuple[Contents, nn.Module | None]]:
+    """The file at ``path``, open and all but its values checked, and the network that it names, on the meta device.
+
+    Puts the path in front of the message of a FormatError.
+    """
     with open_regular(path) as source:
         try:
             contents = container.read(source)
             _check_metadata(contents)
-            yield contents
+            factory, skeleton = contents.metadata["factory"], None
+            if factory is not None:
+                skeleton = built_in(factory, len(contents.by_name()))
+                check_model(contents, skeleton)
+                if list(skeleton.factory) != factory:
+                    raise FormatError(f"factory must have all arguments, as {skeleton.factory}, got {factory!r:.200}")
+            yield contents, skeleton
         except FormatError as error:
             raise FormatError(f"{os.fsdecode(path)}: {shown(str(error))}") from error
 
@@ -213,9 +221,3 @@ def _check_metadata(contents: Contents) -> None:
     by_name = contents.by_name()
     for name, spec in layers.items():
         check_tensors(name, spec, by_name)
-
-
-def _built_in(contents: Contents) -> nn.Module | None:
-    """The network that the file names, on the meta device; None where it names none."""
-    factory = contents.metadata["factory"]
-    return None if factory is None else built_in(factory, len(contents.by_name()))

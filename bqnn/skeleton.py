@@ -34,7 +34,7 @@ class _Budget(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def built_in(factory: Sequence[Any], most_tensors: int) -> nn.Module:
+def built_in(factory: Sequence[Any], most_tensors: int) -> models.Network:
     """The built-in network of ``factory``, name and arguments, on the meta device, where it takes no memory.
 
     Raises:
@@ -51,7 +51,7 @@ def built_in(factory: Sequence[Any], most_tensors: int) -> nn.Module:
 def difference(made: nn.Module, net: nn.Module) -> str | None:
     """The name of the first module of a packed ``net`` that is not what it is in ``made``, or that is in two places.
 
-    None where there is none. Shapes and geometry are what :func:`check_model` compares.
+    None where there is none; "" where it is the network itself. Shapes and geometry are for :func:`check_model`.
     """
     theirs, mine = (dict(each.named_modules(remove_duplicate=False)) for each in (made, net))
     first: dict[int, str] = {}
