@@ -182,6 +182,7 @@ setup(
         "torchvision",  # each release asks for its own torch
         "numpy>=1.26",
         "safetensors>=0.4.3",
+        "filelock>=3.13",
         "tqdm>=4.66",
         "matplotlib>=3.8",
         "scikit-learn>=1.4",  # the digits data set

@@ -31,11 +31,9 @@ def train(options: Namespace) -> None:
     """`bqnn train`."""
     folder: Path = options.out
     recipe = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
-    used = [name for name in (CHECKPOINT, WEIGHTS, METRICS) if (folder / name).exists()]
-    if used and not (options.resume or options.force):
-        raise ValueError(f"{folder} has a run ({', '.join(used)}); go on with --resume, or replace it with --force")
-    if options.resume and (folder / METRICS).exists():
-        stored = runs.load_run(folder).recipe
+    if not (options.resume or options.force):
+        _refuse_used(folder)
+    if options.resume and (stored := runs.stored_recipe(folder)) is not None:
         recipe = {field.name: recipe.get(field.name, getattr(stored, field.name)) for field in fields(Recipe)}
     trainer = Trainer(
         Recipe(**recipe),
@@ -45,13 +43,22 @@ def train(options: Namespace) -> None:
         download=options.download,
         init=options.init,
     )
-    if options.resume:
-        trainer.resume()
-    elif options.force:
-        runs.clear_run(folder)
-    trainer.run(progress=sys.stderr.isatty() and not options.quiet, log=_ignore if options.quiet else print_now)
+    log = _ignore if options.quiet else print_now
+    with trainer.lock:
+        if options.resume:
+            trainer.resume(log)
+        elif options.force:
+            runs.clear_run(folder)
+        else:
+            _refuse_used(folder)  # now that nobody else can begin one
+        trainer.run(progress=sys.stderr.isatty() and not options.quiet, log=log)
     if not options.quiet:
         print(f"{folder / WEIGHTS} is written")
+
+
+def _refuse_used(folder: Path) -> None:
+    if used := [name for name in (CHECKPOINT, WEIGHTS, METRICS) if (folder / name).exists()]:
+        raise ValueError(f"{folder} has a run ({', '.join(used)}); go on with --resume, or replace it with --force")
 
 
 def _ignore(line: str) -> None:

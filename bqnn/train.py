@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,6 +26,7 @@ from bqnn import models
 from bqnn.atomic import remove_leftovers, write_atomically
 from bqnn.augment import augment
 from bqnn.batchnorm import refresh_batchnorm
+from bqnn.checkpoint import check_progress, digest_of, read_checkpoint, write_checkpoint
 from bqnn.convert import convert
 from bqnn.data import Splits, batches, load_dataset, normalise
 from bqnn.elbo import elbo, kl_warmup, parameter_groups
@@ -33,6 +34,8 @@ from bqnn.evaluate import EVAL_BATCH, evaluate
 from bqnn.layers import bayes_layers
 from bqnn.recipe import BAYES, DETERMINISTIC, FULL_PRECISION, Recipe
 from bqnn.report import report
+from bqnn.run_folder import RunLock, check_history, check_same, read_metrics
+from bqnn.text import shown
 
 # Of AdamW. A mean that has left a threshold has the small, steady gradient of the divergence alone: with a long memory
 # of the likelihood's large one it would hardly move.
@@ -104,6 +107,8 @@ class Trainer:
             validation=recipe.validation,
             download=download,
         )
+        self.lock = RunLock(self.folder)
+        self.resumed_from: bytes | None = None  # the digest of the checkpoint
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.scores: dict[str, Any] = {}  # what `bqnn eval` has added to metrics.json
@@ -166,8 +171,14 @@ class Trainer:
 
         Raises:
             FloatingPointError: the loss is NaN or infinite; the checkpoint of the epoch before is still there.
+            OSError: a file can not be written, another process is writing the run, or has been since :meth:`resume`.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.lock:
+            return self._run(progress, log)
+
+    def _run(self, progress: bool, log: Callable[[str], object]) -> nn.Module:
+        if self.resumed_from not in (None, digest_of(self.folder / CHECKPOINT)):
+            raise OSError(f"{self.folder / CHECKPOINT} has been replaced since this run read it; resume again")
         for name in (CHECKPOINT, WEIGHTS, METRICS):
             remove_leftovers(self.folder / name)
         if not self.history:
@@ -255,48 +266,66 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "generator": self.generator.get_state(),
             "torch_generator": torch.get_rng_state(),
+            "threads": torch.get_num_threads(),
         }
-        write_atomically(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
+        write_checkpoint(self.folder / CHECKPOINT, state)
         self._write_metrics()
 
-    def resume(self) -> bool:
+    def resume(self, log: Callable[[str], object] = print_now) -> bool:
         """Goes back to the last whole checkpoint of the folder; False where there is none yet.
 
+        ``log`` takes a line where the number of threads is another one: sums over threads then round in another way,
+        and the run goes on to other bytes than without a stop.
+
         Raises:
-            ValueError: the checkpoint is of another recipe, and the message names what differs; or ``init`` was given
-                for a run that began without one.
+            ValueError: the checkpoint is damaged, or of another recipe, and the message names what differs; or ``init``
+                was given for a run that began without one; or the metrics.json beside it is damaged or of another run.
         """
-        path = self.folder / CHECKPOINT
-        if not path.exists():
+        path, metrics = self.folder / CHECKPOINT, self.folder / METRICS
+        digest = digest_of(path)
+        if digest is None:
             return False
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        mine = asdict(self.recipe)
-        differing = [name for name in mine if mine[name] != state["recipe"].get(name)]
-        if differing:
-            raise ValueError(
-                f"{path} is of another recipe: "
-                + ", ".join(f"{name} was {state['recipe'].get(name)!r}, now {mine[name]!r}" for name in differing)
-            )
+        state = read_checkpoint(path, self.device)
+        check_same(path, state["recipe"], self.recipe)
         if self.from_init and not state["init"]:
             raise ValueError(f"init can't be given for {path}, whose run began without one")
-        self.from_init = state["init"]
-        self.epoch, self.history = state["epoch"], state["history"]
-        metrics = self.folder / METRICS
+        scores: dict[str, Any] = {}
         if metrics.exists():
-            self.scores = {key: value for key, value in json.loads(metrics.read_text()).items() if key in SPLITS}
+            recipe, _, others = read_metrics(metrics)
+            check_same(metrics, asdict(recipe), self.recipe)
+            scores = {key: value for key, value in others.items() if key in SPLITS}
+        try:
+            check_history(state["history"])
+            check_progress(state, self.recipe)
+            self._restore(state)
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} is not of this run: {shown(str(error))}") from error
+        self.scores, self.resumed_from = scores, digest
+        if (threads := torch.get_num_threads()) != state["threads"]:
+            log(f"{path} was written with {state['threads']} threads, now there are {threads}: the bytes will differ")
+        return True
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.from_init, self.epoch, self.history = state["init"], state["epoch"], state["history"]
         self._start_phase(build_network(self.recipe, self.data, self.phase))
         self.net.load_state_dict(state["net"])
+        fresh = self.scheduler.state_dict()
+        if set(fresh) != set(state["scheduler"]):
+            raise ValueError("the scheduler has other fields")
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            if any(moment.dim() and moment.shape != parameter.shape for moment in moments.values()):
+                raise ValueError(f"the optimizer has moments of another shape than {list(parameter.shape)}")
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["torch_generator"].cpu())
-        return True
 
     def _write_weights(self) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
         # One entry: safetensors writes several in an order that changes from process to process.
         metadata = {METADATA: json.dumps({"recipe": asdict(self.recipe), "factory": self.net.factory})}
-        write_atomically(self.folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+        blob = save(tensors, metadata)
+        write_atomically(self.folder / WEIGHTS, lambda path: Path(path).write_bytes(blob))
 
     def _write_metrics(self) -> None:
         text = json.dumps({"recipe": asdict(self.recipe), "history": self.history, **self.scores}, indent=1)

@@ -1,4 +1,4 @@
-"""Files that ask for more than they hold, share what a model does not, or are told from others by nothing but a part."""
+"""Files that ask for more than they hold, or do not share what a model does; built-in networks that were changed."""
 
 from __future__ import annotations
 

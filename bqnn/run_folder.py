@@ -1,0 +1,133 @@
+"""The folder of a run: who may write it, and its text, read as if anybody could have written it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from bqnn.atomic import open_regular
+from bqnn.recipe import Recipe
+from bqnn.text import shown
+
+LOCK = ".lock"
+NUMBERS = (int, float)
+# What a record of an epoch has, and which of it may be None.
+RECORD: dict[str, tuple[type, ...]] = {
+    "epoch": (int,),
+    "phase": (str,),
+    "loss": NUMBERS,
+    "nll": NUMBERS,
+    "kl": NUMBERS,
+    "validation_error": (*NUMBERS, types.NoneType),
+    "validation_nll": (*NUMBERS, types.NoneType),
+    "quantization_loss": (*NUMBERS, types.NoneType),
+    "near_share": (*NUMBERS, types.NoneType),
+    "seconds": NUMBERS,
+}
+
+
+class RunLock:
+    """A context in which no other process, and no other lock of this one, writes the run in ``folder``.
+
+    It may be entered again inside. It makes the folder where there is none. A process that dies lets go of it: the
+    system does, whatever file is left.
+
+    Raises:
+        OSError: on entering, where somebody else is inside.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._lock = FileLock(self.folder / LOCK, timeout=0, thread_local=False)
+
+    def __enter__(self) -> RunLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise OSError(f"{self.folder} is in use: another process is writing this run") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock.lock_counter == 1:
+            # While it is held: who opened the file before finds, once the lock is theirs, that it has no name left.
+            with contextlib.suppress(OSError):
+                os.unlink(self._lock.lock_file)
+        self._lock.release()
+
+
+def read_metrics(path: Path) -> tuple[Recipe, list[dict[str, Any]], dict[str, Any]]:
+    """What a metrics.json holds: the recipe, the history and the rest, objects by their names.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it can not be read.
+        ValueError: it is not what training writes; one line that names the file.
+    """
+    with open_regular(path) as file:
+        text = file.read()
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"it must be an object, got {type(content).__name__}")
+        recipe, history = read_recipe(content.pop("recipe", None)), check_history(content.pop("history", None))
+        for name, value in content.items():
+            if not isinstance(value, dict):
+                raise ValueError(f"{name!r:.80} must be an object, got {type(value).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not what bqnn train writes: {shown(str(error))}") from error
+    return recipe, history, content
+
+
+def read_recipe(content: Any) -> Recipe:
+    """The recipe with the fields ``content``, as JSON has them; one that is missing has its default.
+
+    Raises:
+        ValueError: a field is unknown, or of a wrong type or value.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe must be an object, got {type(content).__name__}")
+    kinds = typing.get_type_hints(Recipe)
+    for name, value in content.items():
+        if name not in kinds:
+            raise ValueError(f"recipe has the unknown field {name!r:.80}")
+        options = typing.get_args(kinds[name]) or (kinds[name],)
+        allowed = (*options, int) if float in options else options
+        if type(value) not in allowed:
+            wanted = " or ".join(kind.__name__ for kind in options)
+            raise ValueError(f"{name} of the recipe must be {wanted}, got {value!r:.80}")
+    return Recipe(**content)
+
+
+def check_same(path: Path, stored: Mapping[str, Any], recipe: Recipe) -> None:
+    """Raises ValueError, with what differs, unless ``stored``, from ``path``, are the fields of ``recipe``."""
+    mine = asdict(recipe)
+    if names := [name for name in mine if mine[name] != stored.get(name)]:
+        changes = ", ".join(f"{name} was {stored.get(name)!r:.80}, now {mine[name]!r}" for name in names)
+        raise ValueError(f"{path} is of another recipe: {changes}")
+
+
+def check_history(history: Any) -> list[dict[str, Any]]:
+    """``history``, a list of records as training makes them, one an epoch.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(history, list):
+        raise ValueError(f"history must be a list, got {type(history).__name__}")
+    for record in history:
+        if not isinstance(record, dict) or set(record) != set(RECORD):
+            raise ValueError(f"history must hold records of {', '.join(RECORD)}, got {record!r:.80}")
+        for name, value in record.items():
+            if type(value) not in RECORD[name]:
+                raise ValueError(f"{name} of a record of the history can not be {value!r:.80}")
+    return history
