@@ -15,9 +15,11 @@ from bqnn.data import load_dataset
 from bqnn.html import write_html
 from bqnn.recipe import Recipe
 from bqnn.report import report
+from bqnn.text import shown
 from bqnn.train import CHECKPOINT, METRICS, WEIGHTS, Trainer, print_now
 
 PACKED = "packed.safetensors"
+LONGEST_NAME = 60  # characters of a layer's name in a table
 
 
 def _device(name: str) -> str:
@@ -126,18 +128,19 @@ def write_report(options: Namespace) -> None:
 
 
 def info(options: Namespace) -> None:
-    """`bqnn info`."""
+    """`bqnn info`. What comes from the file is not trusted with the terminal: names may hold its control characters."""
     content = io.info(options.file)
     layers, factory = content["layers"], content["factory"]
-    width = max(20, *(len(name) + 2 for name in layers))
+    names = {name: shown(name, LONGEST_NAME) for name in layers}
+    width = max(20, *(len(name) + 2 for name in names.values()))
     made = f"{factory[0]}({', '.join(f'{k}={v}' for k, v in factory[1].items())})" if factory else "not a built-in one"
-    print(f"{options.file}: format {content['version']}, network {made}")
+    print(f"{options.file}: format {content['version']}, network {shown(made)}")
     print(f"{'layer':<{width}}{'kind':<14}{'shape':<20}{'M':>3}{'codebooks':>11}{'bits a weight':>15}{'bytes':>10}")
     for name, layer in layers.items():
         shape = "x".join(map(str, layer["shape"]))
         codebooks = layer["shape"][0] if layer.get("granularity") == "channel" else 1
         print(
-            f"{name:<{width}}{layer['kind']:<14}{shape:<20}{layer['num_levels']:>3}{codebooks:>11}"
+            f"{names[name]:<{width}}{layer['kind']:<14}{shape:<20}{layer['num_levels']:>3}{codebooks:>11}"
             f"{layer['bits_per_weight']:>15.2f}{layer['bytes']:>10,}"
         )
     parts = {f"{name}.{part}".removeprefix(".") for name in layers for part in ("codes", "levels", "bias")}

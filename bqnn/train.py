@@ -28,7 +28,7 @@ from bqnn.augment import augment
 from bqnn.batchnorm import refresh_batchnorm
 from bqnn.checkpoint import check_progress, digest_of, read_checkpoint, write_checkpoint
 from bqnn.convert import convert
-from bqnn.data import Splits, batches, load_dataset, normalise
+from bqnn.data import Splits, batches, leaves_one, load_dataset, normalise
 from bqnn.elbo import elbo, kl_warmup, parameter_groups
 from bqnn.evaluate import EVAL_BATCH, evaluate
 from bqnn.layers import bayes_layers
@@ -107,6 +107,8 @@ class Trainer:
             validation=recipe.validation,
             download=download,
         )
+        if self.steps_an_epoch == 0:
+            raise ValueError(f"dataset must have at least 2 images to train on, got {len(self.data.train)}")
         self.lock = RunLock(self.folder)
         self.resumed_from: bytes | None = None  # the digest of the checkpoint
         self.epoch = 0
@@ -115,6 +117,8 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)
         self.net = build_network(recipe, self.data, FULL_PRECISION)
+        if recipe.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in self.net.modules()):
+            raise ValueError(f"batch_size must be at least 2, since {recipe.model} has BatchNorm, got 1")
         if init is not None:
             self._load_init(init)
             self.epoch = recipe.pretrain_epochs
@@ -127,8 +131,8 @@ class Trainer:
 
     @property
     def drop_last(self) -> bool:
-        """Whether the last batch is left out: BatchNorm can't train on one image."""
-        return self.recipe.batch_size > 1 and len(self.data.train) % self.recipe.batch_size == 1
+        """Whether the last batch of an epoch is left out, because it would be one image; another one every epoch."""
+        return leaves_one(len(self.data.train), self.recipe.batch_size)
 
     @property
     def steps_an_epoch(self) -> int:
@@ -244,8 +248,9 @@ class Trainer:
 
     def _calibration(self) -> Iterator[Tensor]:
         """Training images without augmentation, the same ones whenever asked, for BatchNorm's statistics."""
-        fixed = torch.Generator().manual_seed(self.recipe.seed)
-        for images, _ in batches(self.data.train, EVAL_BATCH // 2, fixed, shuffle=True):
+        fixed, size = torch.Generator().manual_seed(self.recipe.seed), EVAL_BATCH // 2
+        drop = leaves_one(len(self.data.train), size)
+        for images, _ in batches(self.data.train, size, fixed, shuffle=True, drop_last=drop):
             yield normalise(images, self.data.mean, self.data.std).to(self.device)
 
     def _validate(self) -> tuple[float | None, float | None]:
