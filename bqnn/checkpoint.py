@@ -91,7 +91,8 @@ def check_progress(state: Mapping[str, Any], recipe: Recipe) -> None:
     """
     start, epoch = recipe.pretrain_epochs if state["init"] else 0, state["epoch"]
     found = [record["epoch"] for record in state["history"]]
-    if found != list(range(start + 1, epoch + 1)) or not start <= epoch <= recipe.total_epochs:
+    agree = len(found) == epoch - start and found == list(range(start + 1, epoch + 1))
+    if not agree or epoch > recipe.total_epochs:
         raise ValueError(
             f"epoch must be that of the history, {start + len(found)} of {recipe.total_epochs}, got {epoch}"
         )

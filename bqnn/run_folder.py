@@ -7,7 +7,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ class RunLock:
         self._lock.release()
 
 
-def read_metrics(path: Path) -> tuple[Recipe, list[dict[str, Any]], dict[str, Any]]:
-    """What a metrics.json holds: the recipe, the history and the rest, objects by their names.
+def read_metrics(path: Path, splits: Sequence[str]) -> tuple[Recipe, list[dict[str, Any]], dict[str, Any]]:
+    """What a metrics.json holds: the recipe, the history, and the scores on those of ``splits`` that have any.
 
     Raises:
         FileNotFoundError: there is none.
@@ -79,13 +79,27 @@ def read_metrics(path: Path) -> tuple[Recipe, list[dict[str, Any]], dict[str, An
         content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError(f"it must be an object, got {type(content).__name__}")
-        recipe, history = read_recipe(content.pop("recipe", None)), check_history(content.pop("history", None))
-        for name, value in content.items():
-            if not isinstance(value, dict):
-                raise ValueError(f"{name!r:.80} must be an object, got {type(value).__name__}")
+        recipe, history = read_recipe(content.get("recipe")), check_history(content.get("history"))
+        scores = {name: content[name] for name in splits if name in content}
+        for name, each in scores.items():
+            _check_scores(name, each)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not what bqnn train writes: {shown(str(error))}") from error
-    return recipe, history, content
+    return recipe, history, scores
+
+
+def read_scores(path: Path, splits: Sequence[str], recipe: Recipe) -> dict[str, Any]:
+    """The scores on ``splits`` in the metrics.json at ``path``, none where there is no such file.
+
+    Raises:
+        OSError: it can not be read.
+        ValueError: it is not what training writes, or of another recipe than ``recipe``.
+    """
+    if not path.exists():
+        return {}
+    stored, _, scores = read_metrics(path, splits)
+    check_same(path, asdict(stored), recipe)
+    return scores
 
 
 def read_recipe(content: Any) -> Recipe:
@@ -114,6 +128,16 @@ def check_same(path: Path, stored: Mapping[str, Any], recipe: Recipe) -> None:
     if names := [name for name in mine if mine[name] != stored.get(name)]:
         changes = ", ".join(f"{name} was {stored.get(name)!r:.80}, now {mine[name]!r}" for name in names)
         raise ValueError(f"{path} is of another recipe: {changes}")
+
+
+def _check_scores(name: str, scores: Any) -> None:
+    """Raises ValueError unless ``scores`` are numbers, the error among them, and objects of numbers."""
+    if not isinstance(scores, dict) or "error" not in scores:
+        raise ValueError(f"{name!r:.80} must be scores, the error among them, got {scores!r:.80}")
+    for score, value in scores.items():
+        numbers = value.values() if isinstance(value, dict) and score != "error" else [value]
+        if any(type(number) not in NUMBERS for number in numbers):
+            raise ValueError(f"{score!r:.80} of {name!r:.80} can not be {value!r:.80}")
 
 
 def check_history(history: Any) -> list[dict[str, Any]]:

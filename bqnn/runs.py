@@ -77,8 +77,7 @@ def load_run(folder: str | Path) -> Run:
     path = Path(folder) / METRICS
     if not path.exists():
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {METRICS}")
-    recipe, history, others = read_metrics(path)
-    return Run(Path(folder), recipe, history, {split: others[split] for split in SPLITS if split in others})
+    return Run(Path(folder), *read_metrics(path, SPLITS))
 
 
 def stored_recipe(folder: Path) -> Recipe | None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bqnn import models
-from bqnn.atomic import remove_leftovers, write_atomically
+from bqnn.atomic import open_regular, remove_leftovers, write_atomically
 from bqnn.augment import augment
 from bqnn.batchnorm import refresh_batchnorm
 from bqnn.checkpoint import check_progress, digest_of, read_checkpoint, write_checkpoint
@@ -34,7 +34,7 @@ from bqnn.evaluate import EVAL_BATCH, evaluate
 from bqnn.layers import bayes_layers
 from bqnn.recipe import BAYES, DETERMINISTIC, FULL_PRECISION, Recipe
 from bqnn.report import report
-from bqnn.run_folder import RunLock, check_history, check_same, read_metrics
+from bqnn.run_folder import RunLock, check_history, check_same, read_scores
 from bqnn.text import shown
 
 # Of AdamW. A mean that has left a threshold has the small, steady gradient of the divergence alone: with a long memory
@@ -139,6 +139,7 @@ class Trainer:
         return math.ceil(len(self.data.train) / self.recipe.batch_size) - self.drop_last
 
     def _load_init(self, init: str | Path) -> None:
+        open_regular(init).close()
         try:
             self.net.load_state_dict(load_file(init))
         except (RuntimeError, SafetensorError) as error:
@@ -286,7 +287,7 @@ class Trainer:
             ValueError: the checkpoint is damaged, or of another recipe, and the message names what differs; or ``init``
                 was given for a run that began without one; or the metrics.json beside it is damaged or of another run.
         """
-        path, metrics = self.folder / CHECKPOINT, self.folder / METRICS
+        path = self.folder / CHECKPOINT
         digest = digest_of(path)
         if digest is None:
             return False
@@ -294,11 +295,7 @@ class Trainer:
         check_same(path, state["recipe"], self.recipe)
         if self.from_init and not state["init"]:
             raise ValueError(f"init can't be given for {path}, whose run began without one")
-        scores: dict[str, Any] = {}
-        if metrics.exists():
-            recipe, _, others = read_metrics(metrics)
-            check_same(metrics, asdict(recipe), self.recipe)
-            scores = {key: value for key, value in others.items() if key in SPLITS}
+        scores = read_scores(self.folder / METRICS, SPLITS, self.recipe)
         try:
             check_history(state["history"])
             check_progress(state, self.recipe)
@@ -317,10 +314,11 @@ class Trainer:
         fresh = self.scheduler.state_dict()
         if set(fresh) != set(state["scheduler"]):
             raise ValueError("the scheduler has other fields")
+        parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
+        for index, moments in state["optimizer"]["state"].items():
+            if any(moment.dim() and moment.shape != parameters[index].shape for moment in moments.values()):
+                raise ValueError(f"the optimizer has moments of another shape than {list(parameters[index].shape)}")
         self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, moments in self.optimizer.state.items():
-            if any(moment.dim() and moment.shape != parameter.shape for moment in moments.values()):
-                raise ValueError(f"the optimizer has moments of another shape than {list(parameter.shape)}")
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["torch_generator"].cpu())

@@ -167,6 +167,7 @@ def wrong_shape(state: dict[str, Any]) -> Any:
     "change, message",
     [
         pytest.param(lambda s: {"epoch": 99}, "epoch must be that of the history, 2 of 4, got 99", id="epoch-ahead"),
+        pytest.param(lambda s: {"epoch": 10**15}, "epoch must be that of", id="epoch-huge"),
         pytest.param(lambda s: {"epoch": 1}, "epoch must be that of the history, 2 of 4, got 1", id="epoch-behind"),
         pytest.param(lambda s: {"epoch": -1, "history": []}, "epoch must be that of", id="epoch-negative"),
         pytest.param(lambda s: {"history": s["history"][:1]}, "epoch must be that of", id="history-short"),
@@ -208,7 +209,8 @@ def test_metrics_that_are_missing_are_made_again(path: Path) -> None:
     "text",
     ["", "null", "[]", "{", "[" * 100_000, '{"recipe": null, "history": []}', '{"recipe": {}, "history": null}', "NaN"]
     + ['{"recipe": {"lr": "x"}, "history": []}', '{"recipe": {"epochs": true}, "history": []}', "\x00\xff"]
-    + ['{"recipe": {}, "history": [1]}', '{"recipe": {}, "history": [], "test": 3}'],
+    + ['{"recipe": {}, "history": [1]}', '{"recipe": {}, "history": [], "test": 3}']
+    + ['{"recipe": {}, "history": [], "test": {}}', '{"recipe": {}, "history": [], "test": {"error": "x"}}'],
     ids=lambda text: text[:40] or "empty",
 )
 def test_damaged_metrics_are_one_line(path: Path, text: str) -> None:
