@@ -213,9 +213,8 @@ def add_scores(run: Run, split: str, scores: Mapping[str, Any]) -> Run:
     """
     path = run.folder / METRICS
     with RunLock(run.folder):
-        now = load_run(run.folder)
-        found = {**now.scores, split: dict(scores)}
-        text = json.dumps({"recipe": asdict(now.recipe), "history": now.history, **found}, indent=1)
+        found = {**load_run(run.folder).scores, split: dict(scores)}
+        text = json.dumps({**json.loads(path.read_text()), **found}, indent=1)
         write_atomically(path, lambda temporary: Path(temporary).write_text(text))
     return replace(run, scores=found)
 
