@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import bqnn
@@ -60,6 +60,22 @@ def test_wrapped_modules_too(wrap: Wrap, tmp_path: Path) -> None:
         loaded = load(tmp_path / "net", model=given)
         assert list(loaded.state_dict()) == list(whole.state_dict())
         assert torch.equal(loaded(x), whole(x))
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone, as DistributedDataParallel wants one."""
+    distributed = pytest.importorskip("torch.distributed")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("when", ["before-pack", "after-pack"])
+def test_a_network_of_many_processes(process_group: None, when: str, tmp_path: Path) -> None:
+    net = pack(DistributedDataParallel(bayes())) if when == "before-pack" else DistributedDataParallel(pack(bayes()))
+    save(net, tmp_path / "net")
+    assert list(load(tmp_path / "net").state_dict()) == list(pack(bayes()).state_dict())
 
 
 def test_the_tensors_are_the_network_s_own() -> None:
