@@ -186,6 +186,7 @@ setup(
         "torchvision",  # each release asks for its own torch
         "numpy>=1.26",
         "safetensors>=0.4.3",
+        "filelock>=3.13",
         "platformdirs>=3.0",
         "tqdm>=4.66",
         "matplotlib>=3.8",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import bqnn
-from bqnn.ops._packed_layout import make_layout
-from bqnn.packing import pack_codes, packed_width
+from bqnn.core.codes import pack_codes, packed_width
+from bqnn.ops.backends.cpu_layout import make_layout
 
 pytestmark = pytest.mark.skipif(bqnn.cpu_isa() == "none", reason="no CPU kernels")
 
