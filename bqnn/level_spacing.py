@@ -28,7 +28,8 @@ def spaced_levels(
     Args:
         values, weights: [N] float64, numbers in ascending order and how often each occurs.
         candidates: levels in ascending order, 1 to M of them each, and each with an error that is no less than that of
-            the one before it. Those after the first that keeps the gap are not looked at.
+            the one before it. Those after the first that keeps the gap are not looked at; of values that are closer
+            than the smallest gap, only the last, a single level.
         num_levels: M.
         smallest_gap: of a codebook.
         spread: the standard deviation to expect of numbers around a single level.
@@ -36,6 +37,9 @@ def spaced_levels(
     Returns:
         [M] float64, ascending.
     """
+    if values[-1] - values[0] <= smallest_gap(values[[0, -1]]):
+        *_, single = candidates
+        candidates = [single]
     best, least = np.empty(0), np.inf
     for levels in candidates:
         complete = with_spare_levels(levels, num_levels, smallest_gap, spread)
@@ -53,9 +57,10 @@ def spaced_levels(
 def with_spare_levels(levels: Array, num_levels: int, smallest_gap: SmallestGap, spread: float) -> Array:
     """``levels`` as they are, and spare ones up to M of them where they do least harm: [k] -> [M], ascending.
 
-    A spare level goes into the widest gap, which is divided evenly, so that the narrowest of all stays as wide as can
-    be. Where the gaps have no room left, spare levels go on at both ends, as far apart as the widest gap is. A single
-    level gets them on both sides, spaced as the best quantizer of a uniform distribution with the deviation ``spread``.
+    A spare level goes where it leaves the widest gaps, and divides its gap evenly, so that the narrowest of all stays
+    as wide as can be. Where the gaps have no room left, spare levels go on at both ends, as far apart as the widest gap
+    is. A single level gets them on both sides, spaced as the best quantizer of a uniform distribution with the
+    deviation ``spread``.
     """
     spare = num_levels - len(levels)
     if len(levels) == 1:
@@ -64,8 +69,8 @@ def with_spare_levels(levels: Array, num_levels: int, smallest_gap: SmallestGap,
             step *= 2.0
         return _extended(levels, spare, step)
     room, gaps, parts = 2.0 * smallest_gap(levels), np.diff(levels), np.ones(len(levels) - 1, dtype=np.int64)
-    while spare and (gaps / (parts + 1)).max() > room:
-        parts[(gaps / parts).argmax()] += 1
+    while spare and (divided := gaps / (parts + 1)).max() > room:
+        parts[divided.argmax()] += 1
         spare -= 1
     inside = [low + gap / n * np.arange(n) for low, gap, n in zip(levels, gaps, parts)]
     return _extended(np.concatenate([*inside, levels[-1:]]), spare, max(float((gaps / parts).max()), room))
