@@ -24,9 +24,10 @@ from bqnn.scalar_quantizer import best_levels
 def lloyd_max(values: Tensor, num_levels: int, spread: float = 1.0) -> Tensor:
     """The levels of the scalar quantizer with the least squared error (Max 1960, Lloyd 1982), by dynamic programming.
 
-    Nothing depends on the size of the values: a multiple of them has that multiple of the levels. They may be as far
-    from zero, as unevenly distributed and as few as they like. What levels need is a distance, :func:`smallest_gap` and
-    what ``values.dtype`` tells apart: numbers that are closer share a level.
+    Nothing depends on the size of the values: a multiple of them, and of ``spread``, has that multiple of the levels.
+    They may be far from zero, unevenly distributed and few. What levels need is a distance, :func:`smallest_gap` and
+    what ``values.dtype`` tells apart: values that are closer share a level. The error is within a hundredth of the
+    least one. Sorting and sums are in float32 or float64, whatever the dtype.
 
     Args:
         values: [G, K] floating point, one data set a row.
@@ -59,9 +60,11 @@ def lloyd_max(values: Tensor, num_levels: int, spread: float = 1.0) -> Tensor:
 def _gap_for(dtype: torch.dtype) -> SmallestGap:
     """The smallest gap that the parameters of a codebook can express in ``dtype``, and a margin for their rounding."""
 
+    limits = torch.finfo(dtype)
+
     def gap(levels: Array) -> Any:
-        size = np.abs(levels).max(-1)
-        return 1.05 * np.maximum(MIN_GAP * (levels.std(-1) + np.abs(levels[..., 0])), torch.finfo(dtype).eps * size)
+        rounding = limits.eps * np.maximum(np.abs(levels).max(-1), limits.smallest_normal)
+        return 1.05 * np.maximum(MIN_GAP * (levels.std(-1) + np.abs(levels[..., 0])), rounding)
 
     return gap
 
