@@ -2,6 +2,7 @@
 #include <climits>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings/cpu.h"
@@ -208,22 +209,22 @@ Result run_conv2d(Tensor x, const Tensor& layout_tensor, const std::optional<Ten
 }
 
 Tensor packed_linear_op(Tensor x, Tensor layout, std::optional<Tensor> bias, bool relu) {
-  return run_linear(x, layout, bias, relu).y;
+  return run_linear(std::move(x), layout, bias, relu).y;
 }
 
 Tensor packed_conv2d_op(Tensor x, Tensor layout, std::optional<Tensor> bias, std::vector<int64_t> stride,
                         std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu) {
-  return run_conv2d(x, layout, bias, stride, padding, dilation, relu).y;
+  return run_conv2d(std::move(x), layout, bias, stride, padding, dilation, relu).y;
 }
 
 // A kernel may leave activations that it can not multiply to the next one of the table: so the call itself is made.
 std::string packed_linear_kernel_op(Tensor x, Tensor layout) {
-  return run_linear(x, layout, std::nullopt, false).kernel;
+  return run_linear(std::move(x), layout, std::nullopt, false).kernel;
 }
 
 std::string packed_conv2d_kernel_op(Tensor x, Tensor layout, std::vector<int64_t> stride, std::vector<int64_t> padding,
                                     std::vector<int64_t> dilation) {
-  return run_conv2d(x, layout, std::nullopt, stride, padding, dilation, false).kernel;
+  return run_conv2d(std::move(x), layout, std::nullopt, stride, padding, dilation, false).kernel;
 }
 
 }  // namespace

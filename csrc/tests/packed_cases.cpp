@@ -108,7 +108,28 @@ std::string run_on(const Case& c, const Operands& o, const PackedLayout* layout,
   return y.untouched() ? "" : name + ": wrote beside y";
 }
 
-std::string run_all(const Case& c, const Operands& o) {
+// Changes one number of a header. The layout has to be refused, or to be one that no kernel reads beyond.
+std::string run_altered(Random* random, const Case& c, const Operands& o, const Buffer<unsigned char>& memory) {
+  const Buffer<unsigned char> altered(memory.size());
+  std::memcpy(altered.data(), memory.data(), static_cast<size_t>(memory.size()));
+  const int64_t at = random->between(0, sizeof(PackedLayout) / 4 - 1) * 4;
+  const int32_t value = static_cast<int32_t>(random->chance(70) ? random->between(-2, 40) : random->next());
+  std::memcpy(altered.data() + at, &value, sizeof value);
+  const PackedLayout* layout = view_layout(altered.data(), static_cast<size_t>(altered.size()));
+  if (layout == nullptr) return "";
+  // What the bindings check of a call.
+  if (layout->channels != c.channels() || layout->columns != c.columns() || layout->groups != c.groups) return "";
+  if (layout->kernel_h != c.kernel.h || layout->kernel_w != c.kernel.w) return "";
+  if (layout->kernel_w > 1 && layout->dilation_w != c.dilation.w) return "";
+  std::vector<float> found;
+  for (const Isa isa : isas()) {
+    const std::string wrong = run_on(c, o, layout, isa, 1, &found);
+    if (!wrong.empty()) return "an altered layout: " + wrong;
+  }
+  return "";
+}
+
+std::string run_all(Random* random, const Case& c, const Operands& o) {
   const std::vector<uint8_t> codes = pack(c, o);
   const PackedWeight weight = weight_of(c, o, codes.data());
   const Buffer<unsigned char> memory(plan_layout(weight).bytes);
@@ -130,14 +151,14 @@ std::string run_all(const Case& c, const Operands& o) {
     }
     if (!wrong.empty()) return name + wrong;
   }
-  return "";
+  return run_altered(random, c, o, memory);
 }
 
 std::string run_case(uint64_t seed, uint64_t number) {
   Random random(seed, number);
   const Case c = draw_case(&random);
   const Operands o = draw_operands(&random, c);
-  const std::string wrong = run_all(c, o);
+  const std::string wrong = run_all(&random, c, o);
   return wrong.empty() ? wrong : c.text() + ": " + wrong;
 }
 

@@ -11,8 +11,7 @@ struct Epilogue {
 template <class Op>
 inline Epilogue epilogue(const PackedCall& call, int64_t group, int64_t block) {
   const PackedLayout& layout = *call.weight;
-  const int64_t lane = (group * layout.blocks + block) * kBlock;
-  const int64_t channel = group * layout.group_channels + block * kBlock;
+  const int64_t lane = (group * layout.blocks + block) * kBlock, channel = group * layout.group_channels + block * kBlock;
   const float least = call.activation == Activation::relu ? 0.0f : -__builtin_inff();
   Epilogue e{call.bias ? call.bias + channel : nullptr, nullptr, nullptr, least};
   if constexpr (Op::kInt8) e.step = layout.int8_scales() + lane, e.shift = layout.int8_shifts() + lane;

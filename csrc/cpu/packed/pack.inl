@@ -47,8 +47,7 @@ struct Packer {
   RowScale scale;
   bool bf16;
 
-  Packer(const PackedCall& call, const RowScale& scale)
-      : scale(scale), bf16(call.weight->precision == Precision::bf16) {}
+  Packer(const PackedCall& call, const RowScale& rule) : scale(rule), bf16(call.weight->precision == Precision::bf16) {}
   BQNN_INLINE void operator()(Float x, Element* to, int count) {
     store_operands<Op>(to, rounded<Op>(x, bf16, scale), count);
   }

@@ -101,10 +101,9 @@ inline void finish_runs(const PackedCall& call, const typename Op::Product* prod
       for (int64_t c = 0; c < count; ++c) {
         const Finish<Op> finish(channels, c);
         auto* plane = y + (group * count + c) * size;
-        for (int64_t v = 0; v < vectors; ++v) {
-          const Float value = finish(load_lanes(products + c * kRunRoom + v * kLanes), scale);
-          store_numbers(plane + runs[v].pixel, value, runs[v].lanes);
-        }
+        BQNN_UNROLL(2) for (int64_t v = 0; v < vectors; ++v)
+          store_numbers(plane + runs[v].pixel, finish(load_lanes(products + c * kRunRoom + v * kLanes), scale),
+                        runs[v].lanes);
       }
       return;
     }

@@ -55,9 +55,7 @@ bool planar_pays(const PackedCall& call, int lanes, int pixel_unit, int channel_
 }
 
 template <int kLanes, int kPixelUnit, int kChannelUnit>
-bool planar_pays(const PackedCall& call) {
-  return planar_pays(call, kLanes, kPixelUnit, kChannelUnit);
-}
+bool planar_pays(const PackedCall& call) { return planar_pays(call, kLanes, kPixelUnit, kChannelUnit); }
 
 #if defined(__x86_64__)
 // Pairs of bfloat16 never mix two pixels or two segments, of which one may be infinite and its weight none.
