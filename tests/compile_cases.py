@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bqnn.core.codes import packed_width
+from bqnn.core.geometry import Conv2dGeometry, LinearGeometry
 from bqnn.kernels import (
     assign_codes,
     launch,
@@ -28,8 +29,8 @@ from bqnn.kernels import (
 )
 from bqnn.kernels.conv2d import output_of
 from bqnn.kernels.packed import sum_of_parts
-from bqnn.ops.packed_conv2d import packed_conv2d_triton
-from bqnn.ops.packed_linear import packed_linear_triton
+from bqnn.ops.backends import triton_packed
+from bqnn.ops.packed_product import PackedCall
 from tests.shapes import Conv2dShape
 
 SEED, OFFSET = 2**62, 2**33
@@ -282,7 +283,8 @@ def call_packed_linear(
 ) -> None:
     weight = _packed_weight(512, columns, num_levels, groups)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    packed_linear_triton(torch.zeros(batch, columns, dtype=dtype), *weight, precision, None, relu)
+    x = torch.zeros(batch, columns, dtype=dtype)
+    triton_packed.run("packed_linear", PackedCall(x, *weight, LinearGeometry(), precision, None, relu))
 
 
 def call_packed_conv2d(
@@ -290,8 +292,9 @@ def call_packed_conv2d(
 ) -> None:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     weight = _packed_weight(channels, shape[1] * 9, num_levels, groups)
-    geometry = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-    packed_conv2d_triton(torch.zeros(shape, dtype=dtype), *weight, *geometry, precision, None)
+    geometry = Conv2dGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    x = torch.zeros(shape, dtype=dtype)
+    triton_packed.run("packed_conv2d", PackedCall(x, *weight, geometry, precision, None, False))
 
 
 def _packed_sum(dtype: torch.dtype) -> None:

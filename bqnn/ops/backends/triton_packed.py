@@ -17,7 +17,8 @@ from bqnn.ops.backends.triton import kernels, other_dtype
 from bqnn.ops.packed_product import PackedCall
 
 
-def _run(name: str, call: PackedCall) -> Tensor:
+def run(name: str, call: PackedCall) -> Tensor:
+    """The output of ``bqnn::<name>``, by the launcher of ``bqnn.kernels.<name>``."""
     x, codes, levels, geometry = call.x, call.codes, call.levels, call.geometry
     if x.numel() == 0:
         return geometry.output(x, len(codes))
@@ -41,4 +42,4 @@ def _serves(call: PackedCall) -> str:
 
 def register(name: str) -> None:
     """Registers the backend for ``bqnn::<name>``, from ``bqnn.kernels.<name>``."""
-    dispatch.register(name, "triton", partial(_run, name), _serves, describe=describe)
+    dispatch.register(name, "triton", partial(run, name), _serves, describe=describe)
