@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bqnn.core.philox import Noise
+from bqnn.kernels import arguments
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,6 +47,6 @@ def order_for(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def number(seed: Tensor | None) -> int:
-    """The seed as a kernel's argument; it is on the CPU, so that reading it waits for nothing."""
-    return 0 if seed is None else int(seed)
+def numbers(noise: Noise) -> arguments.Noise:
+    """The noise as launchers take it. The seed is on the CPU, so that reading it waits for nothing."""
+    return arguments.Noise(0 if noise.seed is None else int(noise.seed), noise.offset)
