@@ -28,10 +28,10 @@ class ImageStrides(NamedTuple):
 
 
 class WeightStrides(NamedTuple):
-    """Elements from one to the next of a weight in parts [S, N, C, kh, kw]: of y's channels and x's as ``out`` and
-    ``into``, and of the groups of the larger."""
+    """Elements from one to the next of a weight's groups, its channels for y (``out``) and for x (``into``), and its
+    taps; and of parts [S, ...] of it."""
 
-    part: int
+    part: int | None
     group: int
     out: int
     into: int
@@ -48,9 +48,6 @@ class Geometry(NamedTuple):
     """y's channels of a group."""
     C: int
     """x's channels of a group."""
-    K: int
-    """Weights of an output channel."""
-    groups: int
     rows: int
     """Of pixels of an image of y."""
     columns: int
@@ -63,6 +60,7 @@ class Geometry(NamedTuple):
     horizontal: Axis
     weight: WeightStrides
     y: ImageStrides
+    groups: int
 
 
 def forward_axes(product):
@@ -103,13 +101,11 @@ def geometry_of(x, y, weight, axes, groups, transposed=False):
     group = weight.shape[-4] // groups * out
     if transposed:
         out, into = into, out
-    part = 0 if weight.dim() == 4 else weight.stride(0)
+    part = None if weight.dim() == 4 else weight.stride(0)
     return Geometry(
         M=images * rows * columns,
         N=channels // groups,
         C=x.shape[1] // groups,
-        K=weight.shape[-3:].numel(),
-        groups=groups,
         rows=rows,
         columns=columns,
         height=x.shape[2],
@@ -119,6 +115,7 @@ def geometry_of(x, y, weight, axes, groups, transposed=False):
         horizontal=axes[1],
         weight=WeightStrides(part, group, out, into, row, column),
         y=image_strides(y),
+        groups=groups,
     )
 
 

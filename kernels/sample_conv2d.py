@@ -49,7 +49,7 @@ PRODUCT_TILE, WEIGHT_TILE = (128, 64), (128, 128)  # the most (BN, BK)
 PRODUCT_TILE_SM_100 = (64, 64)  # with more, ptxas spills
 
 
-@triton.heuristics({"ALIGNED": lambda args: args["geometry"].K % 4 == 0})
+@triton.heuristics({"ALIGNED": lambda args: args["K"] % 4 == 0})
 @triton.jit(do_not_specialize=["seed", "offset"])
 def sample_conv2d_fwd_kernel(
     p_x,
@@ -60,6 +60,7 @@ def sample_conv2d_fwd_kernel(
     offset: tl.int64,
     p_y,
     geometry,
+    K,
     steps,
     span,
     TAPS_H: tl.constexpr,
@@ -92,7 +93,7 @@ def sample_conv2d_fwd_kernel(
         o_k, inside = gathered(geometry, o_h, o_w, t, u, o_c)
         b_x = tl.load(p_source + o_k, mask=inside & m_m[:, None] & m_k, other=0.0)
         if posterior is not None:
-            w, _ = sampled_block(posterior, noise, o_row, step * BK, i_g * N + N, geometry.K, BK, ALIGNED)
+            w, _ = sampled_block(posterior, noise, o_row, step * BK, i_g * N + N, K, BK, ALIGNED)
             o_group = codebook_of(o_row, m_n, step, NUM_LEVELS, PER_CHANNEL)
             b_w = quantize(w, posterior, o_group, NUM_LEVELS).to(b_x.dtype)
         else:
@@ -163,12 +164,10 @@ def forward(x, posterior, bias, noise, product):
         y = sample_linear.forward(pixels_last(x), as_matrix(posterior), bias, noise, LinearProduct())
         return images_of(y, memory_format)
     sampled, taps = row_blocks(shape) <= SAMPLED_BLOCKS, weight[0, 0].numel()
-    quantized = None if sampled else sample(posterior, noise, x.dtype, torch.channels_last)
     plan = product_plan(x, shape, taps, product.groups, _product_tile(), "contiguous" if sampled else None)
     y = output_parts(plan, shape, memory_format, x)
-    pixels, axes = channels_last(x), forward_axes(product)
-    geometry = geometry_of(pixels, y, weight if sampled else quantized, axes, product.groups)
-    _convolve(pixels, posterior if sampled else None, quantized, bias, noise, y, geometry, plan, weight.shape[2:])
+    source = (posterior, None) if sampled else (None, sample(posterior, noise, x.dtype, torch.channels_last))
+    _convolve(channels_last(x), y, *source, bias, noise, forward_axes(product), product.groups, plan)
     return sum_of_splits(y, None if bias is None else bias.view(-1, 1, 1), x.dtype)
 
 
@@ -193,12 +192,13 @@ def _product_tile():
     return PRODUCT_TILE_SM_100 if architecture() >= 100 else PRODUCT_TILE
 
 
-def _convolve(x, posterior, quantized, bias, noise, y, geometry, plan, kernel):
-    """Writes the product to y [S, B, channels, rows, columns]: one of posterior and quantized weight is None."""
-    grid, cuts = product_launch(plan, geometry, kernel)
+def _convolve(x, y, posterior, quantized, bias, noise, axes, groups, plan, transposed=False):
+    """Writes the product to y [S, B, channels, rows, columns]; one of posterior and quantized weight is None."""
+    weight = quantized if posterior is None else posterior.weight
+    grid, cuts = product_launch(plan, geometry_of(x, y, weight, axes, groups, transposed), weight.shape[2:])
     sample_conv2d_fwd_kernel[grid](
-        x, posterior, quantized, bias if plan.splits == 1 else None, p_y=y, **noise._asdict(), **cuts,
-        **flags_of_posterior(posterior), **precision_of(x),
+        x, posterior, quantized, bias if plan.splits == 1 else None, p_y=y, K=weight[0].numel(), **noise._asdict(),
+        **cuts, **flags_of_posterior(posterior), **precision_of(x),
     )  # fmt: skip
 
 
@@ -211,8 +211,7 @@ def _input_gradient(grad, shape, memory_format, posterior, noise, product):
     for pixels, taps, axes in gradient_products(shape, kernel, product):
         y, weight = grad_x[pixels], quantized[taps]
         if weight.numel():
-            geometry = geometry_of(grad, y, weight, axes, groups, transposed=True)
-            _convolve(grad, None, weight, None, noise, y, geometry, plan, weight.shape[2:])
+            _convolve(grad, y, None, weight, None, noise, axes, groups, plan, transposed=True)
         else:
             y.zero_()
     return sum_of_splits(grad_x, None, grad.dtype)
