@@ -32,7 +32,7 @@ from bqnn.kernels import (
 )
 from bqnn.kernels.arguments import Noise
 from bqnn.kernels.geometry import output_of
-from bqnn.kernels.packed import sum_of_parts
+from bqnn.kernels.packed import Epilogue, sum_of_parts
 from bqnn.ops.backends import triton_packed
 from bqnn.ops.packed_product import PackedCall
 from tests.shapes import Conv2dShape
@@ -299,7 +299,7 @@ def call_packed_conv2d(
 def _packed_sum(dtype: torch.dtype) -> None:
     parts, rows = torch.zeros(4, 64, 512, dtype=dtype), torch.zeros(64)
     scale = torch.zeros(512) if dtype == torch.int32 else None
-    sum_of_parts(parts, scale, rows, torch.zeros(512), torch.zeros(64, 512), False)
+    sum_of_parts(parts, Epilogue(scale, rows, torch.zeros(512)), torch.zeros(64, 512), False)
 
 
 # A name says the operands' dtype.

@@ -26,11 +26,11 @@ def run(name: str, call: PackedCall) -> Tensor:
     book, scale = levels.contiguous(), None
     if call.precision == "int8":  # the layout's integers with their scales, instead of levels
         book, scale = integer_codebooks(layout, len(codes), len(levels))
-    weight = (layout[: len(codes)], levels.shape[1], book, scale, call.bias, call.precision, BLOCK_WORDS, call.relu)
-    forward = kernels(name).forward
+    weight = kernels("packed").PackedWeight(layout[: len(codes)], BLOCK_WORDS, levels.shape[1], book, scale)
+    forward = partial(kernels(name).forward, x, weight, call.bias, call.precision, call.relu)
     if not isinstance(geometry, Conv2dGeometry):
-        return forward(x, *weight)
-    y = forward(x, *weight, geometry.size(x), *geometry)
+        return forward()
+    y = forward(geometry)
     if memory_format_of(x) == torch.channels_last:
         return y
     return torch.empty(y.shape, dtype=y.dtype, device=y.device).copy_(y)
