@@ -1,10 +1,10 @@
-"""What travels together: NamedTuples that launchers take, and that kernels take as one argument each.
+"""What travels together: NamedTuples that launchers take, and most of which kernels take as one argument.
 
 Triton passes the fields of a tuple one by one. Whether a field is None or 1, or a multiple of 16, is known when the
 kernel is compiled, just as of an argument by itself, so that ``posterior.log_sigma2 is not None`` costs nothing there.
 But numbers in a tuple are always looked at in this way, whatever ``do_not_specialize`` says, and get 32 or 64 bits by
-their value. A kernel would be compiled again for one seed in sixteen, so seed and offset reach it by themselves, as
-``**noise._asdict()``, and are a :class:`Noise` from its first line on.
+their value. A kernel would be compiled again for one seed in sixteen, so seed and offset reach it by themselves, and
+are a :class:`Noise` from its first line on.
 """
 
 from typing import NamedTuple
@@ -20,6 +20,21 @@ class Noise(NamedTuple):
 
     seed: int
     offset: int
+
+
+class PackedWeight(NamedTuple):
+    """A weight of codes; see bqnn.ops.backends.gpu_layout."""
+
+    words: Tensor
+    """int32 [N, W], contiguous."""
+    block_words: int
+    """Words of a block."""
+    num_levels: int
+    """M."""
+    levels: Tensor
+    """float32 [1 or N, M]; for "int8" integers, int8 [1 or N, M or more]."""
+    scale: Tensor | None
+    """For "int8" what the integers are multiplied by, float32 [1 or N]."""
 
 
 class Gradients(NamedTuple):

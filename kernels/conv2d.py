@@ -101,7 +101,7 @@ def weights_at(geometry, t, u, o_c):
 
 def taps_of(weight):
     """The ``taps`` of :func:`in_channels_last` for a weight's own order, contiguous or channels-last."""
-    return 1 if weight.is_contiguous() else weight[0, 0].numel()
+    return 1 if weight.is_contiguous() else weight.shape[2:].numel()
 
 
 def parts_of(gradient, weight):

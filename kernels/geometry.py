@@ -10,7 +10,7 @@ import torch
 
 
 class Axis(NamedTuple):
-    """One direction of a product; see the top of the file."""
+    """One direction of a product: pixel i of y gathers at tap t the pixel ``i * step + origin + t * delta`` of x."""
 
     step: int
     origin: int

@@ -225,7 +225,7 @@ def moments(posterior, mode, dtype, memory_format=torch.contiguous_format):
     made = Moments(
         *(torch.empty(weight.shape, device=weight.device, dtype=dtype, memory_format=memory_format) for _ in range(2))
     )
-    N, K = weight.shape[0], weight[0].numel()
+    N, K = weight.shape[0], weight.shape[1:].numel()
     grid, blocks = blocks_of_matrix(N, K)
     moment_fwd_kernel[grid](
         posterior, made, N, K, taps_of(made.mean), **flags_of_posterior(posterior), MODE=mode, **blocks
@@ -240,7 +240,7 @@ def moments_backward(grad, posterior, mode):
     contiguous or channels-last; the posterior is contiguous.
     """
     weight, levels = posterior.weight, posterior.levels
-    N, K = weight.shape[0], weight[0].numel()
+    N, K = weight.shape[0], weight.shape[1:].numel()
     grid, blocks = blocks_of_matrix(N, K)
     gradients = gradients_of(posterior, grid[1], codebook_sums(levels.shape[1], mode))
     parts, taps = parts_of(grad.mean, weight)

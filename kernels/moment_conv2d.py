@@ -59,7 +59,6 @@ FORWARD_TILE, INPUT_TILE, WEIGHT_TILE = (64, 64), (64, 32), (128, 64)
 NARROW_TILE = (32, 64)  # of a forward product with strides or dilation, and of all on sm_100; with more, ptxas spills
 
 
-@triton.heuristics({"ALIGNED": lambda args: args["geometry"].rows * args["geometry"].columns % 4 == 0})
 @triton.jit(do_not_specialize=["seed", "offset"])
 def moment_conv2d_fwd_kernel(
     p_x,
@@ -317,7 +316,7 @@ class Source(NamedTuple):
 
 
 def _source(x, shape, posterior, mode, product):
-    taps, made = posterior.weight[0, 0].numel(), row_blocks(shape) > MADE_BLOCKS
+    taps, made = posterior.weight.shape[2:].numel(), row_blocks(shape) > MADE_BLOCKS
     plain = (*product.stride, *product.dilation) == (1, 1, 1, 1) and architecture() < 100
     tile = FORWARD_TILE if plain else NARROW_TILE
     plan = product_plan(x, shape, taps, product.groups, tile, None if made else "contiguous")
@@ -333,9 +332,9 @@ def _multiply(x, source, bias, noise, mode, product, y, slope, variance):
     geometry = geometry_of(x, output, weight, forward_axes(product), product.groups)
     grid, cuts = product_launch(plan, geometry, weight.shape[2:])
     moment_conv2d_fwd_kernel[grid](
-        x, posterior, made, bias, p_y=y, p_slope=slope, p_variance=variance,
-        slope_strides=None if slope is None else strides_of(slope), MODE=mode, **noise._asdict(), **cuts,
-        **flags_of_posterior(posterior), **precision_of(x),
+        x, posterior, made, bias, noise.seed, noise.offset, y, slope, variance,
+        slope_strides=None if slope is None else strides_of(slope), MODE=mode,
+        ALIGNED=geometry.rows * geometry.columns % 4 == 0, **cuts, **flags_of_posterior(posterior), **precision_of(x),
     )  # fmt: skip
 
 

@@ -38,12 +38,6 @@ OPERATIONS_OF_THRESHOLD = 25
 OPERATIONS_OF_GAUSSIAN = 8
 
 
-@triton.heuristics(
-    {
-        "IMAGES": lambda args: args["pixels"] > 1,
-        "ALIGNED": lambda args: args["pixels" if args["pixels"] > 1 else "N"] % 4 == 0,
-    }
-)
 @triton.jit(do_not_specialize=["seed", "offset"])
 def moment_linear_fwd_kernel(
     p_x,
@@ -261,9 +255,10 @@ def _write_outputs(x, posterior, bias, noise, mode, y, slope, pixels):
 
     def multiply(bias, y, slope, variance):
         moment_linear_fwd_kernel[grid](
-            x, posterior, bias, p_y=y, p_slope=slope, p_variance=variance, M=M, N=N, K=K, pixels=pixels,
-            stride_x=x.stride(0), span=span, MODE=mode, **noise._asdict(), **flags_of_product(x, posterior),
-            BM=_rows_of_block(M, x.dtype), BN=_width(x.dtype), BK=_step(x.dtype), num_warps=WARPS, **_limits(x.dtype),
+            x, posterior, bias, noise.seed, noise.offset, y, slope, variance, M, N, K, pixels, x.stride(0), span,
+            MODE=mode, IMAGES=pixels > 1, ALIGNED=(N if pixels == 1 else pixels) % 4 == 0,
+            **flags_of_product(x, posterior), BM=_rows_of_block(M, x.dtype), BN=_width(x.dtype), BK=_step(x.dtype),
+            num_warps=WARPS, **_limits(x.dtype),
         )  # fmt: skip
 
     if grid[2] == 1 and y is not None:

@@ -27,7 +27,6 @@ def add_noise(mean, variance, noise, COARSE: tl.constexpr):
     return mean + variance * inverse * noise, tl.where(variance > 0.0, 0.5 * inverse * noise, 0.0)
 
 
-@triton.heuristics({"ALIGNED": lambda args: args["rows"] == 1 or args["columns"] % 4 == 0})
 @triton.jit(do_not_specialize=["seed", "offset"])
 def noise_kernel(
     p_mean,
@@ -103,9 +102,9 @@ def noisy(mean, variance, noise, y, slope, bias=None):
     BC = min(triton.next_power_of_2(max(columns, 4)), MATRIX_BLOCK if flat else 32)
     BR = 1 if flat else MATRIX_BLOCK // BC
     noise_kernel[(triton.cdiv(rows, BR) * triton.cdiv(columns, BC),)](
-        mean, variance, bias, p_y=y, p_slope=slope, parts=parts, part_size=output.numel(), rows=rows, columns=columns,
-        channels=channels, y_strides=y_strides, slope_strides=slope_strides,
-        biases=1 if bias is None or not flat else bias.shape[0], **noise._asdict(), BR=BR, BC=BC,
+        mean, variance, bias, noise.seed, noise.offset, y, slope, parts, output.numel(), rows, columns, channels,
+        y_strides, slope_strides, 1 if bias is None or not flat else bias.shape[0],
+        ALIGNED=rows == 1 or columns % 4 == 0, BR=BR, BC=BC,
     )  # fmt: skip
 
 

@@ -12,21 +12,6 @@ from bqnn.kernels.launch import MATRIX_BLOCK, blocks_of_matrix
 CODE_BITS = {2: 1, 3: 2, 4: 2}  # more levels take 4, as in bqnn.ops.backends.gpu_layout
 
 
-class PackedWeight(NamedTuple):
-    """A weight of codes as launchers take it; see bqnn.ops.backends.gpu_layout."""
-
-    words: Tensor
-    """int32 [N, W], contiguous."""
-    block_words: int
-    """Words of a block."""
-    num_levels: int
-    """M."""
-    levels: Tensor
-    """float32 [1 or N, M]; for "int8" integers, int8 [1 or N, M or more]."""
-    scale: Tensor | None
-    """For "int8" what the integers are multiplied by, float32 [1 or N]."""
-
-
 class Epilogue(NamedTuple):
     """What a kernel does with its sums, one argument of it."""
 

@@ -18,13 +18,6 @@ from bqnn.kernels.packed import Epilogue, finish, flags_of_packed, quantize_rows
 LEAST_BN = 16  # of a product: layers of few channels take no more
 
 
-class Pair(NamedTuple):
-    """What a geometry has of both directions."""
-
-    vertical: int
-    horizontal: int
-
-
 class Windows(NamedTuple):
     """Where a kernel finds the windows of images [B, H, W, C] that outputs [B, OH, OW, N] are made of."""
 
@@ -35,9 +28,10 @@ class Windows(NamedTuple):
     OW: int
     KW: int
     """Columns of taps."""
-    stride: Pair
-    padding: Pair
-    dilation: Pair
+    stride: tuple[int, int]
+    """Of rows and of columns, as the others."""
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
     groups: int
 
 
@@ -47,8 +41,8 @@ def load_windows(p_pixel, m_m, o_top, o_left, o_k, K, windows, PADDED: tl.conste
     image: OPERAND [BM, BW], 0 in the padding."""
     CG, H, W = windows.C // windows.groups, windows.H, windows.W
     o_tap, o_c = o_k // CG, o_k % CG
-    o_down = (o_tap // windows.KW) * windows.dilation.vertical
-    o_right = (o_tap % windows.KW) * windows.dilation.horizontal
+    o_down = (o_tap // windows.KW) * windows.dilation[0]
+    o_right = (o_tap % windows.KW) * windows.dilation[1]
     m_x = m_m[:, None] & (o_k < K)[None, :]
     if PADDED:
         o_h, o_w = o_top[:, None] + o_down[None, :], o_left[:, None] + o_right[None, :]
@@ -93,8 +87,8 @@ def packed_conv2d_fwd_kernel(
     o_n = i_g * NG + o_ng
     m_m, m_n = o_m < P, o_ng < NG
     o_b, o_pixel = o_m // (OH * OW), o_m % (OH * OW)
-    o_top = (o_pixel // OW) * windows.stride.vertical - windows.padding.vertical
-    o_left = (o_pixel % OW) * windows.stride.horizontal - windows.padding.horizontal
+    o_top = (o_pixel // OW) * windows.stride[0] - windows.padding[0]
+    o_left = (o_pixel % OW) * windows.stride[1] - windows.padding[1]
     o_x = ((o_b.to(tl.int64) * H + o_top) * W + o_left) * C + i_g * CG
     p_pixel, p_word = p_x + o_x[:, None], p_words + o_n.to(tl.int64)[:, None] * WORDS
     p_book = codebook(p_levels, tl.where(m_n, o_n, 0), PER_CHANNEL, STRIDE)
@@ -151,9 +145,8 @@ def forward(x, weight, bias, precision, relu, geometry):
     blocks = (triton.cdiv(P, config["BM"]), triton.cdiv(N // groups, config["BN"]))
     splits, span = splits_of((*blocks, groups), words, config["BW"], x.device, config.pop("most_splits"))
     sums = sums_of(y, splits, epilogue)
-    _, stride, padding, dilation, _ = geometry
-    pairs = Pair(*stride), Pair(*padding), Pair(*dilation)
-    windows = Windows(C, H, W, OH, OW, geometry.kernel_size[1], *pairs, groups)
+    kernel_size, stride, padding, dilation = (tuple(sides) for sides in geometry[:4])
+    windows = Windows(C, H, W, OH, OW, kernel_size[1], stride, padding, dilation, groups)
     packed_conv2d_fwd_kernel[(*blocks, splits * groups)](
         images, weight.words, weight.levels, epilogue, sums, P, N, K, words, windows, span, PADDED=any(padding),
         SPLIT=splits > 1, **config, **flags,

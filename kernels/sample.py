@@ -10,7 +10,7 @@ import triton.language as tl
 
 from bqnn.kernels.arguments import Noise, gradients_of
 from bqnn.kernels.conv2d import in_channels_last, parts_of, taps_of
-from bqnn.kernels.launch import blocks_of_matrix, flags_of_posterior, heuristics_of_rows, level_sums
+from bqnn.kernels.launch import blocks_of_matrix, flags_of_sample, level_sums
 from bqnn.kernels.philox import normals_of_rows
 from bqnn.kernels.quantizer import codebook_of, partition, quantize, store_level_sums
 
@@ -33,7 +33,6 @@ def sampled_block(posterior, noise, o_n, first, N, K, BK: tl.constexpr, ALIGNED:
         return mean, mean
 
 
-@heuristics_of_rows
 @triton.jit(do_not_specialize=["seed", "offset"])
 def sample_fwd_kernel(
     posterior,
@@ -60,7 +59,6 @@ def sample_fwd_kernel(
     tl.store(p_quantized + o_q, quantized, mask=m_n[:, None] & (o_k < K)[None, :])
 
 
-@heuristics_of_rows
 @triton.jit(do_not_specialize=["seed", "offset"])
 def sample_bwd_kernel(
     p_grad,
@@ -126,11 +124,10 @@ def sample(posterior, noise, dtype, memory_format=torch.contiguous_format):
     """Q(mu + sigma * eps) in ``dtype``, in the weight's shape and this memory format; the posterior is contiguous."""
     weight = posterior.weight
     quantized = torch.empty(weight.shape, device=weight.device, dtype=dtype, memory_format=memory_format)
-    N, K = weight.shape[0], weight[0].numel()
+    N, K = weight.shape[0], weight.shape[1:].numel()
     grid, blocks = blocks_of_matrix(N, K)
-    flags = flags_of_posterior(posterior)
     sample_fwd_kernel[grid](
-        posterior, p_quantized=quantized, N=N, K=K, taps=taps_of(quantized), **noise._asdict(), **flags, **blocks
+        posterior, noise.seed, noise.offset, quantized, N, K, taps_of(quantized), **flags_of_sample(posterior), **blocks
     )
     return quantized
 
@@ -142,14 +139,13 @@ def sample_backward(grad, posterior, noise):
     channels-last.
     """
     weight, levels = posterior.weight, posterior.levels
-    N, K = weight.shape[0], weight[0].numel()
+    N, K = weight.shape[0], weight.shape[1:].numel()
     grid, blocks = blocks_of_matrix(N, K)
     gradients = gradients_of(posterior, grid[1], levels.shape[1])
     parts, taps = parts_of(grad, weight)
     sample_bwd_kernel[grid](
-        grad, posterior, gradients=gradients, N=N, K=K, taps=taps, parts=parts, **noise._asdict(),
-        **flags_of_posterior(posterior), **blocks,
-    )  # fmt: skip
+        grad, posterior, noise.seed, noise.offset, gradients, N, K, taps, parts, **flags_of_sample(posterior), **blocks
+    )
     return sample_gradients(gradients, posterior)
 
 

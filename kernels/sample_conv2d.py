@@ -38,7 +38,7 @@ from bqnn.kernels.geometry import (
     output_of,
     weight_roles,
 )
-from bqnn.kernels.launch import architecture, flags_of_posterior, sum_of_splits
+from bqnn.kernels.launch import architecture, flags_of_sample, sum_of_splits
 from bqnn.kernels.quantizer import codebook_of, quantize
 from bqnn.kernels.sample import sample, sample_backward, sampled_block
 
@@ -49,7 +49,6 @@ PRODUCT_TILE, WEIGHT_TILE = (128, 64), (128, 128)  # the most (BN, BK)
 PRODUCT_TILE_SM_100 = (64, 64)  # with more, ptxas spills
 
 
-@triton.heuristics({"ALIGNED": lambda args: args["K"] % 4 == 0})
 @triton.jit(do_not_specialize=["seed", "offset"])
 def sample_conv2d_fwd_kernel(
     p_x,
@@ -163,7 +162,7 @@ def forward(x, posterior, bias, noise, product):
     if is_pointwise(weight, product):
         y = sample_linear.forward(pixels_last(x), as_matrix(posterior), bias, noise, LinearProduct())
         return images_of(y, memory_format)
-    sampled, taps = row_blocks(shape) <= SAMPLED_BLOCKS, weight[0, 0].numel()
+    sampled, taps = row_blocks(shape) <= SAMPLED_BLOCKS, weight.shape[2:].numel()
     plan = product_plan(x, shape, taps, product.groups, _product_tile(), "contiguous" if sampled else None)
     y = output_parts(plan, shape, memory_format, x)
     source = (posterior, None) if sampled else (None, sample(posterior, noise, x.dtype, torch.channels_last))
@@ -197,8 +196,8 @@ def _convolve(x, y, posterior, quantized, bias, noise, axes, groups, plan, trans
     weight = quantized if posterior is None else posterior.weight
     grid, cuts = product_launch(plan, geometry_of(x, y, weight, axes, groups, transposed), weight.shape[2:])
     sample_conv2d_fwd_kernel[grid](
-        x, posterior, quantized, bias if plan.splits == 1 else None, p_y=y, K=weight[0].numel(), **noise._asdict(),
-        **cuts, **flags_of_posterior(posterior), **precision_of(x),
+        x, posterior, quantized, bias if plan.splits == 1 else None, noise.seed, noise.offset, y,
+        K=weight.shape[1:].numel(), **cuts, **flags_of_sample(posterior), **precision_of(x),
     )  # fmt: skip
 
 

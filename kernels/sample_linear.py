@@ -13,7 +13,6 @@ from bqnn.kernels.launch import (
     architecture,
     fewer_stages,
     flags_of_product,
-    heuristics_of_rows,
     leading,
     rows_of,
     splits_of,
@@ -27,7 +26,6 @@ from bqnn.kernels.sample import sample_gradients, sampled_block, store_sample_gr
 FUSED_ROWS = 512
 
 
-@heuristics_of_rows
 @triton.jit(do_not_specialize=["seed", "offset"])
 def sample_linear_fwd_kernel(
     p_x,
@@ -68,7 +66,6 @@ def sample_linear_fwd_kernel(
     tl.store(p_y + o_y, b_y, mask=m_m[:, None] & m_n[None, :])
 
 
-@heuristics_of_rows
 @triton.jit(do_not_specialize=["seed", "offset"])
 def sample_linear_bwd_kernel_input(
     p_grad,
@@ -107,7 +104,6 @@ def sample_linear_bwd_kernel_input(
     tl.store(p_grad_x + o_x, b_grad_x, mask=m_m[:, None] & (o_k < K)[None, :])
 
 
-@heuristics_of_rows
 @triton.jit(do_not_specialize=["seed", "offset"])
 def sample_linear_bwd_kernel_weight(
     p_grad,
@@ -161,9 +157,10 @@ def _flags(x, posterior):
     """Those of a product. It takes all registers where each weight needs a call of Philox for itself, each channel has
     its own levels, or there are many levels in float32 or on targets other than sm_90."""
     codebooks, num_levels = posterior.levels.shape
-    costly = x.shape[-1] % 4 != 0 or codebooks > 1 or (x.dtype == torch.float32 and num_levels > 4)
+    aligned = x.shape[-1] % 4 == 0
+    costly = not aligned or codebooks > 1 or (x.dtype == torch.float32 and num_levels > 4)
     costly |= architecture() != 90 and num_levels > 3
-    return {**flags_of_product(x, posterior), **(ALL_REGISTERS if costly else {})}
+    return {**flags_of_product(x, posterior), "ALIGNED": aligned, **(ALL_REGISTERS if costly else {})}
 
 
 def _rows_of_block(rows):
@@ -185,8 +182,8 @@ def forward(x, posterior, bias, noise, product):
     splits, span = splits_of(blocks, K, tiles["BK"], x.device)
     y = torch.empty((splits, M, N), device=x.device, dtype=x.dtype if splits == 1 else torch.float32)
     sample_linear_fwd_kernel[(*blocks, splits)](
-        rows, posterior, bias if splits == 1 else None, p_y=y, M=M, N=N, K=K, stride_x=rows.stride(0), span=span,
-        **noise._asdict(), **_flags(x, posterior), **tiles,
+        rows, posterior, bias if splits == 1 else None, noise.seed, noise.offset, y, M, N, K, rows.stride(0), span,
+        **_flags(x, posterior), **tiles,
     )  # fmt: skip
     return sum_of_splits(y, bias, x.dtype).view(*x.shape[:-1], N)
 
@@ -195,21 +192,21 @@ def backward(grad, x, posterior, noise, input_gradient, product):
     """Gradients for x (empty if not asked for), weight, log_sigma2 (empty without it) and levels; grad [..., N]."""
     rows, grad = rows_of(x), rows_of(grad)
     (M, K), N = rows.shape, posterior.weight.shape[0]
-    tiles, flags = _tiles(M, x.dtype, K), {**_flags(x, posterior), **noise._asdict()}
+    tiles, flags = _tiles(M, x.dtype, K), _flags(x, posterior)
     grad_x = x.new_empty(0)
     if input_gradient:
         blocks = (triton.cdiv(K, tiles["BK"]), triton.cdiv(M, tiles["BM"]))
         splits, span = splits_of(blocks, N, tiles["BN"], x.device)
         grad_x = torch.empty((splits, M, K), device=x.device, dtype=x.dtype if splits == 1 else torch.float32)
         sample_linear_bwd_kernel_input[(*blocks, splits)](
-            grad, posterior, p_grad_x=grad_x, M=M, N=N, K=K, stride_grad=grad.stride(0), span=span, **flags, **tiles
+            grad, posterior, noise.seed, noise.offset, grad_x, M, N, K, grad.stride(0), span, **flags, **tiles
         )
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
     tiles = _weight_tiles(x.dtype)
     blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(K, tiles["BK"]))
     gradients = gradients_of(posterior, blocks[1], posterior.levels.shape[1])
     sample_linear_bwd_kernel_weight[blocks](
-        grad, rows, posterior, gradients=gradients, M=M, N=N, K=K, stride_grad=grad.stride(0),
-        stride_x=rows.stride(0), **flags, **tiles,
+        grad, rows, posterior, noise.seed, noise.offset, gradients, M, N, K, grad.stride(0), rows.stride(0), **flags,
+        **tiles,
     )  # fmt: skip
     return grad_x, *sample_gradients(gradients, posterior)

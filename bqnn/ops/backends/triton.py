@@ -1,9 +1,10 @@
-"""What the backends "triton" of the ops share: the way to bqnn.kernels, which is imported in the first call."""
+"""What the backends "triton" of the ops share: the way to the kernels, which are imported in the first call."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +17,9 @@ from bqnn.kernels import arguments
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@cache
 def kernels(module: str) -> ModuleType:
-    """The module of ``bqnn.kernels`` with this name."""
+    """The module of ``bqnn.kernels`` with this name, kept: importlib would look for it in every call."""
     return importlib.import_module(f"bqnn.kernels.{module}")
 
 

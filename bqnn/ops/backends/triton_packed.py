@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bqnn.core.geometry import Conv2dGeometry, memory_format_of
+from bqnn.kernels.arguments import PackedWeight
 from bqnn.ops import dispatch
 from bqnn.ops.backends.gpu_layout import BLOCK_WORDS, describe, integer_codebooks, layout_of
 from bqnn.ops.backends.triton import kernels, other_dtype
@@ -26,11 +27,11 @@ def run(name: str, call: PackedCall) -> Tensor:
     book, scale = levels.contiguous(), None
     if call.precision == "int8":  # the layout's integers with their scales, instead of levels
         book, scale = integer_codebooks(layout, len(codes), len(levels))
-    weight = kernels("packed").PackedWeight(layout[: len(codes)], BLOCK_WORDS, levels.shape[1], book, scale)
-    forward = partial(kernels(name).forward, x, weight, call.bias, call.precision, call.relu)
+    weight = PackedWeight(layout[: len(codes)], BLOCK_WORDS, levels.shape[1], book, scale)
+    forward = kernels(name).forward
     if not isinstance(geometry, Conv2dGeometry):
-        return forward()
-    y = forward(geometry)
+        return forward(x, weight, call.bias, call.precision, call.relu)
+    y = forward(x, weight, call.bias, call.precision, call.relu, geometry)
     if memory_format_of(x) == torch.channels_last:
         return y
     return torch.empty(y.shape, dtype=y.dtype, device=y.device).copy_(y)
