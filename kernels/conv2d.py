@@ -78,8 +78,8 @@ def step_at(geometry, step, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, BK: tl.c
 @triton.jit
 def sources_of(geometry, image, row, column):
     """Row, column and offset of the pixels' sources at the first tap, which may lie outside the image: [BM, 1]."""
-    o_h = (row * geometry.vertical.step + geometry.vertical.origin)[:, None]
-    o_w = (column * geometry.horizontal.step + geometry.horizontal.origin)[:, None]
+    o_h = (row * geometry.step_h + geometry.origin_h)[:, None]
+    o_w = (column * geometry.step_w + geometry.origin_w)[:, None]
     o_row = image.to(tl.int64)[:, None] * geometry.height + o_h
     return o_h, o_w, (o_row * geometry.width + o_w) * geometry.channels
 
@@ -87,9 +87,9 @@ def sources_of(geometry, image, row, column):
 @triton.jit
 def gathered(geometry, o_h, o_w, t, u, o_c):
     """Offsets of a tap's channels from the sources, [1, BK], and which sources lie in their image, [BM, 1 or BK]."""
-    o_h, o_w = o_h + t * geometry.vertical.delta, o_w + u * geometry.horizontal.delta
+    o_h, o_w = o_h + t * geometry.delta_h, o_w + u * geometry.delta_w
     inside = (o_h >= 0) & (o_h < geometry.height) & (o_w >= 0) & (o_w < geometry.width)
-    o_tap = t * geometry.vertical.delta * geometry.width + u * geometry.horizontal.delta
+    o_tap = t * geometry.delta_h * geometry.width + u * geometry.delta_w
     return o_tap * geometry.channels + o_c, inside
 
 
@@ -170,13 +170,14 @@ def product_plan(x, shape, taps, groups, largest, order=None):
     return Plan(order, tiles, splits)
 
 
-def product_launch(plan, geometry, kernel):
+def product_launch(plan, geometry, groups, kernel):
     """Grid and arguments of one of a plan's products, for a weight of ``kernel`` taps, rows and columns."""
     steps = steps_of(geometry.C, kernel[0] * kernel[1], plan.order, plan.tiles["BK"])
     blocks = triton.cdiv(geometry.M, plan.tiles["BM"]) * triton.cdiv(geometry.N, plan.tiles["BN"])
     flags = {"TAPS_H": kernel[0], "TAPS_W": kernel[1], "ORDER": plan.order}
-    return (blocks, geometry.groups, plan.splits), {
+    return (blocks, groups, plan.splits), {
         "geometry": geometry,
+        "groups": groups,
         "steps": steps,
         "span": triton.cdiv(steps, plan.splits),
         **flags,
@@ -198,14 +199,14 @@ def weight_plan(x, y, taps, groups, largest):
     return Plan(order, tiles, splits)
 
 
-def weight_launch(plan, geometry, kernel):
+def weight_launch(plan, geometry, groups, kernel):
     """Grid and arguments of a plan's sum, likewise."""
     tiles = plan.tiles
     steps = steps_of(geometry.C, kernel[0] * kernel[1], plan.order, tiles["BK"])
     span = triton.cdiv(triton.cdiv(geometry.M, tiles["BM"]), plan.splits) * tiles["BM"]
     flags = {"TAPS_H": kernel[0], "TAPS_W": kernel[1], "ORDER": plan.order}
-    grid = (steps * triton.cdiv(geometry.N, tiles["BN"]), geometry.groups, plan.splits)
-    return grid, {"geometry": geometry, "span": span, **flags, **tiles}
+    grid = (steps * triton.cdiv(geometry.N, tiles["BN"]), groups, plan.splits)
+    return grid, {"geometry": geometry, "groups": groups, "span": span, **flags, **tiles}
 
 
 def row_blocks(shape):

@@ -48,6 +48,8 @@ class Geometry(NamedTuple):
     """y's channels of a group."""
     C: int
     """x's channels of a group."""
+    K: int | None
+    """Weights of an output channel, for kernels that sample them."""
     rows: int
     """Of pixels of an image of y."""
     columns: int
@@ -56,11 +58,15 @@ class Geometry(NamedTuple):
     width: int
     channels: int
     """Of x, in all groups."""
-    vertical: Axis
-    horizontal: Axis
+    step_h: int
+    """Of the Axis along rows; ``_w`` is that along columns."""
+    step_w: int
+    origin_h: int
+    origin_w: int
+    delta_h: int
+    delta_w: int
     weight: WeightStrides
     y: ImageStrides
-    groups: int
 
 
 def forward_axes(product):
@@ -90,7 +96,7 @@ def image_strides(y):
     return ImageStrides(None if y.dim() == 4 else y.stride(0), *y.stride()[-4:])
 
 
-def geometry_of(x, y, weight, axes, groups, transposed=False):
+def geometry_of(x, y, weight, axes, groups, transposed=False, K=None):
     """The geometry of a product of images x with a weight [N, C, kh, kw] to y [B, channels, rows, columns]; y or the
     weight may be parts [S, ...].
 
@@ -106,16 +112,20 @@ def geometry_of(x, y, weight, axes, groups, transposed=False):
         M=images * rows * columns,
         N=channels // groups,
         C=x.shape[1] // groups,
+        K=K,
         rows=rows,
         columns=columns,
         height=x.shape[2],
         width=x.shape[3],
         channels=x.shape[1],
-        vertical=axes[0],
-        horizontal=axes[1],
+        step_h=axes[0].step,
+        step_w=axes[1].step,
+        origin_h=axes[0].origin,
+        origin_w=axes[1].origin,
+        delta_h=axes[0].delta,
+        delta_w=axes[1].delta,
         weight=WeightStrides(part, group, out, into, row, column),
         y=image_strides(y),
-        groups=groups,
     )
 
 

@@ -47,7 +47,7 @@ from bqnn.kernels.geometry import (
 )
 from bqnn.kernels.launch import architecture, flags_of_posterior, sum_of_splits
 from bqnn.kernels.moment import Moments, moments, moments_backward, weight_moments
-from bqnn.kernels.noise import add_noise, noisy, strides_of
+from bqnn.kernels.noise import OutputStrides, add_noise, noisy
 from bqnn.kernels.philox import normals_of_outputs
 from bqnn.kernels.quantizer import codebook_of
 
@@ -72,6 +72,7 @@ def moment_conv2d_fwd_kernel(
     p_variance,
     geometry,
     slope_strides,
+    groups,
     steps,
     span,
     TAPS_H: tl.constexpr,
@@ -129,7 +130,7 @@ def moment_conv2d_fwd_kernel(
     m_y = m_m[:, None] & m_n[None, :]
     if p_variance is None:
         size = geometry.rows * geometry.columns
-        normals = normals_of_outputs(seed, offset, i_m, o_row, geometry.groups * N, size, BM, ALIGNED)
+        normals = normals_of_outputs(seed, offset, i_m, o_row, groups * N, size, BM, ALIGNED)
         b_mean, b_slope = add_noise(b_mean, b_variance, normals, p_slope is not None)
         if p_slope is not None:
             # Slope and y are dense, so that their images are equally far from each other.
@@ -151,6 +152,7 @@ def moment_conv2d_bwd_kernel_input(
     p_grad_x,
     geometry,
     x_strides,
+    groups,
     steps,
     span,
     TAPS_H: tl.constexpr,
@@ -199,6 +201,7 @@ def moment_conv2d_bwd_kernel_weight(
     p_slope,
     parts,
     geometry,
+    groups,
     span,
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
@@ -330,10 +333,10 @@ def _multiply(x, source, bias, noise, mode, product, y, slope, variance):
     posterior, made, plan = source
     weight, output = posterior.weight if made is None else made.mean, variance if y is None else y
     geometry = geometry_of(x, output, weight, forward_axes(product), product.groups)
-    grid, cuts = product_launch(plan, geometry, weight.shape[2:])
+    grid, cuts = product_launch(plan, geometry, product.groups, weight.shape[2:])
     moment_conv2d_fwd_kernel[grid](
         x, posterior, made, bias, noise.seed, noise.offset, y, slope, variance,
-        slope_strides=None if slope is None else strides_of(slope), MODE=mode,
+        slope_strides=None if slope is None else OutputStrides(None, slope.stride(1), slope.stride(3)), MODE=mode,
         ALIGNED=geometry.rows * geometry.columns % 4 == 0, **cuts, **flags_of_posterior(posterior), **precision_of(x),
     )  # fmt: skip
 
@@ -359,7 +362,7 @@ def _input_gradient(grad, slope, x, memory_format, made, product):
             y.zero_()
             continue
         geometry = geometry_of(grad, y, weights.mean, axes, groups, transposed=True)
-        grid, cuts = product_launch(plan, geometry, weights.mean.shape[2:])
+        grid, cuts = product_launch(plan, geometry, groups, weights.mean.shape[2:])
         moment_conv2d_bwd_kernel_input[grid](
             grad, slope, there, weights, y, x_strides=image_strides(there), **cuts, **precision_of(x)
         )
@@ -372,7 +375,8 @@ def _weight_gradients(grad, slope, x, weight, product):
     source, pixels, axes, transposed = weight_roles(grad, x, kernel, product)
     plan = weight_plan(source, pixels, kernel.numel(), groups, WEIGHT_TILE)
     parts = Moments(weight_parts(plan, weight), weight_parts(plan, weight))
-    grid, cuts = weight_launch(plan, geometry_of(source, pixels, parts.mean, axes, groups, transposed), kernel)
+    geometry = geometry_of(source, pixels, parts.mean, axes, groups, transposed)
+    grid, cuts = weight_launch(plan, geometry, groups, kernel)
     moment_conv2d_bwd_kernel_weight[grid](
         source, pixels, slope, parts, TRANSPOSED=transposed, **cuts, **precision_of(x)
     )

@@ -12,7 +12,7 @@ from bqnn.kernels.philox import normals_of_rows
 class OutputStrides(NamedTuple):
     """Elements from an image, a channel and a pixel of outputs [B, C, H, W] to the next, in either memory format."""
 
-    image: int
+    image: int | None
     channel: int
     column: int
 
@@ -97,8 +97,8 @@ def noisy(mean, variance, noise, y, slope, bias=None):
     if not flat:
         (B, channels, H, W) = output.shape
         rows, columns = B * channels, H * W
-        y_strides = strides_of(output)
-        slope_strides = y_strides if slope is None else strides_of(slope)
+        y_strides = _image_strides(output)
+        slope_strides = y_strides if slope is None else _image_strides(slope)
     BC = min(triton.next_power_of_2(max(columns, 4)), MATRIX_BLOCK if flat else 32)
     BR = 1 if flat else MATRIX_BLOCK // BC
     noise_kernel[(triton.cdiv(rows, BR) * triton.cdiv(columns, BC),)](
@@ -108,7 +108,6 @@ def noisy(mean, variance, noise, y, slope, bias=None):
     )  # fmt: skip
 
 
-def strides_of(y):
-    """Those of images y [B, C, H, W] in either memory format."""
+def _image_strides(y):
     _, C, H, W = y.shape
     return OutputStrides(C * H * W, H * W, 1) if y.is_contiguous() else OutputStrides(C * H * W, 1, C)

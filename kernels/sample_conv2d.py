@@ -59,7 +59,7 @@ def sample_conv2d_fwd_kernel(
     offset: tl.int64,
     p_y,
     geometry,
-    K,
+    groups,
     steps,
     span,
     TAPS_H: tl.constexpr,
@@ -92,7 +92,7 @@ def sample_conv2d_fwd_kernel(
         o_k, inside = gathered(geometry, o_h, o_w, t, u, o_c)
         b_x = tl.load(p_source + o_k, mask=inside & m_m[:, None] & m_k, other=0.0)
         if posterior is not None:
-            w, _ = sampled_block(posterior, noise, o_row, step * BK, i_g * N + N, K, BK, ALIGNED)
+            w, _ = sampled_block(posterior, noise, o_row, step * BK, i_g * N + N, geometry.K, BK, ALIGNED)
             o_group = codebook_of(o_row, m_n, step, NUM_LEVELS, PER_CHANNEL)
             b_w = quantize(w, posterior, o_group, NUM_LEVELS).to(b_x.dtype)
         else:
@@ -110,6 +110,7 @@ def sample_conv2d_bwd_kernel_weight(
     p_y,
     p_parts,
     geometry,
+    groups,
     span,
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
@@ -194,10 +195,11 @@ def _product_tile():
 def _convolve(x, y, posterior, quantized, bias, noise, axes, groups, plan, transposed=False):
     """Writes the product to y [S, B, channels, rows, columns]; one of posterior and quantized weight is None."""
     weight = quantized if posterior is None else posterior.weight
-    grid, cuts = product_launch(plan, geometry_of(x, y, weight, axes, groups, transposed), weight.shape[2:])
+    geometry = geometry_of(x, y, weight, axes, groups, transposed, weight.shape[1:].numel())
+    grid, cuts = product_launch(plan, geometry, groups, weight.shape[2:])
     sample_conv2d_fwd_kernel[grid](
         x, posterior, quantized, bias if plan.splits == 1 else None, noise.seed, noise.offset, y,
-        K=weight.shape[1:].numel(), **cuts, **flags_of_sample(posterior), **precision_of(x),
+        **cuts, **flags_of_sample(posterior), **precision_of(x),
     )  # fmt: skip
 
 
@@ -222,6 +224,7 @@ def _weight_gradient(grad, x, weight, product):
     source, pixels, axes, transposed = weight_roles(grad, x, kernel, product)
     plan = weight_plan(source, pixels, kernel.numel(), groups, WEIGHT_TILE)
     parts = weight_parts(plan, weight)
-    grid, cuts = weight_launch(plan, geometry_of(source, pixels, parts, axes, groups, transposed), kernel)
+    geometry = geometry_of(source, pixels, parts, axes, groups, transposed)
+    grid, cuts = weight_launch(plan, geometry, groups, kernel)
     sample_conv2d_bwd_kernel_weight[grid](source, pixels, parts, **cuts, **precision_of(x))
     return parts
