@@ -4,7 +4,8 @@ Triton passes the fields of a tuple one by one. Whether a field is None or 1, or
 kernel is compiled, just as of an argument by itself, so that ``posterior.log_sigma2 is not None`` costs nothing there.
 But numbers in a tuple are always looked at in this way, whatever ``do_not_specialize`` says, and get 32 or 64 bits by
 their value. A kernel would be compiled again for one seed in sixteen, so seed and offset reach it by themselves, and
-are a :class:`Noise` from its first line on.
+are a :class:`Noise` from its first line on. And no argument is a tuple of tuples: inside a loop and after it Triton 3.6
+takes what is 1 in the inner one for None.
 """
 
 from typing import NamedTuple

@@ -94,9 +94,9 @@ def gathered(geometry, o_h, o_w, t, u, o_c):
 
 
 @triton.jit
-def weights_at(geometry, t, u, o_c):
-    """Offsets of a tap's channels, [1, BK], from those of an output channel."""
-    return t * geometry.weight.row + u * geometry.weight.column + o_c * geometry.weight.into
+def weights_at(strides, t, u, o_c):
+    """Offsets of a tap's channels, [1, BK], from those of an output channel, in a weight with these WeightStrides."""
+    return t * strides.row + u * strides.column + o_c * strides.into
 
 
 def taps_of(weight):
@@ -170,13 +170,16 @@ def product_plan(x, shape, taps, groups, largest, order=None):
     return Plan(order, tiles, splits)
 
 
-def product_launch(plan, geometry, groups, kernel):
+def product_launch(plan, places, groups, kernel):
     """Grid and arguments of one of a plan's products, for a weight of ``kernel`` taps, rows and columns."""
+    geometry, weight_strides, y_strides = places
     steps = steps_of(geometry.C, kernel[0] * kernel[1], plan.order, plan.tiles["BK"])
     blocks = triton.cdiv(geometry.M, plan.tiles["BM"]) * triton.cdiv(geometry.N, plan.tiles["BN"])
     flags = {"TAPS_H": kernel[0], "TAPS_W": kernel[1], "ORDER": plan.order}
     return (blocks, groups, plan.splits), {
         "geometry": geometry,
+        "weight_strides": weight_strides,
+        "y_strides": y_strides,
         "groups": groups,
         "steps": steps,
         "span": triton.cdiv(steps, plan.splits),
@@ -199,14 +202,16 @@ def weight_plan(x, y, taps, groups, largest):
     return Plan(order, tiles, splits)
 
 
-def weight_launch(plan, geometry, groups, kernel):
+def weight_launch(plan, places, groups, kernel):
     """Grid and arguments of a plan's sum, likewise."""
+    geometry, weight_strides, y_strides = places
     tiles = plan.tiles
     steps = steps_of(geometry.C, kernel[0] * kernel[1], plan.order, tiles["BK"])
     span = triton.cdiv(triton.cdiv(geometry.M, tiles["BM"]), plan.splits) * tiles["BM"]
     flags = {"TAPS_H": kernel[0], "TAPS_W": kernel[1], "ORDER": plan.order}
     grid = (steps * triton.cdiv(geometry.N, tiles["BN"]), groups, plan.splits)
-    return grid, {"geometry": geometry, "groups": groups, "span": span, **flags, **tiles}
+    strides = {"weight_strides": weight_strides, "y_strides": y_strides}
+    return grid, {"geometry": geometry, **strides, "groups": groups, "span": span, **flags, **tiles}
 
 
 def row_blocks(shape):

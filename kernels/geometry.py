@@ -40,7 +40,7 @@ class WeightStrides(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Where a kernel finds the pixels of x and y, and the weights; see :func:`geometry_of`."""
+    """Where a kernel finds the pixels of x and y, and the weights; see :func:`places_of`."""
 
     M: int
     """Pixels of y."""
@@ -65,8 +65,14 @@ class Geometry(NamedTuple):
     origin_w: int
     delta_h: int
     delta_w: int
-    weight: WeightStrides
-    y: ImageStrides
+
+
+class Places(NamedTuple):
+    """A :class:`Geometry` with its strides, which reach a kernel as three arguments."""
+
+    geometry: Geometry
+    weight_strides: WeightStrides
+    y_strides: ImageStrides
 
 
 def forward_axes(product):
@@ -96,8 +102,8 @@ def image_strides(y):
     return ImageStrides(None if y.dim() == 4 else y.stride(0), *y.stride()[-4:])
 
 
-def geometry_of(x, y, weight, axes, groups, transposed=False, K=None):
-    """The geometry of a product of images x with a weight [N, C, kh, kw] to y [B, channels, rows, columns]; y or the
+def places_of(x, y, weight, axes, groups, transposed=False, K=None):
+    """The places of a product of images x with a weight [N, C, kh, kw] to y [B, channels, rows, columns]; y or the
     weight may be parts [S, ...].
 
     x is dense and channels-last. ``transposed``: x has the outputs' channels, and y those of the images.
@@ -108,7 +114,7 @@ def geometry_of(x, y, weight, axes, groups, transposed=False, K=None):
     if transposed:
         out, into = into, out
     part = None if weight.dim() == 4 else weight.stride(0)
-    return Geometry(
+    geometry = Geometry(
         M=images * rows * columns,
         N=channels // groups,
         C=x.shape[1] // groups,
@@ -124,9 +130,8 @@ def geometry_of(x, y, weight, axes, groups, transposed=False, K=None):
         origin_w=axes[1].origin,
         delta_h=axes[0].delta,
         delta_w=axes[1].delta,
-        weight=WeightStrides(part, group, out, into, row, column),
-        y=image_strides(y),
     )
+    return Places(geometry, WeightStrides(part, group, out, into, row, column), image_strides(y))
 
 
 def weight_roles(grad, x, kernel, product):

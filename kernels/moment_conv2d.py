@@ -35,14 +35,14 @@ from bqnn.kernels.conv2d import (
 )
 from bqnn.kernels.geometry import (
     forward_axes,
-    geometry_of,
     is_pointwise,
     output_of,
+    places_of,
 )
 from bqnn.kernels.launch import architecture, flags_of_posterior
 from bqnn.kernels.moment import Moments, moments, moments_backward, weight_moments
 from bqnn.kernels.moment_conv2d_gradients import input_gradient_of, weight_gradients_of
-from bqnn.kernels.noise import OutputStrides, add_noise, noisy
+from bqnn.kernels.noise import add_noise, noisy
 from bqnn.kernels.philox import normals_of_outputs
 from bqnn.kernels.quantizer import codebook_of
 
@@ -66,7 +66,10 @@ def moment_conv2d_fwd_kernel(
     p_slope,
     p_variance,
     geometry,
-    slope_strides,
+    weight_strides,
+    y_strides,
+    slope_channel,
+    slope_column,
     groups,
     steps,
     span,
@@ -94,7 +97,7 @@ def moment_conv2d_fwd_kernel(
     image, row, column = pixels_at(geometry, o_m)
     o_h, o_w, o_x = sources_of(geometry, image, row, column)
     p_source = p_x + i_g * geometry.C + o_x
-    o_out = i_g * geometry.weight.group + o_n.to(tl.int64)[:, None] * geometry.weight.out
+    o_out = i_g * weight_strides.group + o_n.to(tl.int64)[:, None] * weight_strides.out
     b_mean = tl.zeros((BM, BN), tl.float32)
     b_variance = tl.zeros((BM, BN), tl.float32)
     for step in range(i_s * span, tl.minimum(steps, (i_s + 1) * span)):
@@ -103,7 +106,7 @@ def moment_conv2d_fwd_kernel(
         b_x = tl.load(p_source + o_k, mask=inside & m_m[:, None] & m_k, other=0.0)
         m_w = m_n[:, None] & m_k
         if posterior is None:
-            o_weight = o_out + weights_at(geometry, t, u, o_c)
+            o_weight = o_out + weights_at(weight_strides, t, u, o_c)
             b_v = tl.load(moments.variance + o_weight, mask=m_w, other=0.0)
             if p_y is not None:
                 b_e = tl.load(moments.mean + o_weight, mask=m_w, other=0.0)
@@ -119,9 +122,9 @@ def moment_conv2d_fwd_kernel(
     if p_bias is not None:
         b_bias = tl.load(p_bias + o_row, mask=m_n, other=0.0).to(tl.float32)
         b_mean += tl.where(i_s == 0, b_bias, 0.0)[None, :]
-    o_image = image.to(tl.int64) * geometry.y.image
-    o_y = pixel_offsets(geometry.y, i_s, image, row, column)[:, None]
-    o_y += (o_row * geometry.y.channel)[None, :]
+    o_image = image.to(tl.int64) * y_strides.image
+    o_y = pixel_offsets(y_strides, i_s, image, row, column)[:, None]
+    o_y += (o_row * y_strides.channel)[None, :]
     m_y = m_m[:, None] & m_n[None, :]
     if p_variance is None:
         size = geometry.rows * geometry.columns
@@ -129,8 +132,8 @@ def moment_conv2d_fwd_kernel(
         b_mean, b_slope = add_noise(b_mean, b_variance, normals, p_slope is not None)
         if p_slope is not None:
             # Slope and y are dense, so that their images are equally far from each other.
-            o_slope = (o_image + (row * geometry.columns + column) * slope_strides.column)[:, None]
-            o_slope += (o_row * slope_strides.channel)[None, :]
+            o_slope = (o_image + (row * geometry.columns + column) * slope_column)[:, None]
+            o_slope += (o_row * slope_channel)[None, :]
             tl.store(p_slope + o_slope, b_slope, mask=m_y)
     else:
         tl.store(p_variance + o_y, b_variance, mask=m_y)
@@ -222,12 +225,14 @@ def _multiply(x, source, bias, noise, mode, product, y, slope, variance):
     """Runs the forward kernel on y [S, ...], or without it on ``variance`` [S, ...]; x is channels-last."""
     posterior, made, plan = source
     weight, output = posterior.weight if made is None else made.mean, variance if y is None else y
-    geometry = geometry_of(x, output, weight, forward_axes(product), product.groups)
-    grid, cuts = product_launch(plan, geometry, product.groups, weight.shape[2:])
+    places = places_of(x, output, weight, forward_axes(product), product.groups)
+    grid, cuts = product_launch(plan, places, product.groups, weight.shape[2:])
+    channel, column = (0, 0) if slope is None else (slope.stride(1), slope.stride(3))
     moment_conv2d_fwd_kernel[grid](
         x, posterior, made, bias, noise.seed, noise.offset, y, slope, variance,
-        slope_strides=None if slope is None else OutputStrides(None, slope.stride(1), slope.stride(3)), MODE=mode,
-        ALIGNED=geometry.rows * geometry.columns % 4 == 0, **cuts, **flags_of_posterior(posterior), **precision_of(x),
+        slope_channel=channel, slope_column=column, MODE=mode,
+        ALIGNED=places.geometry.rows * places.geometry.columns % 4 == 0, **cuts, **flags_of_posterior(posterior),
+        **precision_of(x),
     )  # fmt: skip
 
 

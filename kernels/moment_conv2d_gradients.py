@@ -22,7 +22,12 @@ from bqnn.kernels.conv2d import (
     weight_plan,
     weights_at,
 )
-from bqnn.kernels.geometry import geometry_of, gradient_products, image_strides, weight_roles
+from bqnn.kernels.geometry import (
+    gradient_products,
+    image_strides,
+    places_of,
+    weight_roles,
+)
 from bqnn.kernels.launch import sum_of_splits
 from bqnn.kernels.moment import Moments
 
@@ -37,6 +42,8 @@ def moment_conv2d_bwd_kernel_input(
     moments,
     p_grad_x,
     geometry,
+    weight_strides,
+    y_strides,
     x_strides,
     groups,
     steps,
@@ -57,7 +64,7 @@ def moment_conv2d_bwd_kernel_input(
     image, row, column = pixels_at(geometry, o_m)
     o_h, o_w, o_source = sources_of(geometry, image, row, column)
     o_source += i_g * geometry.C
-    o_out = i_g * geometry.weight.group + o_n.to(tl.int64)[:, None] * geometry.weight.out
+    o_out = i_g * weight_strides.group + o_n.to(tl.int64)[:, None] * weight_strides.out
     b_by_mean = tl.zeros((BM, BN), tl.float32)
     b_by_variance = tl.zeros((BM, BN), tl.float32)
     for step in range(i_s * span, tl.minimum(steps, (i_s + 1) * span)):
@@ -66,7 +73,7 @@ def moment_conv2d_bwd_kernel_input(
         m_grad = inside & m_m[:, None] & m_k
         b_grad = tl.load(p_grad + o_source + o_k, mask=m_grad, other=0.0)
         b_slope = tl.load(p_slope + o_source + o_k, mask=m_grad, other=0.0)
-        o_weight, m_w = o_out + weights_at(geometry, t, u, o_c), m_n[:, None] & m_k
+        o_weight, m_w = o_out + weights_at(weight_strides, t, u, o_c), m_n[:, None] & m_k
         b_e = tl.load(moments.mean + o_weight, mask=m_w, other=0.0)
         b_v = tl.load(moments.variance + o_weight, mask=m_w, other=0.0)
         # [BM, BK] @ [BK, BN]
@@ -76,8 +83,8 @@ def moment_conv2d_bwd_kernel_input(
     o_row, m_y = (i_g * N + o_n)[None, :], m_m[:, None] & m_n[None, :]
     o_x = pixel_offsets(x_strides, i_s, image, row, column)[:, None] + o_row
     b_x = tl.load(p_x + o_x, mask=m_y, other=0.0).to(tl.float32)
-    o_y = pixel_offsets(geometry.y, i_s, image, row, column)[:, None]
-    tl.store(p_grad_x + o_y + o_row * geometry.y.channel, b_by_mean + 2.0 * b_x * b_by_variance, mask=m_y)
+    o_y = pixel_offsets(y_strides, i_s, image, row, column)[:, None]
+    tl.store(p_grad_x + o_y + o_row * y_strides.channel, b_by_mean + 2.0 * b_x * b_by_variance, mask=m_y)
 
 
 @triton.jit
@@ -87,6 +94,8 @@ def moment_conv2d_bwd_kernel_weight(
     p_slope,
     parts,
     geometry,
+    weight_strides,
+    y_strides,
     groups,
     span,
     TAPS_H: tl.constexpr,
@@ -113,8 +122,8 @@ def moment_conv2d_bwd_kernel_weight(
         o_h, o_w, o_x = sources_of(geometry, image, row, column)
         o_k, inside = gathered(geometry, o_h, o_w, t, u, o_c)
         o_x, m_x = i_g * geometry.C + o_x + o_k, inside & m_m & m_k
-        o_y = pixel_offsets(geometry.y, i_s, image, row, column)[:, None]
-        o_y, m_y = o_y + ((i_g * N + o_n) * geometry.y.channel)[None, :], m_m & m_n[None, :]
+        o_y = pixel_offsets(y_strides, i_s, image, row, column)[:, None]
+        o_y, m_y = o_y + ((i_g * N + o_n) * y_strides.channel)[None, :], m_m & m_n[None, :]
         b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
         b_y = tl.load(p_y + o_y, mask=m_y, other=0.0)
         b_by_mean = tl.dot(tl.trans(b_y), b_x, b_by_mean, input_precision=PRECISION)  # [BN, BM] @ [BM, BK]
@@ -127,9 +136,9 @@ def moment_conv2d_bwd_kernel_weight(
             b_y = (b_y.to(tl.float32) * b_slope.to(tl.float32)).to(b_y.dtype)
             b_x = b_x * b_x
         b_by_variance = tl.dot(tl.trans(b_y), b_x, b_by_variance, input_precision=PRECISION)
-    o_out = i_s.to(tl.int64) * geometry.weight.part + i_g * geometry.weight.group
-    o_out += o_n[:, None] * geometry.weight.out
-    o_weight, m_w = o_out + weights_at(geometry, t, u, o_c), m_n[:, None] & m_k
+    o_out = i_s.to(tl.int64) * weight_strides.part + i_g * weight_strides.group
+    o_out += o_n[:, None] * weight_strides.out
+    o_weight, m_w = o_out + weights_at(weight_strides, t, u, o_c), m_n[:, None] & m_k
     tl.store(parts.mean + o_weight, b_by_mean, mask=m_w)
     tl.store(parts.variance + o_weight, b_by_variance, mask=m_w)
 
@@ -144,8 +153,8 @@ def input_gradient_of(grad, slope, x, memory_format, made, product):
         if weights.mean.numel() == 0:
             y.zero_()
             continue
-        geometry = geometry_of(grad, y, weights.mean, axes, groups, transposed=True)
-        grid, cuts = product_launch(plan, geometry, groups, weights.mean.shape[2:])
+        places = places_of(grad, y, weights.mean, axes, groups, transposed=True)
+        grid, cuts = product_launch(plan, places, groups, weights.mean.shape[2:])
         moment_conv2d_bwd_kernel_input[grid](
             grad, slope, there, weights, y, x_strides=image_strides(there), **cuts, **precision_of(x)
         )
@@ -158,8 +167,8 @@ def weight_gradients_of(grad, slope, x, weight, product):
     source, pixels, axes, transposed = weight_roles(grad, x, kernel, product)
     plan = weight_plan(source, pixels, kernel.numel(), groups, WEIGHT_TILE)
     parts = Moments(weight_parts(plan, weight), weight_parts(plan, weight))
-    geometry = geometry_of(source, pixels, parts.mean, axes, groups, transposed)
-    grid, cuts = weight_launch(plan, geometry, groups, kernel)
+    places = places_of(source, pixels, parts.mean, axes, groups, transposed)
+    grid, cuts = weight_launch(plan, places, groups, kernel)
     moment_conv2d_bwd_kernel_weight[grid](
         source, pixels, slope, parts, TRANSPOSED=transposed, **cuts, **precision_of(x)
     )

@@ -12,7 +12,7 @@ from bqnn.kernels.philox import normals_of_rows
 class OutputStrides(NamedTuple):
     """Elements from an image, a channel and a pixel of outputs [B, C, H, W] to the next, in either memory format."""
 
-    image: int | None
+    image: int
     channel: int
     column: int
 

@@ -28,10 +28,12 @@ class Windows(NamedTuple):
     OW: int
     KW: int
     """Columns of taps."""
-    stride: tuple[int, int]
-    """Of rows and of columns, as the others."""
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride_h: int
+    stride_w: int
+    padding_h: int
+    padding_w: int
+    dilation_h: int
+    dilation_w: int
     groups: int
 
 
@@ -41,8 +43,8 @@ def load_windows(p_pixel, m_m, o_top, o_left, o_k, K, windows, PADDED: tl.conste
     image: OPERAND [BM, BW], 0 in the padding."""
     CG, H, W = windows.C // windows.groups, windows.H, windows.W
     o_tap, o_c = o_k // CG, o_k % CG
-    o_down = (o_tap // windows.KW) * windows.dilation[0]
-    o_right = (o_tap % windows.KW) * windows.dilation[1]
+    o_down = (o_tap // windows.KW) * windows.dilation_h
+    o_right = (o_tap % windows.KW) * windows.dilation_w
     m_x = m_m[:, None] & (o_k < K)[None, :]
     if PADDED:
         o_h, o_w = o_top[:, None] + o_down[None, :], o_left[:, None] + o_right[None, :]
@@ -87,8 +89,8 @@ def packed_conv2d_fwd_kernel(
     o_n = i_g * NG + o_ng
     m_m, m_n = o_m < P, o_ng < NG
     o_b, o_pixel = o_m // (OH * OW), o_m % (OH * OW)
-    o_top = (o_pixel // OW) * windows.stride[0] - windows.padding[0]
-    o_left = (o_pixel % OW) * windows.stride[1] - windows.padding[1]
+    o_top = (o_pixel // OW) * windows.stride_h - windows.padding_h
+    o_left = (o_pixel % OW) * windows.stride_w - windows.padding_w
     o_x = ((o_b.to(tl.int64) * H + o_top) * W + o_left) * C + i_g * CG
     p_pixel, p_word = p_x + o_x[:, None], p_words + o_n.to(tl.int64)[:, None] * WORDS
     p_book = codebook(p_levels, tl.where(m_n, o_n, 0), PER_CHANNEL, STRIDE)
@@ -145,8 +147,8 @@ def forward(x, weight, bias, precision, relu, geometry):
     blocks = (triton.cdiv(P, config["BM"]), triton.cdiv(N // groups, config["BN"]))
     splits, span = splits_of((*blocks, groups), words, config["BW"], x.device, config.pop("most_splits"))
     sums = sums_of(y, splits, epilogue)
-    kernel_size, stride, padding, dilation = (tuple(sides) for sides in geometry[:4])
-    windows = Windows(C, H, W, OH, OW, kernel_size[1], stride, padding, dilation, groups)
+    kernel_size, stride, padding, dilation, _ = geometry
+    windows = Windows(C, H, W, OH, OW, kernel_size[1], *stride, *padding, *dilation, groups)
     packed_conv2d_fwd_kernel[(*blocks, splits * groups)](
         images, weight.words, weight.levels, epilogue, sums, P, N, K, words, windows, span, PADDED=any(padding),
         SPLIT=splits > 1, **config, **flags,

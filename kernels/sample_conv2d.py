@@ -32,10 +32,10 @@ from bqnn.kernels.conv2d import (
 )
 from bqnn.kernels.geometry import (
     forward_axes,
-    geometry_of,
     gradient_products,
     is_pointwise,
     output_of,
+    places_of,
     weight_roles,
 )
 from bqnn.kernels.launch import architecture, flags_of_sample, sum_of_splits
@@ -59,6 +59,8 @@ def sample_conv2d_fwd_kernel(
     offset: tl.int64,
     p_y,
     geometry,
+    weight_strides,
+    y_strides,
     groups,
     steps,
     span,
@@ -85,7 +87,7 @@ def sample_conv2d_fwd_kernel(
     o_h, o_w, o_x = sources_of(geometry, image, row, column)
     p_source = p_x + i_g * geometry.C + o_x
     if posterior is None:
-        p_out = p_quantized + i_g * geometry.weight.group + o_n.to(tl.int64)[:, None] * geometry.weight.out
+        p_out = p_quantized + i_g * weight_strides.group + o_n.to(tl.int64)[:, None] * weight_strides.out
     b_y = tl.zeros((BM, BN), tl.float32)
     for step in range(i_s * span, tl.minimum(steps, (i_s + 1) * span)):
         t, u, o_c, m_k = step_at(geometry, step, TAPS_H, TAPS_W, BK, ORDER)
@@ -96,12 +98,12 @@ def sample_conv2d_fwd_kernel(
             o_group = codebook_of(o_row, m_n, step, NUM_LEVELS, PER_CHANNEL)
             b_w = quantize(w, posterior, o_group, NUM_LEVELS).to(b_x.dtype)
         else:
-            b_w = tl.load(p_out + weights_at(geometry, t, u, o_c), mask=m_n[:, None] & m_k, other=0.0)
+            b_w = tl.load(p_out + weights_at(weight_strides, t, u, o_c), mask=m_n[:, None] & m_k, other=0.0)
         b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision=PRECISION)  # [BM, BK] @ [BK, BN]
     if p_bias is not None:
         b_y += tl.load(p_bias + o_row, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    o_y = pixel_offsets(geometry.y, i_s, image, row, column)
-    tl.store(p_y + o_y[:, None] + (o_row * geometry.y.channel)[None, :], b_y, mask=m_m[:, None] & m_n[None, :])
+    o_y = pixel_offsets(y_strides, i_s, image, row, column)
+    tl.store(p_y + o_y[:, None] + (o_row * y_strides.channel)[None, :], b_y, mask=m_m[:, None] & m_n[None, :])
 
 
 @triton.jit
@@ -110,6 +112,8 @@ def sample_conv2d_bwd_kernel_weight(
     p_y,
     p_parts,
     geometry,
+    weight_strides,
+    y_strides,
     groups,
     span,
     TAPS_H: tl.constexpr,
@@ -126,7 +130,7 @@ def sample_conv2d_bwd_kernel_weight(
     t, u, o_c, m_k = step_at(geometry, i_kn // tl.cdiv(N, BN), TAPS_H, TAPS_W, BK, ORDER)
     m_n = o_n < N
     p_source = p_x + i_g * geometry.C
-    p_channel = p_y + ((i_g * N + o_n) * geometry.y.channel)[None, :]
+    p_channel = p_y + ((i_g * N + o_n) * y_strides.channel)[None, :]
     b_w = tl.zeros((BN, BK), tl.float32)
     for first in range(i_s * span, tl.minimum(M, (i_s + 1) * span), BM):
         o_m = first + tl.arange(0, BM)
@@ -135,12 +139,12 @@ def sample_conv2d_bwd_kernel_weight(
         o_h, o_w, o_x = sources_of(geometry, image, row, column)
         o_k, inside = gathered(geometry, o_h, o_w, t, u, o_c)
         b_x = tl.load(p_source + o_x + o_k, mask=inside & m_m & m_k, other=0.0)
-        o_y = pixel_offsets(geometry.y, i_s, image, row, column)
+        o_y = pixel_offsets(y_strides, i_s, image, row, column)
         b_y = tl.load(p_channel + o_y[:, None], mask=m_m & m_n[None, :], other=0.0)
         b_w = tl.dot(tl.trans(b_y), b_x, b_w, input_precision=PRECISION)  # [BN, BM] @ [BM, BK]
-    o_out = i_s.to(tl.int64) * geometry.weight.part + i_g * geometry.weight.group
-    o_out += o_n[:, None] * geometry.weight.out
-    tl.store(p_parts + o_out + weights_at(geometry, t, u, o_c), b_w, mask=m_n[:, None] & m_k)
+    o_out = i_s.to(tl.int64) * weight_strides.part + i_g * weight_strides.group
+    o_out += o_n[:, None] * weight_strides.out
+    tl.store(p_parts + o_out + weights_at(weight_strides, t, u, o_c), b_w, mask=m_n[:, None] & m_k)
 
 
 def is_fused(x, posterior, product):
@@ -195,8 +199,8 @@ def _product_tile():
 def _convolve(x, y, posterior, quantized, bias, noise, axes, groups, plan, transposed=False):
     """Writes the product to y [S, B, channels, rows, columns]; one of posterior and quantized weight is None."""
     weight = quantized if posterior is None else posterior.weight
-    geometry = geometry_of(x, y, weight, axes, groups, transposed, weight.shape[1:].numel())
-    grid, cuts = product_launch(plan, geometry, groups, weight.shape[2:])
+    places = places_of(x, y, weight, axes, groups, transposed, weight.shape[1:].numel())
+    grid, cuts = product_launch(plan, places, groups, weight.shape[2:])
     sample_conv2d_fwd_kernel[grid](
         x, posterior, quantized, bias if plan.splits == 1 else None, noise.seed, noise.offset, y,
         **cuts, **flags_of_sample(posterior), **precision_of(x),
@@ -224,7 +228,7 @@ def _weight_gradient(grad, x, weight, product):
     source, pixels, axes, transposed = weight_roles(grad, x, kernel, product)
     plan = weight_plan(source, pixels, kernel.numel(), groups, WEIGHT_TILE)
     parts = weight_parts(plan, weight)
-    geometry = geometry_of(source, pixels, parts, axes, groups, transposed)
-    grid, cuts = weight_launch(plan, geometry, groups, kernel)
+    places = places_of(source, pixels, parts, axes, groups, transposed)
+    grid, cuts = weight_launch(plan, places, groups, kernel)
     sample_conv2d_bwd_kernel_weight[grid](source, pixels, parts, **cuts, **precision_of(x))
     return parts
