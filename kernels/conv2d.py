@@ -16,7 +16,8 @@ import triton.language as tl
 from bqnn.kernels.geometry import pixels_of
 from bqnn.kernels.launch import architecture, fewer_stages, processors, registers_of_product, splits_of
 
-ROWS = 128  # pixels of a tile
+# A tile of outputs has no more pixels than these.
+ROWS = 128
 
 
 @triton.jit
@@ -114,9 +115,12 @@ def parts_of(gradient, weight):
 class Plan(NamedTuple):
     """How a kernel cuts a product up."""
 
-    order: str  # of ``step_at``
+    order: str
+    """The ORDER of ``step_at``."""
     tiles: dict[str, int]
-    splits: int  # of what is summed over
+    """Tile sizes, warps, stages and registers, as a launch takes them."""
+    splits: int
+    """The parts of what is summed over."""
 
 
 def tile_side(size, largest):

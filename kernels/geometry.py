@@ -51,15 +51,17 @@ class Geometry(NamedTuple):
     K: int | None
     """Weights of an output channel, for kernels that sample them."""
     rows: int
-    """Of pixels of an image of y."""
+    """Rows of pixels of an image of y."""
     columns: int
+    """Columns of them."""
     height: int
     """Rows of pixels of an image of x, which is dense and channels-last."""
     width: int
+    """Columns of them."""
     channels: int
-    """Of x, in all groups."""
+    """x's channels in all groups."""
     step_h: int
-    """Of the Axis along rows; ``_w`` is that along columns."""
+    """The numbers of the Axis along rows are called ``_h``, those of the Axis along columns ``_w``."""
     step_w: int
     origin_h: int
     origin_w: int

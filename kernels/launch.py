@@ -7,9 +7,12 @@ import torch
 import triton
 from triton.runtime import driver
 
-MATRIX_BLOCK = 1024  # elements of a block where every element is treated by itself
-ALL_REGISTERS = {"maxnreg": 255}  # where ptxas would spill a few to fit another block on a multiprocessor
-MAX_SPLITS = 8  # of a contraction: each part writes a float32 tensor of the output's size
+# A block has so many elements where every element is treated by itself.
+MATRIX_BLOCK = 1024
+# A kernel is given all registers where ptxas would spill a few of them to fit another block on a multiprocessor.
+ALL_REGISTERS = {"maxnreg": 255}
+# A contraction is cut into no more parts than these, since each of them writes a float32 tensor of the output's size.
+MAX_SPLITS = 8
 
 
 def blocks_of_matrix(rows, columns):
@@ -55,7 +58,7 @@ def processors(device):
 
 
 def architecture():
-    """Of the GPU that kernels are compiled for, 90 for sm_90; 0 in the interpreter."""
+    """The architecture of the GPU that kernels are compiled for, 90 for sm_90; 0 in the interpreter."""
     return 0 if triton.knobs.runtime.interpret else driver.active.get_current_target().arch
 
 
@@ -81,7 +84,7 @@ def sum_of_splits(parts, bias, dtype):
     """The sum of parts [S, ...], and of the bias if there is more than one part: a single one has it already."""
     if parts.shape[0] == 1:
         return parts[0]
-    total = torch.sum(parts, 0, out=torch.empty_like(parts[0]))  # with the strides of a part
+    total = torch.sum(parts, 0, out=torch.empty_like(parts[0]))  # the sum has the strides of a part
     return (total if bias is None else total.add_(bias)).to(dtype)
 
 

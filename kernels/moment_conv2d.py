@@ -49,9 +49,10 @@ from bqnn.kernels.quantizer import codebook_of
 # An estimate for an H200, not a measurement: with more blocks of rows, making the moments in each costs more than a
 # kernel that makes them once, about 3 us.
 MADE_BLOCKS = 2
-# The most (BN, BK): a tile has two sums, and the outputs' noise besides.
+# A tile is at most so large, (BN, BK): it has two sums, and the outputs' noise besides.
 FORWARD_TILE = (64, 64)
-NARROW_TILE = (32, 64)  # of a forward product with strides or dilation, and of all on sm_100; with more, ptxas spills
+# With strides or dilation, and on sm_100 always, ptxas would spill registers of a larger tile than this.
+NARROW_TILE = (32, 64)
 
 
 @triton.jit(do_not_specialize=["seed", "offset"])
@@ -144,7 +145,7 @@ def moment_conv2d_fwd_kernel(
 def is_fused(x, posterior, mode, product):
     """Whether the kernels here multiply; otherwise torch does, by moments made before."""
     weight, groups = posterior.weight, product.groups
-    output_of(x, weight, product)  # refuses what torch refuses
+    output_of(x, weight, product)  # this refuses what torch refuses
     return groups == 1 or weight.shape[0] // groups >= 16  # otherwise most of a tile would be padding
 
 

@@ -31,7 +31,8 @@ from bqnn.kernels.geometry import (
 from bqnn.kernels.launch import sum_of_splits
 from bqnn.kernels.moment import Moments
 
-INPUT_TILE, WEIGHT_TILE = (64, 32), (128, 64)  # the most (BN, BK): a tile has two sums, and a second gathered operand
+# Tiles are at most so large, (BN, BK): each has two sums, and a second gathered operand.
+INPUT_TILE, WEIGHT_TILE = (64, 32), (128, 64)
 
 
 @triton.jit

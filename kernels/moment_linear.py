@@ -29,7 +29,8 @@ from bqnn.kernels.noise import add_noise, noisy
 from bqnn.kernels.philox import normals_of_outputs, normals_of_rows
 from bqnn.kernels.quantizer import codebook_of
 
-WARPS = 8  # of a tile of the outputs, or of the gradient of x
+# A tile of the outputs, or of the gradient of x, has so many warps.
+WARPS = 8
 # Operations a weight that may be spent on making moments again, in all row blocks but the first, before it costs more
 # than writing and reading them. An estimate for an H200, not a measurement: 8 bytes of two moments in bfloat16, written
 # and read, take as long as 54 operations.
@@ -183,7 +184,8 @@ def moment_linear_bwd_kernel_weight(
         # [BN, BM] @ [BM, BK]
         b_grad_mean = tl.dot(tl.trans(b_grad), b_x, b_grad_mean, input_precision=PRECISION)
         b_grad_variance = tl.dot(tl.trans(b_scaled), b_x * b_x, b_grad_variance, input_precision=PRECISION)
-    # Through the outputs, a few rows at a time: registers hold the two sums, but not what their gradients need beside.
+    # The sums go through the outputs, a few rows at a time: registers hold the two of them, but not what gradients need
+    # beside.
     o_tile = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
     m_tile = m_n[:, None] & m_k
     tl.store(gradients.weight + o_tile, b_grad_mean, mask=m_tile)
@@ -226,9 +228,9 @@ def _limits(dtype):
 
 def _weight_tiles(dtype, columns):
     """Those of the weight's gradient; BR is the rows at its end that are finished at once."""
-    if dtype == torch.float32:  # its products take registers for their operands too
+    if dtype == torch.float32:  # products of float32 take registers for their operands too
         return {"BM": 16, "BN": 32, "BK": 64, "BR": 8, "num_warps": 4, **fewer_stages()}
-    warps = 4 if columns % 4 == 0 else 8  # else a call of Philox for each weight, and 4 would spill
+    warps = 4 if columns % 4 == 0 else 8  # otherwise each weight takes a call of Philox, and 4 would spill
     return {"BM": 32, "BN": 64, "BK": 128, "BR": 8, "num_warps": warps}
 
 

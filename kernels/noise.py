@@ -91,7 +91,7 @@ def noisy(mean, variance, noise, y, slope, bias=None):
     output = slope if y is None else y
     parts = variance.shape[0] if variance.dim() > output.dim() else 1
     flat = output.is_contiguous() and (slope is None or slope.is_contiguous())
-    # A matrix in logical order: a single row, or a row for each channel of each image.
+    # The outputs in logical order are a matrix of a single row, or of a row for each channel of each image.
     rows, columns, channels = 1, output.numel(), 1
     y_strides = slope_strides = OutputStrides(0, 0, 1)
     if not flat:

@@ -32,7 +32,7 @@ def quantize_rows_kernel(p_x, p_largest, p_q, p_scale, K, BK: tl.constexpr):
     m_k = o_k < K
     x = tl.load(p_x + o_x, mask=m_k, other=0.0).to(tl.float32)
     largest = tl.load(p_largest + i_m).to(tl.float32)
-    finite = largest < float("inf")  # not so for NaN either
+    finite = largest < float("inf")  # NaN is not below it either
     factor = tl.where(largest < 5.421010862427522e-20, 1.8446744073709552e19, 1.0)  # 2^-64, 2^64
     scaled = (x * factor) * tl.div_rn(largest * 0.0 + 127.0, largest * factor)
     q = (scaled + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest integer, ties to even

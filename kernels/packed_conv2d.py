@@ -15,7 +15,8 @@ from bqnn.kernels.decode import codebook, decode, few_levels
 from bqnn.kernels.launch import splits_of
 from bqnn.kernels.packed import Epilogue, finish, flags_of_packed, quantize_rows, sum_of_parts, sums_of
 
-LEAST_BN = 16  # of a product: layers of few channels take no more
+# A product's tile has at least so many channels, and for a layer of few channels no more.
+LEAST_BN = 16
 
 
 class Windows(NamedTuple):
@@ -143,7 +144,7 @@ def forward(x, weight, bias, precision, relu, geometry):
     epilogue, flags = Epilogue(weight.scale, row_scale, bias), flags_of_packed(weight, precision, relu)
     config = packed_linear.configuration("packed_conv2d", P, images, precision, flags, N // groups, words)
     config["BN"] = min(config["BN"], max(LEAST_BN, triton.next_power_of_2(N // groups)))
-    del config["kernel"]  # a product, always
+    del config["kernel"]  # a convolution is always a product
     blocks = (triton.cdiv(P, config["BM"]), triton.cdiv(N // groups, config["BN"]))
     splits, span = splits_of((*blocks, groups), words, config["BW"], x.device, config.pop("most_splits"))
     sums = sums_of(y, splits, epilogue)

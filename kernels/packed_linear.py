@@ -15,7 +15,8 @@ from bqnn.kernels.packed import Epilogue, finish, flags_of_packed, quantize_rows
 # Up to so many rows, each takes a pass of its own over the words. Float32 products are FMA, for which tiles of a few
 # rows are padded to 16.
 GEMV_ROWS = {"fp32": 3, "bf16": 1, "int8": 1}
-GEMV_WORDS = 2048  # of a block: four 16-byte loads a lane before the first is used
+# A block takes so many words at once: four 16-byte loads a lane before the first is used.
+GEMV_WORDS = 2048
 
 # Tiles by precision and rows: the first whose BM is not below the rows, else the last. BW words are BW columns of each
 # of the products that a tile of words takes, one for every field of a word.
@@ -35,7 +36,8 @@ TILES = {
     ),
 }
 
-STAGE_BYTES = 128 * 1024  # of activations on their way, over all stages: what leaves room for the decoded tile
+# Activations on their way take no more than so many bytes, over all stages, which leaves room for the decoded tile.
+STAGE_BYTES = 128 * 1024
 
 
 @triton.jit
@@ -158,7 +160,7 @@ def from_tile(tile, x_bytes, precision, flags):
     tile = dict(tile)
     if per_word == 32 and precision == "bf16":
         tile["BW"] = 16  # 32 fields of twice as many columns would leave no room for a second stage
-    # What sm_80 would spill: levels of each channel in registers, pointers to those of each, 32 fields of wide tiles.
+    # sm_80 would spill levels of each channel in registers, pointers to those of each, and 32 fields of wide tiles.
     wide = tile["BM"] * tile["BW"] >= 64 * 32 or (precision == "fp32" and per_word == 8 and tile["BM"] >= 64)
     if (flags["PER_CHANNEL"] and wide) or (precision == "bf16" and per_word == 32 and tile["BM"] == 64):
         tile["BN"] //= 2
@@ -194,7 +196,7 @@ def configuration(op, rows, x, precision, flags, channels, words):
         lines = lines[:-1]  # a window takes an address a pixel: 128 of them would be spilled
     tile = next((line for line in lines if line["BM"] >= rows), lines[-1])
     config = from_tile(tile, x.element_size(), precision, flags)
-    if op == "packed_conv2d":  # whose gathered addresses take registers too: they would be spilled
+    if op == "packed_conv2d":  # its gathered addresses take registers too, which would be spilled
         few_rows = flags["BITS"] == 4 and config["BM"] == 16 and not (int8_window and flags["PER_CHANNEL"])
         few_warps = few_rows or (int8_window and config["BM"] == 64 and architecture() < 90)
         config["num_warps"] = 4 if few_warps else 8
@@ -223,7 +225,7 @@ def multiply(rows, weight, epilogue, y, precision, relu):
     words, flags = weight.words, flags_of_packed(weight, precision, relu)
     (M, K), (N, W) = rows.shape, words.shape
     if precision == "bf16" and GEMV_ROWS[precision] < M:
-        rows = rows.to(torch.bfloat16)  # once, not in every block of channels
+        rows = rows.to(torch.bfloat16)  # this rounds once, not in every block of channels
     config = configuration("packed_linear", M, rows, precision, flags, N, W)
     if config.pop("kernel") == "gemv":
         packed_linear_gemv_kernel[(triton.cdiv(N, config["BN"]), M)](

@@ -42,11 +42,14 @@ from bqnn.kernels.launch import architecture, flags_of_sample, sum_of_splits
 from bqnn.kernels.quantizer import codebook_of, quantize
 from bqnn.kernels.sample import sample, sample_backward, sampled_block
 
-# Estimates for an H200, none of them measured.
-SAMPLED_BLOCKS = 4  # of rows; with more, sampling in each costs more than a kernel that samples once, about 3 us
-NARROW = 32  # output channels of a group; with fewer, cuDNN's tiles are mostly padding
-PRODUCT_TILE, WEIGHT_TILE = (128, 64), (128, 128)  # the most (BN, BK)
-PRODUCT_TILE_SM_100 = (64, 64)  # with more, ptxas spills
+# Estimates for an H200, none of them measured: with more blocks of rows than SAMPLED_BLOCKS, sampling in each of them
+# costs more than a kernel that samples once, about 3 us; with fewer output channels of a group than NARROW, cuDNN's
+# tiles are mostly padding.
+SAMPLED_BLOCKS = 4
+NARROW = 32
+# Tiles are at most so large, (BN, BK). On sm_100 ptxas would spill registers of a larger product's tile.
+PRODUCT_TILE, WEIGHT_TILE = (128, 64), (128, 128)
+PRODUCT_TILE_SM_100 = (64, 64)
 
 
 @triton.jit(do_not_specialize=["seed", "offset"])
@@ -208,7 +211,7 @@ def _convolve(x, y, posterior, quantized, bias, noise, axes, groups, plan, trans
 
 
 def _input_gradient(grad, shape, memory_format, posterior, noise, product):
-    # Sampled before: in a tile of this product no two weights would share a call of Philox.
+    # The weight is sampled before, since in a tile of this product no two weights would share a call of Philox.
     quantized = sample(posterior, noise, grad.dtype, torch.channels_last)
     kernel, groups = quantized.shape[2:], product.groups
     plan = product_plan(grad, shape, kernel.numel(), groups, _product_tile())

@@ -141,9 +141,9 @@ def sample_linear_bwd_kernel_weight(
 
 def _tiles(rows, dtype, columns):
     """Tile sizes and warps: the rows in as few blocks as registers allow, since each samples the weight anew."""
-    if dtype == torch.float32:  # its products take registers for their operands too
+    if dtype == torch.float32:  # products of float32 take registers for their operands too
         return {"BM": min(_rows_of_block(rows), 64), "BN": 32, "BK": 32, "num_warps": 8}
-    BM = min(_rows_of_block(rows), 256 if columns % 4 == 0 else 128)  # else a call of Philox for each weight
+    BM = min(_rows_of_block(rows), 256 if columns % 4 == 0 else 128)  # otherwise each weight takes a call of Philox
     stages = fewer_stages() if BM <= 32 else {}
     return {"BM": BM, "BN": 64, "BK": 32 if BM > 64 else 64, "num_warps": 8, **stages}
 
