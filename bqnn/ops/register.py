@@ -72,7 +72,7 @@ def register_op(
         return dispatch.run(name, *nest(args, keywords))
 
     def run_fake(*args: Any, **keywords: Any) -> Any:
-        return fake(nest(args, keywords)[0])
+        return dispatch.without_autocast(fake, nest(args, keywords)[0])
 
     def keep(ctx: Any, call: Any, backend: str | None, outputs: Any) -> None:
         ctx.backend = backend
