@@ -16,7 +16,7 @@ help:  ## this list
 
 setup: $(STAMP)  ## make .venv with the pinned versions and the package, editable
 
-SOURCES := setup.py cuda_toolkit.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+SOURCES := setup.py cuda_toolkit.py pyproject.toml constraints.txt $(shell find csrc/bindings csrc/cpu csrc/cuda -type f)
 
 $(STAMP): $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -56,7 +56,7 @@ CASE_FLAGS += -DBQNN_EMULATE_TILES  # csrc/tests/tiles.h
 endif
 PLAIN_FLAGS := -O3
 SANITIZE_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
-KERNELS := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/cpu/*.cpp))
+KERNELS := $(patsubst csrc/%.cpp,%.o,$(shell find csrc/cpu -name '*.cpp'))
 
 build/plain/%.o: csrc/%.cpp Makefile
 	@mkdir -p $(@D)
@@ -72,14 +72,14 @@ $(CASES:%=build/plain/%): build/plain/%: build/plain/tests/%.o $(KERNELS:%=build
 $(CASES:%=build/sanitize/%): build/sanitize/%: build/sanitize/tests/%.o $(KERNELS:%=build/sanitize/%)
 	$(CXX) -pthread $(SANITIZE_FLAGS) $^ -o $@
 
--include $(wildcard build/*/cpu/*.d build/*/tests/*.d)
+-include $(shell find build/plain build/sanitize -name '*.d' 2>/dev/null)
 
 sanitize:  ## kernels under AddressSanitizer and UBSan, on every instruction set; 2 minutes, and 1 to build
 	@$(MAKE) --no-print-directory -j "$$(nproc)" $(CASES:%=build/sanitize/%)
 	@set -e; for program in $(CASES); do echo "$$program, with sanitizers"; build/sanitize/$$program; done
 
-bench: $(RIVALS) data  ## pytest-benchmark on bench/, about 20 minutes; ARGS="-k lenet5" for a part
-	$(VENV)/bin/pytest bench -q --benchmark-quiet $(ARGS)
+bench: $(RIVALS)  ## pytest-benchmark, to bench/results/<cpu>.json; about 20 minutes, ARGS="-k lenet5" for a part
+	$(VENV)/bin/pytest bench -q --benchmark-quiet --save $(ARGS)
 
 $(RIVALS): $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[bench]"

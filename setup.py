@@ -38,6 +38,11 @@ def say(message: str) -> None:
     print(f"bqnn: {message}", file=sys.stderr)
 
 
+def files_of(folder: str, pattern: str) -> list[str]:
+    """The files of ``csrc/<folder>`` and of the folders in it, relative to the root."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).rglob(pattern))
+
+
 def cpu_extensions() -> list[Extension]:
     if os.environ.get("BQNN_CPU") == "0":
         say("CPU kernels skipped: BQNN_CPU=0")
@@ -49,12 +54,12 @@ def cpu_extensions() -> list[Extension]:
             raise
         say("CPU kernels skipped: torch is not in the build environment (pip install --no-build-isolation)")
         return []
-    sources = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    sources = ["csrc/bindings/training.cpp", "csrc/bindings/packed.cpp", *files_of("cpu", "*.cpp")]
     return [
         Extension(
             "bqnn._C",
             sources,
-            depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")],
+            depends=[*files_of("bindings", "*.h"), *files_of("cpu", "*.h"), *files_of("cpu", "*.inl")],
             include_dirs=[str(ROOT / "csrc"), *include_paths()],
             library_dirs=library_paths(),
             libraries=["torch_cpu", "c10"],
@@ -104,13 +109,12 @@ def cuda_extensions() -> list[Extension]:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     toolkit = find_toolkit()
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-    headers = [path for kind in ("*.h", "*.cuh") for path in (ROOT / "csrc" / "cuda").glob(kind)]
+    headers = [*files_of("cuda", "*.h"), *files_of("cuda", "*.cuh")]
     return [
         Extension(
             CUDA,
-            ["csrc/bindings_cuda.cpp", *sources],
-            depends=["cuda_toolkit.py", *(str(path.relative_to(ROOT)) for path in headers)],
+            ["csrc/bindings/cuda.cpp", *files_of("cuda", "*.cu")],
+            depends=["cuda_toolkit.py", *headers],
             include_dirs=[str(ROOT / "csrc"), *include_paths(), str(toolkit.home / "include")],
             library_dirs=[*library_paths(), str(toolkit.home / "lib64")],
             libraries=["torch_cpu", "torch_cuda", "c10", "cudart"],
@@ -182,6 +186,7 @@ setup(
         "torchvision",  # each release asks for its own torch
         "numpy>=1.26",
         "safetensors>=0.4.3",
+        "filelock>=3.13",
         "platformdirs>=3.0",
         "tqdm>=4.66",
         "matplotlib>=3.8",

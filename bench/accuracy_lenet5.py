@@ -24,14 +24,14 @@ import torch
 from safetensors.torch import save_file
 
 import bqnn
-from bench.machine import describe_machine
+from bench.machine import RESULTS, describe_machine
 from bqnn.core.files import write_atomically
 from bqnn.lab.evaluate import evaluate
 from bqnn.lab.recipe import LENET5_MNIST, Recipe
 from bqnn.lab.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "accuracy_lenet5.json"
+TABLE = RESULTS / "accuracy_lenet5.json"
 RESULT = "result.json"
 
 
@@ -197,7 +197,7 @@ def main() -> None:
     table, met = collect(args)
     show(table)
     if args.update:
-        RESULTS.write_text(json.dumps({"machine": describe_machine(), "table": table}, indent=1) + "\n")
+        TABLE.write_text(json.dumps({"machine": describe_machine(), "table": table}, indent=1) + "\n")
     sys.exit(0 if met else 1)
 
 

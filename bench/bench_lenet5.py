@@ -22,12 +22,13 @@ BUDGET = 4.0
 
 BASELINES = ("fpnn fp32",)
 FPNN = ["fpnn fp32", "fpnn bf16", "fpnn compiled"]
-COMPILED = "compiled"  # in place of an execution: "auto", by torch.compile
+COMPILED = "compiled"
+"""Stands in the place of an execution: "auto", by torch.compile."""
 PACKED = [f"{precision} {execution}" for execution in ("auto", "packed", COMPILED) for precision in PRECISIONS]
 VARIANTS = [*FPNN, "quantized, unpacked", *PACKED]
 
-# Relative errors of the logits: rounding activations and weights of five layers costs percents.
 ALLOWED = {"fp32": 1e-4, "bf16": 2e-2, "int8": 5e-2}
+"""Relative errors of the logits: rounding activations and weights of five layers costs percents."""
 
 
 def fpnn() -> nn.Module:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.packed import PRECISIONS, Expected, Weight, check_rival, random_weight
-from bench.summary import Claim, Medians, fastest, times_faster
+from bench.summary import Medians, Verdict, fastest, times_faster
 from bqnn import PackedConv2d
 from bqnn.ops.packed_conv2d import packed_conv2d
 
@@ -52,10 +52,12 @@ NARROW = (ConvShape(160, 12, 3, 32, 1), ConvShape(16, 16, 3, 32, 1), ConvShape(6
 BATCHES = (1, 32, 256)
 BUDGET = 3.0
 
-# What is asked at every batch: fp32 over torch fp32; the better of bf16 and int8 over torch fp32 and over torch bf16.
 ASKED_FP32 = 1.0
+"""How many times faster than torch fp32 "fp32" shall be, at every batch."""
 ASKED_BEST = {**dict.fromkeys(WIDE, 5.0), **dict.fromkeys(NARROW, 3.0)}
+"""How many times faster than torch fp32 the better of "bf16" and "int8" shall be, at every batch."""
 ASKED_BEST_OVER_BF16 = 1.3
+"""How many times faster than torch bf16 the better of "bf16" and "int8" shall be, at every batch."""
 
 BASELINES = ("torch fp32 nchw", "torch fp32 nhwc")
 TORCH_BF16 = "torch bf16 bf16-nhwc"
@@ -152,7 +154,7 @@ def test_packed_conv2d(race: Any, shape: ConvShape, batch: int, variant: str) ->
     race(Conv2dGroup)
 
 
-def claims(medians: Medians) -> Iterator[Claim]:
+def claims(medians: Medians) -> Iterator[Verdict]:
     """The figures asked for, and what was measured, with the variant that counted."""
     for shape, least in ASKED_BEST.items():
         for batch in BATCHES:
@@ -166,4 +168,4 @@ def claims(medians: Medians) -> Iterator[Claim]:
             ):
                 measured = times_faster(medians.get(group, {}), mine, theirs)
                 if measured is not None:
-                    yield Claim(f"{group}: {fastest(medians[group], mine)} over {text}", asked, measured)
+                    yield Verdict(f"{group}: {fastest(medians[group], mine)} over {text}", asked, measured)

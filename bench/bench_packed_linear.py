@@ -20,25 +20,29 @@ from torch import Tensor, nn
 
 from bench import rivals
 from bench.packed import PRECISIONS, Expected, Weight, check_rival, random_weight
-from bench.summary import Claim, Medians, times_faster
+from bench.summary import Medians, Verdict, times_faster
 from bqnn import PackedLinear
 from bqnn.ops.packed_linear import packed_linear
 
 LARGE, LARGE_BATCHES = (4096, 4096), (1, 8, 64, 512)
-ODD = ((1000, 1001), (120, 400), (10, 84), (11008, 4096))  # (outputs, inputs): two of LeNet-5, one of a language model
+ODD = ((1000, 1001), (120, 400), (10, 84), (11008, 4096))
+"""(outputs, inputs): two layers are of LeNet-5, and one is of a language model."""
 ODD_BATCHES = (1, 3, 8, 33, 128, 1024)
 BUDGET = {LARGE: 6.0}
 ODD_BUDGET = 2.0
 
-# What is asked: times faster than torch fp32 on the large layer at M = 3, by batch.
 ASKED = {
     "fp32": dict(zip(LARGE_BATCHES, (10.0, 4.0, 1.0, 1.0))),
     "bf16": dict(zip(LARGE_BATCHES, (10.0, 10.0, 7.0, 8.0))),
     "int8": dict(zip(LARGE_BATCHES, (14.0, 15.0, 10.0, 12.0))),
 }
-ASKED_OVER_RIVALS = 1.5  # the best precision over the best rival, at every batch
-ASKED_AT_M16 = 0.6  # of all these
+"""How many times faster than torch fp32 the large layer shall be at M = 3, by batch."""
+ASKED_OVER_RIVALS = 1.5
+"""How many times faster than the best rival the best precision shall be at M = 3, at every batch."""
+ASKED_AT_M16 = 0.6
+"""The share of all these that is asked at M = 16."""
 ASKED_ODD = 1.0
+"""How many times faster than torch fp32 the other layers shall be."""
 
 BASELINES = ("torch fp32",)
 
@@ -148,13 +152,13 @@ def test_packed_linear(race: Any, shape: tuple[int, int], batch: int, variant: s
     race(LinearGroup)
 
 
-def claims(medians: Medians) -> Iterator[Claim]:
+def claims(medians: Medians) -> Iterator[Verdict]:
     """The figures asked for, and what was measured; without the groups and variants that did not run."""
 
-    def claim(text: str, asked: float, mine: list[str], theirs: list[str]) -> Iterator[Claim]:
+    def claim(text: str, asked: float, mine: list[str], theirs: list[str]) -> Iterator[Verdict]:
         measured = times_faster(medians.get(group, {}), mine, theirs)
         if measured is not None:
-            yield Claim(f"{group}: {text}", asked, measured)
+            yield Verdict(f"{group}: {text}", asked, measured)
 
     for num_levels, share in ((3, 1.0), (16, ASKED_AT_M16)):
         for batch in LARGE_BATCHES:

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 
 import bqnn
 from bench.published import published, published_loss
-from bench.summary import Claim, Medians, times_faster
+from bench.summary import Medians, Verdict, times_faster
 from bqnn.bayes.elbo import parameter_groups
 from bqnn.models import build
-from tests.test_training_memory import saved_bytes
+from tests.support.memory import saved_bytes
 
 NUM_LEVELS, DATASET_SIZE = 3, 60_000
 SEED = 1
-# The shape of a batch, steps a measurement, seconds for the group, and how many times the full-precision network's step
-# one may take.
 NETWORKS = {
     "lenet5": ((128, 1, 28, 28), 4, 20.0, 2.0),
     "vgg7": ((64, 3, 32, 32), 1, 20.0, 1.6),
 }
+"""The shape of a batch, steps that are timed together, seconds for the group, and how many times the full-precision
+network's step one may take."""
 
 BASELINES = ("fpnn",)
 OURS = ("cpu moment", "cpu local", "cpu sample", "cpu moment, exact")
@@ -108,14 +108,14 @@ class TrainingGroup:
         return {}
 
 
-def claims(medians: Medians) -> Iterator[Claim]:
+def claims(medians: Medians) -> Iterator[Verdict]:
     """A step may take so many times the full-precision network's."""
     for model, (shape, _, _, factor) in NETWORKS.items():
         group = medians.get(f"training, {model} batch {shape[0]}", {})
         for variant in OURS[:3]:
             measured = times_faster(group, [variant], BASELINES)
             if measured is not None:
-                yield Claim(f"{model}: {variant}, share of the step that is fpnn's", 1.0 / factor, measured)
+                yield Verdict(f"{model}: {variant}, share of the step that is fpnn's", 1.0 / factor, measured)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,40 +1,43 @@
-"""The way from calls to one table: checked, timed in turns, handed to pytest-benchmark, summed up.
+"""The way from calls to one table: checked, timed in turns, summed up and saved.
 
-A bench module has a fixture-driven test with the parameters of its group and one called ``variant``. It hands the
-fixture ``race`` a function that makes the group: a :class:`bench.summary.Group`.
+A bench module has BASELINES, the variants that ratios refer to, perhaps ``claims``, and a test with the parameters of
+its group and one called ``variant``. The test hands the fixture ``race`` a function that makes the group: a
+:class:`bench.summary.Group`. pytest-benchmark gets the times that were taken, one a round: its table, comparisons and
+JSON are of these; with ``--benchmark-disable`` results are checked and no times taken.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from bench.interleaved import Race, Replay
-from bench.machine import describe_machine
+from bench.machine import describe_cpu
+from bench.save import describe, save
 from bench.summary import Group, Measured, write_summary
 
 REPLAY = Replay()
-MODULES = pytest.StashKey[dict[str, Any]]()
-RACE = pytest.StashKey[dict[tuple[Any, ...], Race]]()
+RACES = pytest.StashKey[dict[Any, tuple[ModuleType, Race]]]()
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info.update(describe_machine())
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--save", action="store_true", help="put what is measured into bench/results/<cpu>.json")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    raced = [item for item in items if "race" in getattr(item, "fixturenames", ())]
-    for item in raced:
-        item.add_marker(pytest.mark.benchmark(timer=REPLAY))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The variants of a group are raced together, so they stand together."""
+    for item in items:
+        if "race" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=REPLAY))
     first: dict[Any, int] = {}
     for number, item in enumerate(items):
         first.setdefault(_group_key(item), number)
-    # The variants of a group are raced together, so they stand together.
     items.sort(key=lambda item: first[_group_key(item)])
-    config.stash[MODULES] = {item.nodeid.split("::")[0]: item.module for item in raced}  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -43,21 +46,18 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Callable[.
 
     The first test of a group times all that were selected; the others report what is theirs.
     """
-
-    stash = request.config.stash.setdefault(RACE, {})
+    races = request.config.stash.setdefault(RACES, {})
 
     def run(make: Callable[..., Group]) -> None:
         params = dict(request.node.callspec.params)
-        variant = params.pop("variant")
-        key = _group_key(request.node)
-        if key not in stash:
-            stash.clear()  # the group before is freed before this one is made
+        variant, key = params.pop("variant"), _group_key(request.node)
+        if key not in races:
             variants = [item.callspec.params["variant"] for item in request.session.items if _group_key(item) == key]
-            stash[key] = Race(make(**params), variants, not benchmark.disabled)
-        found = stash[key]
-        benchmark.group = found.name
+            races[key] = request.module, Race(make(**params), variants, not benchmark.disabled)
+        _, found = races[key]
         if variant in found.failures:
             raise found.failures[variant]
+        benchmark.group = found.name
         benchmark.extra_info.update(found.infos[variant])
         seconds = found.seconds.get(variant, [])
         REPLAY.load(seconds)
@@ -74,14 +74,22 @@ def _group_key(item: Any) -> tuple[Any, ...]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    session = getattr(config, "_benchmarksession", None)
-    measured: dict[str, list[Measured]] = {}
-    for bench in session.benchmarks if session else []:
-        if bench.stats.rounds:
-            module = bench.fullname.split("::")[0]
-            row = Measured(bench.group, bench.params["variant"], bench.stats.median, bench.extra_info)
-            measured.setdefault(module, []).append(row)
-    for name, rows in measured.items():
-        module = next((m for key, m in config.stash[MODULES].items() if key.endswith(name)), None)
-        if module is not None:
-            write_summary(terminalreporter, module, rows)
+    by_module: dict[ModuleType, list[Race]] = {}
+    for module, race in config.stash.get(RACES, {}).values():
+        if race.seconds:
+            by_module.setdefault(module, []).append(race)
+    for module, races in by_module.items():
+        rows = [
+            Measured(race.name, variant, statistics.median(seconds), race.infos[variant], race.elsewhere)
+            for race in races
+            for variant, seconds in race.seconds.items()
+        ]
+        write_summary(terminalreporter, module, rows)
+    if config.getoption("--save", False) and by_module:
+        groups = {
+            race.name: describe(race, module.__name__.rpartition(".")[2].removeprefix("bench_"))
+            for module, races in by_module.items()
+            for race in races
+        }
+        for line in save(groups, describe_cpu()):
+            terminalreporter.write_line(line)

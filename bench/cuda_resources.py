@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 
-from tests.nvcc import TOOLKIT, compiled
-from tests.test_cuda_build import ARCHITECTURES, TABLE
+from tests.support.nvcc import ARCHITECTURES, TABLE, TOOLKIT, compiled
 
 
 def main() -> None:

@@ -11,30 +11,49 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from bench import gpu_packed, gpu_training
-from bench.gpu_timing import Verdict, copy_bandwidth
+from bench.gpu_timing import ROUNDS, copy_bandwidth
 from bench.gpu_training import Asked, Row
-from bench.machine import describe_machine
-from bench.save import RESULTS
+from bench.machine import RESULTS, describe_machine
+from bench.summary import Verdict
+from tests.support.shapes import Conv2dShape, LinearShape
 
 OPS = ("sample_linear", "sample_conv2d", "moment_linear", "moment_conv2d", "spike_slab_kl", "assign_codes")
 PACKED = ("packed_linear", "packed_conv2d")
-# Those that run something on a GPU where there is one; tests/test_bench.py looks that none is missing.
 TESTS = [
     *(f"tests/test_{op}.py" for op in (*OPS, *PACKED)),
     *(f"tests/test_{name}.py" for name in ("philox", "moment", "int8", "cuda_packed_linear")),
 ]
+"""The test files that run something on a GPU where there is one; tests/test_bench.py looks that none is missing."""
 SANITIZED = "cuda and (triton or cuda-cuda) and M3 and (B1 or B2)"
-KL_WEIGHTS = 1 << 24
-KL_BYTES = 24  # a weight: read twice in forward and twice in backward, two gradients written
+KL_BYTES = 24
+"""Bytes of memory traffic a weight: two parameters are read in forward and in backward, two gradients are written."""
 KL_BANDWIDTH = 0.7
-KL_KEPT = 8.5  # bytes a weight at most: two gradients, and sums of blocks of weights
+"""The share of a copy's bandwidth that is asked of the divergence."""
+KL_KEPT = 8.5
+"""Bytes a weight that a step may hold at most: two gradients, and the sums of blocks of weights."""
+
+
+class Plan(NamedTuple):
+    """What the benches run: layers and networks of training, weights of a divergence, sizes and batches of packed
+    linear layers with what is asked of them, a packed convolution, and rounds of a measurement."""
+
+    layers: Mapping[str, LinearShape | Conv2dShape] = gpu_training.LAYERS
+    networks: Mapping[str, tuple[int, ...]] = gpu_training.NETWORKS
+    kl_weights: int = 1 << 24
+    packed_linear: Mapping[tuple[int, int], float] = gpu_packed.FASTER
+    packed_conv2d: tuple[int, int, int, int, int] = gpu_packed.CONV
+    rounds: int = ROUNDS
+
+
+PLAN = Plan()
 
 
 def run_tests() -> dict[str, str]:
@@ -54,25 +73,25 @@ def _last_line(command: list[str]) -> str:
     return f"exit {output.returncode}: {output.stdout.strip().splitlines()[-1]}"
 
 
-def benches(device: torch.device, ours: str) -> Iterator[Callable[[], Iterable[Row]]]:
+def benches(device: torch.device, ours: str, plan: Plan = PLAN) -> Iterator[Callable[[], Iterable[Row]]]:
     """Each makes the rows of one case."""
+    rounds = plan.rounds
     for kind in gpu_training.KINDS:
-        for name in gpu_training.LAYERS:
-            yield partial(gpu_training.layer_rows, kind, name, device, ours)
-    yield partial(gpu_training.kl_rows, KL_WEIGHTS, device, ours)
-    for model in gpu_training.NETWORKS:
-        yield partial(gpu_training.network_rows, model, device, ours)
-    for size in gpu_packed.SIZES:
-        for batch in gpu_packed.BATCHES:
-            yield partial(gpu_packed.linear_rows, size, batch, device)
-    yield partial(gpu_packed.conv2d_rows, device)
+        for name, shape in plan.layers.items():
+            yield partial(gpu_training.layer_rows, kind, name, shape, device, ours, rounds)
+    yield partial(gpu_training.kl_rows, plan.kl_weights, device, ours, rounds)
+    for model, images in plan.networks.items():
+        yield partial(gpu_training.network_rows, model, images, device, ours, rounds)
+    for size, batch in plan.packed_linear:
+        yield partial(gpu_packed.linear_rows, size, batch, device, rounds=rounds)
+    yield partial(gpu_packed.conv2d_rows, device, plan.packed_conv2d, rounds)
 
 
 def asked_of(case: str) -> list[Asked]:
     return next((wanted for name, wanted in gpu_training.ASKED.items() if case.startswith(name)), [])
 
 
-def verdicts(rows: list[Row], ours: str, bandwidth: float) -> Iterator[Verdict | str]:
+def verdicts(rows: list[Row], ours: str, bandwidth: float, plan: Plan = PLAN) -> Iterator[Verdict | str]:
     """Of each figure that is asked; a line instead where a result is too far off to have one."""
     by_case: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -91,11 +110,11 @@ def verdicts(rows: list[Row], ours: str, bandwidth: float) -> Iterator[Verdict |
                 ratio = rival.peak_bytes / max(1, own.peak_bytes)
                 yield Verdict(f"{case}: peak memory of {rival.variant} over ours", want.smaller, ratio)
         if case.startswith("spike_slab_kl") and own is not None:
-            share = KL_BYTES * KL_WEIGHTS / own.seconds / bandwidth
+            share = KL_BYTES * plan.kl_weights / own.seconds / bandwidth
             yield Verdict(f"{case}: share of the copy's bandwidth", KL_BANDWIDTH, share)
-            kept = KL_KEPT * KL_WEIGHTS / max(1, own.peak_bytes)
+            kept = KL_KEPT * plan.kl_weights / max(1, own.peak_bytes)
             yield Verdict(f"{case}: bytes of the gradients over peak memory", 1.0, kept)
-    yield from gpu_packed.verdicts(rows, bandwidth)
+    yield from gpu_packed.verdicts(rows, bandwidth, plan.packed_linear)
 
 
 def main() -> None:

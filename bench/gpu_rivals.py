@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-GROUP = 128  # weights that share a scale and a zero: the default of both packages
+GROUP = 128
+"""The number of weights that share a scale and a zero: the default of both packages."""
 
 
 class Absent(RuntimeError):
@@ -32,7 +33,7 @@ def _draw(size: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor, T
     """Integers uint8 [size, size], scales bfloat16 [size, size / GROUP, 1], the dense weight: (q - middle) scale."""
     generator = torch.Generator(device).manual_seed(bits)
     q = torch.randint(2**bits, (size, size), generator=generator, device=device, dtype=torch.uint8)
-    q[:, 0::GROUP], q[:, 1::GROUP] = 0, 2**bits - 1  # the ends, from which a package may find its scale again
+    q[:, 0::GROUP], q[:, 1::GROUP] = 0, 2**bits - 1  # a package may find its scale again from the ends
     scale = torch.rand(size, size // GROUP, 1, generator=generator, device=device).add_(0.5).bfloat16()
     dense = (q.view(size, -1, GROUP).float() - 2.0 ** (bits - 1)).mul_(scale.float())
     return q, scale, dense.view(size, size)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 
 ROUNDS, WARMUP = 30, 5
-FLUSH_BYTES = 256 << 20  # written before each call: more than any second-level cache holds
+FLUSH_BYTES = 256 << 20
+"""Bytes that are written before each call: more than any second-level cache holds."""
 
 
 class Cost(NamedTuple):
@@ -20,19 +21,7 @@ class Cost(NamedTuple):
     peak_bytes: int
 
 
-class Verdict(NamedTuple):
-    """A figure that is asked, and the one that was measured; the larger, the better."""
-
-    text: str
-    asked: float
-    measured: float
-
-    def __str__(self) -> str:
-        verdict = "met" if self.measured >= self.asked else "NOT MET"
-        return f"{self.text:<78} asked {self.asked:>5.2f}  measured {self.measured:>6.2f}  {verdict}"
-
-
-def costs(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Cost]:
+def costs(calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS) -> dict[str, Cost]:
     """The cost of every call, warm, with cold caches; on the CPU (to try a bench out) time alone."""
     timer = _gpu_seconds if device.type == "cuda" else _cpu_seconds
     for call in calls.values():
@@ -41,7 +30,7 @@ def costs(calls: Mapping[str, Callable[[], object]], device: torch.device) -> di
     peaks = {name: _peak_bytes(call, device) for name, call in calls.items()}
     flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 1, device=device, dtype=torch.uint8)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, call in calls.items():
             flush.zero_()
             seconds[name].append(timer(call))

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bqnn
-from bench.gpu_timing import costs
+from bench.gpu_timing import ROUNDS, costs
 from bqnn import ops
 from bqnn.core import quantizer
 from bqnn.core.product import channels_last
 from bqnn.models import build
-from tests.helpers import Case, make_case
-from tests.shapes import Conv2dShape, LinearShape
+from tests.support.helpers import Case, make_case
+from tests.support.shapes import Conv2dShape, LinearShape
 
 NUM_LEVELS, SEED = 3, 20261
 DATASET_SIZE = 60_000
@@ -49,7 +49,6 @@ LAYERS = {
     "conv2d-128-128-3x3-32x32-B128": Conv2dShape(128, 128, 128, 32, 32, (3, 3), padding=(1, 1)),
     "conv2d-160-12-3x3-32x32-B256": Conv2dShape(256, 160, 12, 32, 32, (3, 3), padding=(1, 1)),
 }
-# By what the name of a case begins with.
 ASKED = {
     "sample_linear-4096-4096-B256": [Asked("reference", 3.0, 3.0), Asked("compiled", 1.5)],
     "sample_linear-4096-4096-B2048": [Asked("reference", 1.5, 3.0), Asked("compiled", 1.1)],
@@ -58,8 +57,10 @@ ASKED = {
     "moment_conv2d": [Asked("reference", 2.0, 2.5), Asked("compiled", 1.1)],
     "spike_slab_kl": [Asked("reference", 10.0)],
 }
+"""What is asked of a case, by what its name begins with."""
 NETWORKS = {"lenet5": (128, 1, 28, 28), "densenet": (64, 3, 32, 32)}
-ALLOWED = 2e-2  # root mean square, relative: outputs and gradients are bfloat16
+ALLOWED = 2e-2
+"""The relative root mean square error of outputs and gradients, which are bfloat16, beyond which there is no figure."""
 KINDS = ("sample", "moment")
 
 
@@ -82,9 +83,10 @@ def plain_moment(case: Case, x: Tensor) -> Tensor:
 PLAIN = {"sample": plain_sample, "moment": plain_moment}
 
 
-def layer_rows(kind: str, name: str, device: torch.device, ours: str) -> Iterator[Row]:
+def layer_rows(
+    kind: str, name: str, shape: LinearShape | Conv2dShape, device: torch.device, ours: str, rounds: int = ROUNDS
+) -> Iterator[Row]:
     """Forward and backward pass of one layer by one estimator, and of the ordinary layer, in bfloat16."""
-    shape = LAYERS[name]
     op = "linear" if isinstance(shape, LinearShape) else "conv2d"
     function = getattr(ops, f"{kind}_{op}")
     options = {"coarse_variance": True} if kind == "moment" else {}
@@ -106,11 +108,11 @@ def layer_rows(kind: str, name: str, device: torch.device, ours: str) -> Iterato
     errors = {ours: max(map(_distance, calls[ours](), expected))}
     calls["compiled"] = step(torch.compile(PLAIN[kind]), [x, *parameters], case, x)
     calls["ordinary layer"] = step(case.product, [x, weight, bias], x, weight, bias)
-    for variant, cost in costs(calls, device).items():
+    for variant, cost in costs(calls, device, rounds).items():
         yield Row(f"{kind}_{name}", variant, *cost, errors.get(variant))
 
 
-def kl_rows(weights: int, device: torch.device, ours: str) -> Iterator[Row]:
+def kl_rows(weights: int, device: torch.device, ours: str, rounds: int = ROUNDS) -> Iterator[Row]:
     """Value and gradients of spike_slab_kl."""
     case = make_case(LinearShape(1, 4096, weights // 4096), NUM_LEVELS, "tensor").to(device).leaves()
     leaves = [case.weight, case.log_sigma2, case.levels]
@@ -123,13 +125,15 @@ def kl_rows(weights: int, device: torch.device, ours: str) -> Iterator[Row]:
     calls = {ours: lambda: step(ours), "reference": lambda: step("reference")}
     expected = step("reference")
     errors = {variant: max(map(_distance, call(), expected)) for variant, call in calls.items()}
-    for variant, cost in costs(calls, device).items():
+    for variant, cost in costs(calls, device, rounds).items():
         yield Row(f"spike_slab_kl-{weights >> 20}M", variant, *cost, errors[variant])
 
 
-def network_rows(model: str, device: torch.device, ours: str) -> Iterator[Row]:
+def network_rows(
+    model: str, shape: tuple[int, ...], device: torch.device, ours: str, rounds: int = ROUNDS
+) -> Iterator[Row]:
     """A training step (forward, loss with the divergence, backward) of a network, bfloat16 autocast."""
-    x = torch.randn(NETWORKS[model], device=device)
+    x = torch.randn(shape, device=device)
     target = torch.randint(10, (x.shape[0],), device=device)
 
     def step(estimator: str | None) -> Callable[[], Tensor]:
@@ -157,7 +161,7 @@ def network_rows(model: str, device: torch.device, ours: str) -> Iterator[Row]:
     for estimator in KINDS:
         for backend in (ours, "reference"):
             calls[f"{backend} {estimator}"] = _forced(step(estimator), backend)
-    for variant, cost in costs(calls, device).items():
+    for variant, cost in costs(calls, device, rounds).items():
         yield Row(f"step-{model}-B{x.shape[0]}", variant, *cost)
 
 

@@ -10,7 +10,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,17 +19,32 @@ from bench.machine import Elsewhere
 from bench.summary import Group
 
 LEAST_ROUNDS = 15
-PAUSE_SECONDS = 0.003  # between visits: the idle threads of one library spin before they sleep
-SETTLE_SECONDS = 0.006  # of untimed calls: long enough to have the largest weights in the last cache again
-BURST_SECONDS = 0.006  # of timed calls, where one takes less
-LONG_SECONDS = 0.020  # a call that takes longer has settled before it ends
 
 
-def interleaved_seconds(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
+class Pace(NamedTuple):
+    """Seconds of the parts of a visit."""
+
+    pause: float = 0.003
+    """A sleep comes first: the idle threads of one library spin before they sleep."""
+    settle: float = 0.006
+    """Untimed calls take so long that the largest weights are in the last cache again."""
+    burst: float = 0.006
+    """Timed calls take about so long; a longer call is made once."""
+    long: float = 0.020
+    """A call that takes longer has settled before it ends, and is not made untimed first."""
+
+
+PACE = Pace()
+
+
+def interleaved_seconds(
+    calls: Mapping[str, Callable[[], object]], budget: float, pace: Pace = PACE
+) -> dict[str, list[float]]:
     """Seconds a call of each of ``calls``, one figure a round.
 
     Args:
         budget: seconds that all rounds together may take; there are at least :data:`LEAST_ROUNDS` whatever it says.
+        pace: of each visit.
     """
     estimates = {name: _estimate(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -43,7 +58,7 @@ def interleaved_seconds(calls: Mapping[str, Callable[[], object]], budget: float
         while rounds < LEAST_ROUNDS or time.perf_counter() < end:
             shuffle(order)
             for name in order:
-                times[name].append(_visit(calls[name], estimates[name]))
+                times[name].append(_visit(calls[name], estimates[name], pace))
             rounds += 1
     finally:
         gc.enable()
@@ -59,12 +74,12 @@ def _estimate(call: Callable[[], object]) -> float:
     return min(times)
 
 
-def _visit(call: Callable[[], object], estimate: float) -> float:
-    time.sleep(PAUSE_SECONDS)
-    settled = time.perf_counter() + SETTLE_SECONDS
-    while estimate < LONG_SECONDS and time.perf_counter() < settled:
+def _visit(call: Callable[[], object], estimate: float, pace: Pace) -> float:
+    time.sleep(pace.pause)
+    settled = time.perf_counter() + pace.settle
+    while estimate < pace.long and time.perf_counter() < settled:
         call()
-    repeats = max(1, round(BURST_SECONDS / estimate))
+    repeats = max(1, round(pace.burst / estimate))
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -80,7 +95,7 @@ class Replay:
         self._running = False
 
     def load(self, seconds: list[float]) -> None:
-        """What the next ``len(seconds)`` rounds take."""
+        """Has the next ``len(seconds)`` rounds take so long."""
         self._seconds = seconds[::-1]
 
     def __call__(self) -> float:
@@ -93,10 +108,13 @@ class Replay:
 class Race:
     """The selected variants of one group: made, checked, and those that are right timed against each other."""
 
-    def __init__(self, group: Group, variants: list[str], timed: bool) -> None:
+    def __init__(self, group: Group, variants: list[str], timed: bool, pace: Pace = PACE) -> None:
         self.name = group.name
         self.failures: dict[str, BaseException] = {}
+        self.seconds: dict[str, list[float]] = {}
         self.infos: dict[str, dict[str, Any]] = {}
+        self.elsewhere: float | None = None
+        """The share of the cores that something else took meanwhile, where times were taken and the system tells."""
         calls: dict[str, Callable[[], object]] = {}
         for variant in variants:
             try:
@@ -107,10 +125,8 @@ class Race:
                 calls[variant] = call
             except (Exception, pytest.skip.Exception) as failure:
                 self.failures[variant] = failure
-        elsewhere = Elsewhere()
-        with torch.inference_mode():
-            self.seconds = interleaved_seconds(calls, group.budget) if timed and calls else {}
-        if self.seconds:
-            share = elsewhere.share()
-            for info in self.infos.values():
-                info["elsewhere"] = share
+        if timed and calls:
+            elsewhere = Elsewhere()
+            with torch.inference_mode():
+                self.seconds = interleaved_seconds(calls, group.budget, pace)
+            self.elsewhere = elsewhere.share()

@@ -14,9 +14,8 @@ from typing import Any
 import triton
 from tqdm import tqdm
 
-from tests.aot import TARGETS, compiled
-from tests.compile_cases import CASES
-from tests.test_kernels_compile import TABLE
+from tests.support.aot import TABLE, TARGETS, compiled
+from tests.support.compile_cases import CASES
 
 
 def resources(job: tuple[int, str]) -> list[dict[str, Any]]:

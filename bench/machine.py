@@ -5,27 +5,51 @@ from __future__ import annotations
 import os
 import platform
 import time
+from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 import bqnn
 
+RESULTS = Path(__file__).resolve().parent / "results"
+RIVAL_PACKAGES = ("onnxruntime", "openvino")
 
-def describe_machine() -> dict[str, object]:
-    """Processor, cores that torch uses, GPU, and versions."""
+
+def describe_cpu() -> dict[str, Any]:
+    """The processor, the instruction set that kernels use, and the threads that torch uses."""
     names = _cpuinfo()
     return {
         "cpu": names.get("model name", platform.processor()),
         "cpu_family_model_stepping": [names.get(key) for key in ("cpu family", "model", "stepping")],
         "cpu_isa": bqnn.cpu_isa(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "bqnn": bqnn.__version__,
     }
+
+
+def cpu_name(machine: dict[str, Any]) -> str:
+    """Short, for a file name: "xeon-6-207-amx-2-threads" for a Xeon of family 6, model 207, with AMX in use."""
+    family, model, _ = machine["cpu_family_model_stepping"]
+    brand = "xeon" if "Xeon" in machine["cpu"] else machine["cpu"].split()[0].lower()
+    return f"{brand}-{family}-{model}-{machine['cpu_isa']}-{machine['threads']}-threads"
+
+
+def versions() -> dict[str, str]:
+    """Of Python, torch, this package, and of the packages among RIVAL_PACKAGES that are installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "bqnn": bqnn.__version__}
+    for package in RIVAL_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores that torch uses, GPU, and versions."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {**describe_cpu(), "gpu": gpu, **versions()}
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -78,8 +102,6 @@ class Limits(NamedTuple):
         return max(n_bytes / self.read_rate(n_bytes), operations / self.operations[precision]) / seconds
 
 
-# Measured with two threads on two cores of an Emerald Rapids Xeon: reads of buffers of each size, FMA and AMX tile
-# products on registers. L2 is 2 MiB a core; of the L3, which other guests share, 64 MiB were seen to keep that rate.
 LIMITS = {
     ("6", "207", 2): Limits(
         cache_bytes=((4 << 20, 230e9), (64 << 20, 48e9)),
@@ -87,6 +109,9 @@ LIMITS = {
         operations={"fp32": 330e9, "bf16": 5.5e12, "int8": 11e12},
     )
 }
+"""By family, model and threads. They were measured with two threads on two cores of an Emerald Rapids Xeon: reads of
+buffers of each size, FMA and AMX tile products on registers. L2 is 2 MiB a core; of the L3, which other guests share,
+64 MiB were seen to keep that rate."""
 
 
 def known_limits() -> Limits | None:

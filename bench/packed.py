@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bqnn.core.codes import pack_codes
 from bqnn.ops.packed_product import decode
-from tests.helpers import make_codebook
+from tests.support.helpers import make_codebook
+from tests.support.packed_products import relative_error
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
@@ -90,11 +91,6 @@ class Expected:
             off = relative_error(y, self.int8)
             assert off <= rounding, f"int8: relative error {off:.2g} against the reference"
         return {"distance": distance}
-
-
-def relative_error(y: Tensor, expected: Tensor) -> float:
-    """The norm of the difference over that of ``expected``."""
-    return float((y.double() - expected).norm() / expected.double().norm())
 
 
 def check_rival(name: str, y: Tensor, expected: Tensor, allowed: float) -> dict[str, Any]:

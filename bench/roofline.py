@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.machine import RESULTS
 from bqnn.ops.backends.cuda_packed import MAX_ROWS
 from bqnn.ops.backends.gpu_layout import row_words
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TABLE = RESULTS / "roofline_packed.json"
 
 
@@ -25,15 +25,20 @@ class Gpu(NamedTuple):
     """What a GPU does in a second."""
 
     datasheet_bytes: float
-    bytes: float  # as a copy was measured
-    products: float  # bfloat16 operations, an addition and a multiplication being two, as a large product was measured
-    int8_products: float  # twice as many, by the data sheet
-    integers: float  # lanes of the integer units, and as many of the multiplier beside them
-    issued: float  # lanes of instructions of any kind
+    bytes: float
+    """What a copy was measured to read and write."""
+    products: float
+    """Operations of a large bfloat16 product, as measured; an addition and a multiplication are two."""
+    int8_products: float
+    """The data sheet says that they are twice as many."""
+    integers: float
+    """Lanes of the integer units; the multiplier has as many beside them."""
+    issued: float
+    """Lanes of instructions of any kind."""
 
 
-# 132 multiprocessors of 4 schedulers at 1.7 GHz: each issues 32 lanes a cycle and has 16 lanes for integers.
 H200 = Gpu(4.8e12, 4.3e12, 790e12, 2 * 790e12, 132 * 4 * 16 * 1.7e9, 132 * 4 * 32 * 1.7e9)
+"""It has 132 multiprocessors of 4 schedulers at 1.7 GHz; each issues 32 lanes a cycle and has 16 for integers."""
 
 Rows = list[dict[str, Any]]
 
@@ -47,7 +52,8 @@ class Work(NamedTuple):
     operations: float
     integers: float = 0.0
     issued: float = 0.0
-    int8: bool = False  # products of 8-bit integers
+    int8: bool = False
+    """Whether the products are of 8-bit integers."""
 
     def seconds(self, gpu: Gpu) -> dict[str, float]:
         """The least time of each kind of work, and of all of them at once ("expected")."""

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.roofline import RESULTS, Gpu, Rows, Work, publish
-from tests.shapes import Conv2dShape
+from bench.machine import RESULTS
+from bench.roofline import Gpu, Rows, Work, publish
+from tests.support.shapes import Conv2dShape
 
 TABLE = RESULTS / "roofline_training.json"
 
-# Instructions a weight. Sampling and moments are estimates; the others are counted in the machine code for sm_90, loops
-# as often as they run. Special functions have an eighth of the lanes, so that eleven of them in spike_slab_kl's forward
-# pass count 88, and bind rather than its 86.7 instructions; the backward pass has 137.1, and 17 special ones.
+# These are instructions a weight. Sampling and moments are estimates; the others are counted in the machine code for
+# sm_90, loops as often as they run. Special functions have an eighth of the lanes, so that eleven of them in
+# spike_slab_kl's forward pass count 88, and bind rather than its 86.7 instructions; the backward pass has 137.1, and 17
+# special ones.
 SAMPLE = 25.0
 MOMENTS = 2 * 25.0
 KL_FORWARD, KL_BACKWARD = 88.0, 137.1
 CODES, PACKED_CODES = 15.0, 26.0
 
-WEIGHT_BYTES = 8.0  # mu and log_sigma2, and as much for their gradients
+WEIGHT_BYTES = 8.0
+"""Bytes of mu and log_sigma2, a weight; their gradients are as many."""
 
 
 def product(op: str, case: str, operations: float, x: float, y: float, weights: float) -> Iterator[Work]:

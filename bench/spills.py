@@ -2,8 +2,8 @@
 
 Without a GPU, for sm_80, sm_90 and sm_100 and every kind of call, or those that are named: ``python -m bench.spills 90
 bf16 moment_linear``, where bf16, fp32 and int8 are the precisions of packed products. Prints each kernel that spills
-registers, and exits with 1 where there is one. Tests compile a choice of these (tests/compile_cases.py): all of them
-take about an hour a target.
+registers, and exits with 1 where there is one. Tests compile a choice of these (tests/support/compile_cases.py): all of
+them take about an hour a target.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 
 from bqnn.core.quantizer import MODES
 from bqnn.kernels import moment_conv2d, sample_conv2d
-from tests.aot import TARGETS, compiled
-from tests.compile_cases import (
+from tests.support.aot import TARGETS, compiled
+from tests.support.compile_cases import (
     call_conv2d,
     call_moment_linear,
     call_packed_conv2d,
@@ -29,19 +29,21 @@ from tests.compile_cases import (
     in_parts,
     in_tf32,
 )
-from tests.shapes import Conv2dShape
+from tests.support.shapes import Conv2dShape
 
 Codebooks = tuple[tuple[int, bool], ...]
 Calls = Iterator[tuple[str, Callable[[], Any]]]
 
 PACKED_ROWS = {"fp32": (1, 16, 32, 64), "bf16": (1, 16, 32, 64, 128), "int8": (1, 16, 32, 64, 128)}
 PACKED_LEVELS = (2, 3, 4, 5, 16)
-SIDES = {16: 4, 32: 5, 64: 8, 128: 12}  # of an image with about so many pixels
-# Of training: a codebook that is unrolled, one that stays in registers, one that does not; (num_levels, channel).
+SIDES = {16: 4, 32: 5, 64: 8, 128: 12}
+"""The side of an image with about so many pixels."""
 CODEBOOKS = tuple(itertools.product((3, 4, 16), (False, True)))
+"""(num_levels, channel) of the training ops: a codebook that is unrolled, one that stays in registers, and one that
+does not."""
 ROWS = {"bfloat16": (16, 32, 64, 128, 256), "float16": (64,), "float32": (16, 32, 64), "tf32": (16, 32, 64)}
 COLUMNS = (512, 511)
-# Of a convolution: the op, and for each of its modes the codebooks that its kernels differ by.
+# A convolution's kernels differ by mode and codebook, and not every mode has a kernel for every codebook.
 CONV2D: dict[str, tuple[ModuleType, list[tuple[dict[str, Any], Codebooks]]]] = {
     "sample_conv2d": (sample_conv2d, [({}, CODEBOOKS)]),
     "moment_conv2d": (
@@ -94,13 +96,15 @@ def moment_linear_calls() -> Calls:
 
 def conv2d_calls(name: str) -> Calls:
     op, modes = CONV2D[name]
-    few, many = [(1, side, side) for side in SIDES.values()], (8, 16, 16)  # images
+    few, many = [(1, side, side) for side in SIDES.values()], (8, 16, 16)
     weights = [(mode, codebook) for mode, codebooks in modes for codebook in codebooks]
     same: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1)}
+    # A product makes its weight for a few pixels only, from a block of its own width: other inputs and many pixels need
+    # no other codebooks.
     plain = [
         (Conv2dShape(batch, inputs, channels, *size, **same), weights if inputs == 64 and batch == 1 else weights[:1])
         for channels, inputs, (batch, *size) in itertools.product((12, 32, 64, 128), (6, 16, 32, 64, 128), [*few, many])
-    ]  # a product makes its weight for a few pixels only, from a block of its own width, whatever the inputs are
+    ]
     other = [
         (Conv2dShape(batch, inputs, 128, *size, **same, **geometry), weights[:1])
         for (batch, *size), inputs, geometry in itertools.product(

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Protocol
 from bench.machine import known_limits
 
 CELL, NAME = 19, 34
-DISTURBED = 0.03  # the share of the cores that may go elsewhere before a group's ratios are in doubt
+DISTURBED = 0.03
+"""The share of the cores that may go elsewhere before a group's ratios are in doubt."""
 
 
 class Group(Protocol):
@@ -28,20 +29,29 @@ class Group(Protocol):
 
 
 class Measured(NamedTuple):
-    """A variant's median seconds, and what its check returned."""
+    """A variant's median seconds, what its check returned, and the share of the cores that something else took."""
 
     group: str
     variant: str
     seconds: float
     info: dict[str, Any]
+    elsewhere: float | None = None
 
 
-class Claim(NamedTuple):
-    """A ratio that is asked for, and the one that was measured."""
+class Verdict(NamedTuple):
+    """A figure that is asked, and the one that was measured; the larger, the better."""
 
     text: str
     asked: float
     measured: float
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.asked
+
+    def __str__(self) -> str:
+        verdict = "met" if self.met else "NOT MET"
+        return f"{self.text:<78} asked {self.asked:>6.2f}  measured {self.measured:>6.2f}  {verdict}"
 
 
 Medians = dict[str, dict[str, float]]
@@ -63,7 +73,7 @@ def write_summary(reporter: Any, module: ModuleType, rows: list[Measured]) -> No
     """Writes all of it for the groups of one bench module.
 
     The module has BASELINES, names of variants, whose fastest the ratios refer to, and may have
-    ``claims(medians) -> Iterator[Claim]``.
+    ``claims(medians) -> Iterator[Verdict]``.
     """
     families: dict[str, list[Measured]] = {}
     for row in rows:
@@ -76,18 +86,15 @@ def write_summary(reporter: Any, module: ModuleType, rows: list[Measured]) -> No
             reporter.write_line(line)
         for line in _shares(members):
             reporter.write_line(line)
-        disturbed = {
-            row.group: row.info["elsewhere"] for row in members if (row.info.get("elsewhere") or 0) > DISTURBED
-        }
+        disturbed = {row.group: row.elsewhere for row in members if (row.elsewhere or 0.0) > DISTURBED}
         for group, share in disturbed.items():
             reporter.write_line(f"NOT ALONE: something else took {share:.0%} of the cores during {group}", red=True)
-    claims = list(module.claims(_medians(rows))) if hasattr(module, "claims") else []
-    if claims:
-        met = sum(claim.measured >= claim.asked for claim in claims)
-        reporter.write_sep("-", f"{module.__name__}: {met} of {len(claims)} figures met")
-        for text, asked, measured in claims:
-            verdict = "met" if measured >= asked else "NOT MET"
-            reporter.write_line(f"{text:<72} asked {asked:>6.2f}  measured {measured:>6.2f}  {verdict}")
+    verdicts = list(module.claims(_medians(rows))) if hasattr(module, "claims") else []
+    if verdicts:
+        met = sum(verdict.met for verdict in verdicts)
+        reporter.write_sep("-", f"{module.__name__}: {met} of {len(verdicts)} figures met")
+        for verdict in verdicts:
+            reporter.write_line(str(verdict))
 
 
 def _medians(rows: list[Measured]) -> Medians:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.shapes import INTERPRETED
+from tests.support.shapes import INTERPRETED
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +47,10 @@ def interpreted_bfloat16() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    interpreter = pytest.importorskip("tests.interpreter")
-    with interpreter.bfloat16_is_right():
+    pytest.importorskip("triton")
+    from tests.support.interpreter import bfloat16_is_right
+
+    with bfloat16_is_right():
         yield
 
 

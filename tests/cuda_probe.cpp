@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "cuda/packed_tile.h"
+#include "cuda/packed_choice.h"
+#include "cuda/packed_output.h"
 
 namespace bqnn::cuda {
 namespace {

@@ -14,8 +14,8 @@ from bqnn import BackendError
 from bqnn.core.codes import pack_codes, packed_width, unpack_codes
 from bqnn.ops import assign_codes
 from bqnn.ops.dispatch import status
-from tests import formulas
-from tests.helpers import (
+from tests.support import formulas
+from tests.support.helpers import (
     compiled_backends,
     digest,
     forced_or_automatic,
@@ -25,7 +25,7 @@ from tests.helpers import (
     triton_devices,
     usable_backends,
 )
-from tests.shapes import (
+from tests.support.shapes import (
     CONV2D_GRID,
     EVERY_M,
     GRANULARITIES,

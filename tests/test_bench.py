@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +20,14 @@ from bench import (
     gpu,
     gpu_packed,
     gpu_rivals,
-    gpu_timing,
     gpu_training,
-    interleaved,
     summary,
 )
-from bench.interleaved import LEAST_ROUNDS, Race, Replay
-from bench.save import save
-from bench.summary import Claim, Measured
-from tests.shapes import Conv2dShape, LinearShape
+from bench.interleaved import LEAST_ROUNDS, Pace, Race
+from bench.machine import RESULTS
+from bench.summary import Measured, Verdict
+from bqnn.ops import dispatch
+from tests.support.shapes import Conv2dShape, LinearShape
 
 
 class Sleepers:
@@ -44,14 +45,8 @@ class Sleepers:
         return {}
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PAUSE_SECONDS", "SETTLE_SECONDS", "BURST_SECONDS"):
-        monkeypatch.setattr(interleaved, name, 0.0)
-
-
-def test_only_right_results_are_timed(quick: None) -> None:
-    race = Race(Sleepers(), ["1", "4", "nonsense", "absent"], timed=True)
+def test_only_right_results_are_timed() -> None:
+    race = Race(Sleepers(), ["1", "4", "nonsense", "absent"], timed=True, pace=Pace(0.0, 0.0, 0.0))
     assert set(race.seconds) == {"1", "4"}
     assert isinstance(race.failures["nonsense"], AssertionError)
     assert isinstance(race.failures["absent"], pytest.skip.Exception)
@@ -62,15 +57,6 @@ def test_only_right_results_are_timed(quick: None) -> None:
 def test_without_timing_results_are_checked() -> None:
     race = Race(Sleepers(), ["1", "nonsense"], timed=False)
     assert race.seconds == {} and set(race.failures) == {"nonsense"}
-
-
-def test_replay_gives_back_what_was_measured() -> None:
-    replay, found = Replay(), []
-    replay.load([3.0, 1.0, 2.0])
-    for _ in range(3):
-        start = replay()
-        found.append(replay() - start)
-    assert found == [3.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("module", [bench_packed_linear, bench_packed_conv2d], ids=lambda module: module.__name__)
@@ -93,7 +79,7 @@ def test_summary_says_what_is_met() -> None:
     bench = SimpleNamespace(
         __name__="bench_it",
         BASELINES=("slow", "slower"),
-        claims=lambda medians: [Claim("met", 2.0, medians["it, batch 1"]["slow"]), Claim("missed", 2.1, 2.0)],
+        claims=lambda medians: [Verdict("met", 2.0, medians["it, batch 1"]["slow"]), Verdict("missed", 2.1, 2.0)],
     )
     rows = [Measured("it, batch 1", name, seconds, {}) for name, seconds in (("slow", 2), ("slower", 3), ("fast", 0.5))]
     summary.write_summary(reporter, bench, rows)  # type: ignore[arg-type]
@@ -103,42 +89,43 @@ def test_summary_says_what_is_met() -> None:
     assert "NOT MET" in next(line for line in lines if line.startswith("missed"))
 
 
-def test_saved_by_op_and_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.save.RESULTS", tmp_path)
-    machine = {"cpu": "Intel(R) Xeon(R) Processor", "cpu_family_model_stepping": ["6", "207", "2"], "cpu_isa": "amx"}
-    measured = {"fullname": "bench/bench_it.py::test_it[fast]", "options": {}, "stats": {"median": 1.0, "data": [1.0]}}
-    run = {"machine_info": {**machine, "node": "x"}, "datetime": "", "version": "", "benchmarks": [measured]}
-    (path,) = save(run)
-    assert path.name == "it_xeon-6-207-amx.json"
-    assert json.loads(path.read_text()) == {
-        "machine_info": machine,
-        "datetime": "",
-        "version": "",
-        "benchmarks": [{"fullname": "bench/bench_it.py::test_it[fast]", "stats": {"median": 1.0}}],
-    }
+def test_the_benches_run_and_save_nothing_unless_told_to() -> None:
+    before = sorted(RESULTS.iterdir())
+    selected = ["-k", "assign_codes or N10-K84-B1- or 6-16-k5-14x14-B1-"]
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-disable", *selected]
+    run = subprocess.run(command, cwd=RESULTS.parent.parent, stdout=subprocess.PIPE, text=True)
+    assert run.returncode == 0, run.stdout
+    assert re.search(r"^29 passed", run.stdout, re.MULTILINE), run.stdout
+    assert sorted(RESULTS.iterdir()) == before
 
 
-def test_gpu_benches_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def bfloat16_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backend "cpu" takes what a GPU's do: the reference stands in for its training kernels,
+    which take float32 alone."""
+    for op, backends in dispatch._backends.items():
+        if not op.startswith("packed"):
+            monkeypatch.setitem(backends, "cpu", backends["reference"]._replace(name="cpu"))
+    dispatch._candidates.cache_clear()
+    yield
+    monkeypatch.undo()
+    dispatch._candidates.cache_clear()
+
+
+def test_gpu_benches_run(monkeypatch: pytest.MonkeyPatch, bfloat16_on_the_cpu: None) -> None:
     """On the CPU, tiny: every bench makes its rows, and every figure that is asked has its line."""
     layers: dict[str, Any] = {f"linear-4096-4096-B{rows}": LinearShape(8, 16, 32) for rows in (256, 2048)}
     layers["conv2d-tiny"] = Conv2dShape(2, 8, 4, 8, 8, (3, 3), padding=(1, 1))
-    monkeypatch.setattr(gpu_training, "LAYERS", layers)
-    monkeypatch.setattr(gpu_training, "NETWORKS", {"lenet5": (2, 1, 28, 28)})
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    monkeypatch.setattr(gpu, "KL_WEIGHTS", 4096)
-    monkeypatch.setattr(gpu_packed, "SIZES", (64,))
-    monkeypatch.setattr(gpu_packed, "BATCHES", (4,))
-    monkeypatch.setattr(gpu_packed, "FASTER", {64: (1.0,)})
-    monkeypatch.setattr(gpu_packed, "CONV", (8, 8, 3, 8, 2))
-    monkeypatch.setattr(gpu_timing, "ROUNDS", 1)
-    rows = [row for bench in gpu.benches(torch.device("cpu"), "cpu") for row in bench()]
+    plan = gpu.Plan(layers, {"lenet5": (2, 1, 28, 28)}, 4096, {(64, 4): 1.0}, (8, 8, 3, 8, 2), rounds=1)
+    rows = [row for bench in gpu.benches(torch.device("cpu"), "cpu", plan) for row in bench()]
     assert all(row.seconds > 0.0 for row in rows)
-    lines = [str(verdict) for verdict in gpu.verdicts(rows, "cpu", 1e9)]
+    lines = [str(verdict) for verdict in gpu.verdicts(rows, "cpu", 1e9, plan)]
     asked = [want for case in dict.fromkeys(row.case for row in rows) for want in gpu.asked_of(case)]
     assert len(asked) == 2 * 3 * 2 + 1
     of_packed = ("packed_linear-64-B4: time", "packed_conv2d: time", "packed_conv2d: bytes")
     of_memory = sum(want.smaller is not None for want in asked)
-    of_divergence = 2  # bandwidth and memory
+    of_divergence = len(("bandwidth", "memory"))
     assert len(lines) == len(asked) + of_memory + of_divergence + len(of_packed)
     assert all("asked" in line for line in lines), lines
     assert all(any(line.startswith(text) for line in lines) for text in of_packed)
@@ -156,7 +143,7 @@ def training_rows(seconds: float, peak_bytes: int) -> list[gpu_training.Row]:
     cases = [f"{kind}_{name}" for kind in gpu_training.KINDS for name in gpu_training.LAYERS]
     return [
         row
-        for case in (*cases, f"spike_slab_kl-{gpu.KL_WEIGHTS >> 20}M")
+        for case in (*cases, f"spike_slab_kl-{gpu.PLAN.kl_weights >> 20}M")
         for row in (
             gpu_training.Row(case, "triton", seconds, peak_bytes, 0.0),
             gpu_training.Row(case, "reference", 1.0, 1200),
@@ -169,7 +156,7 @@ def test_every_figure_of_training_ops_has_a_verdict() -> None:
     """Two of time and one of memory for each layer; of the divergence one of time, of bandwidth and of memory."""
     verdicts = list(gpu.verdicts(training_rows(0.25, 400), "triton", bandwidth=1.0))
     assert len(verdicts) == 3 * 8 + 3
-    asked = {verdict.text: verdict.asked for verdict in verdicts if isinstance(verdict, gpu_timing.Verdict)}
+    asked = {verdict.text: verdict.asked for verdict in verdicts if isinstance(verdict, Verdict)}
     linear = {f"{kind}_linear-4096-4096-B{rows}" for kind in ("sample", "moment") for rows in (256, 2048)}
     times = {
         case: tuple(asked[f"{case}: time of {rival} over ours"] for rival in ("reference", "compiled"))
@@ -193,13 +180,13 @@ def test_every_figure_of_training_ops_has_a_verdict() -> None:
         if "time of reference" in str(verdict) and "NOT" in str(verdict)
     }
     assert late == {"spike_slab_kl-16M"}
-    larger = gpu.verdicts(training_rows(0.25, 9 * gpu.KL_WEIGHTS), "triton", bandwidth=1.0)
+    larger = gpu.verdicts(training_rows(0.25, 9 * gpu.PLAN.kl_weights), "triton", bandwidth=1.0)
     assert sum("memory" in str(verdict) and "NOT MET" in str(verdict) for verdict in larger) == 9
 
 
 def packed_rows(seconds: float) -> list[gpu_training.Row]:
     """Every row that a figure of packed products is asked of; cuBLAS and cuDNN take a second."""
-    cases = [gpu_packed.linear_case(size, batch) for size in gpu_packed.SIZES for batch in gpu_packed.BATCHES]
+    cases = [gpu_packed.linear_case(size, batch) for size, batch in gpu_packed.FASTER]
     return [
         gpu_training.Row(case, variant, 1.0 if variant == gpu_packed.DENSE else seconds, 0, weight_bytes=n_bytes)
         for case in (*cases, "packed_conv2d")
@@ -224,9 +211,7 @@ def test_every_figure_of_packed_products_has_a_verdict() -> None:
     assert not list(gpu_packed.verdicts([], bandwidth=1.0))
 
 
-def test_rivals_are_timed_where_they_are_right(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rivals_are_timed_where_they_are_right(capsys: pytest.CaptureFixture[str]) -> None:
     def dense(size: int, copies: int, device: torch.device) -> tuple[list[torch.nn.Module], torch.Tensor]:
         layers = [torch.nn.Linear(size, size, bias=False).bfloat16() for _ in range(copies)]
         return layers, layers[0].weight.detach().float()
@@ -237,12 +222,10 @@ def test_rivals_are_timed_where_they_are_right(
 
     known = {"right": gpu_rivals.Rival("torch", 2, dense), "wrong": gpu_rivals.Rival("torch", 2, wrong)}
     known["absent"] = gpu_rivals.Rival("no_such_package", 2, dense)
-    monkeypatch.setattr(gpu_packed, "RIVALS", known)
-    monkeypatch.setattr(gpu_timing, "ROUNDS", 1)
-    here, absent = gpu_packed.rivals()
+    here, absent = gpu_packed.rivals(known)
     assert (here, list(absent)) == (["right", "wrong"], ["absent"])
     assert "no_such_package can not be imported (ModuleNotFoundError" in absent["absent"]
-    rows = list(gpu_packed.linear_rows(128, 4, torch.device("cpu")))
+    rows = list(gpu_packed.linear_rows(128, 4, torch.device("cpu"), known, rounds=1))
     assert {row.variant for row in rows} >= {"bf16", "int8", gpu_packed.DENSE, "right"}
     assert "wrong" not in {row.variant for row in rows}
     assert "no time for wrong, AssertionError: it is" in capsys.readouterr().out

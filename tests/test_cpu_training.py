@@ -13,19 +13,18 @@ from torch._subclasses import FakeTensorMode
 from bqnn.core import native, quantizer
 from bqnn.core.codebook import lloyd_max, raw_from_levels
 from bqnn.core.philox import normal, random_words
-from bqnn.core.quantizer import MODES
+from bqnn.core.quantizer import MODES, Posterior
 from bqnn.ops import dispatch, moment_conv2d, moment_linear, sample_conv2d, sample_linear
 from bqnn.ops.backends import cpu_moment, cpu_products
-from bqnn.ops.backends.cpu_products import Posterior
 from bqnn.ops.codebook_from_raw import codebook_from_raw
-from tests.helpers import SEED, Case, channels_last, digest, lower_isas, make_case, run_on_isa
-from tests.shapes import GRANULARITIES, SMALL_CONV2D, Conv2dShape, LinearShape
+from tests.support.helpers import SEED, Case, channels_last, digest, lower_isas, make_case, run_on_isa
+from tests.support.shapes import GRANULARITIES, SMALL_CONV2D, Conv2dShape, LinearShape
 
 pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=native.MISSING)
 
 OFFSET = 2**32 - 2
 CPU = torch.device("cpu")
-# More weights than one block has, and no multiple of a vector or a tile.
+# These have more weights than one block, and no multiple of a vector or a tile.
 WIDE_LINEAR = LinearShape(9, 63, 129)
 WIDE_CONV2D = Conv2dShape(2, 19, 35, 13, 11, (3, 3), padding=(1, 1))
 
@@ -152,7 +151,7 @@ def test_a_linear_weight_is_made_some_channels_at_a_time(
     monkeypatch.setattr(cpu_products, "WEIGHTS", 5000)
     monkeypatch.setattr(cpu_products, "CHANNELS", 16)
     monkeypatch.setattr(Posterior, "part", lambda self, channels: blocks.append(channels) or part(self, channels))
-    monkeypatch.setattr(cpu_moment, "LARGE_LINEAR", 1)  # in bfloat16 where the processor has it
+    monkeypatch.setattr(cpu_moment, "LARGE_LINEAR", 1)  # so the product is in bfloat16 where the processor has it
     for coarse, expected in zip((False, True), whole):
         found = gradients(partial(layer, coarse=coarse), case)
         for name, one in expected.items():
@@ -213,9 +212,9 @@ def test_a_second_derivative_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_other_dtypes_take_the_reference(dtype: torch.dtype) -> None:
-    assert dispatch.choose("moment_linear", CPU) == "cpu"
+    assert dispatch.available("moment_linear", CPU) == "cpu"
     case = make_case(LinearShape(3, 5, 7), 3, "tensor").to(dtype)
-    found, expected = (moment(case, "categorical", False, backend) for backend in ("cpu", "reference"))
+    found, expected = (moment(case, "categorical", False, backend) for backend in (None, "reference"))
     assert torch.equal(found, expected)
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.nvcc import ROOT, TOOLKIT, Kernel, compiled, disassembler
+from tests.support.nvcc import ARCHITECTURES, ROOT, TABLE, TOOLKIT, Kernel, compiled, disassembler
 
-ARCHITECTURES = ("80", "90")
-TABLE = ROOT / "bench" / "results" / "cuda_resources.json"
-LEEWAY = 1.05  # instructions; what a changed constant may move
+# A changed constant may move the number of instructions by so much.
+LEEWAY = 1.05
 
 
 @pytest.mark.skipif(TOOLKIT is None or disassembler() is None, reason="no CUDA toolkit, or no cuobjdump")
@@ -26,10 +25,10 @@ def test_resources(architecture: str) -> None:
     assert len(kernels) == 17
     for kernel in kernels:
         assert (kernel.local, kernel.stack) == (0, 0), f"{kernel.name} spills: {kernel}"
-        assert kernel.shared <= 48 * 1024, kernel  # more has to be asked for
+        assert kernel.shared <= 48 * 1024, kernel  # a launch gets more only where it asks for it
     table = json.loads(TABLE.read_text())
     if tuple(table["nvcc"]) != TOOLKIT.release:
-        return
+        pytest.skip(f"compared with no table: it is of CUDA {table['nvcc']}, and this is {TOOLKIT.release}")
     rows = [row for row in table["kernels"] if row.pop("architecture") == architecture]
     before = [Kernel(**row) for row in rows]
     assert [kernel.name for kernel in kernels] == [kernel.name for kernel in before], "make the table again"
@@ -50,7 +49,7 @@ def test_setup_says_why_it_skips(switch: str, message: str, tmp_path: Path) -> N
     for folder in ("bin", "include"):
         (tmp_path / folder).mkdir()
     (tmp_path / "include" / "cuda_runtime.h").touch()
-    nvcc = tmp_path / "bin" / "nvcc"  # of a toolkit that no torch was built with
+    nvcc = tmp_path / "bin" / "nvcc"  # it says that it is of a toolkit that no torch was built with
     nvcc.write_text("#!/bin/sh\necho 'release 9.0, V9.0.1'\n")
     nvcc.chmod(0o755)
     environment = {**os.environ, "BQNN_CPU": "0", "BQNN_CUDA": switch, "CUDA_HOME": str(tmp_path)}

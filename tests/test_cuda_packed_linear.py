@@ -29,8 +29,9 @@ from bqnn.ops.backends.cuda_packed import MAX_ROWS
 from bqnn.ops.backends.gpu_layout import make_gpu_layout, row_words
 from bqnn.ops.packed_linear import packed_linear
 from bqnn.ops.packed_product import PackedCall
-from tests.shapes import EVERY_M, GRANULARITIES
-from tests.test_packed_linear import make_case, relative_error
+from tests.support.packed_products import linear_case as make_case
+from tests.support.packed_products import relative_error
+from tests.support.shapes import EVERY_M, GRANULARITIES
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("g++") or shutil.which("c++")
@@ -154,7 +155,8 @@ def run(request: pytest.FixtureRequest) -> Run:
     return on_gpu
 
 
-ROUNDING = 5e-6  # relative error of a sum; a tensor core cuts off what a float32 sum rounds
+# A tensor core cuts off what a float32 sum rounds: a sum may have this relative error.
+ROUNDING = 5e-6
 SHAPES = [
     pytest.param(rows, channels, columns, id=f"B{rows}-N{channels}-K{columns}")
     for rows, channels, columns in [(1, 1, 1), (1, 129, 341), (2, 33, 1031), (3, 7, 129), (8, 141, 63), (16, 35, 300)]
@@ -282,7 +284,7 @@ def test_rows_are_rounded_by_the_rule(
     x[:, 0] = 1.0
     x = (x * torch.logspace(-37, 37, 9)[:, None]).to(dtype)
     x[3] = 0.0
-    x[4] = 127.0 * (torch.arange(columns) == 0) + 0.5 * (torch.arange(columns) % 2)  # ties
+    x[4] = 127.0 * (torch.arange(columns) == 0) + 0.5 * (torch.arange(columns) % 2)  # these are ties
     x[5, -1], x[6, 0] = float("nan"), float("-inf")
     x[7, 0] = torch.finfo(dtype).smallest_normal / 4
     here = x if where == "host" else x.cuda()
@@ -358,7 +360,7 @@ def replayed(net: Any, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        net(x)  # makes layouts
+        net(x)  # the first call makes layouts
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

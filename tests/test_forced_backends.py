@@ -22,8 +22,8 @@ from bqnn.ops import (
     spike_slab_kl,
 )
 from bqnn.ops.codebook_from_raw import codebook_from_raw
-from tests.helpers import DEVICES
-from tests.shapes import INTERPRETED
+from tests.support.helpers import DEVICES
+from tests.support.shapes import INTERPRETED
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 ROWS = [0, 1, 16, 17, 300]

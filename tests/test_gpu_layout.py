@@ -15,7 +15,7 @@ from bqnn.ops.backends.gpu_layout import (
     make_words,
     row_words,
 )
-from tests.shapes import EVERY_M
+from tests.support.shapes import EVERY_M
 
 COLUMNS = [pytest.param(k, id=f"K{k}") for k in (1, 31, 32, 63, 129, 341, 512)]
 

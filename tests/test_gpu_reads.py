@@ -19,13 +19,12 @@ from bqnn.ops import dispatch
 from bqnn.ops.backends import cuda_packed
 from bqnn.ops.backends.gpu_layout import make_gpu_layout
 from bqnn.ops.packed_product import PackedCall
-from tests.test_packed_conv2d import make_case as conv2d_case
-from tests.test_packed_linear import make_case as linear_case
+from tests.support.packed_products import conv2d_case, linear_case
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-aot = pytest.importorskip("tests.aot")
+from tests.support import aot  # noqa: E402
 
-# What a value comes back by, as a number or as the shape of a result.
+# By these ops a value comes back from the GPU, as a number or as the shape of a result.
 READS = {
     *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim", "_unique2"),
     *("repeat_interleave.Tensor", "bincount", "histc", "_assert_async"),

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from bqnn.core.int8 import integer_limit, quantize_rows, round_levels
-from tests import formulas
-from tests.helpers import triton_devices
-from tests.shapes import EVERY_M
+from tests.support import formulas
+from tests.support.helpers import triton_devices
+from tests.support.shapes import EVERY_M
 
-# Columns for which level integers may reach 127, 60 and 15.
+# With so many columns level integers may reach 127, 60 and 15.
 COLUMNS = [pytest.param(columns, id=f"K{columns}") for columns in (1, 281_000, 1_100_000)]
 
 

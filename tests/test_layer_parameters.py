@@ -13,8 +13,8 @@ from bqnn import BayesConv2d, BayesLinear
 from bqnn.core import codebook
 from bqnn.core.codebook import lloyd_max
 from bqnn.ops import spike_slab_kl
-from tests import formulas
-from tests.shapes import EVERY_M, GRANULARITIES
+from tests.support import formulas
+from tests.support.shapes import EVERY_M, GRANULARITIES
 
 
 def make(kind: str, **options: Any) -> BayesLinear | BayesConv2d:

@@ -13,8 +13,8 @@ from torch import nn
 from bqnn import models
 from bqnn.models.resnet import BasicBlock
 
-# name, arguments, parameters. Caffe's LeNet is 20*25+20 + 50*500+50 + 500*800+500 + 10*500+10. The LeNet-5 adds
-# 2*(6+16+120+84) of BatchNorm, and has a bias in its last layer only.
+# A case is a name, arguments and the number of parameters. Caffe's LeNet has 20*25+20 + 50*500+50 + 500*800+500 +
+# 10*500+10 of them. The LeNet-5 adds 2*(6+16+120+84) of BatchNorm, and has a bias in its last layer only.
 PUBLISHED = [
     pytest.param("lenet5", {}, 150 + 2400 + 400 * 120 + 120 * 84 + 84 * 10 + 10 + 452, id="lenet5"),
     pytest.param(

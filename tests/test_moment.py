@@ -11,8 +11,8 @@ import torch
 from bqnn.core.philox import normal
 from bqnn.core.quantizer import MODES
 from bqnn.ops import moment_product
-from tests.helpers import SEED, make_case, triton_devices
-from tests.shapes import GRANULARITIES, SOME_M, LinearShape
+from tests.support.helpers import SEED, make_case, triton_devices
+from tests.support.shapes import GRANULARITIES, SOME_M, LinearShape
 
 DEVICES = triton_devices("moment_linear")
 OFFSET = 2**32 - 2

@@ -14,8 +14,8 @@ from torch import Tensor
 from bqnn import BackendError
 from bqnn.core.quantizer import MODES
 from bqnn.ops import moment_conv2d, moment_linear, sample_conv2d
-from tests import formulas
-from tests.helpers import (
+from tests.support import formulas
+from tests.support.helpers import (
     SEED,
     Case,
     assert_matches,
@@ -28,12 +28,13 @@ from tests.helpers import (
     triton_devices,
     usable_backends,
 )
-from tests.shapes import CONV2D_GRID, GATHERED_CONV2D, GRANULARITIES, SMALL_CONV2D, SOME_M, Conv2dShape
+from tests.support.shapes import CONV2D_GRID, GATHERED_CONV2D, GRANULARITIES, SMALL_CONV2D, SOME_M, Conv2dShape
 
 RUNS_ON = usable_backends("moment_conv2d")
-OFFSET = 2**32 - 2  # the calls of the noise cross into the counter's second word
+# From here the calls of the noise cross into the counter's second word.
+OFFSET = 2**32 - 2
 NAMES = ("x", "weight", "log_sigma2", "levels", "thresholds", "bias")
-# What a mode has a gradient for; the others get zeros.
+# A mode has gradients for these; the others get zeros.
 GRADIENTS = {
     "categorical": NAMES,
     "gaussian": ("x", "weight", "log_sigma2", "bias"),
@@ -81,9 +82,9 @@ def test_low_precision_input_and_float32_weight(
     assert_matches(partial(run, mode=mode, backend=backend), formula_for(case, mode), case, device, GRADIENTS[mode])
 
 
-# What the backend "triton" chooses among, by what its kernels say.
+# The backend "triton" chooses among these ways, by what its kernels say.
 WAYS = {
-    "linear": {},  # a kernel of one pixel; the others as "made"
+    "linear": {},  # a kernel of one pixel is a linear layer; the others run as "made"
     "made": {"_is_linear": lambda *_: False, "MADE_BLOCKS": 10**9},
     "made-before": {"_is_linear": lambda *_: False, "MADE_BLOCKS": 0},
     "torch": {"is_fused": lambda *_: False},

@@ -15,8 +15,8 @@ from bqnn.bayes.layers import ESTIMATORS
 from bqnn.core import quantizer
 from bqnn.core.quantizer import MODES
 from bqnn.ops import moment_linear, sample_linear
-from tests import formulas
-from tests.helpers import (
+from tests.support import formulas
+from tests.support.helpers import (
     SEED,
     Case,
     assert_matches,
@@ -27,12 +27,13 @@ from tests.helpers import (
     triton_devices,
     usable_backends,
 )
-from tests.shapes import EVERY_M, GRANULARITIES, LINEAR_GRID, SMALL_LINEAR, SOME_M, LinearShape
+from tests.support.shapes import EVERY_M, GRANULARITIES, LINEAR_GRID, SMALL_LINEAR, SOME_M, LinearShape
 
 RUNS_ON = usable_backends("moment_linear")
-OFFSET = 2**32 - 2  # the calls of the noise cross into the counter's second word
+# From here the calls of the noise cross into the counter's second word.
+OFFSET = 2**32 - 2
 NAMES = ("x", "weight", "log_sigma2", "levels", "thresholds", "bias")
-# What a mode has a gradient for; the others get zeros.
+# A mode has gradients for these; the others get zeros.
 GRADIENTS = {
     "categorical": NAMES,
     "gaussian": ("x", "weight", "log_sigma2", "bias"),
@@ -253,7 +254,7 @@ def test_extreme_parameters_give_finite_gradients(log_sigma2: float, mode: str, 
     weight = case.weight.clone()
     weight[0], weight[1], weight[2, :2] = 1e4, -1e4, case.thresholds[0]
     x = case.x.clone()
-    x[0] = 0.0  # no variance at all
+    x[0] = 0.0  # its output has no variance at all
     case = replace(case, x=x, weight=weight, log_sigma2=torch.full_like(weight, log_sigma2)).to(device).leaves()
     y = run(case, mode, backend)
     assert torch.equal(y[0], case.bias)
@@ -268,7 +269,7 @@ def test_seed_and_offset_choose_the_noise_of_the_outputs(runs_on: tuple[str, str
     device, backend = runs_on
     case = make_case(LinearShape(5, 8, 13), 3, "tensor").to(device)
     x = torch.zeros(5, 13, device=device)
-    x[:, 0] = case.x[0, 0]  # sums of one term: a GEMM may add up each row in an order of its own
+    x[:, 0] = case.x[0, 0]  # sums have one term, since a GEMM may add each row in its own order
     case = replace(case, x=x)
     first = run(case, backend=backend)
     assert torch.equal(run(case, backend=backend), first)

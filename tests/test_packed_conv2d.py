@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn.core.check import PRECISIONS
-from bqnn.core.codes import pack_codes
 from bqnn.core.int8 import round_levels
 from bqnn.ops import dispatch
 from bqnn.ops.backends.cpu_layout import make_layout
 from bqnn.ops.packed_conv2d import packed_conv2d
 from bqnn.ops.packed_product import decode
-from tests import formulas
-from tests.helpers import forced_or_automatic, triton_devices, usable_backends
-from tests.shapes import INTERPRETED
+from tests.support import formulas
+from tests.support.helpers import forced_or_automatic, triton_devices, usable_backends
+from tests.support.packed_products import conv2d_case as make_case
+from tests.support.packed_products import relative_error
+from tests.support.shapes import INTERPRETED
 
 BACKENDS = [param for param in usable_backends("packed_conv2d") if not INTERPRETED or param.values[0][1] == "triton"]
-IMAGE = (7, 8) if INTERPRETED else (11, 13)
 GEOMETRIES: dict[str, tuple[tuple[int, int, int], int | tuple[int, int], dict[str, Any]]] = {
     "1x1": ((1, 1, 1), (1, 1), {}),
     "linear": ((3, 9, 7), 1, {}),
@@ -38,22 +38,6 @@ CASES = [
     for name, case in GEOMETRIES.items()
     for num_levels in ((3,) if INTERPRETED and name != "1x1" else range(2, 17))
 ]
-
-
-def make_case(
-    num_levels: int, granularity: str, shape: tuple[int, int, int], kernel_size: int | tuple[int, int], groups: int = 1
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, codes (packed), levels, bias and the dense float64 weight of those codes."""
-    batch, channels, inputs = shape
-    kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-    generator = torch.Generator().manual_seed(num_levels * 10_000 + batch + channels + inputs)
-    codes = torch.randint(num_levels, (channels, inputs // groups, *kernel), generator=generator, dtype=torch.uint8)
-    codebooks = channels if granularity == "channel" else 1
-    levels = torch.randn(codebooks, num_levels, generator=generator).sort(1).values
-    weight = torch.stack([levels[n % codebooks][codes[n].long()] for n in range(channels)]).double()
-    x = torch.randn(batch, inputs, *IMAGE, generator=generator)
-    bias = torch.randn(channels, generator=generator)
-    return x, pack_codes(codes.flatten(1), num_levels), levels, bias, weight
 
 
 def run(
@@ -75,10 +59,6 @@ def arguments_of(kernel_size: Any, geometry: dict[str, Any], precision: str = "f
     """What follows the bias among the arguments of the op."""
     defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     return kernel_size, *(defaults | geometry).values(), precision
-
-
-def relative_error(y: Tensor, exact: Tensor) -> float:
-    return float((y.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

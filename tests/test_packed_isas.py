@@ -7,7 +7,7 @@ import torch
 
 import bqnn
 from bqnn.models import lenet5
-from tests.helpers import digest, lower_isas, run_on_isa
+from tests.support.helpers import digest, lower_isas, run_on_isa
 
 
 def lenet5_logits() -> str:

@@ -19,9 +19,11 @@ from bqnn.ops import dispatch
 from bqnn.ops.backends.cpu_layout import make_layout
 from bqnn.ops.packed_linear import packed_linear
 from bqnn.ops.packed_product import decode
-from tests import formulas
-from tests.helpers import forced_or_automatic, triton_devices, usable_backends
-from tests.shapes import EVERY_M, GRANULARITIES, INTERPRETED
+from tests.support import formulas
+from tests.support.helpers import forced_or_automatic, triton_devices, usable_backends
+from tests.support.packed_products import linear_case as make_case
+from tests.support.packed_products import relative_error
+from tests.support.shapes import EVERY_M, GRANULARITIES, INTERPRETED
 
 BACKENDS = [param for param in usable_backends("packed_linear") if not INTERPRETED or param.values[0][1] == "triton"]
 SHAPES = [
@@ -32,19 +34,6 @@ SHAPES = [
         else [(1, 1, 1), (1, 129, 341), (63, 7, 63), (5, 341, 129)]
     )
 ]
-
-
-def make_case(
-    num_levels: int, granularity: str, rows: int, channels: int, columns: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, codes (packed), levels, bias and the dense float64 weight of those codes."""
-    generator = torch.Generator().manual_seed(num_levels * 10_000 + rows + channels + columns)
-    codes = torch.randint(num_levels, (channels, columns), generator=generator, dtype=torch.uint8)
-    codebooks = channels if granularity == "channel" else 1
-    levels = torch.randn(codebooks, num_levels, generator=generator).sort(1).values
-    weight = torch.stack([levels[n % codebooks][codes[n].long()] for n in range(channels)]).double()
-    x = torch.randn(rows, columns, generator=generator)
-    return x, pack_codes(codes, num_levels), levels, torch.randn(channels, generator=generator), weight
 
 
 def int8_weight(codes: Tensor, levels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -69,10 +58,6 @@ def run(
     device, name = backend
     tensors = [tensor if tensor is None else tensor.to(device) for tensor in (x, codes, levels, bias)]
     return forced_or_automatic(lambda each: packed_linear(*tensors, precision, backend=each, relu=relu), name).cpu()
-
-
-def relative_error(y: Tensor, exact: Tensor) -> float:
-    return float((y.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

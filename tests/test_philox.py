@@ -11,12 +11,12 @@ import torch
 
 from bqnn.core import philox
 from bqnn.core.philox import fresh_seed, normal, normals_from_words, philox4x32, random_words
-from tests import formulas
-from tests.helpers import SEED, triton_devices
+from tests.support import formulas
+from tests.support.helpers import SEED, triton_devices
 
 CPU = torch.device("cpu")
 ONES = 0xFFFFFFFF
-# Random123's kat_vectors: counter, key, words.
+# Random123's kat_vectors give counter, key and words.
 KNOWN_ANSWERS = [
     pytest.param((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8), id="zeros"),
     pytest.param((ONES,) * 4, (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD), id="ones"),
@@ -131,7 +131,7 @@ def test_kolmogorov_smirnov() -> None:
     probability = torch.special.ndtr(numbers(2023, 2**33, count).double().sort().values)
     rank = torch.arange(count, dtype=torch.float64)
     distance = torch.maximum(probability - rank / count, (rank + 1) / count - probability).max()
-    assert distance * math.sqrt(count) < 1.63  # the 1 % point of Kolmogorov's distribution
+    assert distance * math.sqrt(count) < 1.63  # 1.63 is the 1 % point of Kolmogorov's distribution
 
 
 def test_manual_seed_governs_fresh_seeds() -> None:
@@ -161,7 +161,7 @@ def test_fresh_seeds_stay_on_the_cpu_under_a_default_device() -> None:
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("seed", [0, 1, SEED, 2**63 - 1])
 def test_kernels_draw_the_same_words(seed: int, offset: int, device: str) -> None:
-    from tests.philox_kernels import words_kernel
+    from tests.support.philox_kernels import words_kernel
 
     words = torch.empty((4, 37), dtype=torch.int64, device=device)
     words_kernel[(3,)](words, seed, offset, 37, BLOCK=16)
@@ -171,7 +171,7 @@ def test_kernels_draw_the_same_words(seed: int, offset: int, device: str) -> Non
 @pytest.mark.parametrize("device", triton_devices("sample_linear"))
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_kernels_make_the_same_normals(offset: int, device: str) -> None:
-    from tests.philox_kernels import normals_kernel, normals_of_rows_kernel
+    from tests.support.philox_kernels import normals_kernel, normals_of_rows_kernel
 
     expected = normal(torch.tensor(SEED), offset, (8, 60), CPU, torch.float64)
     for launch in (

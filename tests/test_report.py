@@ -34,7 +34,7 @@ def test_by_hand() -> None:
     assert row.levels[0] == pytest.approx([-1.0, 0.0, 1.0], abs=1e-6)
     assert row.occupancy == [2, 3, 1]
     assert row.dead_levels == 0
-    assert row.bits == 8.0 * 2 / 6  # a byte for each channel of three weights
+    assert row.bits == 8.0 * 2 / 6  # each channel of three weights takes a byte
     assert row.nbytes == 2 + 3 * 4 + 2 * 4
     assert row.near_share == pytest.approx(4 / 6)
     error = 0.09**2 + 0.2**2 + 0.05**2 + 0.4**2 + 0.08**2 + 0.05**2
@@ -79,14 +79,14 @@ def test_nearness_is_measured_in_the_gap_of_the_level() -> None:
 
 def test_totals_weigh_layers_by_their_weights() -> None:
     net = nn.Sequential(
-        linear([[-1.0, 0.0, 1.0]] * 3, [[-1.0, 0.0, 1.0]]),  # nine weights, all near
-        linear([[0.4], [0.4], [-0.4]], [[-1.0, 0.0, 1.0]]),  # three, none near
+        linear([[-1.0, 0.0, 1.0]] * 3, [[-1.0, 0.0, 1.0]]),  # all nine weights are near
+        linear([[0.4], [0.4], [-0.4]], [[-1.0, 0.0, 1.0]]),  # none of three is near
     )
     total = report(net)
     assert total.weights == 12
     assert total.near_share == pytest.approx(9 / 12)
     assert total.quantization_loss == pytest.approx(3 * 0.16 / (6 + 3 * 0.16), rel=1e-5)
-    assert total.bits == pytest.approx((9 * 8 / 3 + 3 * 8) / 12)  # a byte a channel: of three weights, of one
+    assert total.bits == pytest.approx((9 * 8 / 3 + 3 * 8) / 12)  # a channel of three weights, or of one, takes a byte
     assert total.nbytes == sum(layer.nbytes for layer in total.layers) == (3 + 12) + (3 + 12)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bqnn import BackendError
 from bqnn.ops import sample_conv2d, sample_linear
-from tests import formulas
-from tests.helpers import (
+from tests.support import formulas
+from tests.support.helpers import (
     SEED,
     Case,
     assert_matches,
@@ -28,10 +28,11 @@ from tests.helpers import (
     triton_devices,
     usable_backends,
 )
-from tests.shapes import CONV2D_GRID, EVERY_M, GATHERED_CONV2D, GRANULARITIES, SMALL_CONV2D, SOME_M, Conv2dShape
+from tests.support.shapes import CONV2D_GRID, EVERY_M, GATHERED_CONV2D, GRANULARITIES, SMALL_CONV2D, SOME_M, Conv2dShape
 
 RUNS_ON = usable_backends("sample_conv2d")
-OFFSET = 2**32 - 2  # the calls of the noise cross into the counter's second word
+# From here the calls of the noise cross into the counter's second word.
+OFFSET = 2**32 - 2
 GRADIENTS = ("x", "weight", "log_sigma2", "levels", "bias")
 LAYOUTS = [
     pytest.param((), id="contiguous"),
@@ -92,7 +93,7 @@ def test_low_precision_input_and_float32_weight(
     assert_matches(partial(run, backend=backend), formula, case, device, GRADIENTS)
 
 
-# What the backend "triton" chooses among, by the constants of its kernels.
+# The backend "triton" chooses among these ways, by the constants of its kernels.
 WAYS = {
     "sampled": {"SAMPLED_BLOCKS": 10**9},
     "sampled-before": {"SAMPLED_BLOCKS": 0, "NARROW": 10**9},

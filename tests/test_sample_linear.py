@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bqnn import BackendError
 from bqnn.ops import sample_linear
-from tests import formulas
-from tests.helpers import (
+from tests.support import formulas
+from tests.support.helpers import (
     SEED,
     Case,
     assert_matches,
@@ -24,10 +24,11 @@ from tests.helpers import (
     triton_devices,
     usable_backends,
 )
-from tests.shapes import EVERY_M, GRANULARITIES, LINEAR_GRID, SMALL_LINEAR, SOME_M, LinearShape
+from tests.support.shapes import EVERY_M, GRANULARITIES, LINEAR_GRID, SMALL_LINEAR, SOME_M, LinearShape
 
 RUNS_ON = usable_backends("sample_linear")
-OFFSET = 2**32 - 2  # the calls of the noise cross into the counter's second word
+# From here the calls of the noise cross into the counter's second word.
+OFFSET = 2**32 - 2
 GRADIENTS = ("x", "weight", "log_sigma2", "levels", "bias")
 
 
@@ -205,7 +206,7 @@ def test_one_sample_for_the_whole_batch(runs_on: tuple[str, str]) -> None:
     device, backend = runs_on
     case = make_case(SMALL_LINEAR, 3, "channel").to(device)
     columns = case.x.shape[1]
-    each = torch.eye(columns, device=device)  # sums of one term: a GEMM may add up each row in an order of its own
+    each = torch.eye(columns, device=device)  # sums have one term, since a GEMM may add each row in its own order
     y = run(replace(case, x=torch.cat([each, each])), backend)
     assert torch.equal(y[:columns], y[columns:])
 
@@ -215,7 +216,7 @@ def test_gradients_are_of_the_sample_of_the_forward_pass(runs_on: tuple[str, str
     device, backend = runs_on
     case = make_case(SMALL_LINEAR, 3, "tensor").to(device).leaves()
     y = run(case, backend)
-    run(case, backend, seed=1)  # another sample in between
+    run(case, backend, seed=1)  # another sample is drawn in between
     torch.manual_seed(1)
     first = torch.autograd.grad(y.sum(), [case.x, case.log_sigma2], retain_graph=True)
     second = torch.autograd.grad(y.sum(), [case.x, case.log_sigma2])

@@ -14,8 +14,8 @@ from torch import Tensor
 from bqnn import BackendError
 from bqnn.ops import spike_slab_kl
 from bqnn.ops.dispatch import status
-from tests import formulas
-from tests.helpers import (
+from tests.support import formulas
+from tests.support.helpers import (
     Case,
     channels_last,
     compiled_backends,
@@ -28,7 +28,7 @@ from tests.helpers import (
     triton_devices,
     usable_backends,
 )
-from tests.shapes import (
+from tests.support.shapes import (
     CONV2D_GRID,
     EVERY_M,
     GRANULARITIES,
@@ -41,7 +41,7 @@ from tests.shapes import (
 )
 
 RUNS_ON = usable_backends("spike_slab_kl")
-# tau in gaps: narrow windows leave most of the prior to the slab, wide ones overlap to more than 1.
+# These are tau in gaps: narrow windows leave most of the prior to the slab, wide ones overlap to more than 1.
 WIDTHS = [pytest.param(0.15, id="narrow"), pytest.param(0.375, id="published"), pytest.param(1.5, id="wide")]
 ZERO = [pytest.param(False, id="no-zero"), pytest.param(True, id="zero-level")]
 GRADIENTS = ("weight", "log_sigma2", "levels")

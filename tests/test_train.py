@@ -24,7 +24,7 @@ from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import Trainer
 
-# 177 training images: three steps an epoch.
+# There are 177 training images, so three steps an epoch.
 SMALL = Recipe(pretrain_epochs=2, deterministic_epochs=1, epochs=2, batch_size=64, validation=1260, kl_warmup=1.0)
 NO_EPOCHS = {"pretrain_epochs": 0, "deterministic_epochs": 0, "epochs": 0}
 KILLS = 10
@@ -232,6 +232,7 @@ def test_a_loss_that_is_not_finite_raises(tmp_path: Path, changes: dict[str, Any
 def test_without_validation_images(tmp_path: Path) -> None:
     trainer = train(replace(SMALL, validation=0, pretrain_epochs=1, epochs=1, batch_size=512), tmp_path)
     assert len(trainer.data.validation) == 0
+    assert len(trainer.history) == 3
     for record in trainer.history:
         assert (record["validation_error"], record["validation_nll"]) == (None, None)
 

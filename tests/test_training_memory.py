@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 import bqnn
-from bqnn.bayes.layers import bayes_layers
 from bqnn.models import build
+from tests.support.memory import saved_bytes
 
-# Batch, and the shape of an image.
+# An input is a batch, and the shape of an image.
 INPUTS = {"lenet5": (32, 1, 28, 28), "vgg7": (2, 3, 32, 32)}
-# What is allowed, as a factor of the full-precision network's bytes.
+# So many times the full-precision network's bytes may be kept.
 BOUNDS = {"moment": 1.25, "local": 1.25, "sample": 1.1}
-
-
-def saved_bytes(net: nn.Module, x: Tensor, target: Tensor) -> int:
-    """The bytes of all storages that backward will read, each once, but for those of parameters and buffers."""
-    existing = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
-    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in existing:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = net(x)
-        loss = bqnn.elbo(output, target, net, 60_000).loss if bayes_layers(net) else F.cross_entropy(output, target)
-    loss.backward()
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 def bytes_of(model: str, **options: object) -> int:

@@ -1,4 +1,4 @@
-"""The vector functions of csrc/cpu/vec.h, compiled here, against float64 and against each other."""
+"""The vector functions of csrc/cpu/simd/vec.inl, compiled here, against float64 and against each other."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ EXACT = {
     "normal_above": exactly(lambda x: cdf(-x)),
     "normal_density": exactly(lambda x: (-0.5 * x * x).exp() / math.sqrt(2.0 * math.pi)),
 }
-# Name, interval, error allowed in units in the last place of the result, and the least result, below which they are
-# those of that one (sin and cos have roots).
+# A case is a name, an interval, the error allowed in units in the last place of the result, and the least result, whose
+# units hold below it too (sin and cos have roots).
 CASES = [
     ("exp", -104.0, 88.7, 1.0, SMALLEST_NORMAL),
     ("exp", -1.0, 1.0, 1.0, SMALLEST_NORMAL),
@@ -99,14 +99,14 @@ CASES = [
 def test_precision(
     libraries: dict[int, ctypes.CDLL], name: str, low: float, high: float, allowed: float, least: float
 ) -> None:
-    x = np.linspace(low, high, 200_003).astype(np.float32)  # no whole number of vectors
+    x = np.linspace(low, high, 200_003).astype(np.float32)  # they are no whole number of vectors
     results = [call(library, name, x) for library in libraries.values()]
     for other in results[1:]:
         assert np.array_equal(other.view(np.int32), results[0].view(np.int32)), "instruction sets differ"
     exact = EXACT[name](x)
     unit = np.spacing(np.maximum(np.abs(exact), least).astype(np.float32)).astype(np.float64)
     if least == 1.0:
-        unit = np.full_like(exact, 2.0**-24)  # that of numbers just below 1
+        unit = np.full_like(exact, 2.0**-24)  # the unit of numbers just below 1
     worst = np.max(np.abs(results[0].astype(np.float64) - exact) / unit)
     assert worst <= allowed, f"{worst:.2f} units in the last place"
 

@@ -1,4 +1,4 @@
-// csrc/cpu/vec.h as a shared library, for test_vec.py: each function of it over an array.
+// csrc/cpu/simd/vec.inl as a shared library, for test_vec.py: each function of it over an array.
 #include <cstdint>
 
 #if defined(__SSE2__)
@@ -6,7 +6,7 @@
 #endif
 
 namespace {
-#include "cpu/vec.h"
+#include "cpu/simd/vec.inl"
 
 Float sin_turns(Float x) {
   Float s, c;

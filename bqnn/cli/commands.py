@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bqnn import models
+from bqnn.core.text import shown
 from bqnn.data.splits import load_dataset
 from bqnn.files import network
 from bqnn.lab import runs
@@ -22,6 +23,7 @@ from bqnn.reports.report import report
 from bqnn.view.html import write_html
 
 PACKED = "packed.safetensors"
+LONGEST_NAME = 60  # characters of a layer's name in a table
 
 
 def _device(name: str) -> str:
@@ -35,11 +37,9 @@ def train(options: Namespace) -> None:
     """`bqnn train`."""
     folder: Path = options.out
     recipe = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
-    used = [name for name in (CHECKPOINT, WEIGHTS, METRICS) if (folder / name).exists()]
-    if used and not (options.resume or options.force):
-        raise ValueError(f"{folder} has a run ({', '.join(used)}); go on with --resume, or replace it with --force")
-    if options.resume and (folder / METRICS).exists():
-        stored = runs.load_run(folder).recipe
+    if not (options.resume or options.force):
+        _refuse_used(folder)
+    if options.resume and (stored := runs.stored_recipe(folder)) is not None:
         recipe = {field.name: recipe.get(field.name, getattr(stored, field.name)) for field in fields(Recipe)}
     trainer = Trainer(
         Recipe(**recipe),
@@ -49,13 +49,22 @@ def train(options: Namespace) -> None:
         download=options.download,
         init=options.init,
     )
-    if options.resume:
-        trainer.resume()
-    elif options.force:
-        runs.clear_run(folder)
-    trainer.run(progress=sys.stderr.isatty() and not options.quiet, log=_ignore if options.quiet else print_now)
+    log = _ignore if options.quiet else print_now
+    with trainer.lock:
+        if options.resume:
+            trainer.resume(log)
+        elif options.force:
+            runs.clear_run(folder)
+        else:
+            _refuse_used(folder)  # now that nobody else can begin one
+        trainer.run(progress=sys.stderr.isatty() and not options.quiet, log=log)
     if not options.quiet:
         print(f"{folder / WEIGHTS} is written")
+
+
+def _refuse_used(folder: Path) -> None:
+    if used := [name for name in (CHECKPOINT, WEIGHTS, METRICS) if (folder / name).exists()]:
+        raise ValueError(f"{folder} has a run ({', '.join(used)}); go on with --resume, or replace it with --force")
 
 
 def _ignore(line: str) -> None:
@@ -123,18 +132,19 @@ def write_report(options: Namespace) -> None:
 
 
 def info(options: Namespace) -> None:
-    """`bqnn info`."""
+    """`bqnn info`. What comes from the file is not trusted with the terminal: names may hold its control characters."""
     content = network.info(options.file)
     layers, factory = content["layers"], content["factory"]
-    width = max(20, *(len(name) + 2 for name in layers))
+    names = {name: shown(name, LONGEST_NAME) for name in layers}
+    width = max(20, *(len(name) + 2 for name in names.values()))
     made = f"{factory[0]}({', '.join(f'{k}={v}' for k, v in factory[1].items())})" if factory else "not a built-in one"
-    print(f"{options.file}: format {content['version']}, network {made}")
+    print(f"{options.file}: format {content['version']}, network {shown(made)}")
     print(f"{'layer':<{width}}{'kind':<14}{'shape':<20}{'M':>3}{'codebooks':>11}{'bits a weight':>15}{'bytes':>10}")
     for name, layer in layers.items():
         shape = "x".join(map(str, layer["shape"]))
         codebooks = layer["shape"][0] if layer.get("granularity") == "channel" else 1
         print(
-            f"{name:<{width}}{layer['kind']:<14}{shape:<20}{layer['num_levels']:>3}{codebooks:>11}"
+            f"{names[name]:<{width}}{layer['kind']:<14}{shape:<20}{layer['num_levels']:>3}{codebooks:>11}"
             f"{layer['bits_per_weight']:>15.2f}{layer['bytes']:>10,}"
         )
     parts = {f"{name}.{part}".removeprefix(".") for name in layers for part in ("codes", "levels", "bias")}

@@ -17,6 +17,7 @@ import torch
 from bqnn._version import __version__
 from bqnn.cli import commands
 from bqnn.core.check import PRECISIONS
+from bqnn.core.text import shown
 from bqnn.data.splits import NAMES
 from bqnn.lab.folder import SPLITS, WEIGHTS
 from bqnn.lab.recipe import CHOICES, Recipe
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads is not None:
             _set_threads(options.threads)
         options.command(options)
-    except (ValueError, OSError, ImportError, BackendError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, BackendError) as error:
         return _fail(error, USER_ERROR)
     except FloatingPointError as error:
         return _fail(error, FAILURE)
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, status: int) -> int:
-    print("bqnn: error:", " ".join(str(error).split()), file=sys.stderr)
+    print("bqnn: error:", shown(str(error) or type(error).__name__), file=sys.stderr)
     return status
 
 
@@ -97,9 +98,9 @@ def make_parser() -> argparse.ArgumentParser:
     sub = add(commands.train, "train", "train a network, quantized or at full precision")
     recipe = sub.add_argument_group("recipe")
     _add_recipe(recipe)
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    sub.add_argument("--out", type=_path, required=True, metavar="DIR", help="folder of the run")
     sub.add_argument(
-        "--init", type=Path, metavar="FILE", help=f"{WEIGHTS} of a full-precision run, for the first phase"
+        "--init", type=_path, metavar="FILE", help=f"{WEIGHTS} of a full-precision run, for the first phase"
     )
     exclusive = sub.add_mutually_exclusive_group()
     exclusive.add_argument("--resume", action="store_true", help="go on from the last checkpoint, with its recipe")
@@ -108,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_data(sub, download=True)
 
     sub = add(commands.evaluate, "eval", "test a run, or a packed file: error, NLL, calibration")
-    sub.add_argument("path", type=Path, metavar="DIR|FILE", help="folder of a run (not packed), or a packed file")
+    sub.add_argument("path", type=_path, metavar="DIR|FILE", help="folder of a run (not packed), or a packed file")
     sub.add_argument("--split", choices=SPLITS, default="test", help="images to test on (default: %(default)s)")
     sub.add_argument("--samples", type=int, default=1, metavar="N", help="also the mean over N posterior samples")
     sub.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
@@ -117,20 +118,20 @@ def make_parser() -> argparse.ArgumentParser:
     _add_data(sub)
 
     sub = add(commands.pack, "pack", "pack a trained run into a file")
-    sub.add_argument("run", type=Path, metavar="DIR", help="folder of the run")
-    sub.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"by default DIR/{commands.PACKED}")
+    sub.add_argument("run", type=_path, metavar="DIR", help="folder of the run")
+    sub.add_argument("-o", "--output", type=_path, metavar="FILE", help=f"by default DIR/{commands.PACKED}")
 
     sub = add(commands.write_report, "report", "show runs in one HTML page")
-    sub.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs")
-    sub.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="(%(default)s)")
+    sub.add_argument("runs", type=_path, nargs="+", metavar="DIR", help="folders of runs")
+    sub.add_argument("-o", "--output", type=_path, default=Path("report.html"), metavar="FILE", help="(%(default)s)")
     sub.add_argument("--linear", action="store_true", help="histograms with a linear axis of counts")
     sub.add_argument("--no-time", action="store_true", help="do not measure test times")
 
     sub = add(commands.info, "info", "say what a packed file holds")
-    sub.add_argument("file", type=Path, metavar="FILE")
+    sub.add_argument("file", type=_path, metavar="FILE")
 
     sub = add(commands.demo, "demo", "train, pack and test LeNet-5 on the digits, in half a minute")
-    sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="(%(default)s)")
+    sub.add_argument("--out", type=_path, default=Path("runs/demo"), metavar="DIR", help="(%(default)s)")
     return parser
 
 
@@ -150,6 +151,11 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
         )
 
 
+def _path(text: str) -> Path:
+    """The path, with ``~`` replaced, which a shell leaves alone after "=" and in the environment."""
+    return Path(text).expanduser()
+
+
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         return None if text == "none" else kind(text)
@@ -161,7 +167,7 @@ def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 def _add_data(sub: argparse.ArgumentParser, download: bool = False) -> None:
     root = os.environ.get("BQNN_DATA", "data")
     sub.add_argument(
-        "--data-root", type=Path, default=Path(root), metavar="DIR", help="data sets (default: %(default)s)"
+        "--data-root", type=_path, default=_path(root), metavar="DIR", help="data sets (default: %(default)s)"
     )
     sub.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     if download:

@@ -29,6 +29,18 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if is_half(tensor) else tensor
 
 
+def narrowed(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient in the dtype of its parameter; what float16 has no number for becomes the largest that it has.
+
+    Near a level the divergence of a weight is steep, 1 / distance, and with small weights the steps of all of them
+    would be infinite. What is infinite or NaN already stays so.
+    """
+    if dtype == torch.float16 and gradient.dtype != dtype:
+        limit = torch.finfo(dtype).max
+        gradient = torch.where(gradient.isfinite(), gradient.clamp(-limit, limit), gradient)
+    return gradient.to(dtype)
+
+
 def is_autocasting(device_type: str) -> bool:
     """Whether autocast chooses the dtype of products on devices of this type; False for one that it does not know."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+import math
+import warnings
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from bqnn.core.files import open_regular, write_atomically
+from bqnn.core.text import shown
+
 if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# The decoders that a file may call for, whatever its suffix says; Pillow has others, which run programs.
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 GREY_MODES = frozenset({"1", "L", "LA"})
-COLOUR_MODES = frozenset({"P", "RGB", "RGBA", "CMYK", "YCbCr"})
-CACHE_VERSION = "1"
+COLOUR_MODES = frozenset({"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
+ORIENTATION = 0x0112  # EXIF: how the camera was held
+# What an image may say that it has, so that a small file can not ask for much memory: 16 million pixels, or more if it
+# has the bytes for it, as the photographs of large cameras do.
+MOST_PIXELS = 1 << 24
+MOST_PIXELS_A_BYTE = 64
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found"})  # which archivers and servers make, not people
+CACHE_VERSION = "2"
+SHOWN_CLASSES = 10  # of those without images
 
 _log = logging.getLogger("bqnn")
 
@@ -28,58 +43,96 @@ def class_names(path: Path) -> list[str]:
     Raises:
         FileNotFoundError: ``path`` is no folder, or has no folder in it.
     """
+    if path.exists() and not path.is_dir():
+        raise FileNotFoundError(f"{path}: a file and not a folder; it should hold one folder of images a class")
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; it should hold one folder of images a class")
-    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and _is_ours(entry.name))
     if not names:
         raise FileNotFoundError(f"{path}: no class folders in it; it should hold one folder of images a class")
     return names
 
 
 def read_image_folder(
-    path: Path, classes: list[str], image_size: int | None = None, cache: Path | None = None
+    path: Path, classes: list[str], image_size: int | None = None, cache: Path | None = None, complete: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Decodes the images of ``path``/CLASS, in the order of the classes and then of the file names.
 
+    Images become 8-bit RGB as Pillow's ``convert("RGB")`` makes it: palettes are looked up, CMYK is converted, alpha is
+    left out, grey is repeated, and of several frames the first is taken. As an EXIF orientation says, they are turned.
+    More bits than 8 a grey value are refused: Pillow would clip them. Files with other endings, ``.gif`` among them,
+    are left alone, as torchvision's ImageFolder does, and so are names that begin with a dot.
+
     Args:
         path: the folder; images are found at any depth under a class.
-        classes: its class folders; one that is missing in ``path`` has no images.
+        classes: its class folders.
         image_size: side in pixels; an image is cut to a centred square and resized, bilinear. None keeps the images as
             they are, which then have to be squares of one size.
-        cache: a file to keep the decoded tensors in. It is read instead of the images as long as their names and sizes
-            in bytes stay what they were. One that is damaged is made again; one that can't be written is done without.
+        cache: a file to keep the decoded tensors in. It is read instead of the images as long as their names, sizes in
+            bytes and times of change stay what they were. One that is damaged, or does not hold what its images would
+            give, is made again; one that can't be written is done without.
+        complete: whether every class must have an image; otherwise those that have none are a warning in the log.
 
     Returns:
         images uint8 [N, C, H, W], C = 1 where all of them are grey, else 3; labels int64 [N].
 
     Raises:
-        FileNotFoundError: there is no image.
-        ValueError: an image can't be read, is neither 8-bit grey nor colour, or has another size than the others.
+        FileNotFoundError: there is no image, or none of a class and ``complete`` is set.
+        ValueError: an image can't be read, is neither 8-bit grey nor colour, claims to be larger than
+            :data:`MOST_PIXELS` and its bytes make likely, or has another size than the others.
     """
-    files = [(file, label) for label, name in enumerate(classes) for file in _image_files(path / name)]
+    by_class = [_image_files(path / name) for name in classes]
+    files = [(file, label) for label, found in enumerate(by_class) for file in found]
     if not files:
         raise FileNotFoundError(f"{path}: no images in it ({', '.join(sorted(SUFFIXES))})")
+    if empty := [name for name, found in zip(classes, by_class) if not found]:
+        _say_empty(path, empty, complete)
     key = _listing_digest(path, files, image_size) if cache is not None else ""
-    if cache is not None and (stored := _read_cache(cache, key)) is not None:
-        return stored
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)
+    if cache is not None and (stored := _read_cache(cache, key, labels, image_size)) is not None:
+        return stored, labels
     images = _decode([file for file, _ in files], image_size)
     if cache is not None:
         _write_cache(cache, key, images, labels)
     return images, labels
 
 
+def _is_ours(name: str) -> bool:
+    return not name.startswith(".") and name not in SYSTEM_FOLDERS
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for file in folder.rglob("*"):
+        if all(map(_is_ours, file.relative_to(folder).parts)) and not file.is_dir():
+            yield file
+
+
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    return sorted(file for file in _files(folder) if file.suffix.lower() in SUFFIXES)
+
+
+def _say_empty(path: Path, names: list[str], complete: bool) -> None:
+    """Raises FileNotFoundError, or logs, that classes have no images, with what they have instead."""
+    more = f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
+    others = sorted(
+        {file.suffix.lower() or file.name for name in names[:SHOWN_CLASSES] for file in _files(path / name)}
     )
+    instead = f"; they have {', '.join(others[:SHOWN_CLASSES])}" if others else ""
+    text = f"{path}: no images of {', '.join(names[:SHOWN_CLASSES])}{more} ({', '.join(sorted(SUFFIXES))}){instead}"
+    if complete:
+        raise FileNotFoundError(text)
+    _log.warning("%s", text)
 
 
 def _decode(files: list[Path], image_size: int | None) -> Tensor:
     first, grey = _decode_one(files[0], image_size)
     if first.shape[1] != first.shape[2]:
         raise ValueError(f"{files[0]}: {_size(first)} pixels are not a square; pass image_size")
-    images = torch.empty(len(files), *first.shape, dtype=torch.uint8)
+    try:
+        images = torch.empty(len(files), *first.shape, dtype=torch.uint8)
+    except RuntimeError as error:
+        size = f"{len(files):,} images of {_size(first)} pixels"
+        raise ValueError(f"{files[0].parent.parent}: {size} do not fit into memory; pass image_size") from error
     for i, file in enumerate(files):
         pixels, is_grey = _decode_one(file, image_size)
         if pixels.shape != first.shape:
@@ -97,17 +150,56 @@ def _decode_one(file: Path, image_size: int | None) -> tuple[Tensor, bool]:
     """One image as uint8 [3, H, W], and whether it is grey."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    Image.init()
+    formats, problem = [name for name in FORMATS if name in Image.OPEN], ""
     try:
-        with Image.open(file) as image:
-            mode = image.mode
-            if mode not in GREY_MODES | COLOUR_MODES:
-                raise ValueError(f"{file}: mode {mode} is not supported; 8-bit grey or colour is needed")
-            colour = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{file}: can't be read as an image: {error}") from error
+        with open_regular(file) as source, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about what an image lacks
+            with Image.open(source, formats=formats) as image:
+                mode = image.mode
+                if problem := _problem(image, file.stat().st_size):
+                    raise ValueError(problem)
+                colour = _upright(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{file}: can't be read as an image: it is none of {', '.join(formats)}") from error
+    except Exception as error:  # decoders raise what they like, and whatever it is, it is the image's fault
+        reason = problem or f"can't be read as an image: {shown(str(error))}"
+        raise ValueError(f"{file}: {reason}") from error
     if image_size is not None:
         colour = ImageOps.fit(colour, (image_size, image_size), method=Image.Resampling.BILINEAR)
     return _to_tensor(colour), mode in GREY_MODES
+
+
+def _problem(image: Image.Image, n_bytes: int) -> str:
+    """Why ``image``, of which nothing but the header has been read, is not decoded; "" where it is."""
+    pixels, most = math.prod(image.size), max(MOST_PIXELS, MOST_PIXELS_A_BYTE * n_bytes)
+    if pixels > most:
+        return f"{image.size[0]}x{image.size[1]} pixels are more than {n_bytes} bytes may ask for, {most:,}"
+    if image.mode not in GREY_MODES | COLOUR_MODES:
+        return f"mode {image.mode} is not supported; 8-bit grey or colour is needed"
+    return ""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """``image`` turned as its EXIF orientation says; as it is where that is missing or damaged."""
+    from PIL.Image import Transpose
+
+    image.load()  # TIFF images are turned by this
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # many cameras and programs write EXIF that Pillow can not read; the pixels are whole
+        return image
+    turn = turns.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
@@ -118,30 +210,39 @@ def _to_tensor(image: Image.Image) -> Tensor:
 def _listing_digest(path: Path, files: list[tuple[Path, int]], image_size: int | None) -> str:
     digest = hashlib.sha256(f"{CACHE_VERSION} {image_size}\n".encode())
     for file, label in files:
-        digest.update(f"{label} {file.stat().st_size} {file.relative_to(path).as_posix()}\n".encode())
+        status, name = file.stat(), file.relative_to(path).as_posix()
+        digest.update(f"{label} {status.st_size} {status.st_mtime_ns} {name}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def _read_cache(cache: Path, key: str) -> tuple[Tensor, Tensor] | None:
+def _read_cache(cache: Path, key: str, labels: Tensor, image_size: int | None) -> Tensor | None:
+    """The images in ``cache``; None where it is damaged, or of other images than those with ``key`` and ``labels``."""
     from safetensors import SafetensorError, safe_open
 
     try:
+        open_regular(cache).close()
         with safe_open(cache, framework="pt") as file:
-            if (file.metadata() or {}).get("key") != key:
+            metadata = file.metadata() or {}
+            shape = file.get_slice("images").get_shape()
+            fits = len(shape) == 4 and shape[0] == len(labels) and shape[1] in (1, 3) and shape[2] == shape[3]
+            if metadata.get("key") != key or not fits or image_size not in (None, shape[2]):
                 return None
-            return file.get_tensor("images"), file.get_tensor("labels")
+            images = file.get_tensor("images")
+            whole = images.dtype == torch.uint8 and torch.equal(file.get_tensor("labels"), labels)
+            return images.clone() if whole and metadata.get("crc32") == _crc32(images) else None
     except (OSError, SafetensorError):
         return None
 
 
 def _write_cache(cache: Path, key: str, images: Tensor, labels: Tensor) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
+    blob = save({"images": images, "labels": labels}, metadata={"key": key, "crc32": _crc32(images)})
     try:
-        save_file({"images": images, "labels": labels}, temporary, metadata={"key": key})
-        os.replace(temporary, cache)
-    except (OSError, SafetensorError) as error:
+        write_atomically(cache, lambda temporary: Path(temporary).write_bytes(blob))
+    except OSError as error:
         _log.warning("%s: not written, so the images are decoded again next time: %s", cache, error)
-        temporary.unlink(missing_ok=True)
+
+
+def _crc32(images: Tensor) -> str:
+    return f"{zlib.crc32(images.contiguous().numpy().data):08x}"

@@ -22,6 +22,7 @@ TORCHVISION = {
 TORCHVISION_VALIDATION = 5_000
 DIGITS_TEST, DIGITS_VALIDATION = 360, 180  # of 1,797
 FOLDER_TEST, FOLDER_VALIDATION = 0.2, 0.1  # shares, where a folder has no split of its own
+VALIDATION_FOLDERS = ("val", "valid", "validation")  # what people call it
 TEST_SEED = 0  # the test split does not depend on the caller's seed
 
 
@@ -42,12 +43,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """What is read, before a validation split is held out; ``validation`` is how many images that takes by default."""
+    """What is read, before a validation split is held out.
+
+    ``validation`` is how many images that takes by default, or the split itself where the data set has one.
+    """
 
     train: Split
     test: Split
     num_classes: int
-    validation: int
+    validation: int | Split
 
 
 def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
@@ -118,40 +122,57 @@ def _as_split(dataset: Any) -> Split:
 
 
 def read_folder(path: Path, image_size: int | None, cached: bool = False) -> Source:
-    """A folder that has ``train`` and ``test``, each with a folder a class; or one with just the class folders.
+    """A folder that has ``train``, with a folder a class, beside ``val``, ``test`` or both; or just the class folders.
 
-    The second has a fifth of its images taken as the test split, the classes in proportion. ``cached`` keeps what is
-    decoded in ``path``/train.safetensors and ``path``/test.safetensors.
+    ``val`` may be called ``valid`` or ``validation``. Where there is no ``test``, a fifth of the training images is
+    taken for it, the classes in proportion. ``cached`` keeps what is decoded in ``path``/train.safetensors and so on.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it has no classes or no images.
-        ValueError: an image does not fit (see :func:`read_image_folder`), ``test`` has classes that ``train`` lacks,
-            or only one of the two is there.
+        FileNotFoundError: there is no such folder, or it has no classes, or a class without training images.
+        ValueError: an image does not fit (see :func:`read_image_folder`), ``test`` or ``val`` has classes that
+            ``train`` lacks, or ``train`` or all others are missing.
     """
-    parts = [part for part in ("train", "test") if (path / part).is_dir()]
-    if len(parts) == 1:
-        raise ValueError(f"{path} has {parts[0]} but not its counterpart; it needs both train and test, or neither")
-    if not parts:
+    path = path.expanduser()
+    has_train, has_test = ((path / part).is_dir() for part in ("train", "test"))
+    names = [name for name in VALIDATION_FOLDERS if has_train and (path / name).is_dir()]
+    if len(names) > 1:
+        raise ValueError(f"{path} has {' and '.join(names)}; it may have one of them")
+    if has_train != (has_test or bool(names)):
+        part = "train" if has_train else "test"
+        raise ValueError(f"{path} has {part} but not its counterpart; it needs train and test or val, or none of them")
+    if not has_train:
         classes = class_names(path)
-        whole = Split(*read_image_folder(path, classes, image_size))
-        test, train = hold_out(whole, round(FOLDER_TEST * len(whole)), TEST_SEED)
+        splits = {"train": Split(*read_image_folder(path, classes, image_size))}
     else:
         classes = class_names(path / "train")
-        alien = sorted(set(class_names(path / "test")) - set(classes))
-        if alien:
-            raise ValueError(f"{path / 'test'} has classes that {path / 'train'} lacks: {', '.join(alien)}")
-        caches = [path / f"{part}.safetensors" if cached else None for part in parts]
-        train = Split(*read_image_folder(path / "train", classes, image_size, caches[0]))
-        test = Split(*read_image_folder(path / "test", classes, image_size, caches[1]))
-        train, test = _same_channels(train, test)
-    if train.images.shape[1:] != test.images.shape[1:]:
-        sizes = [split.images.shape[-1] for split in (train, test)]
-        raise ValueError(f"{path}: train has {sizes[0]} pixels a side, test {sizes[1]}; pass image_size")
-    return Source(train, test, len(classes), round(FOLDER_VALIDATION * len(train)))
+        parts = ["train", *names, *(["test"] if has_test else [])]
+        for part in parts[1:]:
+            if alien := sorted(set(class_names(path / part)) - set(classes)):
+                raise ValueError(f"{path / part} has classes that {path / 'train'} lacks: {', '.join(alien)}")
+        splits = {part: _read_part(path, part, classes, image_size, cached) for part in parts}
+    splits = _same_channels(splits)
+    train, test = splits["train"], splits.get("test")
+    side = train.images.shape[-1]
+    for part, split in splits.items():
+        if split.images.shape[-1] != side:
+            raise ValueError(
+                f"{path}: train has {side} pixels a side, {part} {split.images.shape[-1]}; pass image_size"
+            )
+    if test is None:
+        test, train = hold_out(train, round(FOLDER_TEST * len(train)), TEST_SEED)
+    validation = splits[names[0]] if names else round(FOLDER_VALIDATION * len(train))
+    return Source(train, test, len(classes), validation)
 
 
-def _same_channels(train: Split, test: Split) -> tuple[Split, Split]:
-    """Grey images repeated over three channels, where only one of the splits is grey."""
-    channels = max(train.images.shape[1], test.images.shape[1])
-    widened = [split.images.expand(-1, channels, -1, -1).contiguous() for split in (train, test)]
-    return Split(widened[0], train.labels), Split(widened[1], test.labels)
+def _read_part(path: Path, part: str, classes: list[str], image_size: int | None, cached: bool) -> Split:
+    cache = path / f"{part}.safetensors" if cached else None
+    return Split(*read_image_folder(path / part, classes, image_size, cache, complete=part == "train"))
+
+
+def _same_channels(splits: dict[str, Split]) -> dict[str, Split]:
+    """Grey images repeated over three channels, where only some of the splits are grey."""
+    channels = max(split.images.shape[1] for split in splits.values())
+    return {
+        part: Split(split.images.expand(-1, channels, -1, -1).contiguous(), split.labels)
+        for part, split in splits.items()
+    }

@@ -51,13 +51,15 @@ def load_dataset(
     """Reads a data set into memory.
 
     Args:
-        name: one of :data:`NAMES`, or ``folder:PATH``, where PATH has ``train`` and ``test`` with one folder of images
-            a class in each, or the class folders themselves, of which a fifth of the images becomes the test split.
+        name: one of :data:`NAMES`, or ``folder:PATH``, where PATH (``~`` is your home) has ``train`` beside ``val`` or
+            ``test`` or both, with one folder of images a class in each, or the class folders themselves. Without
+            ``test`` a fifth of the training images becomes the test split.
             ``cifar10`` is read from ``data_root/cifar10/{train,test}/CLASS/`` where torchvision's own files are not
             there; what is decoded is kept beside, in ``data_root/cifar10/{train,test}.safetensors``.
         data_root: the folder that torchvision keeps its data in.
         validation: how many training images are held out, the classes in proportion; 0 trains on all of them and
-            leaves the validation split empty. None: 5,000, for digits 180, for a folder a tenth.
+            leaves the validation split empty. None: 5,000, for digits 180, for a folder a tenth, or its own ``val``;
+            beside that, nothing but 0 may be given.
         image_size: side in pixels to resize to, bilinear. None: as they are.
         download: let torchvision download what is missing.
         seed: chooses the validation images; the test split is the same for every seed.
@@ -69,11 +71,19 @@ def load_dataset(
     """
     if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
         raise ValueError(f"image_size must be a positive integer or None, got {image_size!r}")
-    source = _read(name, Path(data_root), image_size, download)
-    count = source.validation if validation is None else validation
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < len(source.train):
-        raise ValueError(f"validation must be an integer from 0 to {len(source.train) - 1}, got {count!r}")
-    held_out, train = hold_out(_resize(source.train, image_size), count, seed)
+    source = _read(name, Path(data_root).expanduser(), image_size, download)
+    train, held_out = _resize(source.train, image_size), source.validation
+    if isinstance(held_out, Split):
+        if validation is not None and (isinstance(validation, bool) or validation != 0):
+            raise ValueError(f"validation must be None or 0 where the data set has a split for it, got {validation!r}")
+        held_out = _resize(held_out, image_size)
+        if validation == 0:
+            held_out = Split(held_out.images[:0], held_out.labels[:0])
+    else:
+        count = held_out if validation is None else validation
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < len(train):
+            raise ValueError(f"validation must be an integer from 0 to {len(train) - 1}, got {count!r}")
+        held_out, train = hold_out(train, count, seed)
     test = _resize(source.test, image_size)
     mean, std = _mean_std(train.images)
     channels, size = train.images.shape[1:3]
@@ -124,6 +134,11 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
     scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
     return (images.float() / 255 - shift) / scale
+
+
+def leaves_one(count: int, batch_size: int) -> bool:
+    """Whether the last batch of ``count`` images would be one image, which BatchNorm can not train on."""
+    return batch_size > 1 and count % batch_size == 1
 
 
 def batches(

@@ -7,11 +7,12 @@ before it, computed with these eight digits zero, then that of each tensor, in t
 
 from __future__ import annotations
 
+import io
 import json
-import math
+import os
 import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,10 +40,17 @@ DTYPES = {
     "C64": torch.complex64,
 }
 
+MAX_DIMENSIONS = 64  # of a tensor; torch's own operations take no more
+MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
+MAX_DEPTH = 8  # of lists and objects in JSON; files have 5
+RESERVED = "__metadata__"  # the one name that no tensor can have
+
 _LENGTH_BYTES = 8  # the header's length, little-endian, before the header
 _CRC_DIGITS = 8
 _BEFORE_CRC = ('{"__metadata__":{"' + KEY + '":' + json.dumps('{"crc32":"')[:-1]).encode()
 _CRC_START = _LENGTH_BYTES + len(_BEFORE_CRC)
+_LARGEST = (1 << 63) - 1
+_PIECE_BYTES = 1 << 20  # read at a time where a tensor is only looked through
 
 
 class Entry(NamedTuple):
@@ -55,32 +63,70 @@ class Entry(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """A file whose bytes are all accounted for and agree with their CRCs."""
+    """A file whose header agrees with its CRC and whose tensors fill it. They are read from ``source`` on demand."""
 
     metadata: dict[str, Any]
     entries: dict[str, Entry]
+    crc32: dict[str, str]  # of each tensor, by its name
     header_bytes: int
-    blob: bytes
+    file_bytes: int
+    source: BinaryIO
+
+    def stored_as(self, name: str) -> str:
+        """The name under which the file stores the tensor ``name``: another one where it is an alias."""
+        return self.metadata.get("alias", {}).get(name, name)
+
+    def by_name(self) -> dict[str, Entry]:
+        """The tensors by every name that they have."""
+        alias = self.metadata.get("alias", {})
+        return self.entries | {name: self.entries[stored] for name, stored in alias.items()}
+
+    def check_tensors(self) -> None:
+        """Reads every tensor, a piece at a time; raises FormatError where one differs from its CRC."""
+        for name, entry in self.entries.items():
+            self.source.seek(entry.begin)
+            left, crc = entry.end - entry.begin, 0
+            while left and (piece := self.source.read(min(left, _PIECE_BYTES))):
+                left, crc = left - len(piece), zlib.crc32(piece, crc)
+            self._compare(name, crc)
+
+    def tensor(self, name: str) -> Tensor:
+        """A new tensor with what the file holds for ``name``; raises FormatError where it differs from its CRC."""
+        entry = self.entries[name]
+        self.source.seek(entry.begin)
+        data = bytearray(self.source.read(entry.end - entry.begin))
+        self._compare(name, zlib.crc32(data))
+        dtype = DTYPES[entry.dtype]
+        if not data:
+            return torch.empty(entry.shape, dtype=dtype)
+        # Cloned as bytes: the clone lies where memory of every dtype may lie, the bytes in the file lie anywhere.
+        bits = torch.frombuffer(data, dtype=torch.uint8).clone()
+        if dtype == torch.bool and int(bits.max()) > 1:
+            raise FormatError(f"tensor {name!r} is BOOL and must have bytes of 0 and 1, got {int(bits.max())}")
+        return bits.view(dtype).view(entry.shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
-        import safetensors.torch  # here, since only files need it
+        return {name: self.tensor(name) for name in self.entries}
 
-        try:
-            return dict(safetensors.torch.load(self.blob))
-        except Exception as error:  # whatever it objects to, it is the file's fault
-            raise FormatError(f"safetensors can not read it: {error}") from error
+    def _compare(self, name: str, crc: int) -> None:
+        if f"{crc:08x}" != self.crc32[name]:
+            raise FormatError(f"tensor {name!r} is damaged: its CRC-32 differs")
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
     """The file with ``tensors`` (contiguous, no two in the same memory) and ``metadata`` (JSON-able).
 
     Raises:
-        ValueError: a tensor has a dtype that the file can not hold.
+        ValueError: a tensor has a dtype, a name or more dimensions than the file can hold.
     """
     import safetensors.torch
 
     for name, tensor in tensors.items():
+        if name == RESERVED:
+            raise ValueError(f"tensor {name!r} must have another name: in a file this one is taken")
+        if tensor.dim() > MAX_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} must have at most {MAX_DIMENSIONS} dimensions, got {tensor.dim()}")
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"tensor {name!r} must have a dtype that safetensors can hold, got {tensor.dtype}")
     blank = {"crc32": "0" * _CRC_DIGITS * (1 + len(tensors)), "version": VERSION, **metadata}
@@ -88,7 +134,8 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> byte
     blob = bytearray(safetensors.torch.save(dict(tensors), metadata={KEY: text}))
     if not blob.startswith(_BEFORE_CRC, _LENGTH_BYTES):
         raise RuntimeError("this version of safetensors writes its header in another order; bqnn can not save with it")
-    header_bytes, header = _read_header(bytes(blob))
+    header_blob, header = _read_header(io.BytesIO(blob), len(blob))
+    header_bytes = len(header_blob)
     entries = _read_entries(header, header_bytes, len(blob))
     digits = "".join(_crc32(blob[entries[name].begin : entries[name].end]) for name in sorted(entries))
     after_header_crc = _CRC_START + _CRC_DIGITS
@@ -98,34 +145,47 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> byte
 
 
 def parse(blob: bytes) -> Contents:
-    """Checks every byte of a file.
+    """Checks every byte of a file that is in memory.
 
     Raises:
         FormatError: it is not one that :func:`to_bytes` made.
     """
-    header_bytes, header = _read_header(blob)
+    contents = read(io.BytesIO(blob))
+    contents.check_tensors()
+    return contents
+
+
+def read(source: BinaryIO) -> Contents:
+    """Checks the header of a file: whatever it claims is held against the size of the file before it takes memory.
+
+    Raises:
+        FormatError: it is not one that :func:`to_bytes` made.
+    """
+    file_bytes = source.seek(0, os.SEEK_END)
+    header_blob, header = _read_header(source, file_bytes)
     metadata = _read_metadata(header)
-    if metadata.get("version") != VERSION:
-        raise FormatError(f"the format version is {metadata.get('version')!r}; this bqnn reads {VERSION}")
+    version = metadata.get("version")
+    if type(version) is not int or version != VERSION:  # True and 1.0 are equal to 1, and no version
+        raise FormatError(f"the format version is {version!r:.80}; this bqnn reads {VERSION}")
     crc32 = metadata.pop("crc32", None)
     if (
         not isinstance(crc32, str)
         or not crc32.isascii()
-        or not blob.startswith(_BEFORE_CRC + crc32[:_CRC_DIGITS].encode(), _LENGTH_BYTES)
+        or not header_blob.startswith(_BEFORE_CRC + crc32[:_CRC_DIGITS].encode(), _LENGTH_BYTES)
     ):
         raise FormatError("the header does not start with its CRC-32")
-    blank = bytearray(blob[:header_bytes])
+    blank = bytearray(header_blob)
     blank[_CRC_START : _CRC_START + _CRC_DIGITS] = b"0" * _CRC_DIGITS
     if _crc32(blank) != crc32[:_CRC_DIGITS]:
         raise FormatError("the header is damaged: its CRC-32 differs")
-    entries = _read_entries(header, header_bytes, len(blob))
+    entries = _read_entries(header, len(header_blob), file_bytes)
     if len(crc32) != _CRC_DIGITS * (1 + len(entries)):
         raise FormatError(f"the header has {len(entries)} tensors but CRC-32s of {len(crc32) // _CRC_DIGITS - 1}")
-    for index, name in enumerate(sorted(entries), start=1):
-        stored = crc32[_CRC_DIGITS * index : _CRC_DIGITS * (index + 1)]
-        if _crc32(blob[entries[name].begin : entries[name].end]) != stored:
-            raise FormatError(f"tensor {name!r} is damaged: its CRC-32 differs")
-    return Contents(metadata, entries, header_bytes, blob)
+    each = {
+        name: crc32[_CRC_DIGITS * index : _CRC_DIGITS * (index + 1)]
+        for index, name in enumerate(sorted(entries), start=1)
+    }
+    return Contents(metadata, entries, each, len(header_blob), file_bytes, source)
 
 
 def is_count(value: Any, least: int = 0) -> bool:
@@ -155,21 +215,36 @@ def _parse_json(what: str, text: bytes | str) -> dict[str, Any]:
         raise FormatError(f"the {what} is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise FormatError(f"the {what} must be a JSON object, got {type(value).__name__}")
+    layer: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        layer = [
+            inner
+            for outer in layer
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+    if layer:
+        raise FormatError(f"the {what} is nested deeper than {MAX_DEPTH} levels")
     return value
 
 
-def _read_header(blob: bytes) -> tuple[int, dict[str, Any]]:
-    """The bytes of the header with its length, and the header."""
-    if len(blob) < _LENGTH_BYTES:
-        raise FormatError(f"it has {len(blob)} bytes, too few for the length of a header")
-    header_bytes = _LENGTH_BYTES + int.from_bytes(blob[:_LENGTH_BYTES], "little")
-    if header_bytes > len(blob):
-        raise FormatError(f"it has {len(blob)} bytes, its header alone would end at {header_bytes}")
-    return header_bytes, _parse_json("header", blob[_LENGTH_BYTES:header_bytes])
+def _read_header(source: BinaryIO, file_bytes: int) -> tuple[bytes, dict[str, Any]]:
+    """The bytes of the header with its length before it, and the header."""
+    source.seek(0)
+    length = source.read(_LENGTH_BYTES)
+    if len(length) < _LENGTH_BYTES:
+        raise FormatError(f"it has {file_bytes} bytes, too few for the length of a header")
+    header_bytes = int.from_bytes(length, "little")
+    if _LENGTH_BYTES + header_bytes > file_bytes:
+        raise FormatError(f"it has {file_bytes} bytes, its header alone would end at {_LENGTH_BYTES + header_bytes}")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise FormatError(f"its header has {header_bytes} bytes; {MAX_HEADER_BYTES} are the most that it may have")
+    text = source.read(header_bytes)
+    return length + text, _parse_json("header", text)
 
 
 def _read_metadata(header: dict[str, Any]) -> dict[str, Any]:
-    metadata = header.get("__metadata__")
+    metadata = header.get(RESERVED)
     if not isinstance(metadata, dict) or list(metadata) != [KEY] or not isinstance(metadata[KEY], str):
         raise FormatError(f"its metadata must be the text {KEY!r} alone; bqnn.save did not write this file")
     return _parse_json(f"metadata {KEY!r}", metadata[KEY])
@@ -177,7 +252,7 @@ def _read_metadata(header: dict[str, Any]) -> dict[str, Any]:
 
 def _read_entries(header: dict[str, Any], header_bytes: int, file_bytes: int) -> dict[str, Entry]:
     """The tensors, which have to fill the file from the header to its end, without holes or overlaps."""
-    entries = {name: _read_entry(name, value, header_bytes) for name, value in header.items() if name != "__metadata__"}
+    entries = {name: _read_entry(name, value, header_bytes) for name, value in header.items() if name != RESERVED}
     position, before = header_bytes, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
@@ -203,6 +278,20 @@ def _read_entry(name: str, value: Any, header_bytes: int) -> Entry:
     if len(offsets) != 2:
         raise FormatError(f"the data_offsets of tensor {name!r} must be two, got {offsets!r:.80}")
     begin, end = offsets
-    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+    if not _takes(shape, DTYPES[dtype].itemsize, end - begin):
         raise FormatError(f"tensor {name!r} of shape {shape!s:.80} and dtype {dtype} can not take {end - begin} bytes")
+    if len(shape) > MAX_DIMENSIONS:
+        raise FormatError(f"tensor {name!r} has {len(shape)} dimensions; {MAX_DIMENSIONS} are the most it may have")
     return Entry(dtype, shape, header_bytes + begin, header_bytes + end)
+
+
+def _takes(shape: list[int], itemsize: int, size: int) -> bool:
+    """Whether a tensor takes ``size`` bytes; it multiplies no further than that, for the numbers may be of any size."""
+    empty = 0 in shape
+    most = _LARGEST if empty else size  # the strides of an empty tensor have to fit 64 bits, too
+    product = itemsize
+    for count in shape:
+        product *= max(count, 1)
+        if product > most:
+            return False
+    return size == (0 if empty else product)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from bqnn.core.check import MAX_LEVELS, MIN_LEVELS
 from bqnn.core.codes import packed_width
 from bqnn.core.files import FormatError
-from bqnn.files.container import is_count
+from bqnn.files.container import DTYPES, Entry, is_count
 from bqnn.packed.base import PackedLayer
-from bqnn.packed.layers import PackedConv2d, PackedLinear
+from bqnn.packed.layers import PADDING_MODES, PackedConv2d, PackedLinear
 
 # What a convolution has if its description does not say otherwise.
 GEOMETRY = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1, "padding_mode": "zeros"}
 DIMENSIONS = {"linear": 2, "conv2d": 4}
+PARTS = ("codes", "levels", "bias")  # the tensors of a layer; the last may be missing
+LARGEST_GEOMETRY = (1 << 31) - 1  # torch's convolutions and ours count positions in 32 bits
 
 
 def tensor_name(layer: str, part: str) -> str:
@@ -74,45 +76,80 @@ def check_spec(name: str, spec: Any) -> None:
     kind = spec.get("kind")
     if not isinstance(kind, str) or kind not in DIMENSIONS:
         raise FormatError(f"layer {name!r}: kind must be one of {', '.join(DIMENSIONS)}, got {kind!r:.80}")
+    shape: Any = spec.get("shape")
+    if not _are_integers(shape, DIMENSIONS[kind], least=1):
+        raise FormatError(f"layer {name!r}: shape can not be {shape!r:.80}")
     checks = {
         "kind": True,
-        "shape": _are_integers(spec.get("shape"), DIMENSIONS[kind], least=1),
+        "shape": True,
         "num_levels": type(spec.get("num_levels")) is int and MIN_LEVELS <= spec["num_levels"] <= MAX_LEVELS,
-        "granularity": spec.get("granularity", "channel") == "channel",
+        # With one channel, one codebook a channel is one a tensor.
+        "granularity": spec.get("granularity") == "channel" and shape[0] > 1,
         "relu": spec.get("relu") is True,
     }
     if kind == "conv2d":
         values = {**GEOMETRY, **spec}
-        checks |= {name: _are_integers(values[name], 2, least=1) for name in ("stride", "dilation")}
-        checks["padding"] = isinstance(values["padding"], str) or _are_integers(values["padding"], 2, least=0)
-        checks["groups"] = _are_integers([values["groups"]], 1, least=1)
+        checks |= {name: _are_geometry(values[name], 2, least=1) for name in ("stride", "dilation")}
+        checks["padding"] = isinstance(values["padding"], str) or _are_geometry(values["padding"], 2, least=0)
+        checks["groups"] = _are_geometry([values["groups"]], 1, least=1)
         checks["padding_mode"] = isinstance(values["padding_mode"], str)
-    for field in ("kind", "shape", "num_levels", *spec):
+        checks |= {name: checks[name] and spec[name] != usual for name, usual in GEOMETRY.items() if name in spec}
+    for field in ("num_levels", *spec):
         if not checks.get(field, False):
             raise FormatError(f"layer {name!r}: {field} can not be {spec.get(field)!r:.80}")
+    if kind == "conv2d":
+        _check_geometry(name, values)
+
+
+def _check_geometry(name: str, values: Mapping[str, Any]) -> None:
+    """What a convolution asks of its geometry as a whole."""
+    channels, groups, padding, mode = values["shape"][0], values["groups"], values["padding"], values["padding_mode"]
+    if channels % groups:
+        raise FormatError(f"{tensor_name(name, 'groups')} must divide the {channels} channels, got {groups}")
+    if isinstance(padding, str) and padding not in ("same", "valid"):
+        raise FormatError(f"{tensor_name(name, 'padding')} must be numbers, 'same' or 'valid', got {padding!r:.80}")
+    if padding == "same" and values["stride"] != [1, 1]:
+        raise FormatError(f"{tensor_name(name, 'stride')} must be 1 with padding='same', got {values['stride']}")
+    if mode not in PADDING_MODES:
+        modes = ", ".join(PADDING_MODES)
+        raise FormatError(f"{tensor_name(name, 'padding_mode')} must be one of {modes}, got {mode!r:.80}")
+
+
+def check_tensors(name: str, spec: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
+    """Raises FormatError unless dtypes and shapes of a layer's tensors are those that ``spec`` (checked) asks for.
+
+    ``entries`` are the tensors of the file by every name that they have.
+    """
+    codes, levels, bias = (tensor_name(name, part) for part in PARTS)
+    if missing := [tensor for tensor in (codes, levels) if tensor not in entries]:
+        raise FormatError(f"tensor {missing[0]!r} is missing")
+    shape, num_levels = spec["shape"], spec["num_levels"]
+    codebooks = shape[0] if spec.get("granularity") == "channel" else 1
+    width = packed_width(math.prod(shape[1:]), num_levels)
+    for tensor, dtype, needed in ((levels, "F32", [codebooks, num_levels]), (codes, "U8", [shape[0], width])):
+        if entries[tensor].shape != needed:
+            raise FormatError(f"tensor {tensor!r} must have the shape {needed}, got {entries[tensor].shape}")
+        if entries[tensor].dtype != dtype:
+            raise FormatError(f"{tensor} must be {DTYPES[dtype]}, got {DTYPES[entries[tensor].dtype]}")
+    if bias not in entries:
+        return
+    if not DTYPES[entries[bias].dtype].is_floating_point:
+        raise FormatError(f"{bias} must be floating point, got {DTYPES[entries[bias].dtype]}")
+    if entries[bias].shape != [shape[0]]:
+        raise FormatError(f"{bias} must have the shape [{shape[0]}], got {entries[bias].shape}")
 
 
 def build_layer(
-    name: str, spec: Mapping[str, Any], tensors: Mapping[str, Tensor], precision: str, execution: str
+    name: str, spec: Mapping[str, Any], part: Callable[[str], Tensor | None], precision: str, execution: str
 ) -> PackedLayer:
-    """The layer that ``spec`` (checked) describes, with copies of its tensors.
+    """The layer that ``spec`` describes, both checked; ``part`` gives it codes, levels and bias to keep.
 
     Raises:
-        FormatError: a tensor is missing, or does not agree with the description; names the tensor.
+        FormatError: a tensor has a value that no layer can have; names the tensor.
     """
-    codes, levels = (_tensor(tensors, tensor_name(name, part)).clone() for part in ("codes", "levels"))
-    bias = tensors.get(tensor_name(name, "bias"))
-    shape, num_levels = spec["shape"], spec["num_levels"]
-    codebooks = shape[0] if spec.get("granularity") == "channel" else 1
-    for part, tensor, needed in (
-        ("levels", levels, [codebooks, num_levels]),
-        ("codes", codes, [shape[0], packed_width(math.prod(shape[1:]), num_levels)]),
-    ):
-        if list(tensor.shape) != needed:
-            raise FormatError(
-                f"tensor {tensor_name(name, part)!r} must have the shape {needed}, got {list(tensor.shape)}"
-            )
-    bias, relu = None if bias is None else bias.clone(), "relu" in spec
+    codes, levels, bias = (part(each) for each in PARTS)
+    assert codes is not None and levels is not None
+    shape, relu = spec["shape"], "relu" in spec
     try:
         if spec["kind"] == "linear":
             return PackedLinear(shape[1], codes, levels, bias, precision, execution, relu)
@@ -133,11 +170,9 @@ def build_layer(
         raise FormatError(tensor_name(name, str(error))) from error
 
 
-def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise FormatError(f"tensor {name!r} is missing")
-    return tensors[name]
-
-
 def _are_integers(value: Any, count: int, least: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(is_count(v, least) for v in value)
+
+
+def _are_geometry(value: Any, count: int, least: int) -> bool:
+    return _are_integers(value, count, least) and max(value) <= LARGEST_GEOMETRY

@@ -9,10 +9,10 @@ another one.
 from __future__ import annotations
 
 import contextlib
-import copy
+import io
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from bqnn import models
 from bqnn.core.check import check_precision
-from bqnn.core.files import FormatError, write_atomically
-from bqnn.engine.relu import relu_after
+from bqnn.core.files import FormatError, open_regular, write_atomically
+from bqnn.core.text import shown
+from bqnn.core.wrappers import unwrapped
 from bqnn.files import container
 from bqnn.files.container import Contents
-from bqnn.files.layer_spec import build_layer, check_fits, check_spec, describe, tensor_name
+from bqnn.files.layer_spec import PARTS, check_spec, check_tensors, describe, tensor_name
+from bqnn.files.skeleton import built_in, check_model, difference, fill
 from bqnn.packed.base import PackedLayer, check_execution
 
 __all__ = ["FormatError", "info", "load", "save"]
@@ -34,10 +36,15 @@ __all__ = ["FormatError", "info", "load", "save"]
 def save(net: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a packed network to ``path``: to a file beside it first, which then takes its place in one step.
 
+    What torch.compile, DataParallel, DistributedDataParallel and AveragedModel put around a network, or around modules
+    of it, is left out. What is written has passed the checks of :func:`load`.
+
     Raises:
-        ValueError: ``net`` has no packed layer, or a state that is no plain tensor with data (the message names it).
+        ValueError: ``net`` has no packed layer, a state that is no plain tensor with data (the message names it), or is
+            a built-in network that has been changed: without its attribute ``factory`` it is saved as one of your own.
         OSError: the file can not be written; what was at ``path`` is still there.
     """
+    net = unwrapped(net)
     layers = {
         name: module for name, module in net.named_modules(remove_duplicate=False) if isinstance(module, PackedLayer)
     }
@@ -52,7 +59,15 @@ def save(net: nn.Module, path: str | os.PathLike[str]) -> None:
     if alias:
         metadata["alias"] = alias
     blob = container.to_bytes(tensors, metadata)
-    write_atomically(os.path.realpath(path), lambda temporary: Path(temporary).write_bytes(blob))
+    contents = container.read(io.BytesIO(blob))
+    try:
+        _check_metadata(contents)
+        check_model(contents, net)
+    except FormatError as error:
+        raise ValueError(f"net can not be saved so that bqnn.load gives it back: {shown(str(error))}") from error
+    if metadata["factory"] is not None:
+        _check_factory(contents, net)
+    write_atomically(os.fsdecode(path), lambda temporary: Path(temporary).write_bytes(blob))
 
 
 def load(
@@ -64,10 +79,13 @@ def load(
 ) -> nn.Module:
     """The network in a file that :func:`save` wrote, in evaluation mode. Nothing is unpickled.
 
+    The file is held against the network as a whole before anything of its size is allocated. Modules and tensors that
+    are one in the network have to be one in the file; what is one in the file alone is copied.
+
     Args:
         path: the file.
         model: a network with the same modules, packed or not, whose tensors' values do not matter; it is copied, not
-            changed. A built-in network needs none.
+            changed; what torch.compile and the like put around it is left out. A built-in network needs none.
         precision: "fp32", "bf16" or "int8", as for bqnn.pack; a file serves each of them.
         execution: "auto", "packed" or "dense", as for bqnn.pack.
         device: where the network is put.
@@ -81,26 +99,17 @@ def load(
     check_execution(execution)
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    blob = Path(path).read_bytes()
-    with _naming(path):
-        contents = container.parse(blob)
-        _check_metadata(contents)
-        tensors = contents.tensors()
-        for name, stored in contents.metadata.get("alias", {}).items():
-            tensors[name] = tensors[stored]
-        specs = contents.metadata["layers"]
-        layers = {name: build_layer(name, spec, tensors, precision, execution) for name, spec in specs.items()}
-        skeleton = _built_in(contents.metadata["factory"]) if model is None else model
-    if skeleton is None:
-        raise ValueError(f"model must be given: {path} does not hold a built-in network")
-    with _naming(path):
-        net = _replace(skeleton, layers, tensors)
-        _fill(net, tensors, layers)
-    return net.eval().to(device)
+    with _read(path) as (contents, skeleton):
+        if model is not None:
+            skeleton = unwrapped(model)
+            check_model(contents, skeleton)
+        if skeleton is None:
+            raise ValueError(f"model must be given: {shown(os.fsdecode(path))} does not hold a built-in network")
+        return fill(contents, skeleton, precision, execution).eval().to(device)
 
 
 def info(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file holds, without building the network; its bytes are checked as by :func:`load`, its values are not.
+    """What a file holds. It is checked as by :func:`load`, but for the values of tensors, and against no model.
 
     Returns:
         ``version``; ``bytes`` of the file, the sum of ``header_bytes`` and those of the tensors; ``factory``;
@@ -111,21 +120,18 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         FormatError: the file is damaged or not one of these.
         OSError: the file can not be read; FileNotFoundError where there is none.
     """
-    blob = Path(path).read_bytes()
-    with _naming(path):
-        contents = container.parse(blob)
-        _check_metadata(contents)
-    metadata, alias = contents.metadata, contents.metadata.get("alias", {})
-    sizes = {name: entry.end - entry.begin for name, entry in contents.entries.items()}
-    sizes_with_alias = sizes | {name: sizes[stored] for name, stored in alias.items()}
+    with _read(path) as (contents, _):
+        contents.check_tensors()
+    metadata = contents.metadata
+    sizes = {name: entry.end - entry.begin for name, entry in contents.by_name().items()}
     layers = {}
     for name, spec in metadata["layers"].items():
-        parts = [sizes_with_alias.get(tensor_name(name, part), 0) for part in ("codes", "levels", "bias")]
+        parts = [sizes.get(tensor_name(name, part), 0) for part in PARTS]
         weights = math.prod(spec["shape"])
         layers[name] = {**spec, "bytes": sum(parts), "bits_per_weight": 8 * parts[0] / weights}
     return {
         "version": metadata["version"],
-        "bytes": len(blob),
+        "bytes": contents.file_bytes,
         "header_bytes": contents.header_bytes,
         "factory": metadata["factory"],
         "layers": layers,
@@ -134,6 +140,22 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
             for name, entry in contents.entries.items()
         },
     }
+
+
+def _check_factory(contents: Contents, net: nn.Module) -> None:
+    """Raises ValueError where a built-in network has been changed, so that its factory makes another one."""
+    try:
+        made = built_in(contents.metadata["factory"], len(contents.by_name()))
+        check_model(contents, made)
+        changed = difference(made, net)
+        reason = None if changed is None else f"module {changed!r} is another"
+    except FormatError as error:
+        reason = str(error)
+    if reason is not None:
+        raise ValueError(
+            f"net must be what its attribute factory makes, but {shown(reason)}; del net.factory to save it as a "
+            "network of your own, for which bqnn.load needs a model"
+        )
 
 
 def _stored_tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -151,17 +173,30 @@ def _stored_tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             alias[name] = first_names[place]
             continue
         first_names[place] = name
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        value = value.detach().resolve_conj().resolve_neg()  # whose bytes are other numbers than they stand for
+        tensors[name] = value.cpu().clone(memory_format=torch.contiguous_format)
     return tensors, alias
 
 
 @contextlib.contextmanager
-def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Puts the path in front of the message of a FormatError."""
-    try:
-        yield
-    except FormatError as error:
-        raise FormatError(f"{os.fspath(path)}: {error}") from error
+def _read(path: str | os.PathLike[str]) -> Iterator[tuple[Contents, nn.Module | None]]:
+    """The file at ``path``, open and all but its values checked, and the network that it names, on the meta device.
+
+    Puts the path in front of the message of a FormatError.
+    """
+    with open_regular(path) as source:
+        try:
+            contents = container.read(source)
+            _check_metadata(contents)
+            factory, skeleton = contents.metadata["factory"], None
+            if factory is not None:
+                skeleton = built_in(factory, len(contents.by_name()))
+                check_model(contents, skeleton)
+                if list(skeleton.factory) != factory:
+                    raise FormatError(f"factory must have all arguments, as {skeleton.factory}, got {factory!r:.200}")
+            yield contents, skeleton
+        except FormatError as error:
+            raise FormatError(f"{os.fsdecode(path)}: {shown(str(error))}") from error
 
 
 def _check_metadata(contents: Contents) -> None:
@@ -169,7 +204,9 @@ def _check_metadata(contents: Contents) -> None:
     metadata, entries = contents.metadata, contents.entries
     if unknown := set(metadata) - {"version", "factory", "layers", "alias"}:
         raise FormatError(f"the metadata has the unknown field {min(unknown)!r}")
-    factory, layers, alias = metadata.get("factory"), metadata.get("layers"), metadata.get("alias", {})
+    if missing := {"factory", "layers"} - set(metadata):
+        raise FormatError(f"the metadata must have the field {min(missing)!r}")
+    factory, layers, alias = metadata["factory"], metadata["layers"], metadata.get("alias", {})
     if factory is not None:
         if not isinstance(factory, list) or [type(part) for part in factory] != [str, dict]:
             raise FormatError(f"factory must be a name and arguments, got {factory!r:.80}")
@@ -182,74 +219,6 @@ def _check_metadata(contents: Contents) -> None:
     for name, stored in alias.items():
         if name in entries or not isinstance(stored, str) or stored not in entries:
             raise FormatError(f"tensor {name!r} is an alias of {stored!r:.80}; only the second must be stored")
-
-
-def _built_in(factory: list[Any] | None) -> nn.Module | None:
-    """The built-in network on the meta device: it takes no memory before the file's tensors are known to fit it."""
-    if factory is None:
-        return None
-    try:
-        with torch.device("meta"):
-            return models.build(*factory)
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"factory: {error}") from error
-
-
-def _replace(skeleton: nn.Module, layers: Mapping[str, PackedLayer], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of ``skeleton`` with ``layers`` in it, each at its name, and without the ReLU that they have done."""
-    memo: dict[int, nn.Module] = {}
-    relus = relu_after(skeleton, (nn.Linear, nn.Conv2d, PackedLayer))
-    names: dict[int, str] = {}
-    for name, layer in layers.items():
-        try:
-            module = skeleton.get_submodule(name)
-        except AttributeError as error:
-            raise FormatError(f"layer {name!r} is in the file and not in the model") from error
-        check_fits(name, module, describe(layer), layer.bias is not None)
-        first = names.setdefault(id(module), name)
-        if tensors[tensor_name(first, "codes")] is not tensors[tensor_name(name, "codes")]:
-            raise FormatError(f"layers {first!r} and {name!r} are one in the model and two in the file")
-        memo.setdefault(id(module), layer)
-        if layer.relu and id(module) in relus:
-            memo[id(relus[id(module)])] = nn.Identity()  # the layer's own does, and another would cost time
-    # deepcopy takes what its memo holds for the copy.
-    return copy.deepcopy(skeleton, memo)
-
-
-def _fill(net: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, PackedLayer]) -> None:
-    """Gives every tensor of ``net`` outside ``layers`` its value; of floating-point dtypes, the file's counts."""
-    state = net.state_dict(keep_vars=True)
-    if missing := sorted(set(state) - set(tensors)):
-        raise FormatError(f"tensor {missing[0]!r} is missing ({len(missing)} of {len(state)} that the model has)")
-    if unexpected := sorted(set(tensors) - set(state)):
-        raise FormatError(f"tensor {unexpected[0]!r} is unexpected ({len(unexpected)} that the model does not have)")
-    packed = {tensor_name(name, part) for name in layers for part in ("codes", "levels", "bias")}
-    others = sorted(set(state) - packed)
-    for name in others:
-        target, value = state[name], tensors[name]
-        if not isinstance(target, Tensor):
-            raise ValueError(f"the state {name!r} of model must be a tensor, got {type(target).__name__}")
-        if target.shape != value.shape:
-            raise FormatError(f"tensor {name!r} has shape {list(value.shape)}; the model needs {list(target.shape)}")
-        both_floating = target.is_floating_point() and value.is_floating_point()
-        if target.dtype != value.dtype and not both_floating:
-            raise FormatError(f"tensor {name!r} is {value.dtype}; the model needs {target.dtype}")
-    _materialise(net, state)
-    state = net.state_dict(keep_vars=True)
-    for name in others:
-        state[name].data = tensors[name].to(state[name].device, copy=True)
-
-
-def _materialise(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Gives memory on the CPU to the tensors of ``net`` that are on the meta device."""
-    for name, buffer in net.named_buffers():
-        if buffer.is_meta and name not in state:
-            raise ValueError(f"model must hold data in the buffer {name!r}, which is not saved, got one on meta")
-    for module in net.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                empty = torch.empty_like(parameter, device="cpu")
-                setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+    by_name = contents.by_name()
+    for name, spec in layers.items():
+        check_tensors(name, spec, by_name)

@@ -15,11 +15,14 @@ from torch import nn
 
 from bqnn import models
 from bqnn.bayes.layers import bayes_layers
-from bqnn.core.files import write_atomically
+from bqnn.core.files import open_regular, write_atomically
+from bqnn.core.text import shown
 from bqnn.data.splits import Splits, load_dataset
 from bqnn.engine.pack import pack
 from bqnn.files import network
-from bqnn.lab.folder import CHECKPOINT, METADATA, METRICS, SPLITS, WEIGHTS
+from bqnn.files.skeleton import built_in
+from bqnn.lab.checkpoint import read_checkpoint
+from bqnn.lab.folder import CHECKPOINT, METADATA, METRICS, SPLITS, WEIGHTS, RunLock, read_metrics, read_recipe
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import quantize
 from bqnn.packed.base import PackedLayer
@@ -67,13 +70,23 @@ def load_run(folder: str | Path) -> Run:
     path = Path(folder) / METRICS
     if not path.exists():
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {METRICS}")
-    try:
-        content = json.loads(path.read_text())
-        recipe = Recipe(**content["recipe"])
-        scores = {split: content[split] for split in SPLITS if split in content}
-        return Run(Path(folder), recipe, list(content["history"]), scores)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not what bqnn train writes: {error}") from error
+    return Run(Path(folder), *read_metrics(path, SPLITS))
+
+
+def stored_recipe(folder: Path) -> Recipe | None:
+    """The recipe of the run in ``folder``: of its checkpoint, or of its metrics.json; None where it has neither.
+
+    Raises:
+        ValueError: the file is damaged; one line that names it.
+    """
+    if (folder / CHECKPOINT).exists():
+        try:
+            return read_recipe(read_checkpoint(folder / CHECKPOINT)["recipe"])
+        except ValueError as error:
+            if str(folder / CHECKPOINT) in str(error):
+                raise
+            raise ValueError(f"{folder / CHECKPOINT} is no checkpoint of a run: {error}") from error
+    return load_run(folder).recipe if (folder / METRICS).exists() else None
 
 
 def clear_run(folder: Path) -> None:
@@ -92,26 +105,41 @@ def load_factory(run: Run) -> tuple[str, dict[str, Any]]:
     path = run.folder / WEIGHTS
     if not path.exists():
         raise FileNotFoundError(f"{run.folder} has no {WEIGHTS} yet; end the run with bqnn train --resume")
+    open_regular(path).close()
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA])
         recipe, (name, arguments) = metadata["recipe"], metadata["factory"]
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not what bqnn train writes: {error}") from error
-    if recipe != asdict(run.recipe):
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not what bqnn train writes: {shown(str(error))}") from error
+    if recipe != asdict(run.recipe) or name != run.recipe.model:
         raise ValueError(f"{path} is of another recipe than {METRICS} beside it")
     return name, arguments
 
 
 def load_network(run: Run) -> nn.Module:
-    """The trained network of a finished run, not packed, in evaluation mode; raises as :func:`load_factory` does."""
-    net = quantize(models.build(*load_factory(run)), run.recipe)
-    with safe_open(run.folder / WEIGHTS, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    """The trained network of a finished run, not packed, in evaluation mode; raises as :func:`load_factory` does.
+
+    It is made on the meta device and compared with the names, shapes and dtypes in the file before it takes memory.
+    """
+    factory, path = load_factory(run), run.folder / WEIGHTS
     try:
-        net.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{run.folder / WEIGHTS} does not fit its recipe: {error}") from error
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            skeleton = built_in(factory, len(names))
+            with torch.device("meta"):
+                net = quantize(skeleton, run.recipe)
+            state = net.state_dict()
+            if others := sorted(set(state) ^ set(names)):
+                raise ValueError(f"tensor {others[0]!r} is in one of the two alone")
+            for name, target in state.items():
+                if file.get_slice(name).get_shape() != list(target.shape):
+                    raise ValueError(f"tensor {name!r} must have the shape {list(target.shape)}")
+            # Copies: what safetensors gives may be the file itself, mapped into memory.
+            tensors = {name: file.get_tensor(name).to(target.dtype, copy=True) for name, target in state.items()}
+        net.load_state_dict(tensors, assign=True)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit its recipe: {shown(str(error))}") from error
     return net.eval()
 
 
@@ -123,11 +151,17 @@ def load_data(recipe: Recipe, data_root: str | Path, download: bool = False) -> 
 
 
 def add_scores(run: Run, split: str, scores: Mapping[str, Any]) -> Run:
-    """Writes ``scores`` into the run's metrics.json under the split's name, and returns the run with them."""
+    """Writes ``scores`` into the run's metrics.json under the split's name, and returns the run with them.
+
+    Raises:
+        OSError: the file can not be written, or another process is writing the run.
+    """
     path = run.folder / METRICS
-    content = {**json.loads(path.read_text()), split: dict(scores)}
-    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1)))
-    return replace(run, scores={**run.scores, split: dict(scores)})
+    with RunLock(run.folder):
+        found = {**load_run(run.folder).scores, split: dict(scores)}
+        text = json.dumps({**json.loads(path.read_text()), **found}, indent=1)
+        write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+    return replace(run, scores=found)
 
 
 def save_packed(net: nn.Module, path: str | Path) -> nn.Module:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,11 +27,24 @@ from bqnn.bayes.batchnorm import refresh_batchnorm
 from bqnn.bayes.convert import convert
 from bqnn.bayes.elbo import elbo, kl_warmup, parameter_groups
 from bqnn.bayes.layers import bayes_layers
-from bqnn.core.files import remove_leftovers, write_atomically
+from bqnn.core.files import open_regular, remove_leftovers, write_atomically
+from bqnn.core.text import shown
 from bqnn.data.augment import augment
-from bqnn.data.splits import Splits, batches, load_dataset, normalise
+from bqnn.data.splits import Splits, batches, leaves_one, load_dataset, normalise
+from bqnn.lab.checkpoint import check_progress, digest_of, read_checkpoint, write_checkpoint
 from bqnn.lab.evaluate import EVAL_BATCH, evaluate
-from bqnn.lab.folder import CHECKPOINT, METADATA, METRICS, SPLITS, WEIGHTS, print_now
+from bqnn.lab.folder import (
+    CHECKPOINT,
+    METADATA,
+    METRICS,
+    SPLITS,
+    WEIGHTS,
+    RunLock,
+    check_history,
+    check_same,
+    print_now,
+    read_scores,
+)
 from bqnn.lab.recipe import BAYES, DETERMINISTIC, FULL_PRECISION, Recipe
 from bqnn.reports.report import report
 
@@ -97,12 +110,18 @@ class Trainer:
             validation=recipe.validation,
             download=download,
         )
+        if self.steps_an_epoch == 0:
+            raise ValueError(f"dataset must have at least 2 images to train on, got {len(self.data.train)}")
+        self.lock = RunLock(self.folder)
+        self.resumed_from: bytes | None = None  # the digest of the checkpoint
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.scores: dict[str, Any] = {}  # what `bqnn eval` has added to metrics.json
         self.generator = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)
         self.net = build_network(recipe, self.data, FULL_PRECISION)
+        if recipe.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in self.net.modules()):
+            raise ValueError(f"batch_size must be at least 2, since {recipe.model} has BatchNorm, got 1")
         if init is not None:
             self._load_init(init)
             self.epoch = recipe.pretrain_epochs
@@ -115,14 +134,15 @@ class Trainer:
 
     @property
     def drop_last(self) -> bool:
-        """Whether the last batch is left out: BatchNorm can't train on one image."""
-        return self.recipe.batch_size > 1 and len(self.data.train) % self.recipe.batch_size == 1
+        """Whether the last batch of an epoch is left out, because it would be one image; another one every epoch."""
+        return leaves_one(len(self.data.train), self.recipe.batch_size)
 
     @property
     def steps_an_epoch(self) -> int:
         return math.ceil(len(self.data.train) / self.recipe.batch_size) - self.drop_last
 
     def _load_init(self, init: str | Path) -> None:
+        open_regular(init).close()
         try:
             self.net.load_state_dict(load_file(init))
         except (RuntimeError, SafetensorError) as error:
@@ -159,8 +179,14 @@ class Trainer:
 
         Raises:
             FloatingPointError: the loss is NaN or infinite; the checkpoint of the epoch before is still there.
+            OSError: a file can not be written, another process is writing the run, or has been since :meth:`resume`.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.lock:
+            return self._run(progress, log)
+
+    def _run(self, progress: bool, log: Callable[[str], object]) -> nn.Module:
+        if self.resumed_from not in (None, digest_of(self.folder / CHECKPOINT)):
+            raise OSError(f"{self.folder / CHECKPOINT} has been replaced since this run read it; resume again")
         for name in (CHECKPOINT, WEIGHTS, METRICS):
             remove_leftovers(self.folder / name)
         if not self.history:
@@ -226,8 +252,9 @@ class Trainer:
 
     def _calibration(self) -> Iterator[Tensor]:
         """Training images without augmentation, the same ones whenever asked, for BatchNorm's statistics."""
-        fixed = torch.Generator().manual_seed(self.recipe.seed)
-        for images, _ in batches(self.data.train, EVAL_BATCH // 2, fixed, shuffle=True):
+        fixed, size = torch.Generator().manual_seed(self.recipe.seed), EVAL_BATCH // 2
+        drop = leaves_one(len(self.data.train), size)
+        for images, _ in batches(self.data.train, size, fixed, shuffle=True, drop_last=drop):
             yield normalise(images, self.data.mean, self.data.std).to(self.device)
 
     def _validate(self) -> tuple[float | None, float | None]:
@@ -248,48 +275,63 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "generator": self.generator.get_state(),
             "torch_generator": torch.get_rng_state(),
+            "threads": torch.get_num_threads(),
         }
-        write_atomically(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
+        write_checkpoint(self.folder / CHECKPOINT, state)
         self._write_metrics()
 
-    def resume(self) -> bool:
+    def resume(self, log: Callable[[str], object] = print_now) -> bool:
         """Goes back to the last whole checkpoint of the folder; False where there is none yet.
 
+        ``log`` takes a line where the number of threads is another one: sums over threads then round in another way,
+        and the run goes on to other bytes than without a stop.
+
         Raises:
-            ValueError: the checkpoint is of another recipe, and the message names what differs; or ``init`` was given
-                for a run that began without one.
+            ValueError: the checkpoint is damaged, or of another recipe, and the message names what differs; or ``init``
+                was given for a run that began without one; or the metrics.json beside it is damaged or of another run.
         """
         path = self.folder / CHECKPOINT
-        if not path.exists():
+        digest = digest_of(path)
+        if digest is None:
             return False
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        mine = asdict(self.recipe)
-        differing = [name for name in mine if mine[name] != state["recipe"].get(name)]
-        if differing:
-            raise ValueError(
-                f"{path} is of another recipe: "
-                + ", ".join(f"{name} was {state['recipe'].get(name)!r}, now {mine[name]!r}" for name in differing)
-            )
+        state = read_checkpoint(path, self.device)
+        check_same(path, state["recipe"], self.recipe)
         if self.from_init and not state["init"]:
             raise ValueError(f"init can't be given for {path}, whose run began without one")
-        self.from_init = state["init"]
-        self.epoch, self.history = state["epoch"], state["history"]
-        metrics = self.folder / METRICS
-        if metrics.exists():
-            self.scores = {key: value for key, value in json.loads(metrics.read_text()).items() if key in SPLITS}
+        scores = read_scores(self.folder / METRICS, SPLITS, self.recipe)
+        try:
+            check_history(state["history"])
+            check_progress(state, self.recipe)
+            self._restore(state)
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} is not of this run: {shown(str(error))}") from error
+        self.scores, self.resumed_from = scores, digest
+        if (threads := torch.get_num_threads()) != state["threads"]:
+            log(f"{path} was written with {state['threads']} threads, now there are {threads}: the bytes will differ")
+        return True
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.from_init, self.epoch, self.history = state["init"], state["epoch"], state["history"]
         self._start_phase(build_network(self.recipe, self.data, self.phase))
         self.net.load_state_dict(state["net"])
+        fresh = self.scheduler.state_dict()
+        if set(fresh) != set(state["scheduler"]):
+            raise ValueError("the scheduler has other fields")
+        parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
+        for index, moments in state["optimizer"]["state"].items():
+            if any(moment.dim() and moment.shape != parameters[index].shape for moment in moments.values()):
+                raise ValueError(f"the optimizer has moments of another shape than {list(parameters[index].shape)}")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["torch_generator"].cpu())
-        return True
 
     def _write_weights(self) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
         # One entry: safetensors writes several in an order that changes from process to process.
         metadata = {METADATA: json.dumps({"recipe": asdict(self.recipe), "factory": self.net.factory})}
-        write_atomically(self.folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+        blob = save(tensors, metadata)
+        write_atomically(self.folder / WEIGHTS, lambda path: Path(path).write_bytes(blob))
 
     def _write_metrics(self) -> None:
         text = json.dumps({"recipe": asdict(self.recipe), "history": self.history, **self.scores}, indent=1)

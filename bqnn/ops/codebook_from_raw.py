@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn.core.codebook import MARGIN, MIN_GAP, TAU_PER_GAP, gaps, levels_from_raw, thresholds_from_raw
-from bqnn.core.precision import wide, wide_dtype
+from bqnn.core.precision import narrowed, wide, wide_dtype
 from bqnn.core.product import contiguous
 from bqnn.core.quantizer import midpoints
 from bqnn.core.structure import Structure, only
@@ -64,7 +64,8 @@ def codebook_from_raw_backward_reference(call: RawCodebookBackward) -> tuple[Ten
     by_gaps, first = by_increment[:, 1:], raw_levels[:, :1]
     by_first = by_increment[:, :1] + MIN_GAP * first.sign() * by_gaps.sum(1, keepdim=True)
     by_raw_levels = torch.cat([by_first, by_gaps * torch.sigmoid(raw_levels[:, 1:])], dim=1)
-    return by_raw_levels.to(raw.raw_levels.dtype), by_raw_thresholds.to(raw.raw_levels.dtype)
+    dtype = raw.raw_levels.dtype
+    return narrowed(by_raw_levels, dtype), narrowed(by_raw_thresholds, dtype)
 
 
 def _fake(raw: RawCodebook) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bqnn.core.check import check_levels, check_same_shape, check_weight
-from bqnn.core.precision import wide, wide_dtype
+from bqnn.core.precision import narrowed, wide, wide_dtype
 from bqnn.core.product import contiguous
 from bqnn.core.quantizer import assign, column, look_up, midpoints, sum_to_groups
 from bqnn.core.structure import Structure, only
@@ -141,7 +141,7 @@ def spike_slab_kl_backward_reference(call: PriorBackward) -> tuple[Tensor, Tenso
         grad_levels.append(-sum_to_groups(by_distance, levels.shape[0]))
     gradients = (grad_weight, grad_log_sigma2, torch.stack(grad_levels, dim=1))
     by_weight, by_log_sigma2, by_levels = (
-        (grad * gradient).to(parameter.dtype).contiguous() for gradient, parameter in zip(gradients, call.prior)
+        narrowed(grad * gradient, parameter.dtype).contiguous() for gradient, parameter in zip(gradients, call.prior)
     )
     return by_weight, by_log_sigma2, by_levels
 

@@ -21,10 +21,10 @@ struct Codes {
   static constexpr int kBits = kCapacity == 2 ? 1 : kCapacity == 4 ? 2 : 4;
   static constexpr int kInWord = 32 / kBits;
   static constexpr int kPairs = kInWord / 2;                // registers that a word becomes
-  static constexpr int kQuads = kPairs / 4;                 // of four registers each, two products' worth
+  static constexpr int kQuads = kPairs / 4;                 // groups of four registers, enough for two products
   static constexpr int kInLoad = 4 * kInWord;               // codes in 16 bytes
-  static constexpr int kInStep = 4 * kInLoad;               // of one row in the loads of four lanes
-  static constexpr int kTable = kCapacity == 2 ? 0 : kCapacity / 2;  // words: low bytes of the levels, then high bytes
+  static constexpr int kInStep = 4 * kInLoad;               // codes of one row that four lanes load
+  static constexpr int kTable = kCapacity == 2 ? 0 : kCapacity / 2;  // its words: low bytes of the levels, then high bytes
 
   // Which code of a word is in half 0 (low) or 1 of pair 0..kPairs-1.
   static constexpr BQNN_HOST_DEVICE int code_at(int pair, int half) {

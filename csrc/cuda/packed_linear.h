@@ -14,7 +14,7 @@ enum class Mode : int32_t { fp32, bf16, int8 };
 constexpr int kIntegers = 16;
 
 struct PackedLinearCall {
-  const uint32_t* words;   // [channels, row_loads * 4] in blocks of 16 words (bqnn/ops/_gpu_layout.py), < 2^31 loads
+  const uint32_t* words;   // [channels, row_loads * 4] in blocks of 16 words, less than 2^31 loads
   const float* levels;     // [codebooks, num_levels]; null for int8
   const int8_t* integers;  // [codebooks, kIntegers], int8 only: the rounded levels
   const void* x;           // [rows, x_columns]
@@ -44,7 +44,7 @@ inline int x_parts(const PackedLinearCall& call) {
 // Sets row_warps and splits of a call whose other numbers are set. Returns a cudaError_t.
 int plan_packed_linear(PackedLinearCall* call, int device);
 
-// Rows of activations to 8-bit integers, by the rule of bqnn/ops/_int8.py.
+// Rows of activations to 8-bit integers, by the rule of "int8".
 struct RoundRowsCall {
   const void* x;    // [rows, columns]
   uint16_t* q;      // [rows, columns]: the integers as bfloat16, which has them all

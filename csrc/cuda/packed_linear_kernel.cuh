@@ -1,12 +1,13 @@
-// The kernel of packed_linear for a few rows: packed_tile.h has what each thread does, this file the product and the
-// order of the phases.
+// The kernel of packed_linear for a few rows: packed_tile.h and packed_output.h have what each thread does, this file
+// the product and the order of the phases.
 //
 // Few rows are bound by the weight's bytes. At 2 bits and 4.3 TB/s those are 17e12 weights a second, to each of which
 // an H200 could give 0.8 integer instructions. So the products are the tensor cores' even for one row: seven of eight
 // columns are then idle, but decoding is all that is left for the other units.
 #pragma once
 
-#include "cuda/packed_tile.h"
+#include "cuda/packed_choice.h"
+#include "cuda/packed_output.h"
 
 namespace bqnn::cuda {
 

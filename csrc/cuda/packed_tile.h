@@ -23,10 +23,11 @@
 namespace bqnn::cuda {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kTileRows = 16;        // of the weight, in one product
-constexpr int kTileColumns = 8;      // of the activations
+constexpr int kTileRows = 16;           // rows of the weight in one product
+constexpr int kTileColumns = 8;         // columns of the activations in one product
 constexpr uint32_t kOnes = 0x3f803f80;  // 1.0 twice
-constexpr int kSharedUnits = 2048;   // 16 bytes each: 32 KiB, which every architecture has twice in a multiprocessor
+// Units of shared memory, 16 bytes each: 32 KiB, which every architecture has twice in a multiprocessor.
+constexpr int kSharedUnits = 2048;
 
 struct alignas(16) Unit {
   uint32_t words[4];
@@ -37,7 +38,7 @@ template <int kCapacity_, int kParts_, int kColumnTiles_>
 struct LinearTraits {
   static constexpr int kCapacity = kCapacity_, kParts = kParts_, kColumnTiles = kColumnTiles_;
   using Code = Codes<kCapacity>;
-  static constexpr int kUnits = 4 * Code::kQuads;         // units of a lane in a step, for one column
+  static constexpr int kUnits = 4 * Code::kQuads;         // units that a lane reads in a step for one column
   // Three tables a row, or three tiles of sums, leave registers for two rows a lane.
   static constexpr int kRowTiles = kParts == 1 && kColumnTiles < 3 ? 2 : 1;
   static constexpr int kLaneRows = 2 * kRowTiles;
@@ -53,13 +54,13 @@ struct LinearTraits {
 // Where a block is, and how it divides its work.
 template <class T>
 struct Tile {
-  int columns;             // of the activations, all parts
-  int parts;               // of a row of x: column = row * parts + part
+  int columns;             // columns of the activations, all parts of them
+  int parts;               // parts of a row of x: column = row * parts + part
   int first_x_row, x_rows;
-  int column_warps;        // that share rows
-  int block_rows;          // of the weight
+  int column_warps;        // warps that share rows and divide the columns
+  int block_rows;          // rows of the weight in a block
   int64_t first_row;
-  int begin, end;          // steps of this block
+  int begin, end;          // the steps of this block
   int slice;               // steps that shared memory holds, a multiple of column_warps * kDepth
 
   BQNN_HOST_DEVICE Tile(const PackedLinearCall& call, int parts_, int64_t block_x, int block_y, int block_z)
@@ -131,7 +132,7 @@ BQNN_HOST_DEVICE float load_activation(const void* x, Element element, int64_t i
 #endif
 }
 
-// The rule of bqnn/ops/_int8.py: q = rint((x * lift) * factor), which is x / scale.
+// The rule of "int8", as the Python reference has it: q = rint((x * lift) * factor), which is x / scale.
 struct Rounding {
   float lift, factor, scale;
 };
@@ -164,7 +165,7 @@ BQNN_HOST_DEVICE int steps_from(const Tile<T>& tile, int first) {
 template <class T>
 BQNN_HOST_DEVICE void stage(const PackedLinearCall& call, const Tile<T>& tile, int thread, int first, Unit* shared) {
   using Code = typename T::Code;
-  const int words = steps_from(tile, first) * 16;  // of a row of the weight
+  const int words = steps_from(tile, first) * 16;  // words of a row of the weight
   for (int item = thread; item < words * tile.x_rows; item += kThreads) {
     const int row = item / words, word = item % words;
     const int step = word / 16, t = word / 4 % 4, in_load = word % 4;
@@ -231,172 +232,6 @@ BQNN_HOST_DEVICE void read_table(const PackedLinearCall& call, int row, int part
   const int first = ((call.codebooks == 1 ? 0 : row) * T::kParts + part) * T::Code::kTable;
 #pragma unroll
   for (int i = 0; i < T::Code::kTable; ++i) table[i] = words[first + i];
-}
-
-// --- sums ---------------------------------------------------------------------------------------------------------
-
-// A sum is a float32 or, in int8, an int32, and is kept as 32 bits. The products of a step are added apart, and then to
-// the others': a tensor core cuts off where it adds, and a step's products of integers are exact in its float32.
-static_assert(Codes<2>::kInStep * 127 * 127 < 1 << 24 && Codes<2>::kInStep >= Codes<4>::kInStep);
-
-BQNN_HOST_DEVICE uint32_t add_step(uint32_t sum, float step, Mode mode) {
-#ifdef __CUDA_ARCH__
-  if (mode == Mode::int8) return sum + static_cast<uint32_t>(__float2int_rn(step));
-#else
-  if (mode == Mode::int8) return sum + static_cast<uint32_t>(static_cast<int32_t>(step));
-#endif
-  return bits_of(float_of(sum) + step);
-}
-
-BQNN_HOST_DEVICE uint32_t add_sums(uint32_t a, uint32_t b, Mode mode) {
-  return mode == Mode::int8 ? a + b : bits_of(float_of(a) + float_of(b));
-}
-
-// Capacity 2: the product with the levels, of the sum of the activations, and of that with the signs 1 - 2 code.
-BQNN_HOST_DEVICE uint32_t levels_of_signs(const PackedLinearCall& call, int64_t codebook, uint32_t total,
-                                          uint32_t signs) {
-  const float low = level_of(call, codebook, 0), high = level_of(call, codebook, 1);
-  if (call.mode == Mode::int8) {
-    const int64_t all = static_cast<int32_t>(total), difference = static_cast<int32_t>(signs);
-    const int64_t zeros = (all + difference) / 2, ones = (all - difference) / 2;
-    return static_cast<uint32_t>(zeros * static_cast<int64_t>(low) + ones * static_cast<int64_t>(high));
-  }
-  const float zeros = 0.5f * (float_of(total) + float_of(signs)), ones = 0.5f * (float_of(total) - float_of(signs));
-  return bits_of(zeros * low + ones * high);
-}
-
-// The output of a sum over all columns.
-BQNN_HOST_DEVICE void finish(const PackedLinearCall& call, uint32_t sum, int x_row, int64_t row) {
-  float value = float_of(sum);
-  if (call.mode == Mode::int8) {
-    const float scale = call.scale[call.codebooks == 1 ? 0 : row];
-    // The rule of int8 rounds each operation; a fused multiply-add would not.
-#ifdef __CUDA_ARCH__
-    value = __fmul_rn(__fmul_rn(static_cast<float>(static_cast<int32_t>(sum)), scale), call.row_scale[x_row]);
-#else
-    value = static_cast<float>(static_cast<int32_t>(sum)) * scale * call.row_scale[x_row];
-#endif
-  }
-#ifdef __CUDA_ARCH__
-  if (call.bias) value = __fadd_rn(value, call.bias[row]);
-#else
-  if (call.bias) value = value + call.bias[row];
-#endif
-  if (call.relu && value < 0.0f) value = 0.0f;  // NaN and -0.0 stay, as in torch
-  const int64_t place = x_row * call.channels + row;
-  if (call.y_element == Element::float32) {
-    static_cast<float*>(call.y)[place] = value;
-  } else if (call.y_element == Element::bfloat16) {
-    static_cast<uint16_t*>(call.y)[place] = static_cast<uint16_t>(bits_of(round_bfloat16(value)) >> 16);
-  } else {
-#ifdef __CUDA_ARCH__
-    static_cast<__half*>(call.y)[place] = __float2half_rn(value);
-#else
-    static_cast<_Float16*>(call.y)[place] = static_cast<_Float16>(value);
-#endif
-  }
-}
-
-// Where a warp leaves the sum of a row of the block and a column of the activations, for gather().
-template <class T>
-BQNN_HOST_DEVICE int sum_place(const Tile<T>& tile, int column_warp, int row, int column) {
-  return (column_warp * tile.block_rows + row) * tile.columns + column;
-}
-
-// Thread `thread` leaves sum c of row tile `tile_row` and column tile n of its product; `total` is for capacity 2.
-template <class T>
-BQNN_HOST_DEVICE void leave_sum(const PackedLinearCall& call, const Tile<T>& tile, int thread, int tile_row, int n,
-                                int c, uint32_t sum, uint32_t total, Unit* shared) {
-  const int row = lane_row(tile, thread, 2 * tile_row + c / 2), column = kTileColumns * n + thread % 4 * 2 + c % 2;
-  if (column >= tile.columns) return;
-  if constexpr (T::kCapacity == 2) sum = levels_of_signs(call, codebook_of(call, tile, row), total, sum);
-  reinterpret_cast<uint32_t*>(shared)[sum_place(tile, column_warp_of(tile, thread), row, column)] = sum;
-}
-
-// Thread `thread` adds its share of the sums, over warps and parts, and writes outputs or what another kernel adds.
-template <class T>
-BQNN_HOST_DEVICE void gather(const PackedLinearCall& call, const Tile<T>& tile, int thread, int split,
-                             const Unit* shared) {
-  const uint32_t* sums = reinterpret_cast<const uint32_t*>(shared);
-  for (int item = thread; item < tile.block_rows * tile.x_rows; item += kThreads) {
-    const int in_block = item % tile.block_rows, x_row = item / tile.block_rows;
-    const int64_t row = tile.first_row + in_block;
-    if (row >= call.channels) continue;
-    uint32_t sum = 0;
-    for (int part = tile.parts - 1; part >= 0; --part)  // the least first
-      for (int warp = 0; warp < tile.column_warps; ++warp)
-        sum = add_sums(sum, sums[sum_place(tile, warp, in_block, x_row * tile.parts + part)], call.mode);
-    const int all_row = tile.first_x_row + x_row;
-    if (call.splits == 1) {
-      finish(call, sum, all_row, row);
-    } else {
-      call.partial[(static_cast<int64_t>(split) * call.rows + all_row) * call.channels + row] = sum;
-    }
-  }
-}
-
-// Adds what the splits left of output `index`, over [rows, channels].
-BQNN_HOST_DEVICE void add_splits(const PackedLinearCall& call, int64_t index) {
-  uint32_t sum = 0;
-  for (int split = 0; split < call.splits; ++split)
-    sum = add_sums(sum, call.partial[split * call.rows * call.channels + index], call.mode);
-  finish(call, sum, static_cast<int>(index / call.channels), index % call.channels);
-}
-
-// --- which kernel -------------------------------------------------------------------------------------------------
-
-struct Grid {
-  int64_t x;  // blocks of rows of the weight
-  int y, z;   // splits of the columns, groups of rows of x
-};
-
-template <class T, class Run>
-void run_kernel(const PackedLinearCall& call, int parts, const Run& run) {
-  const int64_t block_rows = T::kWarpRows * call.row_warps;
-  const int group = T::kMaxColumns / parts;
-  run.template kernel<T>(
-      call, parts, Grid{(call.channels + block_rows - 1) / block_rows, call.splits, (call.rows + group - 1) / group});
-}
-
-// Calls run.kernel<Traits>(call, parts, grid) with the kernel for `call`, whose levels fit kCapacity: as many tiles of
-// activations as it has columns, three at most, and in groups of rows beyond.
-template <int kCapacity, class Run>
-void choose(const PackedLinearCall& call, const Run& run) {
-  constexpr int kLevelParts = kCapacity == 2 ? 1 : 3;
-  const int parts = x_parts(call), columns = call.rows * parts;
-  if (call.mode == Mode::fp32) {
-    if (columns <= kTileColumns) return run_kernel<LinearTraits<kCapacity, kLevelParts, 1>>(call, parts, run);
-    return run_kernel<LinearTraits<kCapacity, kLevelParts, 3>>(call, parts, run);
-  }
-  if (columns <= kTileColumns) return run_kernel<LinearTraits<kCapacity, 1, 1>>(call, parts, run);
-  run_kernel<LinearTraits<kCapacity, 1, 2>>(call, parts, run);
-}
-
-struct WarpRows {
-  int* rows;
-
-  template <class T>
-  void kernel(const PackedLinearCall&, int, Grid) const {
-    *rows = T::kWarpRows;
-  }
-};
-
-// Sets row_warps and splits for a device with so many multiprocessors.
-inline void divide(PackedLinearCall* call, int multiprocessors) {
-  constexpr int64_t kLeastBytes = 32 << 10;  // of the weight for a block: a second kernel, which adds, has its price
-  // Warps of a block that have rows of their own share the activations that it stages, so the more of these, the more
-  // of those. The others share rows and need no second kernel to add what they have.
-  call->row_warps = 1;
-  while (call->row_warps < kWarps && call->row_warps < call->rows * x_parts(*call)) call->row_warps *= 2;
-  call->splits = 1;
-  int rows = 0;
-  (call->num_levels == 2 ? choose<2, WarpRows> : choose<4, WarpRows>)(*call, {&rows});
-  const int64_t block_rows = static_cast<int64_t>(rows) * call->row_warps;
-  const int64_t blocks = (call->channels + block_rows - 1) / block_rows;
-  if (blocks >= multiprocessors) return;
-  const int64_t by_work = block_rows * call->row_loads * 16 / kLeastBytes;
-  const int64_t splits = smaller(smaller(2 * multiprocessors / blocks, by_work), (call->row_loads + 3) / 4);
-  if (splits > 1) call->splits = static_cast<int32_t>(splits);
 }
 
 }  // namespace bqnn::cuda

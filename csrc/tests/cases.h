@@ -20,8 +20,8 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "cpu/base/isa.h"
+#include "cpu/base/parallel.h"
 
 // Read by the sanitizers' libraries: abort, so that the case is printed.
 extern "C" [[gnu::used]] inline const char* __asan_default_options() { return "abort_on_error=1"; }
@@ -159,7 +159,7 @@ inline void print_repeat() {
 
 inline void print_repeat_at_death() {
 #if defined(__SANITIZE_ADDRESS__)
-  constexpr int kSignals[] = {SIGABRT};  // the others are the sanitizer's, which then aborts
+  constexpr int kSignals[] = {SIGABRT};  // the sanitizer handles the other signals, then aborts
 #else
   constexpr int kSignals[] = {SIGSEGV, SIGFPE, SIGILL, SIGABRT, SIGBUS};
 #endif

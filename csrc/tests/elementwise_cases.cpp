@@ -3,11 +3,11 @@
 #include <memory>
 
 #include "cases.h"
-#include "cpu/assign_codes.h"
-#include "cpu/elementwise.h"
-#include "cpu/noise.h"
-#include "cpu/spike_slab_kl.h"
-#include "cpu/weights.h"
+#include "cpu/train/assign_codes.h"
+#include "cpu/train/elementwise.h"
+#include "cpu/train/noise.h"
+#include "cpu/train/spike_slab_kl.h"
+#include "cpu/train/weights.h"
 
 namespace bqnn::cases {
 namespace {
@@ -17,7 +17,7 @@ struct Case {
   bool per_row;
   int num_levels, threads;
   PlaneShape shape;  // of outputs
-  bool interleaved[3], half[3];  // of their tensors
+  bool interleaved[3], bfloat16[3];  // the format and the dtype of three tensors of outputs
   Noise noise;
 
   int64_t weights() const { return rows * columns; }
@@ -30,7 +30,7 @@ struct Case {
                   "[%d, %d] M%d %s, planes [%d, %d, %d] interleaved %d%d%d bfloat16 %d%d%d, %d threads",
                   static_cast<int>(rows), static_cast<int>(columns), num_levels, per_row ? "channel" : "tensor",
                   static_cast<int>(shape.batch), static_cast<int>(shape.channels), static_cast<int>(shape.pixels),
-                  interleaved[0], interleaved[1], interleaved[2], half[0], half[1], half[2], threads);
+                  interleaved[0], interleaved[1], interleaved[2], bfloat16[0], bfloat16[1], bfloat16[2], threads);
     return text;
   }
 };
@@ -49,7 +49,7 @@ Case draw_case(Random* random) {
   const bool interleaved = random->chance(50);  // all, in most cases
   for (int i = 0; i < 3; ++i) {
     c.interleaved[i] = random->chance(70) ? interleaved : !interleaved;
-    c.half[i] = random->chance(30);
+    c.bfloat16[i] = random->chance(30);
   }
   c.noise = {random->next(), random->chance(50) ? 0 : random->next()};
   return c;
@@ -103,7 +103,10 @@ void fill(Random* random, const Case& c, const Operands& o) {
     if (random->chance(3)) o.log_sigma2[i] = static_cast<float>(120.0 * random->normal());
     if (random->chance(1)) o.log_sigma2[i] = NAN;
     // Far from most levels, and yet so wide that their divergences have slopes.
-    if (random->chance(2)) o.weight[i] = random->one_of({3e38f, -1e38f}), o.log_sigma2[i] = random->one_of({104.0f, 170.0f});
+    if (random->chance(2)) {
+      o.weight[i] = random->one_of({3e38f, -1e38f});
+      o.log_sigma2[i] = random->one_of({104.0f, 170.0f});
+    }
   }
   for (const Buffer<float>& plane : o.planes) {
     for (int64_t i = 0; i < plane.size(); ++i) {
@@ -113,14 +116,14 @@ void fill(Random* random, const Case& c, const Operands& o) {
   }
 }
 
-enum class Format { bytes, halves, floats };
+enum class Format { bytes, bfloat16s, floats };
 
 struct Output {
   std::string name;
   Format format;
   std::unique_ptr<Buffer<uint8_t>> values;
 
-  int64_t width() const { return format == Format::floats ? 4 : format == Format::halves ? 2 : 1; }
+  int64_t width() const { return format == Format::floats ? 4 : format == Format::bfloat16s ? 2 : 1; }
   double operator[](int64_t i) const {
     const uint8_t* at = values->data() + i * width();
     if (format == Format::bytes) return *at;
@@ -137,16 +140,17 @@ class Results {
   float* floats(const char* name, int64_t count) {
     return reinterpret_cast<float*>(add(name, Format::floats, count, sizeof(float)));
   }
-  Elements elements(const char* name, bool half, int64_t count) {
-    return {half ? add(name, Format::halves, count, 2) : reinterpret_cast<uint8_t*>(floats(name, count)), half};
+  Elements elements(const char* name, bool bfloat16, int64_t count) {
+    if (bfloat16) return {add(name, Format::bfloat16s, count, 2), true};
+    return {floats(name, count), false};
   }
   // A plane that has `values` already.
-  Plane plane(const char* name, bool half, bool interleaved, const Buffer<float>& values) {
-    const Plane plane{elements(name, half, values.size()), interleaved};
+  Plane plane(const char* name, bool bfloat16, bool interleaved, const Buffer<float>& values) {
+    const Plane plane{elements(name, bfloat16, values.size()), interleaved};
     for (int64_t i = 0; i < values.size(); ++i) {
       uint32_t bits;
       std::memcpy(&bits, &values[i], sizeof bits);
-      if (half) {
+      if (bfloat16) {
         static_cast<uint16_t*>(plane.elements.data)[i] = static_cast<uint16_t>(bits >> 16);
       } else {
         static_cast<float*>(plane.elements.data)[i] = values[i];
@@ -221,7 +225,7 @@ void run_posterior(const Case& c, const Operands& o, Isa isa, const Parallel& pa
                   r->floats("sample's grad_levels", o.levels.size()));
   for (const Moments mode : {Moments::categorical, Moments::gaussian, Moments::straight_through}) {
     float* mean = mode == Moments::gaussian ? nullptr : r->floats("mean", c.weights());
-    const Elements variance = r->elements("variance", c.half[0], c.weights());
+    const Elements variance = r->elements("variance", c.bfloat16[0], c.weights());
     moments(parallel, isa, q, mode, mean, variance);
     const bool categorical = mode == Moments::categorical;
     float* grad_weight = categorical ? r->floats("moments' grad_weight", c.weights()) : nullptr;
@@ -238,7 +242,7 @@ void run_planes(const Case& c, const Operands& o, Isa isa, const Parallel& paral
   elementwise(isa).random_words(c.noise.seed, c.noise.offset, kCalls,
                                 reinterpret_cast<uint32_t*>(r->bytes("words", 16 * kCalls)));
   const auto plane = [&](const char* name, int which) {
-    return r->plane(name, c.half[which], c.interleaved[which], o.planes[which]);
+    return r->plane(name, c.bfloat16[which], c.interleaved[which], o.planes[which]);
   };
   Plane mean = plane("mean and noise", 0), variance = plane("slope", 1), out = plane("grad times slope", 2);
   add_noise(parallel, isa, c.shape, mean, variance, c.noise, c.per_row);

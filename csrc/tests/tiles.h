@@ -1,7 +1,7 @@
 // AMX in plain loops, for the programs of csrc/tests on machines that have AVX-512 but no tiles: the kernels' own code
 // runs, and what they ask of the tiles is checked. Tile data is per thread, as it is in hardware.
 //
-// Included by packed_amx.cpp under BQNN_EMULATE_TILES, after immintrin.h.
+// Included by packed/amx/amx.cpp under BQNN_EMULATE_TILES, after immintrin.h.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 namespace bqnn::tiles {
 
 struct Tile {
-  int rows, bytes;  // of a row; 0 where no configuration is loaded
+  int rows, bytes;  // rows, and bytes of a row; 0 where no configuration is loaded
   unsigned char data[16][64];
 };
 

@@ -37,8 +37,7 @@ def make_layout(
         uint8, bytes that the cpu backend alone reads.
 
     Raises:
-        ValueError: "int8" with so many columns that sums could overflow.
-        RuntimeError: a tensor has another shape or dtype.
+        ValueError: "int8" with so many columns that sums could overflow, or a tensor has another shape or dtype.
     """
     if precision == "int8":
         integers, scale = round_levels(levels, columns)

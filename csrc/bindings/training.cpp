@@ -1,0 +1,319 @@
+// torch.ops.bqnn_cpu: the ops of training, and the instruction set. Stable ABI of torch 2.10 and Python's limited API,
+// so that one build serves later versions of both.
+#include <Python.h>
+
+#include <optional>
+
+#include "bindings/cpu.h"
+#include "cpu/train/assign_codes.h"
+#include "cpu/train/codebook.h"
+#include "cpu/train/elementwise.h"
+#include "cpu/train/noise.h"
+#include "cpu/train/spike_slab_kl.h"
+#include "cpu/train/weights.h"
+
+namespace bqnn {
+namespace {
+
+int64_t cpu_isa() { return static_cast<int64_t>(isa()); }
+
+// --- tensors as kernels take them ---------------------------------------------------------------------------------
+
+// A linear layer's tensor is one row; an image's is [batch, channels, pixels].
+PlaneShape plane_shape(const Tensor& tensor) {
+  if (tensor.dim() != 4) return {1, 1, tensor.numel()};
+  return {tensor.size(0), tensor.size(1), tensor.size(2) * tensor.size(3)};
+}
+
+bool is_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 4) return false;
+  const int order[] = {1, 3, 2, 0};
+  int64_t expected = 1;
+  for (int d : order) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
+    expected *= tensor.size(d);
+  }
+  return true;
+}
+
+// float32 or bfloat16 elements that lie side by side, of the shape of `like`, in whatever order.
+Plane plane(const Tensor& tensor, const char* name, const Tensor& like) {
+  const bool planar = tensor.is_contiguous(), bfloat16 = tensor.scalar_type() == ScalarType::BFloat16;
+  bool same_shape = tensor.dim() == like.dim();
+  for (int64_t d = 0; same_shape && d < like.dim(); ++d) same_shape = tensor.size(d) == like.size(d);
+  if ((!bfloat16 && tensor.scalar_type() != ScalarType::Float) || !tensor.is_cpu() || !same_shape ||
+      (!planar && !is_channels_last(tensor)))
+    refuse(name, "contiguous or channels-last float32 or bfloat16 " + shape_text(like.sizes()) + " on the CPU",
+           describe(tensor));
+  return {{tensor.data_ptr(), bfloat16}, !planar};
+}
+
+Elements elements(const Tensor& tensor, const char* name, int64_t count) {
+  const bool bfloat16 = tensor.scalar_type() == ScalarType::BFloat16;
+  return {counted<void>(tensor, name, bfloat16 ? ScalarType::BFloat16 : ScalarType::Float, count), bfloat16};
+}
+
+Noise noise(const Tensor& seed, int64_t offset) {
+  return {static_cast<uint64_t>(*counted<int64_t>(seed, "seed", ScalarType::Long, 1)), static_cast<uint64_t>(offset)};
+}
+
+// Weights, whose first dimension is the channels'.
+struct WeightShape {
+  int64_t channels, columns;
+
+  explicit WeightShape(const Tensor& weight) {
+    require(weight.dim() >= 1, "weight", "of one dimension or more", weight.dim());
+    channels = weight.size(0);
+    columns = channels > 0 ? weight.numel() / channels : 0;
+  }
+  int64_t weights() const { return channels * columns; }
+};
+
+// The rows of a codebook of levels, or of the thresholds between them, and its levels.
+struct CodebookShape {
+  int64_t groups, levels;
+
+  CodebookShape(const Tensor& codebook, const char* name, int64_t between, std::optional<int64_t> channels) {
+    if (codebook.dim() != 2 || codebook.size(1) + between < 2 || codebook.size(1) + between > kMaxLevels ||
+        (channels && codebook.size(0) != 1 && codebook.size(0) != *channels))
+      refuse(name,
+             "[1" + (channels ? " or " + std::to_string(*channels) : " or more") + ", " + std::to_string(2 - between) +
+                 " to " + std::to_string(kMaxLevels - between) + "]",
+             describe(codebook));
+    groups = codebook.size(0);
+    levels = codebook.size(1) + between;
+  }
+  int64_t count() const { return groups * levels; }
+  int64_t cuts() const { return groups * (levels - 1); }
+};
+
+Posterior posterior(const Tensor& weight, const std::optional<Tensor>& log_sigma2, const Tensor& levels,
+                    const Tensor& thresholds) {
+  const WeightShape shape(weight);
+  const CodebookShape codebook(levels, "levels", 0, shape.channels);
+  return {floats(weight, "weight", shape.weights()),
+          floats(log_sigma2, "log_sigma2", shape.weights()),
+          floats(levels, "levels", codebook.count()),
+          shaped<float>(thresholds, "thresholds", ScalarType::Float, {codebook.groups, codebook.levels - 1}),
+          shape.weights(),
+          codebook.groups,
+          static_cast<int>(codebook.levels)};
+}
+
+Moments moments_mode(int64_t mode) {
+  require(mode >= 0 && mode <= static_cast<int64_t>(Moments::straight_through), "mode", "0, 1 or 2", mode);
+  return static_cast<Moments>(mode);
+}
+
+// --- noise --------------------------------------------------------------------------------------------------------
+
+void random_words_op(int64_t seed, int64_t first, Tensor out) {
+  require(out.numel() % 4 == 0, "out", "whole calls of four words", out.numel());
+  elementwise(isa()).random_words(static_cast<uint64_t>(seed), static_cast<uint64_t>(first), out.numel() / 4,
+                                  counted<uint32_t>(out, "out", ScalarType::Int, out.numel()));
+}
+
+void add_noise_op(Tensor mean, Tensor variance, Tensor seed, int64_t offset, bool keep_slope) {
+  add_noise(torch_threads(), isa(), plane_shape(mean), plane(mean, "mean", mean), plane(variance, "variance", mean),
+            noise(seed, offset), keep_slope);
+}
+
+void multiply_op(Tensor grad, Tensor slope, Tensor out) {
+  multiply(torch_threads(), isa(), plane_shape(grad), plane(grad, "grad", grad), plane(slope, "slope", grad),
+           plane(out, "out", grad));
+}
+
+void noise_gradient_op(Tensor grad, Tensor variance, Tensor seed, int64_t offset, Tensor out) {
+  noise_gradient(torch_threads(), isa(), plane_shape(grad), plane(grad, "grad", grad),
+                 plane(variance, "variance", grad), noise(seed, offset), plane(out, "out", grad));
+}
+
+void square_op(Tensor x, Tensor out) {
+  square(torch_threads(), isa(), plane_shape(x), plane(x, "x", x), plane(out, "out", x));
+}
+
+void add_square_gradient_op(Tensor grad, Tensor x, Tensor grad_square) {
+  add_square_gradient(torch_threads(), isa(), plane_shape(grad), plane(grad, "grad", grad), plane(x, "x", grad),
+                      plane(grad_square, "grad_square", grad));
+}
+
+// --- weights ------------------------------------------------------------------------------------------------------
+
+// Without a seed there is no noise, and without deviations it does not count.
+Noise sample_noise(const std::optional<Tensor>& log_sigma2, const std::optional<Tensor>& seed, int64_t offset) {
+  if (seed) return noise(*seed, offset);
+  if (log_sigma2) refuse("seed", "given where log_sigma2 is", "none");
+  return {};
+}
+
+void sample_op(Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
+               std::optional<Tensor> seed, int64_t offset, Tensor quantized) {
+  const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
+  sample(torch_threads(), isa(), q, sample_noise(log_sigma2, seed, offset), floats(quantized, "quantized", q.weights));
+}
+
+void sample_backward_op(Tensor grad, Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
+                        std::optional<Tensor> seed, int64_t offset, std::optional<Tensor> grad_log_sigma2,
+                        Tensor grad_levels) {
+  const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
+  if (log_sigma2 && !grad_log_sigma2) refuse("grad_log_sigma2", "given where log_sigma2 is", "none");
+  float* by_log_sigma2 = log_sigma2 ? floats(*grad_log_sigma2, "grad_log_sigma2", q.weights) : nullptr;
+  sample_backward(torch_threads(), isa(), q, sample_noise(log_sigma2, seed, offset), floats(grad, "grad", q.weights),
+                  by_log_sigma2, floats(grad_levels, "grad_levels", levels.numel()));
+}
+
+void moments_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds, int64_t mode,
+                std::optional<Tensor> mean, Tensor variance) {
+  const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
+  const Moments kind = moments_mode(mode);
+  if (!mean && kind != Moments::gaussian) refuse("mean", "given where it is not the weight", "none");
+  moments(torch_threads(), isa(), q, kind, floats(mean, "mean", q.weights), elements(variance, "variance", q.weights));
+}
+
+// Turns grad_mean into the weight's gradient.
+void moments_backward_op(Tensor grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,
+                         Tensor thresholds, int64_t mode, Tensor grad_log_sigma2, Tensor grad_levels,
+                         Tensor grad_thresholds) {
+  const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
+  float* by_mean = floats(grad_mean, "grad_mean", q.weights);
+  moments_backward(torch_threads(), isa(), q, moments_mode(mode), by_mean,
+                   elements(grad_variance, "grad_variance", q.weights), by_mean,
+                   floats(grad_log_sigma2, "grad_log_sigma2", q.weights),
+                   floats(grad_levels, "grad_levels", levels.numel()),
+                   floats(grad_thresholds, "grad_thresholds", thresholds.numel()));
+}
+
+// --- codebooks ----------------------------------------------------------------------------------------------------
+
+RawCodebook raw_codebook(const Tensor& levels, const Tensor& scale, const std::optional<Tensor>& thresholds) {
+  const CodebookShape shape(levels, "raw_levels", 0, std::nullopt);
+  return {floats(levels, "raw_levels", shape.count()), floats(scale, "scale", shape.groups),
+          floats(thresholds, "raw_thresholds", shape.cuts()), shape.groups, static_cast<int>(shape.levels)};
+}
+
+void codebook_from_raw_op(Tensor raw_levels, Tensor scale, std::optional<Tensor> raw_thresholds, Tensor levels,
+                          Tensor thresholds, Tensor tau) {
+  const RawCodebook raw = raw_codebook(raw_levels, scale, raw_thresholds);
+  const int64_t count = raw_levels.numel();
+  codebook_from_raw(raw, floats(levels, "levels", count), floats(thresholds, "thresholds", count - raw.groups),
+                    floats(tau, "tau", count));
+}
+
+void codebook_from_raw_backward_op(Tensor grad_levels, Tensor grad_thresholds, Tensor raw_levels, Tensor scale,
+                                   std::optional<Tensor> raw_thresholds, Tensor grad_raw_levels,
+                                   Tensor grad_raw_thresholds) {
+  const RawCodebook raw = raw_codebook(raw_levels, scale, raw_thresholds);
+  const int64_t count = raw_levels.numel(), cuts = count - raw.groups;
+  codebook_from_raw_backward(raw, floats(grad_levels, "grad_levels", count),
+                             floats(grad_thresholds, "grad_thresholds", cuts),
+                             floats(grad_raw_levels, "grad_raw_levels", count),
+                             floats(grad_raw_thresholds, "grad_raw_thresholds", raw_thresholds ? cuts : 0));
+}
+
+// --- assign_codes and spike_slab_kl -------------------------------------------------------------------------------
+
+void assign_codes_op(Tensor weight, Tensor thresholds, bool packed, Tensor out) {
+  const WeightShape shape(weight);
+  const CodebookShape codebook(thresholds, "thresholds", 1, shape.channels);
+  int64_t digits = 1;
+  for (int64_t values = codebook.levels; packed && values * codebook.levels <= 256; values *= codebook.levels) ++digits;
+  const AssignCodes weights{floats(weight, "weight", shape.weights()),
+                            floats(thresholds, "thresholds", codebook.cuts()),
+                            shape.channels,
+                            shape.columns,
+                            codebook.groups != 1,
+                            static_cast<int>(codebook.levels)};
+  const int64_t width = (shape.columns + digits - 1) / digits;
+  auto* codes = counted<uint8_t>(out, "out", ScalarType::Byte, shape.channels * width);
+  (packed ? assign_codes_packed : assign_codes)(torch_threads(), isa(), weights, codes);
+}
+
+SpikeSlabKl make_prior(const Tensor& weight, const Tensor& log_sigma2, const Tensor& levels, const Tensor& tau) {
+  const WeightShape shape(weight);
+  const CodebookShape codebook(levels, "levels", 0, shape.channels);
+  return {floats(weight, "weight", shape.weights()),
+          floats(log_sigma2, "log_sigma2", shape.weights()),
+          floats(levels, "levels", codebook.count()),
+          shaped<float>(tau, "tau", ScalarType::Float, {codebook.groups, codebook.levels}),
+          shape.channels,
+          shape.columns,
+          codebook.groups != 1,
+          static_cast<int>(codebook.levels)};
+}
+
+void spike_slab_kl_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau, Tensor out) {
+  const SpikeSlabKl prior = make_prior(weight, log_sigma2, levels, tau);
+  *floats(out, "out", 1) = spike_slab_kl(torch_threads(), isa(), prior);
+}
+
+void spike_slab_kl_backward_op(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau,
+                               Tensor grad_weight, Tensor grad_log_sigma2, Tensor grad_levels) {
+  const SpikeSlabKl prior = make_prior(weight, log_sigma2, levels, tau);
+  const SpikeSlabKlGradients gradients{floats(grad_weight, "grad_weight", weight.numel()),
+                                       floats(grad_log_sigma2, "grad_log_sigma2", weight.numel()),
+                                       floats(grad_levels, "grad_levels", levels.numel())};
+  spike_slab_kl_backward(torch_threads(), isa(), prior, *floats(grad, "grad", 1), gradients);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(bqnn_cpu, m) {
+  m.def("isa() -> int");
+  m.def("random_words(int seed, int first, Tensor(a!) out) -> ()");
+  m.def("add_noise(Tensor(a!) mean, Tensor(b!) variance, Tensor seed, int offset, bool keep_slope) -> ()");
+  m.def("multiply(Tensor grad, Tensor slope, Tensor(a!) out) -> ()");
+  m.def("noise_gradient(Tensor grad, Tensor variance, Tensor seed, int offset, Tensor(a!) out) -> ()");
+  m.def("square(Tensor x, Tensor(a!) out) -> ()");
+  m.def("add_square_gradient(Tensor(a!) grad, Tensor x, Tensor grad_square) -> ()");
+  m.def(
+      "sample(Tensor weight, Tensor? log_sigma2, Tensor levels, Tensor thresholds, Tensor? seed, int offset,"
+      " Tensor(a!) quantized) -> ()");
+  m.def(
+      "sample_backward(Tensor grad, Tensor weight, Tensor? log_sigma2, Tensor levels, Tensor thresholds, Tensor? seed,"
+      " int offset, Tensor(a!)? grad_log_sigma2, Tensor(b!) grad_levels) -> ()");
+  m.def(
+      "moments(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds, int mode, Tensor(a!)? mean,"
+      " Tensor(b!) variance) -> ()");
+  m.def(
+      "moments_backward(Tensor(a!) grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,"
+      " Tensor thresholds, int mode, Tensor(b!) grad_log_sigma2, Tensor(c!) grad_levels,"
+      " Tensor(d!) grad_thresholds) -> ()");
+  m.def(
+      "codebook_from_raw(Tensor raw_levels, Tensor scale, Tensor? raw_thresholds, Tensor(a!) levels,"
+      " Tensor(b!) thresholds, Tensor(c!) tau) -> ()");
+  m.def(
+      "codebook_from_raw_backward(Tensor grad_levels, Tensor grad_thresholds, Tensor raw_levels, Tensor scale,"
+      " Tensor? raw_thresholds, Tensor(a!) grad_raw_levels, Tensor(b!) grad_raw_thresholds) -> ()");
+  m.def("assign_codes(Tensor weight, Tensor thresholds, bool packed, Tensor(a!) out) -> ()");
+  m.def("spike_slab_kl(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau, Tensor(a!) out) -> ()");
+  m.def(
+      "spike_slab_kl_backward(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau,"
+      " Tensor(a!) grad_weight, Tensor(b!) grad_log_sigma2, Tensor(c!) grad_levels) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&cpu_isa)); }
+
+STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CPU, m) {
+  m.impl("random_words", TORCH_BOX(&random_words_op));
+  m.impl("add_noise", TORCH_BOX(&add_noise_op));
+  m.impl("noise_gradient", TORCH_BOX(&noise_gradient_op));
+  m.impl("multiply", TORCH_BOX(&multiply_op));
+  m.impl("square", TORCH_BOX(&square_op));
+  m.impl("add_square_gradient", TORCH_BOX(&add_square_gradient_op));
+  m.impl("sample", TORCH_BOX(&sample_op));
+  m.impl("sample_backward", TORCH_BOX(&sample_backward_op));
+  m.impl("moments", TORCH_BOX(&moments_op));
+  m.impl("moments_backward", TORCH_BOX(&moments_backward_op));
+  m.impl("codebook_from_raw", TORCH_BOX(&codebook_from_raw_op));
+  m.impl("codebook_from_raw_backward", TORCH_BOX(&codebook_from_raw_backward_op));
+  m.impl("assign_codes", TORCH_BOX(&assign_codes_op));
+  m.impl("spike_slab_kl", TORCH_BOX(&spike_slab_kl_op));
+  m.impl("spike_slab_kl_backward", TORCH_BOX(&spike_slab_kl_backward_op));
+}
+
+}  // namespace bqnn
+
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

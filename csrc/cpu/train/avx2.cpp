@@ -1,0 +1,17 @@
+#include "cpu/train/elementwise.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define BQNN_LANES 8
+
+namespace bqnn::avx2 {
+#include "cpu/train/elementwise.inl"
+}  // namespace bqnn::avx2
+
+#pragma GCC pop_options
+
+#endif
