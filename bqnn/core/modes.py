@@ -27,7 +27,8 @@ def replica(net: nn.Module) -> nn.Module:
     """Modules of their own, with modes, hooks and attributes of their own, that share every tensor with ``net``.
 
     What refers to a module of the network, in an attribute, in a container of one or as a bound method, refers to its
-    twin in the replica. A compiled module's twin is not compiled: a compiled function is one of the module itself.
+    twin in the replica. A compiled module's twin is not compiled: a compiled function is one of the module itself. A
+    scripted module, whose modes are out of Python's reach, is copied as a whole.
     """
     twin: nn.Module = _twin(net, {})
     return twin
@@ -39,7 +40,7 @@ def _twin(value: Any, twins: dict[int, Any]) -> Any:
         return twins[id(value)]
     kind = type(value)
     if isinstance(value, torch.jit.ScriptModule):
-        twins[id(value)] = copy.copy(value)
+        twins[id(value)] = copy.deepcopy(value)
     elif _is_compiled(value):
         twins[id(value)] = _twin(value._orig_mod, twins)
     elif isinstance(value, nn.Module):

@@ -117,7 +117,10 @@ def register_op(
         keep(ctx, structure.nest(inputs[1:]), inputs[0], output)
 
     def forward_of_transformed(backend: str | None, *flat: Any) -> Any:
-        return call(name, structure.nest(flat), backend)
+        # Below all transforms; a level of forward-mode differentiation is still open, but not for these tensors.
+        if _have_data([each for each in flat if isinstance(each, Tensor)]):
+            return dispatch.run(name, structure.nest(flat), backend)
+        return _through_dispatcher(_ops[name], list(flat), backend)
 
     function = None
     if backward is not None:
@@ -183,10 +186,15 @@ def _one_by_one(apply: Callable[..., Any], info: Any, dims: tuple[Any, ...], fla
 
 def is_plain(tensors: list[Tensor]) -> bool:
     """Whether nothing looks on: no compiler, mode or transform, and no tensor without data or of another class."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack():
         return False
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_function_stack():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE) or forward_ad._current_level >= 0:
+    return not torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE) and _have_data(tensors)
+
+
+def _have_data(tensors: list[Tensor]) -> bool:
+    """Whether a backend can take these tensors: they have data, no class of their own, and no dispatch mode watches."""
+    if torch._C._len_torch_dispatch_stack():
         return False
     return all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in tensors)
