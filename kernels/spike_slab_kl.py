@@ -295,12 +295,12 @@ def _cut(weight, levels):
 
 
 def forward(weight, log_sigma2, levels, tau):
-    """The divergence, a scalar in the weight's dtype; tensors are contiguous and not empty."""
+    """The divergence, a float32 scalar; tensors are contiguous and not empty."""
     sizes, programs, blocks = _cut(weight, levels)
     grid = (programs[0] * programs[1],)
     sums = torch.empty(grid, device=weight.device)
     spike_slab_kl_fwd_kernel[grid](weight, log_sigma2, levels, tau, sums, *sizes, **flags_of_codebook(levels), **blocks)
-    return sums.sum().to(weight.dtype)
+    return sums.sum()
 
 
 def backward(grad, weight, log_sigma2, levels, tau):

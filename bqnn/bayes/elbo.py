@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bqnn.bayes.layers import bayes_layers
+from bqnn.core.precision import wide, wide_dtype
 
 
 class Elbo(NamedTuple):
@@ -21,7 +22,7 @@ class Elbo(NamedTuple):
 
 
 def kl_divergence(net: nn.Module) -> Tensor:
-    """KL(q || prior) summed over every weight of every Bayes layer, a scalar in nats.
+    """KL(q || prior) summed over every weight of every Bayes layer, a scalar in nats, float32 or float64.
 
     Raises:
         ValueError: the network has no Bayes layer.
@@ -30,7 +31,8 @@ def kl_divergence(net: nn.Module) -> Tensor:
     if not layers:
         raise ValueError("net has no Bayes layer; convert it first: net = bqnn.convert(net)")
     terms = [layer.kl_divergence() for layer in layers.values()]
-    return torch.stack([term.to(terms[0]) for term in terms]).sum()
+    widest = wide_dtype(*(term.dtype for term in terms))
+    return torch.stack([term.to(terms[0].device, widest) for term in terms]).sum()
 
 
 def elbo(
@@ -44,7 +46,8 @@ def elbo(
     """The negative ELBO over N = ``dataset_size`` samples (Chien and Chang 2023): the loss to minimize.
 
     Args:
-        output: what the network, in training mode, made of a batch, e.g. logits [B, classes].
+        output: what the network, in training mode, made of a batch, e.g. logits [B, classes]. float16 and bfloat16
+            outputs, and targets, reach ``nll`` in float32.
         target: what ``nll`` compares it with, e.g. labels int64 [B].
         net: the network, for the divergence of its Bayes layers.
         dataset_size: number of training samples, over which the divergence is spread.
@@ -58,6 +61,8 @@ def elbo(
         raise ValueError(f"dataset_size must be at least 1, got {dataset_size}")
     if not kl_weight >= 0.0:
         raise ValueError(f"kl_weight must be at least 0, got {kl_weight}")
+    # What an `nll` of the user's own takes may be no tensor.
+    output, target = (wide(each) if isinstance(each, Tensor) else each for each in (output, target))
     likelihood, kl = nll(output, target), kl_divergence(net)
     return Elbo(likelihood + kl_weight * kl / dataset_size, likelihood, kl)
 

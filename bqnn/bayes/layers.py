@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from bqnn.core import codebook, quantizer
 from bqnn.core.check import check_conv2d_input, check_floating, check_linear_input, check_num_levels
 from bqnn.core.geometry import explicit_padding
 from bqnn.core.philox import fresh_seed
+from bqnn.core.precision import is_autocasting, is_half, wide, wide_dtype
 from bqnn.ops.codebook_from_raw import codebook_from_raw
 
 GRANULARITIES = ("tensor", "channel")
@@ -24,6 +26,9 @@ PRIORS = ("spike_slab", "gaussian")
 SIGMA_PER_GAP = 0.1  # posterior deviation at the start, in level gaps
 LOG_SIGMA2_RANGE = (-40.0, 10.0)  # of a layer with weights of an ordinary size
 LOG_SIGMA2_REACH = (-30.0, 15.0)  # of any layer: from where the variances of its codebook would start
+SCALES = ("level_scale", "prior_sigma2")
+
+_sampled: ContextVar[frozenset[BayesLayer]] = ContextVar("sampled", default=frozenset())
 
 
 class BayesLayer(nn.Module):
@@ -31,7 +36,9 @@ class BayesLayer(nn.Module):
 
     Parameters of the module: ``weight`` (the means), ``log_sigma2`` (the weight's shape), ``bias``, ``raw_levels``
     [G, M] and, for ``partition="learned"``, ``raw_thresholds`` [G, M - 1]. ``levels`` and ``thresholds`` are made of
-    the raw ones, in order by construction.
+    the raw ones, in order by construction. The scale of the levels and the variance of the Gaussian prior are buffers,
+    float32 at least: ``half()`` and ``bfloat16()`` leave them alone, as float16 ends at 6e-8. With them, parameters of
+    half precision stand for a codebook of any size; levels, thresholds and divergences are computed in float32.
     """
 
     weight: Tensor
@@ -39,6 +46,9 @@ class BayesLayer(nn.Module):
     raw_thresholds: nn.Parameter | None
     level_scale: Tensor
     prior_sigma2: Tensor
+    _estimator = ""
+    _variance_learns = True
+    _replica_of_sampling = False
 
     def _init_bayes(
         self,
@@ -51,28 +61,57 @@ class BayesLayer(nn.Module):
         coarse_variance: bool,
     ) -> None:
         check_num_levels(num_levels)
-        for name, value, choices in (
-            ("granularity", granularity, GRANULARITIES),
-            ("partition", partition, PARTITIONS),
-            ("estimator", estimator, ESTIMATORS),
-            ("prior", prior, PRIORS),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        _check_choice("granularity", granularity, GRANULARITIES)
+        _check_choice("partition", partition, PARTITIONS)
+        _check_choice("estimator", estimator, ESTIMATORS)
+        _check_choice("prior", prior, PRIORS)
         self.num_levels, self.granularity, self.partition = num_levels, granularity, partition
-        self.estimator, self.prior = estimator, prior
+        self.prior = prior
         self.quantize_mean, self.coarse_variance = quantize_mean, coarse_variance
-        self.sampling = False
         groups = 1 if granularity == "tensor" else self.weight.shape[0]
-        empty = self.weight.detach().new_empty
+        empty, wide_type = self.weight.detach().new_empty, wide_dtype(self.weight.dtype)
         self.log_sigma2 = nn.Parameter(torch.empty_like(self.weight))
+        self.estimator = estimator
         self.raw_levels = nn.Parameter(empty((groups, num_levels)))
         raw_thresholds = nn.Parameter(empty((groups, num_levels - 1))) if partition == "learned" else None
         self.register_parameter("raw_thresholds", raw_thresholds)
-        self.register_buffer("level_scale", empty((groups, 1)))
-        self.register_buffer("prior_sigma2", empty(()))
+        self.register_buffer("level_scale", empty((groups, 1), dtype=wide_type))
+        self.register_buffer("prior_sigma2", empty((), dtype=wide_type))
         if self.weight.device.type != "meta":
             self.fit_codebook_()
+
+    @property
+    def estimator(self) -> str:
+        """ "moment", "sample", "local" or "deterministic"; may be set, whatever optimizers there are already.
+
+        A deterministic layer has no use for ``log_sigma2``, which then requires no gradient: DistributedDataParallel
+        waits for the gradient of every parameter that requires one. Another estimator gives it back what it had.
+
+        Raises:
+            ValueError: set to none of those.
+        """
+        return self._estimator
+
+    @estimator.setter
+    def estimator(self, value: str) -> None:
+        _check_choice("estimator", value, ESTIMATORS)
+        before, self._estimator = self._estimator, value
+        if value == "deterministic" != before:
+            self._variance_learns = self.log_sigma2.requires_grad
+            self.log_sigma2.requires_grad_(False).grad = None
+        elif before == "deterministic" != value:
+            self.log_sigma2.requires_grad_(self._variance_learns)
+
+    @property
+    def sampling(self) -> bool:
+        """Whether the layer is inside :func:`bqnn.sampling`, in this thread (or task)."""
+        return self in _sampled.get() or self._replica_of_sampling
+
+    def _replicate_for_data_parallel(self) -> BayesLayer:
+        """A replica runs in a thread of its own, where nobody has entered :func:`bqnn.sampling`."""
+        replica = super()._replicate_for_data_parallel()
+        replica._replica_of_sampling = self.sampling
+        return replica
 
     @property
     def levels(self) -> Tensor:
@@ -108,7 +147,7 @@ class BayesLayer(nn.Module):
             mean_square += self._expected_spread() ** 2
         limits = torch.finfo(self.prior_sigma2.dtype)
         self.prior_sigma2.fill_(min(max(mean_square, limits.smallest_normal * limits.eps), limits.max))
-        rows = self.weight.reshape(self.raw_levels.shape[0], -1)
+        rows = wide(self.weight).reshape(self.raw_levels.shape[0], -1)
         self.set_levels_(codebook.lloyd_max(rows, self.num_levels, self._expected_spread()))
 
     @torch.no_grad()
@@ -126,7 +165,7 @@ class BayesLayer(nn.Module):
         check_floating("levels", levels)
         if levels.shape != self.raw_levels.shape:
             raise ValueError(f"levels must have the shape {list(self.raw_levels.shape)}, got {list(levels.shape)}")
-        levels = levels.to(self.raw_levels)
+        levels = levels.to(self.level_scale)
         exact = levels.double()
         scale = exact.std(1, correction=0, keepdim=True).to(levels)
         steps = levels[:, 1:] - levels[:, :-1]
@@ -201,7 +240,7 @@ class BayesLayer(nn.Module):
         """Q(mu), in the weight's shape and dtype; no gradient is recorded."""
         with torch.no_grad():
             levels, thresholds, _ = self._codebook()
-            return quantizer.look_up(levels, ops.assign_codes(self.weight, thresholds))
+            return quantizer.look_up(levels, ops.assign_codes(self.weight, thresholds)).to(self.weight.dtype)
 
     def check_parameters(self) -> None:
         """Raises ValueError for a parameter with NaN or infinity, or a log_sigma2 out of range; names it."""
@@ -222,14 +261,16 @@ class BayesLayer(nn.Module):
     def kl_divergence(self) -> Tensor:
         """KL(q || prior) summed over the layer's weights, a scalar in nats (spike-and-slab: up to a constant).
 
-        0 for the deterministic estimator, which has no posterior. The Gaussian prior is N(0, s^2), s^2 the mean square
-        of the weights that the codebook was fitted to, or the one to expect where they were all the same.
+        In the weight's dtype, float32 for float16 and bfloat16. 0 for the deterministic estimator, which has no
+        posterior. The Gaussian prior is N(0, s^2), s^2 the mean square of the weights that the codebook was fitted to,
+        or the one to expect where they were all the same.
         """
         if self.estimator == "deterministic":
-            return self.weight.new_zeros(())
+            return wide(self.weight.new_zeros(()))
         if self.prior == "gaussian":
-            ratio = self.log_sigma2 - self.prior_sigma2.log()
-            return 0.5 * (self.weight.square() / self.prior_sigma2 + ratio.exp() - ratio - 1.0).sum()
+            weight, log_sigma2, prior_sigma2 = wide(self.weight), wide(self.log_sigma2), wide(self.prior_sigma2)
+            ratio = log_sigma2 - prior_sigma2.log()
+            return 0.5 * (weight.square() / prior_sigma2 + ratio.exp() - ratio - 1.0).sum()
         levels, _, tau = self._codebook()
         return ops.spike_slab_kl(self.weight, self.log_sigma2, levels, tau)
 
@@ -237,7 +278,7 @@ class BayesLayer(nn.Module):
         self, x: Tensor, sample: Callable[..., Tensor], moment: Callable[..., Tensor], geometry: Mapping[str, Any]
     ) -> Tensor:
         """The layer's product while it trains or samples: one op, chosen by the estimator."""
-        if torch.is_autocast_enabled(x.device.type):
+        if is_autocasting(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
             x = x.to(torch.get_autocast_dtype(x.device.type))
         levels, thresholds, _ = self._codebook()
         if self.estimator in ("sample", "deterministic"):
@@ -271,11 +312,24 @@ class BayesLayer(nn.Module):
             state_dict = {**state_dict, **{prefix + name: getattr(self, name).detach() for name in own}}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BayesLayer:
+        before = {name: getattr(self, name) for name in SCALES}
+        super()._apply(fn, recurse)
+        for name, scale in before.items():
+            if is_half(getattr(self, name)):
+                setattr(self, name, scale.to(getattr(self, name).device, torch.float32))
+        return self
+
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"num_levels={self.num_levels}", f"estimator={self.estimator!r}"]
         defaults = (("granularity", "tensor"), ("partition", "nearest"), ("prior", "spike_slab"))
         parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults if getattr(self, name) != value]
         return ", ".join(parts)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 class BayesLinear(BayesLayer, nn.Linear):
@@ -383,13 +437,12 @@ def bayes_layers(net: nn.Module) -> dict[str, BayesLayer]:
 
 @contextmanager
 def sampling(net: nn.Module) -> Iterator[None]:
-    """Inside, the Bayes layers of ``net`` draw from the posterior in evaluation mode too."""
-    layers = list(bayes_layers(net).values())
-    before = [layer.sampling for layer in layers]
+    """Inside, the Bayes layers of ``net`` draw from the posterior in evaluation mode too.
+
+    That holds for the thread (or asyncio task) that is inside, and for no other one that runs the same network.
+    """
+    token = _sampled.set(_sampled.get().union(bayes_layers(net).values()))
     try:
-        for layer in layers:
-            layer.sampling = True
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.sampling = value
+        _sampled.reset(token)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.bayes.layers import bayes_layers, sampling
-from bqnn.core.modes import evaluating
+from bqnn.core.modes import in_evaluation
+from bqnn.core.precision import wide
 
 
 class Prediction(NamedTuple):
-    """What the posterior says of a batch."""
+    """What the posterior says of a batch: float32, or float64 where the logits are."""
 
     probs: Tensor  # [B, classes], the mean over the samples
     entropy: Tensor  # [B], nats: the total uncertainty of probs
@@ -20,12 +21,17 @@ class Prediction(NamedTuple):
 
 
 def _entropy(probs: Tensor) -> Tensor:
-    return torch.special.entr(probs).sum(-1)
+    """float64: a mutual information is a small difference of two of them."""
+    return torch.special.entr(probs.double()).sum(-1)
 
 
 @torch.no_grad()
 def predict(net: nn.Module, x: Tensor, samples: int = 1) -> Prediction:
     """The predictive distribution of a classifier in evaluation mode.
+
+    Nothing of ``net`` is changed, so that threads may call this at once, and others use the network meanwhile, in
+    training mode too: where it is not in evaluation mode, a replica with the same tensors is asked. What a module of
+    the replica sets on itself is then not to be seen on the network, and a compiled network runs uncompiled.
 
     Args:
         net: a network that returns logits [B, classes].
@@ -40,12 +46,13 @@ def predict(net: nn.Module, x: Tensor, samples: int = 1) -> Prediction:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if samples > 1 and all(layer.estimator == "deterministic" for layer in bayes_layers(net).values()):
         raise ValueError(f"net has no Bayes layer with a posterior to draw {samples} samples from; use samples=1")
-    with evaluating(net):
-        if samples == 1:
-            probs = net(x).softmax(-1)
-            return Prediction(probs, _entropy(probs), torch.zeros_like(probs[..., 0]))
-        with sampling(net):
-            draws = torch.stack([net(x).softmax(-1) for _ in range(samples)])
-    probs = draws.mean(0)
-    entropy = _entropy(probs)
-    return Prediction(probs, entropy, (entropy - _entropy(draws).mean(0)).clamp(min=0.0))
+    net = in_evaluation(net)
+    if samples == 1:
+        probs = wide(net(x)).softmax(-1)
+        return Prediction(probs, _entropy(probs).to(probs), torch.zeros_like(probs[..., 0]))
+    with sampling(net):
+        draws = torch.stack([wide(net(x)).softmax(-1) for _ in range(samples)])
+    mean = draws.mean(0, dtype=torch.float64)
+    entropy = _entropy(mean)
+    information = (entropy - _entropy(draws).mean(0)).clamp(min=0.0)
+    return Prediction(*(each.to(draws.dtype) for each in (mean, entropy, information)))

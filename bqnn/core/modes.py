@@ -1,20 +1,89 @@
-"""evaluating: a network in evaluation mode for a while."""
+"""A network in evaluation mode for one caller, while others use the same network in theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+import sys
+from collections import OrderedDict
+from types import MethodType
+from typing import Any
 
+import torch
 from torch import nn
 
+_CONTAINERS = (list, tuple, set, dict, OrderedDict)
+_OWN = tuple(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
+"""Of a module: parameters, buffers, submodules and hooks."""
 
-@contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Inside, all modules of ``net`` start in evaluation mode; afterwards each has the mode that it had before."""
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+
+def in_evaluation(net: nn.Module) -> nn.Module:
+    """``net`` where all of it is in evaluation mode, else a :func:`replica` of it that is; ``net`` is left alone."""
+    if not any(module.training for module in net.modules()):
+        return net
+    return replica(net).eval()
+
+
+def replica(net: nn.Module) -> nn.Module:
+    """Modules of their own, with modes, hooks and attributes of their own, that share every tensor with ``net``.
+
+    What refers to a module of the network, in an attribute, in a container of one or as a bound method, refers to its
+    twin in the replica. A compiled module's twin is not compiled: a compiled function is one of the module itself. A
+    scripted module, whose modes are out of Python's reach, is copied as a whole.
+    """
+    twin: nn.Module = _twin(net, {})
+    return twin
+
+
+def _twin(value: Any, twins: dict[int, Any]) -> Any:
+    """``value`` for the replica; itself where it refers to no module."""
+    if id(value) in twins:
+        return twins[id(value)]
+    kind = type(value)
+    if isinstance(value, torch.jit.ScriptModule):
+        twins[id(value)] = copy.deepcopy(value)
+    elif _is_compiled(value):
+        twins[id(value)] = _twin(value._orig_mod, twins)
+    elif isinstance(value, nn.Module):
+        return _module_twin(value, twins)
+    elif kind is MethodType:
+        owner = _twin(value.__self__, twins)
+        return value if owner is value.__self__ else MethodType(value.__func__, owner)
+    elif kind in _CONTAINERS:
+        twins[id(value)] = value  # for a container that holds itself
+        twins[id(value)] = _container_twin(value, twins)
+    else:
+        return value
+    return twins[id(value)]
+
+
+def _module_twin(module: nn.Module, twins: dict[int, Any]) -> nn.Module:
+    twin: nn.Module = type(module).__new__(type(module))
+    twins[id(module)] = twin
+    attributes = dict(module.__dict__)
+    for name in _OWN:
+        attributes[name] = copy.copy(attributes[name])
+        for key, value in attributes[name].items():
+            attributes[name][key] = _twin(value, twins)
+    for name in attributes.keys() - set(_OWN):
+        attributes[name] = _twin(attributes[name], twins)
+    attributes["_compiled_call_impl"] = None  # what module.compile() made
+    twin.__dict__.update(attributes)
+    return twin
+
+
+def _container_twin(container: Any, twins: dict[int, Any]) -> Any:
+    """A container of twins; the same one, which others may be reading, where there is nothing to replace in it."""
+    if isinstance(container, dict):
+        pairs = [(key, value, _twin(value, twins)) for key, value in container.items()]
+        changed = any(twin is not value for _, value, twin in pairs)
+        return type(container)((key, twin) for key, _, twin in pairs) if changed else container
+    elements = list(container)
+    replaced = [_twin(each, twins) for each in elements]
+    changed = any(twin is not each for twin, each in zip(replaced, elements, strict=True))
+    return type(container)(replaced) if changed else container
+
+
+def _is_compiled(value: Any) -> bool:
+    # Where nobody has compiled anything, the compiler is not imported, and importing it takes long.
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return compiler is not None and isinstance(value, compiler.OptimizedModule)

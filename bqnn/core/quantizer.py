@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bqnn.core.philox import Noise
+from bqnn.core.precision import narrowed, wide
 
 Z_LIMIT = 9.0  # Phi(-9) is 1e-19: nothing beside the 1 that it is added to
 
@@ -31,6 +32,15 @@ class Posterior(NamedTuple):
 
     def contiguous(self) -> Posterior:
         return Posterior(*(None if tensor is None else tensor.contiguous() for tensor in self))  # type: ignore[arg-type]
+
+    def wide(self) -> Posterior:
+        """With float32 in place of float16 and bfloat16."""
+        return Posterior(*(None if tensor is None else wide(tensor) for tensor in self))  # type: ignore[arg-type]
+
+    def in_dtypes_of(self, other: Posterior) -> Posterior:
+        """Contiguous, each tensor in the dtype that ``other`` has in its place: gradients, as parameters want them."""
+        pairs = zip(self, other, strict=True)
+        return Posterior(*(None if a is None or b is None else narrowed(a, b.dtype).contiguous() for a, b in pairs))  # type: ignore[arg-type]
 
     def part(self, channels: slice) -> Posterior:
         """That of some output channels, in the same memory."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn.core.codebook import MARGIN, MIN_GAP, TAU_PER_GAP, gaps, levels_from_raw, thresholds_from_raw
+from bqnn.core.precision import narrowed, wide, wide_dtype
 from bqnn.core.product import contiguous
 from bqnn.core.quantizer import midpoints
 from bqnn.core.structure import Structure, only
@@ -24,6 +25,10 @@ class RawCodebook(NamedTuple):
     scale: Tensor
     raw_thresholds: Tensor | None
 
+    def wide(self) -> RawCodebook:
+        """With float32 in place of float16 and bfloat16, which do not tell the levels of a narrow codebook apart."""
+        return RawCodebook(*(None if tensor is None else wide(tensor) for tensor in self))  # type: ignore[arg-type]
+
 
 class RawCodebookBackward(NamedTuple):
     """The arguments of its backward op."""
@@ -34,6 +39,7 @@ class RawCodebookBackward(NamedTuple):
 
 
 def codebook_from_raw_reference(raw: RawCodebook) -> tuple[Tensor, Tensor, Tensor]:
+    raw = raw.wide()
     levels = levels_from_raw(raw.raw_levels, raw.scale)
     if raw.raw_thresholds is None:
         thresholds = midpoints(levels)
@@ -44,25 +50,30 @@ def codebook_from_raw_reference(raw: RawCodebook) -> tuple[Tensor, Tensor, Tenso
 
 def codebook_from_raw_backward_reference(call: RawCodebookBackward) -> tuple[Tensor, Tensor]:
     """Gradients for the raw levels and the raw thresholds (empty without them)."""
-    grad_levels, grad_thresholds, (raw_levels, scale, raw_thresholds) = call
-    grad_raw_thresholds = raw_levels.new_empty(0)
+    grad_levels, grad_thresholds, raw = call
+    raw_levels, scale, raw_thresholds = raw.wide()
+    by_raw_thresholds = raw_levels.new_empty(0)
     share: Tensor | float = 0.5
     if raw_thresholds is not None:
         levels, gate = levels_from_raw(raw_levels, scale), torch.sigmoid(raw_thresholds)
         share = MARGIN + (1.0 - 2.0 * MARGIN) * gate
         by_share = grad_thresholds * (levels[:, 1:] - levels[:, :-1])
-        grad_raw_thresholds = by_share * (1.0 - 2.0 * MARGIN) * gate * (1.0 - gate)
+        by_raw_thresholds = by_share * (1.0 - 2.0 * MARGIN) * gate * (1.0 - gate)
     grad_levels = grad_levels + F.pad(share * grad_thresholds, (1, 0)) + F.pad((1.0 - share) * grad_thresholds, (0, 1))
     by_increment = scale * grad_levels.flip(1).cumsum(1).flip(1)
     by_gaps, first = by_increment[:, 1:], raw_levels[:, :1]
     by_first = by_increment[:, :1] + MIN_GAP * first.sign() * by_gaps.sum(1, keepdim=True)
-    return torch.cat([by_first, by_gaps * torch.sigmoid(raw_levels[:, 1:])], dim=1), grad_raw_thresholds
+    by_raw_levels = torch.cat([by_first, by_gaps * torch.sigmoid(raw_levels[:, 1:])], dim=1)
+    dtype = raw.raw_levels.dtype
+    return narrowed(by_raw_levels, dtype), narrowed(by_raw_thresholds, dtype)
 
 
 def _fake(raw: RawCodebook) -> tuple[Tensor, Tensor, Tensor]:
     groups, num_levels = raw.raw_levels.shape
-    like = raw.raw_levels.new_empty
-    return like((groups, num_levels)), like((groups, num_levels - 1)), like((groups, num_levels))
+    raw_levels, dtype = raw.raw_levels, wide_dtype(raw.raw_levels.dtype)
+    shapes = (groups, num_levels), (groups, num_levels - 1), (groups, num_levels)
+    levels, thresholds, tau = (raw_levels.new_empty(shape, dtype=dtype) for shape in shapes)
+    return levels, thresholds, tau
 
 
 def _fake_backward(call: RawCodebookBackward) -> tuple[Tensor, Tensor]:
@@ -131,6 +142,6 @@ def codebook_from_raw(
 
     Returns:
         levels [G, M], strictly increasing; thresholds [G, M - 1], between them; tau [G, M], a share of each level's
-        distance to its nearest neighbour.
+        distance to its nearest neighbour. All in the dtype of ``raw_levels``, but float32 for float16 and bfloat16.
     """
     return call("codebook_from_raw", RawCodebook(raw_levels, scale, raw_thresholds), backend)

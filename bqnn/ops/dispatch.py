@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bqnn.core import native
+from bqnn.core.precision import is_autocasting
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 BY_NAME_ONLY = ("dense",)
@@ -137,7 +138,16 @@ def available(op: str, device: torch.device, forced: str | None = None) -> str:
 
 def run(op: str, call: Any, forced: str | None = None) -> Any:
     """Runs ``call`` of ``op``; raises as :func:`choose` does."""
-    return choose(op, call, forced).run(call)
+    return without_autocast(choose(op, call, forced).run, call)
+
+
+def without_autocast(function: Callable[[Any], Any], call: Any) -> Any:
+    """``function(call)``, whose products have the dtypes that an op gives them: autocast would round what is wide."""
+    device_type = call[0].device.type
+    if not is_autocasting(device_type):
+        return function(call)
+    with torch.autocast(device_type, enabled=False):
+        return function(call)
 
 
 @cache

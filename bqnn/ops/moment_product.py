@@ -16,6 +16,7 @@ from torch import Tensor
 from bqnn.core import quantizer
 from bqnn.core.check import check_levels, check_same_shape, check_seed, check_thresholds, check_weight
 from bqnn.core.philox import Noise
+from bqnn.core.precision import is_half, wide, wide_dtype
 from bqnn.core.product import Product, coarse_order
 from bqnn.core.quantizer import MODES, Posterior
 from bqnn.core.structure import Structure, only
@@ -83,37 +84,50 @@ def slope_of(variance: Tensor, noise: Tensor) -> Tensor:
     return torch.where(variance > 0.0, 0.5 * noise / variance.sqrt(), 0.0)
 
 
+def squares_dtype(x: Tensor, coarse: bool) -> torch.dtype:
+    """What squares and variances are multiplied in: float16 ends at the square of 256."""
+    if not is_half(x):
+        return x.dtype
+    return torch.bfloat16 if coarse else torch.float32
+
+
 def moment_product(call: MomentCall) -> tuple[Tensor, Tensor]:
     """y, and dy/dVar[y] in bfloat16 if ``coarse_variance``, else an empty tensor.
 
     The noise of an output is Philox's at its index in row-major order.
     """
     x, product, coarse = call.x, call.product, call.coarse_variance
-    mean, variance = weight_moments(call.posterior, call.mode)
+    mean, variance = weight_moments(call.posterior.wide(), call.mode)
     y = product.forward(x, mean.to(x.dtype).contiguous(), call.bias)
-    variance = product.forward(x * x, variance.to(x.dtype).contiguous()).clamp_(min=0.0)
+    squares = squares_dtype(x, coarse)
+    variance = wide(product.forward(_square(x, squares), variance.to(squares).contiguous())).clamp_(min=0.0)
     if coarse:
-        variance = variance.to(torch.bfloat16).to(x.dtype)
-    noise = call.noise.normal(y)
+        variance = variance.to(torch.bfloat16).to(variance.dtype)
+    noise = call.noise.normal(variance)
     kept = coarse_order(x, slope_of(variance, noise).to(torch.bfloat16)) if coarse else y.new_empty(0)
-    return torch.addcmul(y, variance.sqrt(), noise), kept
+    return torch.addcmul(wide(y), variance.sqrt(), noise).to(x.dtype), kept
 
 
 def moment_product_backward(call: MomentBackwardCall) -> Gradients:
     grad, slope, x, posterior, _, mode, input_gradient, product = call
-    mean, variance = weight_moments(posterior, mode)
-    mean, variance = mean.to(x.dtype).contiguous(), variance.to(x.dtype).contiguous()
+    squares = squares_dtype(x, slope is not None)
+    mean, variance = weight_moments(posterior.wide(), mode)
+    mean, variance, square = mean.to(x.dtype).contiguous(), variance.to(squares).contiguous(), _square(x, squares)
     grad_x, grad_mean = product.backward(grad, x, mean, input_gradient)
     if slope is None:
-        noise = call.noise.normal(grad)
-        slope = slope_of(product.forward(x * x, variance).clamp_(min=0.0), noise)
-    grad_square, grad_variance = product.backward(grad * slope.to(grad.dtype), x * x, variance, input_gradient)
+        y_variance = product.forward(square, variance).clamp_(min=0.0)
+        slope = slope_of(y_variance, call.noise.normal(y_variance))
+    by_variance = (wide(grad) * slope.to(wide_dtype(grad.dtype))).to(squares)
+    grad_square, grad_variance = product.backward(by_variance, square, variance, input_gradient)
     if input_gradient:
-        grad_x = torch.addcmul(grad_x, x, grad_square, value=2.0)
-    grad_mean, grad_variance = (each.to(posterior.weight.dtype) for each in (grad_mean, grad_variance))
-    gradients = weight_moments_backward(grad_mean, grad_variance, posterior, mode)
-    by_weight, by_log_sigma2, by_levels, by_thresholds = (gradient.contiguous() for gradient in gradients)
-    return grad_x, by_weight, by_log_sigma2, by_levels, by_thresholds
+        grad_x = torch.addcmul(wide(grad_x), wide(x), wide(grad_square), value=2.0).to(x.dtype)
+    wanted = wide_dtype(posterior.weight.dtype)
+    gradients = weight_moments_backward(grad_mean.to(wanted), grad_variance.to(wanted), posterior.wide(), mode)
+    return grad_x, *Posterior(*gradients).in_dtypes_of(posterior)  # type: ignore[return-value]
+
+
+def _square(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return wide(x).square().to(dtype)
 
 
 def _fake(call: MomentCall) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bqnn.core.structure import Structure
 from bqnn.ops import dispatch
@@ -21,10 +22,13 @@ class _Op(NamedTuple):
     """Of the schema: the names of its positional arguments, then of those that are keyword-only; "backend" is one."""
     positional: int
     function: type[torch.autograd.Function] | None
+    transformed: type[torch.autograd.Function]
+    """The same for transforms of torch.func, to which every op has a gradient, or says that it has none."""
 
 
 _ops: dict[str, _Op] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")  # of torch.autograd.grad(is_grads_batched=True)
 
 
 def register_op(
@@ -72,7 +76,7 @@ def register_op(
         return dispatch.run(name, *nest(args, keywords))
 
     def run_fake(*args: Any, **keywords: Any) -> Any:
-        return fake(nest(args, keywords)[0])
+        return dispatch.without_autocast(fake, nest(args, keywords)[0])
 
     def keep(ctx: Any, call: Any, backend: str | None, outputs: Any) -> None:
         ctx.backend = backend
@@ -109,11 +113,27 @@ def register_op(
         found = gradients_of(ctx, (*needs[:where], False, *needs[where:]), gradients)
         return None, *found[:where], *found[where + 1 :]
 
+    def setup_context_of_function(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        keep(ctx, structure.nest(inputs[1:]), inputs[0], output)
+
+    def forward_of_transformed(backend: str | None, *flat: Any) -> Any:
+        # Below all transforms; a level of forward-mode differentiation is still open, but not for these tensors.
+        if _have_data([each for each in flat if isinstance(each, Tensor)]):
+            return dispatch.run(name, structure.nest(flat), backend)
+        return _through_dispatcher(_ops[name], list(flat), backend)
+
     function = None
     if backward is not None:
         methods = {"forward": staticmethod(forward_of_function), "backward": staticmethod(backward_of_function)}
         function = type(name, (torch.autograd.Function,), methods)
-    _ops[name] = _Op(overload, structure, order, positional, function)
+    methods = {
+        "forward": staticmethod(forward_of_transformed),
+        "setup_context": staticmethod(setup_context_of_function),
+        "backward": staticmethod(backward_of_function),
+        "vmap": staticmethod(lambda info, dims, *flat: _one_by_one(transformed.apply, info, dims, flat)),
+    }
+    transformed: Any = type(name, (torch.autograd.Function,), methods)
+    _ops[name] = _Op(overload, structure, order, positional, function, transformed)
     dispatch.register(name, "reference", reference)
     torch.library.impl(qualified, "CompositeExplicitAutograd", run)
     torch.library.register_fake(qualified, run_fake)
@@ -129,12 +149,16 @@ def call(name: str, arguments: Any, backend: str | None = None) -> Any:
 
     In plain eager execution straight to the backend: an op's way through torch's dispatcher crosses from Python to C++
     and back three times, which costs more than a small layer's kernels. Where anything looks on (tracing, a dispatch
-    mode, a function transform, a subclass of Tensor), through the dispatcher.
+    mode, a subclass of Tensor), through the dispatcher. Transforms of torch.func take an autograd Function of their
+    own: torch.vmap then calls the op for each index, and forward-mode differentiation says that there is none.
     """
     op = _ops[name]
     flat = op.structure.flatten(arguments)
     tensors = [each for each in flat if isinstance(each, Tensor)]
     if not is_plain(tensors):
+        transforms = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if transforms and not torch.compiler.is_compiling():
+            return op.transformed.apply(backend, *flat)
         return _through_dispatcher(op, flat, backend)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return dispatch.run(name, arguments, backend)
@@ -149,10 +173,28 @@ def _through_dispatcher(op: _Op, flat: list[Any], backend: str | None) -> Any:
     return op.overload(*given[: op.positional], **dict(zip(op.order[op.positional :], given[op.positional :])))
 
 
+def _one_by_one(apply: Callable[..., Any], info: Any, dims: tuple[Any, ...], flat: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The rule of torch.vmap for every op: a call for each index, whose outputs are stacked."""
+    results = []
+    for i in range(info.batch_size):
+        own = [each.select(dim, i) if isinstance(dim, int) else each for each, dim in zip(flat, dims, strict=True)]
+        results.append(apply(*own))
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
 def is_plain(tensors: list[Tensor]) -> bool:
     """Whether nothing looks on: no compiler, mode or transform, and no tensor without data or of another class."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack():
         return False
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_function_stack():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return not torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE) and _have_data(tensors)
+
+
+def _have_data(tensors: list[Tensor]) -> bool:
+    """Whether a backend can take these tensors: they have data, no class of their own, and no dispatch mode watches."""
+    if torch._C._len_torch_dispatch_stack():
         return False
     return all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in tensors)

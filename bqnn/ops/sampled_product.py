@@ -47,21 +47,27 @@ are contiguous."""
 
 
 def sampled_product(call: SampledCall) -> Tensor:
-    """y in x's dtype, and with x's memory format; the weight is sampled and quantized in its own dtype."""
-    codes, _ = quantizer.sample(call.posterior, call.noise)
-    weight = quantizer.look_up(call.posterior.levels, codes).to(call.x.dtype).contiguous()
+    """y in x's dtype, and with x's memory format; the weight is sampled and quantized in its own, float32 at least."""
+    posterior = call.posterior.wide()
+    codes, _ = quantizer.sample(posterior, call.noise)
+    weight = quantizer.look_up(posterior.levels, codes).to(call.x.dtype).contiguous()
     return call.product.forward(call.x, weight, call.bias)
 
 
 def sampled_product_backward(call: SampledBackwardCall) -> Gradients:
     """Straight-through: dL/dmu = dL/dQ and dL/dlog_sigma2 = dL/dQ * sigma * eps / 2; dL/dc_m sums dL/dQ over a cell."""
-    grad, x, (weight, _, levels, _), _, input_gradient, product = call
-    codes, noise = quantizer.sample(call.posterior, call.noise)
+    grad, x, _, _, input_gradient, product = call
+    posterior = call.posterior.wide()
+    levels = posterior.levels
+    codes, noise = quantizer.sample(posterior, call.noise)
     quantized = quantizer.look_up(levels, codes).to(x.dtype).contiguous()
-    grad_x, grad_weight = product.backward(grad, x, quantized, input_gradient)
-    grad_weight = grad_weight.to(weight.dtype).contiguous()
-    grad_log_sigma2 = weight.new_empty(0) if noise is None else (0.5 * grad_weight * noise).contiguous()
-    return grad_x, grad_weight, grad_log_sigma2, quantizer.level_gradient(grad_weight, codes, levels)
+    grad_x, by_weight = product.backward(grad, x, quantized, input_gradient)
+    by_weight = by_weight.to(posterior.weight.dtype)
+    by_log_sigma2 = None if noise is None else 0.5 * by_weight * noise
+    by_levels = quantizer.level_gradient(by_weight, codes, levels)
+    gradients = only(Posterior, weight=by_weight, log_sigma2=by_log_sigma2, levels=by_levels)
+    weight, log_sigma2, levels, _ = gradients.in_dtypes_of(call.posterior)
+    return grad_x, weight, weight.new_empty(0) if log_sigma2 is None else log_sigma2, levels
 
 
 def _fake(call: SampledCall) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bqnn.core.check import check_levels, check_same_shape, check_weight
+from bqnn.core.precision import narrowed, wide, wide_dtype
 from bqnn.core.product import contiguous
 from bqnn.core.quantizer import assign, column, look_up, midpoints, sum_to_groups
 from bqnn.core.structure import Structure, only
@@ -100,6 +101,10 @@ class Prior(NamedTuple):
     levels: Tensor
     tau: Tensor
 
+    def wide(self) -> Prior:
+        """With float32 in place of float16 and bfloat16: TINY is 0 to float16, and sums of many weights infinite."""
+        return Prior(*map(wide, self))
+
 
 class PriorBackward(NamedTuple):
     """The arguments of its backward op."""
@@ -109,11 +114,11 @@ class PriorBackward(NamedTuple):
 
 
 def spike_slab_kl_reference(prior: Prior) -> Tensor:
-    return _values(_mixture(*prior))[0].sum()
+    return _values(_mixture(*prior.wide()))[0].sum()
 
 
 def spike_slab_kl_backward_reference(call: PriorBackward) -> tuple[Tensor, Tensor, Tensor]:
-    grad, (weight, log_sigma2, levels, tau) = call
+    grad, (weight, log_sigma2, levels, tau) = call.grad, call.prior.wide()
     mixture = _mixture(weight, log_sigma2, levels, tau)
     windows, total, spikes, slab, slab_level = mixture
     kl, spike_values, slab_value = _values(mixture)
@@ -135,7 +140,9 @@ def spike_slab_kl_backward_reference(call: PriorBackward) -> tuple[Tensor, Tenso
         grad_weight += by_distance
         grad_levels.append(-sum_to_groups(by_distance, levels.shape[0]))
     gradients = (grad_weight, grad_log_sigma2, torch.stack(grad_levels, dim=1))
-    by_weight, by_log_sigma2, by_levels = ((grad * gradient).contiguous() for gradient in gradients)
+    by_weight, by_log_sigma2, by_levels = (
+        narrowed(grad * gradient, parameter.dtype).contiguous() for gradient, parameter in zip(gradients, call.prior)
+    )
     return by_weight, by_log_sigma2, by_levels
 
 
@@ -168,7 +175,7 @@ def _triton_serves_backward(call: PriorBackward) -> str:
 
 
 def _fake(prior: Prior) -> Tensor:
-    return prior.weight.new_empty(())
+    return prior.weight.new_empty((), dtype=wide_dtype(prior.weight.dtype))
 
 
 def _fake_backward(call: PriorBackward) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +234,7 @@ def spike_slab_kl(
         tau: width of each level's window, in the weight's unit, positive, the shape of ``levels``.
 
     Returns:
-        scalar in the weight's dtype, up to a constant for each weight.
+        scalar in the weight's dtype, float32 for float16 and bfloat16; up to a constant for each weight.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bqnn.bayes.layers import BayesLayer
 from bqnn.core import codebook
 from bqnn.core.codes import packed_width, unpack_codes
+from bqnn.core.precision import wide
 from bqnn.core.quantizer import look_up
 from bqnn.packed.layers import PackedLayer
 
@@ -118,7 +119,7 @@ def _occupancy(codes: Tensor, levels: Tensor) -> tuple[list[int], int]:
 
 
 def _bayes(name: str, layer: BayesLayer) -> LayerReport:
-    codes, levels, weight = layer.codes(), layer.levels, layer.weight
+    codes, levels, weight = layer.codes(), wide(layer.levels), wide(layer.weight)
     occupancy, dead = _occupancy(codes, levels)
     distance = (weight - look_up(levels, codes)).abs()
     near = (distance <= NEAR * look_up(codebook.gaps(levels), codes)).double().mean().item()

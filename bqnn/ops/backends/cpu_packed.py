@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bqnn.core.codes import code_bits
 from bqnn.core.derived import Derived
-from bqnn.core.geometry import Conv2dGeometry
+from bqnn.core.geometry import Conv2dGeometry, plain_strides
 from bqnn.ops import dispatch
 from bqnn.ops.backends.cpu_layout import make_layout
 from bqnn.ops.dispatch import Bound
@@ -48,6 +48,11 @@ def _bind(call: PackedCall) -> Bound:
 
         def run(x: Tensor, bias: Tensor | None) -> Tensor:
             return convolve(x, layout, bias, *sizes, relu)
+
+        def run_plain(x: Tensor, bias: Tensor | None) -> Tensor:
+            return convolve(plain_strides(x), layout, bias, *sizes, relu)
+
+        run = run_plain if 1 in call.x.shape else run
 
     else:
         multiply = torch.ops.bqnn_cpu.packed_linear.default

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bqnn.core.derived import Derived
+from bqnn.core.geometry import Conv2dGeometry
 from bqnn.ops import dispatch
 from bqnn.ops.dispatch import Bound
 from bqnn.ops.packed_product import (
@@ -45,12 +46,15 @@ def _bind(call: PackedCall) -> Bound:
         return lambda x, bias: _run(call._replace(x=x, bias=bias))
     values = weights((call.codes, call.levels), call.columns, call.precision).values
     values = values.view(geometry.weight_shape(call.columns))
+    convolves = isinstance(geometry, Conv2dGeometry)
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         # With nothing to convert a small layer is as fast as nn.Linear.
         if torch.is_autocast_enabled("cpu") or (bias is not None and bias.dtype is not torch.float32):
             return _run(call._replace(x=x, bias=bias))
-        return rectified(geometry.product(x, values, bias), relu)
+        y = rectified(geometry.product(x, values, bias), relu)
+        # A convolution of strides that are neither order gives one or the other.
+        return geometry.as_output(y, x) if convolves else y
 
     return run
 
