@@ -1,4 +1,4 @@
 """Triton kernels, one op a file: kernels first, then the launchers that the backend "triton" calls.
 
-Imported when that backend first runs, so that ``import bqnn`` needs no Triton.
+All but ``arguments`` are imported when that backend first runs, so that ``import bqnn`` needs no Triton.
 """

@@ -50,7 +50,7 @@ def assign_codes_kernel(
 
 def assign_codes(weight, thresholds, packed):
     """uint8 in the weight's shape, or [N, packed_width]; tensors are contiguous and not empty."""
-    N, K = weight.shape[0], weight[0].numel()
+    N, K = weight.shape[0], weight.shape[1:].numel()
     num_levels = thresholds.shape[1] + 1
     digits = digits_per_byte(num_levels) if packed else 1
     width = triton.cdiv(K, digits)

@@ -7,16 +7,17 @@ outputs, and the pixels of an image that leave the same remainder modulo the str
 product. The gradient for the weight is the sum over pixels of what one side has there times what the other gathers.
 """
 
-from math import gcd
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from bqnn.kernels.geometry import pixels_of
 from bqnn.kernels.launch import architecture, fewer_stages, processors, registers_of_product, splits_of
 
-ROWS = 128  # pixels of a tile
+# A tile of outputs has no more pixels than these.
+ROWS = 128
 
 
 @triton.jit
@@ -26,20 +27,40 @@ def in_channels_last(o_k, K, taps):
 
 
 @triton.jit
-def pixels_at(o_m, rows, columns):
-    """Image, row and column of pixels counted through the images."""
-    o_p = o_m % (rows * columns)
-    return o_m // (rows * columns), o_p // columns, o_p % columns
+def tile_of(geometry, i_mn, BM: tl.constexpr, BN: tl.constexpr):
+    """The i_mn-th tile of a product: its number among those of pixels, its pixels [BM], and its channels of a group
+    [BN]."""
+    i_m = i_mn // tl.cdiv(geometry.N, BN)
+    return i_m, i_m * BM + tl.arange(0, BM), i_mn % tl.cdiv(geometry.N, BN) * BN + tl.arange(0, BN)
 
 
 @triton.jit
-def step_at(step, C, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, BK: tl.constexpr, ORDER: tl.constexpr):
+def pixels_at(geometry, o_m):
+    """Image, row and column of pixels counted through the images."""
+    size = geometry.rows * geometry.columns
+    o_p = o_m % size
+    return o_m // size, o_p // geometry.columns, o_p % geometry.columns
+
+
+@triton.jit
+def pixel_offsets(strides, i_s, image, row, column):
+    """Offsets of pixels [BM] in the i_s-th part of images with these ImageStrides, int64."""
+    if strides.part is None:
+        o_image = image.to(tl.int64) * strides.image
+    else:
+        o_image = i_s.to(tl.int64) * strides.part + image.to(tl.int64) * strides.image
+    return o_image + row * strides.row + column * strides.column
+
+
+@triton.jit
+def step_at(geometry, step, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, BK: tl.constexpr, ORDER: tl.constexpr):
     """What a step of the contraction goes over: taps t and u, channels [1, BK], and which of them exist.
 
     ORDER is "blocks": BK channels at one tap, t and u are scalars, and a block of channels meets every tap before the
     next; or all of it in one dimension, [1, BK] each: "channels_last" as in a weight [N, TAPS_H, TAPS_W, C],
     "contiguous" as in one [N, C, TAPS_H, TAPS_W].
     """
+    C = geometry.C
     TAPS: tl.constexpr = TAPS_H * TAPS_W
     if ORDER == "blocks":
         tap = step % TAPS
@@ -56,23 +77,32 @@ def step_at(step, C, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, BK: tl.constexp
 
 
 @triton.jit
-def sources_of(image, row, column, step_h, step_w, origin_h, origin_w, height, width, channels):
+def sources_of(geometry, image, row, column):
     """Row, column and offset of the pixels' sources at the first tap, which may lie outside the image: [BM, 1]."""
-    o_h, o_w = (row * step_h + origin_h)[:, None], (column * step_w + origin_w)[:, None]
-    return o_h, o_w, ((image.to(tl.int64)[:, None] * height + o_h) * width + o_w) * channels
+    o_h = (row * geometry.step_h + geometry.origin_h)[:, None]
+    o_w = (column * geometry.step_w + geometry.origin_w)[:, None]
+    o_row = image.to(tl.int64)[:, None] * geometry.height + o_h
+    return o_h, o_w, (o_row * geometry.width + o_w) * geometry.channels
 
 
 @triton.jit
-def gathered(o_h, o_w, t, u, o_c, delta_h, delta_w, height, width, channels):
+def gathered(geometry, o_h, o_w, t, u, o_c):
     """Offsets of a tap's channels from the sources, [1, BK], and which sources lie in their image, [BM, 1 or BK]."""
-    o_h, o_w = o_h + t * delta_h, o_w + u * delta_w
-    inside = (o_h >= 0) & (o_h < height) & (o_w >= 0) & (o_w < width)
-    return (t * delta_h * width + u * delta_w) * channels + o_c, inside
+    o_h, o_w = o_h + t * geometry.delta_h, o_w + u * geometry.delta_w
+    inside = (o_h >= 0) & (o_h < geometry.height) & (o_w >= 0) & (o_w < geometry.width)
+    o_tap = t * geometry.delta_h * geometry.width + u * geometry.delta_w
+    return o_tap * geometry.channels + o_c, inside
+
+
+@triton.jit
+def weights_at(strides, t, u, o_c):
+    """Offsets of a tap's channels, [1, BK], from those of an output channel, in a weight with these WeightStrides."""
+    return t * strides.row + u * strides.column + o_c * strides.into
 
 
 def taps_of(weight):
     """The ``taps`` of :func:`in_channels_last` for a weight's own order, contiguous or channels-last."""
-    return 1 if weight.is_contiguous() else weight[0, 0].numel()
+    return 1 if weight.is_contiguous() else weight.shape[2:].numel()
 
 
 def parts_of(gradient, weight):
@@ -82,78 +112,15 @@ def parts_of(gradient, weight):
     return gradient.shape[0], taps_of(gradient[0])
 
 
-class Axis(NamedTuple):
-    """One direction of a product; see the top of the file."""
-
-    step: int
-    origin: int
-    delta: int
-
-
-def forward_axes(stride, padding, dilation):
-    return tuple(Axis(s, -p, d) for s, p, d in zip(stride, padding, dilation))
-
-
-def gradient_axes(size, taps, stride, padding, dilation):
-    """Pixels, taps and Axis of each product that the gradient for ``size`` rows or columns of x consists of."""
-    common = gcd(stride, dilation)
-    for remainder in range(min(stride, size)):
-        first = next((tap for tap in range(taps) if (remainder + padding - tap * dilation) % stride == 0), taps)
-        axis = Axis(1, (remainder + padding - first * dilation) // stride, -(dilation // common))
-        yield slice(remainder, None, stride), slice(first, None, stride // common), axis
-
-
-def gradient_products(shape, kernel, stride, padding, dilation):
-    """The products that the gradient for x [B, C, H, W] consists of: indices of pixels and of their taps, and axes."""
-    rows, columns = (list(gradient_axes(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i])) for i in (0, 1))
-    for rows_h, taps_h, axis_h in rows:
-        for columns_w, taps_w, axis_w in columns:
-            yield (..., rows_h, columns_w), (..., taps_h, taps_w), (axis_h, axis_w)
-
-
-def geometry(x, y, weight, axes, groups, transposed=False):
-    """The arguments that tell a kernel where x, y [..., B, channels, rows, columns] and weight [N, C, kh, kw] are.
-
-    x is dense and channels-last. ``transposed``: x has the outputs' channels, and y those of the images.
-    """
-    out, into = (1, 0) if transposed else (0, 1)
-    images, _, rows, columns = y.shape[-4:]
-    return {
-        "M": images * rows * columns,
-        "N": y.shape[-3] // groups,
-        "C": x.shape[1] // groups,
-        "rows": rows,
-        "columns": columns,
-        "height": x.shape[2],
-        "width": x.shape[3],
-        "channels": x.shape[1],
-        "step_h": axes[0].step,
-        "step_w": axes[1].step,
-        "origin_h": axes[0].origin,
-        "origin_w": axes[1].origin,
-        "delta_h": axes[0].delta,
-        "delta_w": axes[1].delta,
-        "w_group": weight.shape[0] // groups * weight.stride(0),
-        "w_out": weight.stride(out),
-        "w_in": weight.stride(into),
-        "w_h": weight.stride(2),
-        "w_w": weight.stride(3),
-        "y_image": y.stride(-4),
-        "y_channel": y.stride(-3),
-        "y_row": y.stride(-2),
-        "y_column": y.stride(-1),
-        "groups": groups,
-        "TAPS_H": weight.shape[2],
-        "TAPS_W": weight.shape[3],
-    }
-
-
 class Plan(NamedTuple):
     """How a kernel cuts a product up."""
 
-    order: str  # of ``step_at``
+    order: str
+    """The ORDER of ``step_at``."""
     tiles: dict[str, int]
-    splits: int  # of what is summed over
+    """Tile sizes, warps, stages and registers, as a launch takes them."""
+    splits: int
+    """The parts of what is summed over."""
 
 
 def tile_side(size, largest):
@@ -207,12 +174,22 @@ def product_plan(x, shape, taps, groups, largest, order=None):
     return Plan(order, tiles, splits)
 
 
-def product_launch(plan, places):
-    """Grid and arguments of one of a plan's products."""
-    steps = steps_of(places["C"], places["TAPS_H"] * places["TAPS_W"], plan.order, plan.tiles["BK"])
-    blocks = triton.cdiv(places["M"], plan.tiles["BM"]) * triton.cdiv(places["N"], plan.tiles["BN"])
-    grid = (blocks, places["groups"], plan.splits)
-    return grid, {"steps": steps, "span": triton.cdiv(steps, plan.splits), "ORDER": plan.order, **plan.tiles}
+def product_launch(plan, places, groups, kernel):
+    """Grid and arguments of one of a plan's products, for a weight of ``kernel`` taps, rows and columns."""
+    geometry, weight_strides, y_strides = places
+    steps = steps_of(geometry.C, kernel[0] * kernel[1], plan.order, plan.tiles["BK"])
+    blocks = triton.cdiv(geometry.M, plan.tiles["BM"]) * triton.cdiv(geometry.N, plan.tiles["BN"])
+    flags = {"TAPS_H": kernel[0], "TAPS_W": kernel[1], "ORDER": plan.order}
+    return (blocks, groups, plan.splits), {
+        "geometry": geometry,
+        "weight_strides": weight_strides,
+        "y_strides": y_strides,
+        "groups": groups,
+        "steps": steps,
+        "span": triton.cdiv(steps, plan.splits),
+        **flags,
+        **plan.tiles,
+    }
 
 
 def weight_plan(x, y, taps, groups, largest):
@@ -229,46 +206,16 @@ def weight_plan(x, y, taps, groups, largest):
     return Plan(order, tiles, splits)
 
 
-def weight_launch(plan, places):
-    """Grid and arguments of a plan's sum."""
+def weight_launch(plan, places, groups, kernel):
+    """Grid and arguments of a plan's sum, likewise."""
+    geometry, weight_strides, y_strides = places
     tiles = plan.tiles
-    steps = steps_of(places["C"], places["TAPS_H"] * places["TAPS_W"], plan.order, tiles["BK"])
-    span = triton.cdiv(triton.cdiv(places["M"], tiles["BM"]), plan.splits) * tiles["BM"]
-    grid = (steps * triton.cdiv(places["N"], tiles["BN"]), places["groups"], plan.splits)
-    return grid, {"span": span, "ORDER": plan.order, **tiles}
-
-
-def weight_roles(grad, x, kernel, stride, padding, dilation):
-    """``(gathered, at pixels, axes, transposed)`` of the sum over pixels that is a weight's gradient.
-
-    Every tap reads what is gathered again, so it is the side with fewer channels, where the stride is 1: otherwise
-    that could take several sums.
-    """
-    if grad.shape[1] < x.shape[1] and tuple(stride) == (1, 1):
-        ((_, _, axes),) = gradient_products(x.shape, kernel, stride, padding, dilation)
-        return grad, x, axes, True
-    return x, grad, forward_axes(stride, padding, dilation), False
-
-
-def output_of(x, weight, stride, padding, dilation, groups):
-    """Shape and memory format of torch's own convolution, the latter as fakes tell it; raises where torch does."""
-    arguments = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
-    backend = torch._C._select_conv_backend(x, weight, None, *arguments)
-    sides = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    )
-    memory_format = torch._C._conv_determine_backend_memory_format(x, weight, backend)
-    return torch.Size((x.shape[0], weight.shape[0], *sides)), memory_format
-
-
-def is_pointwise(weight, stride, padding, dilation, groups):
-    """Whether the convolution is a linear layer of the pixels."""
-    return (*weight.shape[2:], *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
-
-
-def pixels_of(shape):
-    """The pixels of images of the shape [B, channels, H, W]."""
-    return shape[0] * shape[2] * shape[3]
+    steps = steps_of(geometry.C, kernel[0] * kernel[1], plan.order, tiles["BK"])
+    span = triton.cdiv(triton.cdiv(geometry.M, tiles["BM"]), plan.splits) * tiles["BM"]
+    flags = {"TAPS_H": kernel[0], "TAPS_W": kernel[1], "ORDER": plan.order}
+    grid = (steps * triton.cdiv(geometry.N, tiles["BN"]), groups, plan.splits)
+    strides = {"weight_strides": weight_strides, "y_strides": y_strides}
+    return grid, {"geometry": geometry, **strides, "groups": groups, "span": span, **flags, **tiles}
 
 
 def row_blocks(shape):

@@ -7,16 +7,12 @@ import torch
 import triton
 from triton.runtime import driver
 
-MATRIX_BLOCK = 1024  # elements of a block where every element is treated by itself
-ALL_REGISTERS = {"maxnreg": 255}  # where ptxas would spill a few to fit another block on a multiprocessor
-MAX_SPLITS = 8  # of a contraction: each part writes a float32 tensor of the output's size
-
-heuristics_of_posterior = triton.heuristics(
-    {
-        "STOCHASTIC": lambda args: args["p_log_sigma2"] is not None,
-        "ALIGNED": lambda args: args["K"] % 4 == 0,
-    }
-)
+# A block has so many elements where every element is treated by itself.
+MATRIX_BLOCK = 1024
+# A kernel is given all registers where ptxas would spill a few of them to fit another block on a multiprocessor.
+ALL_REGISTERS = {"maxnreg": 255}
+# A contraction is cut into no more parts than these, since each of them writes a float32 tensor of the output's size.
+MAX_SPLITS = 8
 
 
 def blocks_of_matrix(rows, columns):
@@ -33,16 +29,26 @@ def level_sums(sums, codebook):
 
 
 def flags_of_codebook(levels):
-    """The flags of a kernel that has a codebook, or with None, of one that multiplies a weight as it is."""
-    if levels is None:
-        return {"NUM_LEVELS": 0, "PER_CHANNEL": 0}
+    """The flags of a kernel that has a codebook, levels [1 or N, M]."""
     return {"NUM_LEVELS": levels.shape[1], "PER_CHANNEL": int(levels.shape[0] > 1)}
 
 
-def flags_of_product(x, levels):
+def flags_of_posterior(posterior):
+    """Those of a kernel that takes a posterior, or None where its weight is made before."""
+    return {"NUM_LEVELS": 0, "PER_CHANNEL": 0} if posterior is None else flags_of_codebook(posterior.levels)
+
+
+def flags_of_sample(posterior):
+    """Those of a kernel that samples the weight of a posterior, if it is not None. ALIGNED: rows are whole calls of
+    Philox."""
+    aligned = posterior is not None and posterior.weight.shape[1:].numel() % 4 == 0
+    return {**flags_of_posterior(posterior), "ALIGNED": aligned}
+
+
+def flags_of_product(x, posterior):
     """The flags of a fused product; float32 is multiplied as torch's own products are."""
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return {**flags_of_codebook(levels), "PRECISION": "tf32" if tf32 else "ieee"}
+    return {**flags_of_codebook(posterior.levels), "PRECISION": "tf32" if tf32 else "ieee"}
 
 
 @cache
@@ -52,7 +58,7 @@ def processors(device):
 
 
 def architecture():
-    """Of the GPU that kernels are compiled for, 90 for sm_90; 0 in the interpreter."""
+    """The architecture of the GPU that kernels are compiled for, 90 for sm_90; 0 in the interpreter."""
     return 0 if triton.knobs.runtime.interpret else driver.active.get_current_target().arch
 
 
@@ -78,7 +84,7 @@ def sum_of_splits(parts, bias, dtype):
     """The sum of parts [S, ...], and of the bias if there is more than one part: a single one has it already."""
     if parts.shape[0] == 1:
         return parts[0]
-    total = torch.sum(parts, 0, out=torch.empty_like(parts[0]))  # with the strides of a part
+    total = torch.sum(parts, 0, out=torch.empty_like(parts[0]))  # the sum has the strides of a part
     return (total if bias is None else total.add_(bias)).to(dtype)
 
 

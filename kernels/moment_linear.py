@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bqnn.kernels.arguments import gradients_of
 from bqnn.kernels.launch import (
     architecture,
     fewer_stages,
@@ -19,17 +20,17 @@ from bqnn.kernels.launch import (
     sum_of_splits,
 )
 from bqnn.kernels.moment import (
-    add_noise,
-    codebook_gradients,
     codebook_sums,
-    noisy,
+    moment_gradients,
     store_moment_gradients,
     weight_moments,
 )
+from bqnn.kernels.noise import add_noise, noisy
 from bqnn.kernels.philox import normals_of_outputs, normals_of_rows
 from bqnn.kernels.quantizer import codebook_of
 
-WARPS = 8  # of a tile of the outputs, or of the gradient of x
+# A tile of the outputs, or of the gradient of x, has so many warps.
+WARPS = 8
 # Operations a weight that may be spent on making moments again, in all row blocks but the first, before it costs more
 # than writing and reading them. An estimate for an H200, not a measurement: 8 bytes of two moments in bfloat16, written
 # and read, take as long as 54 operations.
@@ -38,23 +39,10 @@ OPERATIONS_OF_THRESHOLD = 25
 OPERATIONS_OF_GAUSSIAN = 8
 
 
-@triton.heuristics(
-    {
-        "IMAGES": lambda args: args["pixels"] > 1,
-        "ALIGNED": lambda args: args["pixels" if args["pixels"] > 1 else "N"] % 4 == 0,
-        "HAS_BIAS": lambda args: args["p_bias"] is not None,
-        "HAS_MEAN": lambda args: args["p_y"] is not None,
-        "NOISY": lambda args: args["p_variance"] is None,
-        "COARSE": lambda args: args["p_slope"] is not None,
-    }
-)
 @triton.jit(do_not_specialize=["seed", "offset"])
 def moment_linear_fwd_kernel(
     p_x,
-    p_weight,
-    p_log_sigma2,
-    p_levels,
-    p_thresholds,
+    posterior,
     p_bias,
     seed: tl.int64,
     offset: tl.int64,
@@ -72,16 +60,12 @@ def moment_linear_fwd_kernel(
     MODE: tl.constexpr,
     IMAGES: tl.constexpr,
     ALIGNED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    NOISY: tl.constexpr,
-    COARSE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """NOISY: y, and the slope if COARSE. Otherwise parts of the variance, and of the mean, as y, if HAS_MEAN."""
+    """Without p_variance: y, and with p_slope the slope. Otherwise parts of the variance, and with p_y of the mean."""
     i_n, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < M, o_n < N
@@ -94,28 +78,26 @@ def moment_linear_fwd_kernel(
         o_group = codebook_of(o_n, m_n, first, NUM_LEVELS, PER_CHANNEL)
         b_x = tl.load(p_row + o_k[None, :], mask=m_m[:, None] & m_k, other=0.0)
         o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
-        b_e, b_v = weight_moments(
-            p_weight, p_log_sigma2, p_levels, p_thresholds, o_w, m_n[:, None] & m_k, o_group, NUM_LEVELS, MODE
-        )
+        b_e, b_v = weight_moments(posterior, o_w, m_n[:, None] & m_k, o_group, NUM_LEVELS, MODE)
         # [BM, BK] @ [BK, BN]
-        if HAS_MEAN:
+        if p_y is not None:
             b_mean = tl.dot(b_x, tl.trans(b_e.to(b_x.dtype)), b_mean, input_precision=PRECISION)
         b_variance = tl.dot(b_x * b_x, tl.trans(b_v.to(b_x.dtype)), b_variance, input_precision=PRECISION)
-    if HAS_BIAS:
+    if p_bias is not None:
         b_mean += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     o_y = (i_s.to(tl.int64) * M + o_m)[:, None] * N + o_n[None, :]
     m_y = m_m[:, None] & m_n[None, :]
-    if NOISY:
+    if p_variance is None:
         if IMAGES:
-            noise = normals_of_outputs(seed, offset, i_m, o_n, N, pixels, BM, ALIGNED)
+            normals = normals_of_outputs(seed, offset, i_m, o_n, N, pixels, BM, ALIGNED)
         else:
-            noise = normals_of_rows(seed, offset, o_m, i_n * BN, N, BN, ALIGNED)
-        b_mean, b_slope = add_noise(b_mean, b_variance, noise, COARSE)
-        if COARSE:
+            normals = normals_of_rows(seed, offset, o_m, i_n * BN, N, BN, ALIGNED)
+        b_mean, b_slope = add_noise(b_mean, b_variance, normals, p_slope is not None)
+        if p_slope is not None:
             tl.store(p_slope + o_y, b_slope, mask=m_y)
     else:
         tl.store(p_variance + o_y, b_variance, mask=m_y)
-    if HAS_MEAN:
+    if p_y is not None:
         tl.store(p_y + o_y, b_mean, mask=m_y)
 
 
@@ -124,10 +106,7 @@ def moment_linear_bwd_kernel_input(
     p_grad,
     p_slope,
     p_x,
-    p_weight,
-    p_log_sigma2,
-    p_levels,
-    p_thresholds,
+    posterior,
     p_grad_x,
     M,
     N,
@@ -157,9 +136,7 @@ def moment_linear_bwd_kernel_input(
         b_slope = tl.load(p_slope + o_row * N + o_n[None, :], mask=m_grad, other=0.0)
         o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
         o_group = codebook_of(o_n, m_n, first, NUM_LEVELS, PER_CHANNEL)
-        b_e, b_v = weight_moments(
-            p_weight, p_log_sigma2, p_levels, p_thresholds, o_w, m_n[:, None] & m_k, o_group, NUM_LEVELS, MODE
-        )
+        b_e, b_v = weight_moments(posterior, o_w, m_n[:, None] & m_k, o_group, NUM_LEVELS, MODE)
         # [BM, BN] @ [BN, BK]
         b_by_mean = tl.dot(b_grad, b_e.to(b_grad.dtype), b_by_mean, input_precision=PRECISION)
         b_scaled = (b_grad.to(tl.float32) * b_slope.to(tl.float32)).to(b_grad.dtype)
@@ -174,13 +151,8 @@ def moment_linear_bwd_kernel_weight(
     p_grad,
     p_slope,
     p_x,
-    p_weight,
-    p_log_sigma2,
-    p_levels,
-    p_thresholds,
-    p_grad_weight,
-    p_grad_log_sigma2,
-    p_sums,
+    posterior,
+    gradients,
     M,
     N,
     K,
@@ -212,23 +184,24 @@ def moment_linear_bwd_kernel_weight(
         # [BN, BM] @ [BM, BK]
         b_grad_mean = tl.dot(tl.trans(b_grad), b_x, b_grad_mean, input_precision=PRECISION)
         b_grad_variance = tl.dot(tl.trans(b_scaled), b_x * b_x, b_grad_variance, input_precision=PRECISION)
-    # Through the outputs, a few rows at a time: registers hold the two sums, but not what their gradients need beside.
+    # The sums go through the outputs, a few rows at a time: registers hold the two of them, but not what gradients need
+    # beside.
     o_tile = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
     m_tile = m_n[:, None] & m_k
-    tl.store(p_grad_weight + o_tile, b_grad_mean, mask=m_tile)
-    tl.store(p_grad_log_sigma2 + o_tile, b_grad_variance, mask=m_tile)
+    tl.store(gradients.weight + o_tile, b_grad_mean, mask=m_tile)
+    tl.store(gradients.log_sigma2 + o_tile, b_grad_variance, mask=m_tile)
     tl.debug_barrier()
     for first in range(i_n * BN, tl.minimum(N, (i_n + 1) * BN), BR):
         o_r = first + tl.arange(0, BR)
         m_r = o_r < N
         o_w = o_r.to(tl.int64)[:, None] * K + o_k[None, :]
         m_w = m_r[:, None] & m_k
-        grad_mean = tl.load(p_grad_weight + o_w, mask=m_w, other=0.0).to(tl.float32)
-        grad_variance = tl.load(p_grad_log_sigma2 + o_w, mask=m_w, other=0.0).to(tl.float32)
+        grad_mean = tl.load(gradients.weight + o_w, mask=m_w, other=0.0).to(tl.float32)
+        grad_variance = tl.load(gradients.log_sigma2 + o_w, mask=m_w, other=0.0).to(tl.float32)
+        p_sums = gradients.sums + i_k.to(tl.int64) * N * sums
         store_moment_gradients(
-            grad_mean, grad_variance, p_weight, p_log_sigma2, p_levels, p_thresholds, p_grad_weight, p_grad_log_sigma2,
-            p_sums + i_k.to(tl.int64) * N * sums, o_r, m_r, o_w, m_w, NUM_LEVELS, PER_CHANNEL, MODE,
-        )  # fmt: skip
+            grad_mean, grad_variance, posterior, gradients, p_sums, o_r, m_r, o_w, m_w, NUM_LEVELS, PER_CHANNEL, MODE
+        )
 
 
 def _rows_of_block(rows, dtype):
@@ -255,9 +228,9 @@ def _limits(dtype):
 
 def _weight_tiles(dtype, columns):
     """Those of the weight's gradient; BR is the rows at its end that are finished at once."""
-    if dtype == torch.float32:  # its products take registers for their operands too
+    if dtype == torch.float32:  # products of float32 take registers for their operands too
         return {"BM": 16, "BN": 32, "BK": 64, "BR": 8, "num_warps": 4, **fewer_stages()}
-    warps = 4 if columns % 4 == 0 else 8  # else a call of Philox for each weight, and 4 would spill
+    warps = 4 if columns % 4 == 0 else 8  # otherwise each weight takes a call of Philox, and 4 would spill
     return {"BM": 32, "BN": 64, "BK": 128, "BR": 8, "num_warps": warps}
 
 
@@ -268,22 +241,25 @@ def _grid(x, columns, length):
     return (*blocks, splits), span
 
 
-def is_fused(x, weight, levels, mode):
-    """Whether the products make the weight's moments; otherwise they are made once and torch multiplies."""
-    cost = OPERATIONS_OF_THRESHOLD * (levels.shape[1] - 1) if mode == "categorical" else OPERATIONS_OF_GAUSSIAN
+def is_fused(x, posterior, mode, product):
+    """Whether the product, a LinearProduct, makes the weight's moments; otherwise they are made once and torch
+    multiplies."""
+    thresholds = posterior.thresholds.shape[1]
+    cost = OPERATIONS_OF_THRESHOLD * thresholds if mode == "categorical" else OPERATIONS_OF_GAUSSIAN
     blocks = triton.cdiv(leading(x), _rows_of_block(leading(x), x.dtype))
     return (blocks - 1) * cost <= OPERATIONS_FUSED
 
 
-def _write_outputs(x, posterior, bias, seed, offset, mode, y, slope, pixels):
+def _write_outputs(x, posterior, bias, noise, mode, y, slope, pixels):
     """Writes y [M, N] and dy/dvariance, or one of them, as ``noisy`` does."""
-    (M, K), N = x.shape, posterior[0].shape[0]
+    (M, K), N = x.shape, posterior.weight.shape[0]
     grid, span = _grid(x, N, K)
 
     def multiply(bias, y, slope, variance):
         moment_linear_fwd_kernel[grid](
-            x, *posterior, bias, seed, offset, y, slope, variance, M, N, K, pixels, x.stride(0), span, MODE=mode,
-            **flags_of_product(x, posterior[2]), BM=_rows_of_block(M, x.dtype), BN=_width(x.dtype), BK=_step(x.dtype),
+            x, posterior, bias, noise.seed, noise.offset, y, slope, variance, M, N, K, pixels, x.stride(0), span,
+            MODE=mode, IMAGES=pixels > 1, ALIGNED=(N if pixels == 1 else pixels) % 4 == 0,
+            **flags_of_product(x, posterior), BM=_rows_of_block(M, x.dtype), BN=_width(x.dtype), BK=_step(x.dtype),
             num_warps=WARPS, **_limits(x.dtype),
         )  # fmt: skip
 
@@ -294,7 +270,7 @@ def _write_outputs(x, posterior, bias, seed, offset, mode, y, slope, pixels):
     mean = None if y is None else torch.empty_like(variance)
     multiply(None, mean, None, variance)
     mean, variance, y, slope = (_as_images(outputs, pixels) for outputs in (mean, variance, y, slope))
-    noisy(mean, variance, seed, offset, y, slope, bias)
+    noisy(mean, variance, noise, y, slope, bias)
 
 
 def _as_images(outputs, pixels):
@@ -304,45 +280,44 @@ def _as_images(outputs, pixels):
     return outputs.unflatten(-2, (-1, pixels)).mT.unsqueeze(-1)
 
 
-def forward(x, weight, log_sigma2, levels, thresholds, bias, seed, offset, mode, coarse, pixels=1):
+def forward(x, posterior, bias, noise, mode, coarse, product, pixels=1):
     """y [..., N] in x's dtype, of x [..., K], and dy/dvariance in bfloat16 if ``coarse``, else an empty tensor.
 
-    Nothing is empty; the parameters are contiguous.
+    Nothing is empty; the posterior is contiguous, the product a LinearProduct.
     """
-    y = torch.empty((*x.shape[:-1], weight.shape[0]), device=x.device, dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], posterior.weight.shape[0]), device=x.device, dtype=x.dtype)
     slope = torch.empty_like(y, dtype=torch.bfloat16) if coarse else None
     outputs = (None if tensor is None else tensor.view(-1, tensor.shape[-1]) for tensor in (y, slope))
-    _write_outputs(rows_of(x), (weight, log_sigma2, levels, thresholds), bias, seed, offset, mode, *outputs, pixels)
+    _write_outputs(rows_of(x), posterior, bias, noise, mode, *outputs, pixels)
     return y, y.new_empty(0) if slope is None else slope
 
 
-def backward(grad, slope, x, weight, log_sigma2, levels, thresholds, seed, offset, mode, input_gradient, pixels=1):
+def backward(grad, slope, x, posterior, noise, mode, input_gradient, product, pixels=1):
     """Gradients for x (empty if not asked for), weight, log_sigma2, levels and thresholds; grad [..., N].
 
     Without ``slope``, dy/dvariance [..., N], it is made again.
     """
-    rows, grad, posterior = rows_of(x), rows_of(grad), (weight, log_sigma2, levels, thresholds)
-    (M, K), N = rows.shape, weight.shape[0]
+    rows, grad = rows_of(x), rows_of(grad)
+    (M, K), N = rows.shape, posterior.weight.shape[0]
     if slope is None:
         slope = torch.empty((M, N), device=x.device, dtype=x.dtype)
-        _write_outputs(rows, posterior, None, seed, offset, mode, None, slope, pixels)
-    slope, flags = slope.contiguous(), {**flags_of_product(x, levels), "MODE": mode}
+        _write_outputs(rows, posterior, None, noise, mode, None, slope, pixels)
+    slope, flags = slope.contiguous(), {**flags_of_product(x, posterior), "MODE": mode}
     grad_x = x.new_empty(0)
     if input_gradient:
         grid, span = _grid(rows, K, N)
         grad_x = torch.empty((grid[2], M, K), device=x.device, dtype=x.dtype if grid[2] == 1 else torch.float32)
         moment_linear_bwd_kernel_input[grid](
-            grad, slope, rows, *posterior, grad_x, M, N, K, grad.stride(0), rows.stride(0), span, **flags,
+            grad, slope, rows, posterior, grad_x, M, N, K, grad.stride(0), rows.stride(0), span, **flags,
             BM=_rows_of_block(M, x.dtype), BN=_step(x.dtype), BK=_width(x.dtype), num_warps=WARPS,
             **_limits(x.dtype),
         )  # fmt: skip
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
-    grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(weight)
     tiles = _weight_tiles(x.dtype, K)
     blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(K, tiles["BK"]))
-    sums = torch.empty((blocks[1], N, codebook_sums(levels.shape[1], mode)), device=x.device)
+    gradients = gradients_of(posterior, blocks[1], codebook_sums(posterior.levels.shape[1], mode))
     moment_linear_bwd_kernel_weight[blocks](
-        grad, slope, rows, *posterior, grad_weight, grad_log_sigma2, sums, M, N, K, grad.stride(0), rows.stride(0),
-        sums.shape[2], **flags, **tiles,
+        grad, slope, rows, posterior, gradients, M, N, K, grad.stride(0), rows.stride(0), gradients.sums.shape[2],
+        **flags, **tiles,
     )  # fmt: skip
-    return grad_x, grad_weight, grad_log_sigma2, *codebook_gradients(sums, levels, thresholds)
+    return grad_x, *moment_gradients(gradients, posterior)

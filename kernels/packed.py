@@ -1,12 +1,26 @@
 """What the packed products share: 8-bit integers of rows, the end of a product, the sum of a split one."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from bqnn.kernels.launch import MATRIX_BLOCK, blocks_of_matrix
 
-CODE_BITS = {2: 1, 3: 2, 4: 2}  # 4 for more levels, as in bqnn.ops.backends.gpu_layout
+CODE_BITS = {2: 1, 3: 2, 4: 2}  # more levels take 4, as in bqnn.ops.backends.gpu_layout
+
+
+class Epilogue(NamedTuple):
+    """What a kernel does with its sums, one argument of it."""
+
+    scale: Tensor | None
+    """float32 [1 or N], those of the codebooks, where the sums are of integers."""
+    row_scale: Tensor | None
+    """Likewise float32 [M], those of the rows."""
+    bias: Tensor | None
+    """[N]."""
 
 
 @triton.jit
@@ -18,7 +32,7 @@ def quantize_rows_kernel(p_x, p_largest, p_q, p_scale, K, BK: tl.constexpr):
     m_k = o_k < K
     x = tl.load(p_x + o_x, mask=m_k, other=0.0).to(tl.float32)
     largest = tl.load(p_largest + i_m).to(tl.float32)
-    finite = largest < float("inf")  # not so for NaN either
+    finite = largest < float("inf")  # NaN is not below it either
     factor = tl.where(largest < 5.421010862427522e-20, 1.8446744073709552e19, 1.0)  # 2^-64, 2^64
     scaled = (x * factor) * tl.div_rn(largest * 0.0 + 127.0, largest * factor)
     q = (scaled + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest integer, ties to even
@@ -30,27 +44,15 @@ def quantize_rows_kernel(p_x, p_largest, p_q, p_scale, K, BK: tl.constexpr):
 
 
 @triton.jit
-def finish(
-    b_y,
-    p_scale,
-    p_row_scale,
-    p_bias,
-    o_row,
-    o_n,
-    m_n,
-    INT8: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-    RELU: tl.constexpr,
-):
+def finish(b_y, epilogue, o_row, o_n, m_n, PER_CHANNEL: tl.constexpr, RELU: tl.constexpr):
     """The output of sums b_y [BM, BN]: times the codebooks' scales and those of rows o_row [BM], plus the bias, or the
     ReLU of it."""
     y = b_y.to(tl.float32)
-    if INT8:
-        y = y * tl.load(p_scale + o_n * PER_CHANNEL, mask=m_n, other=0.0)[None, :]
-        y = y * tl.load(p_row_scale + o_row)[:, None]
-    if HAS_BIAS:
-        y += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if epilogue.scale is not None:
+        y = y * tl.load(epilogue.scale + o_n * PER_CHANNEL, mask=m_n, other=0.0)[None, :]
+        y = y * tl.load(epilogue.row_scale + o_row)[:, None]
+    if epilogue.bias is not None:
+        y += tl.load(epilogue.bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     if RELU:
         y = tl.where(y < 0.0, 0.0, y)  # NaN and -0.0 stay, as in torch
     return y
@@ -59,17 +61,13 @@ def finish(
 @triton.jit
 def packed_sum_kernel(
     p_parts,
-    p_scale,
-    p_row_scale,
-    p_bias,
+    epilogue,
     p_y,
     M,
     N,
     stride_part,
     rows_a_scale,
     SPLITS: tl.constexpr,
-    INT8: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     RELU: tl.constexpr,
     BN: tl.constexpr,
@@ -84,7 +82,7 @@ def packed_sum_kernel(
         p_part += stride_part
         b_y += tl.load(p_part, mask=m_y, other=0)
     o_row = tl.where(m_m, o_m, 0) // rows_a_scale
-    y = finish(b_y, p_scale, p_row_scale, p_bias, o_row, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL, RELU)
+    y = finish(b_y, epilogue, o_row, o_n, m_n, PER_CHANNEL, RELU)
     tl.store(p_y + o_m.to(tl.int64)[:, None] * N + o_n[None, :], y, mask=m_y)
 
 
@@ -98,31 +96,37 @@ def quantize_rows(x):
     return q, scale
 
 
-def flags_of_packed(num_levels, book, scale, bias, precision, relu):
-    """The flags of a packed product with the codebooks ``book`` [1 or N, M or more]."""
+def flags_of_packed(weight, precision, relu):
+    """The flags of a product with a PackedWeight."""
     operand = {"fp32": tl.float32, "bf16": tl.bfloat16, "int8": tl.int8}[precision]
     return {
-        "NUM_LEVELS": num_levels,
-        "BITS": CODE_BITS.get(num_levels, 4),
-        "PER_CHANNEL": int(book.shape[0] > 1),
-        "STRIDE": book.stride(0),
+        "BLOCK_WORDS": weight.block_words,
+        "NUM_LEVELS": weight.num_levels,
+        "BITS": CODE_BITS.get(weight.num_levels, 4),
+        "PER_CHANNEL": int(weight.levels.shape[0] > 1),
+        "STRIDE": weight.levels.stride(0),
         "OPERAND": operand,
-        "INT8": scale is not None,
-        "HAS_BIAS": bias is not None,
         "RELU": relu,
         # Contracted to a fused multiply-add, the end of an integer product would round once where the rule says twice.
-        "enable_fp_fusion": scale is None,
+        "enable_fp_fusion": weight.scale is None,
     }
 
 
-def sum_of_parts(parts, scale, row_scale, bias, y, relu, rows_a_scale=1):
+def sums_of(y, splits, epilogue):
+    """Where a product in so many splits writes its sums: y [M, N] itself, or parts [S, M, N]."""
+    if splits == 1:
+        return y
+    dtype = torch.float32 if epilogue.scale is None else torch.int32
+    return torch.empty((splits, *y.shape), device=y.device, dtype=dtype)
+
+
+def sum_of_parts(parts, epilogue, y, relu, rows_a_scale=1):
     """Fills y [M, N] from the split sums ``parts`` [S, M, N]; ``rows_a_scale`` rows share a scale."""
     splits, M, N = parts.shape
     grid, blocks = blocks_of_matrix(M, N)
-    int8 = scale is not None
+    scale = epilogue.scale
     packed_sum_kernel[grid](
-        parts, scale, row_scale, bias, y, M, N, M * N, rows_a_scale, SPLITS=splits, INT8=int8,
-        HAS_BIAS=bias is not None, PER_CHANNEL=int(int8 and scale.shape[0] > 1), RELU=relu, **blocks,
-        enable_fp_fusion=not int8,
+        parts, epilogue, y, M, N, M * N, rows_a_scale, SPLITS=splits,
+        PER_CHANNEL=int(scale is not None and scale.shape[0] > 1), RELU=relu, **blocks, enable_fp_fusion=scale is None,
     )  # fmt: skip
     return y

@@ -10,12 +10,13 @@ import triton.language as tl
 
 from bqnn.kernels.decode import codebook, decode, few_levels
 from bqnn.kernels.launch import ALL_REGISTERS, MAX_SPLITS, architecture, processors, rows_of, splits_of
-from bqnn.kernels.packed import finish, flags_of_packed, quantize_rows, sum_of_parts
+from bqnn.kernels.packed import Epilogue, finish, flags_of_packed, quantize_rows, sum_of_parts, sums_of
 
 # Up to so many rows, each takes a pass of its own over the words. Float32 products are FMA, for which tiles of a few
 # rows are padded to 16.
 GEMV_ROWS = {"fp32": 3, "bf16": 1, "int8": 1}
-GEMV_WORDS = 2048  # of a block: four 16-byte loads a lane before the first is used
+# A block takes so many words at once: four 16-byte loads a lane before the first is used.
+GEMV_WORDS = 2048
 
 # Tiles by precision and rows: the first whose BM is not below the rows, else the last. BW words are BW columns of each
 # of the products that a tile of words takes, one for every field of a word.
@@ -35,7 +36,8 @@ TILES = {
     ),
 }
 
-STAGE_BYTES = 128 * 1024  # of activations on their way, over all stages: what leaves room for the decoded tile
+# Activations on their way take no more than so many bytes, over all stages, which leaves room for the decoded tile.
+STAGE_BYTES = 128 * 1024
 
 
 @triton.jit
@@ -50,9 +52,7 @@ def packed_linear_gemv_kernel(
     p_x,
     p_words,
     p_levels,
-    p_scale,
-    p_row_scale,
-    p_bias,
+    epilogue,
     p_y,
     N,
     K,
@@ -64,14 +64,12 @@ def packed_linear_gemv_kernel(
     PER_CHANNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     OPERAND: tl.constexpr,
-    INT8: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
 ):
     PER_WORD: tl.constexpr = 32 // BITS
-    SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
+    SUM: tl.constexpr = tl.float32 if epilogue.scale is None else tl.int32
     i_n, i_m = tl.program_id(0), tl.program_id(1)
     o_n, o_m = i_n * BN + tl.arange(0, BN), i_m + tl.arange(0, 1)
     m_n = o_n < N
@@ -89,7 +87,7 @@ def packed_linear_gemv_kernel(
             b_w = decode(b_words, i, p_book, c0, c1, c2, c3, NUM_LEVELS, BITS, OPERAND)
             b_sum += b_w.to(SUM) * b_x[None, :]
     b_y = tl.sum(b_sum, axis=1)[None, :]
-    y = finish(b_y, p_scale, p_row_scale, p_bias, o_m, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL, RELU)
+    y = finish(b_y, epilogue, o_m, o_n, m_n, PER_CHANNEL, RELU)
     tl.store(p_y + o_m.to(tl.int64)[:, None] * N + o_n[None, :], y, mask=m_n[None, :])
 
 
@@ -98,9 +96,7 @@ def packed_linear_fwd_kernel(
     p_x,
     p_words,
     p_levels,
-    p_scale,
-    p_row_scale,
-    p_bias,
+    epilogue,
     p_y,
     M,
     N,
@@ -114,8 +110,6 @@ def packed_linear_fwd_kernel(
     PER_CHANNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     OPERAND: tl.constexpr,
-    INT8: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     SPLIT: tl.constexpr,
     UNROLLED: tl.constexpr,
@@ -130,7 +124,7 @@ def packed_linear_fwd_kernel(
     p_row, p_word = p_x + o_m.to(tl.int64)[:, None] * stride_x, p_words + o_n.to(tl.int64)[:, None] * W
     p_book = codebook(p_levels, tl.where(m_n, o_n, 0), PER_CHANNEL, STRIDE)
     c0, c1, c2, c3 = few_levels(p_book, NUM_LEVELS, OPERAND)
-    b_y = tl.zeros((BM, BN), tl.int32 if INT8 else tl.float32)
+    b_y = tl.zeros((BM, BN), tl.float32 if epilogue.scale is None else tl.int32)
     for first in range(i_s * span, tl.minimum(W, (i_s + 1) * span), BW):
         o_w = first + tl.arange(0, BW)
         o_k = (o_w // BLOCK_WORDS) * (BLOCK_WORDS * PER_WORD) + o_w % BLOCK_WORDS
@@ -150,7 +144,7 @@ def packed_linear_fwd_kernel(
     o_y = (i_s.to(tl.int64) * M + o_m)[:, None] * N + o_n[None, :]
     if not SPLIT:
         o_row = tl.where(m_m, o_m, 0)
-        b_y = finish(b_y, p_scale, p_row_scale, p_bias, o_row, o_n, m_n, INT8, HAS_BIAS, PER_CHANNEL, RELU)
+        b_y = finish(b_y, epilogue, o_row, o_n, m_n, PER_CHANNEL, RELU)
     tl.store(p_y + o_y, b_y, mask=m_m[:, None] & m_n[None, :])
 
 
@@ -166,7 +160,7 @@ def from_tile(tile, x_bytes, precision, flags):
     tile = dict(tile)
     if per_word == 32 and precision == "bf16":
         tile["BW"] = 16  # 32 fields of twice as many columns would leave no room for a second stage
-    # What sm_80 would spill: levels of each channel in registers, pointers to those of each, 32 fields of wide tiles.
+    # sm_80 would spill levels of each channel in registers, pointers to those of each, and 32 fields of wide tiles.
     wide = tile["BM"] * tile["BW"] >= 64 * 32 or (precision == "fp32" and per_word == 8 and tile["BM"] >= 64)
     if (flags["PER_CHANNEL"] and wide) or (precision == "bf16" and per_word == 32 and tile["BM"] == 64):
         tile["BN"] //= 2
@@ -202,7 +196,7 @@ def configuration(op, rows, x, precision, flags, channels, words):
         lines = lines[:-1]  # a window takes an address a pixel: 128 of them would be spilled
     tile = next((line for line in lines if line["BM"] >= rows), lines[-1])
     config = from_tile(tile, x.element_size(), precision, flags)
-    if op == "packed_conv2d":  # whose gathered addresses take registers too: they would be spilled
+    if op == "packed_conv2d":  # its gathered addresses take registers too, which would be spilled
         few_rows = flags["BITS"] == 4 and config["BM"] == 16 and not (int8_window and flags["PER_CHANNEL"])
         few_warps = few_rows or (int8_window and config["BM"] == 64 and architecture() < 90)
         config["num_warps"] = 4 if few_warps else 8
@@ -215,40 +209,34 @@ def configuration(op, rows, x, precision, flags, channels, words):
     return config
 
 
-def forward(x, words, num_levels, book, scale, bias, precision, block_words, relu):
-    """y [..., N] in x's dtype, its ReLU with ``relu``, of x [..., K], not empty.
-
-    ``words`` int32 [N, W], contiguous, of blocks of ``block_words``; ``book`` the levels, float32 [1 or N, M], or for
-    "int8" integers, int8 [1 or N, M or more], with their scales, float32 [1 or N], in ``scale``.
-    """
+def forward(x, weight, bias, precision, relu):
+    """y [..., N] in x's dtype, its ReLU with ``relu``, of x [..., K], not empty, and a PackedWeight."""
     rows = rows_of(x)
-    flags = flags_of_packed(num_levels, book, scale, bias, precision, relu)
-    y = torch.empty((rows.shape[0], words.shape[0]), device=x.device, dtype=x.dtype)
+    y = torch.empty((rows.shape[0], weight.words.shape[0]), device=x.device, dtype=x.dtype)
     row_scale = None
     if precision == "int8":
         rows, row_scale = quantize_rows(rows.contiguous())
-    multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, block_words)
+    multiply(rows, weight, Epilogue(weight.scale, row_scale, bias), y, precision, relu)
     return y.view(*x.shape[:-1], -1)
 
 
-def multiply(rows, words, book, scale, row_scale, bias, y, precision, flags, block_words):
-    """Fills y [M, N] with the product of rows [M, K], integers for "int8", and the words."""
+def multiply(rows, weight, epilogue, y, precision, relu):
+    """Fills y [M, N] with the product of rows [M, K], integers for "int8", and a PackedWeight."""
+    words, flags = weight.words, flags_of_packed(weight, precision, relu)
     (M, K), (N, W) = rows.shape, words.shape
     if precision == "bf16" and GEMV_ROWS[precision] < M:
-        rows = rows.to(torch.bfloat16)  # once, not in every block of channels
+        rows = rows.to(torch.bfloat16)  # this rounds once, not in every block of channels
     config = configuration("packed_linear", M, rows, precision, flags, N, W)
     if config.pop("kernel") == "gemv":
         packed_linear_gemv_kernel[(triton.cdiv(N, config["BN"]), M)](
-            rows, words, book, scale, row_scale, bias, y, N, K, W, rows.stride(0), block_words, **config, **flags
+            rows, words, weight.levels, epilogue, y, N, K, W, rows.stride(0), **config, **flags
         )
         return y
     blocks = (triton.cdiv(M, config["BM"]), triton.cdiv(N, config["BN"]))
     splits, span = splits_of(blocks, W, config["BW"], rows.device, config.pop("most_splits"))
-    sums = y
-    if splits > 1:
-        sums = torch.empty((splits, M, N), device=y.device, dtype=torch.int32 if precision == "int8" else torch.float32)
+    sums = sums_of(y, splits, epilogue)
     packed_linear_fwd_kernel[(*blocks, splits)](
-        rows, words, book, scale, row_scale, bias, sums, M, N, K, W, rows.stride(0), span, block_words,
-        SPLIT=splits > 1, **config, **flags,
+        rows, words, weight.levels, epilogue, sums, M, N, K, W, rows.stride(0), span, SPLIT=splits > 1, **config,
+        **flags,
     )  # fmt: skip
-    return y if splits == 1 else sum_of_parts(sums, scale, row_scale, bias, y, flags["RELU"])
+    return y if splits == 1 else sum_of_parts(sums, epilogue, y, relu)

@@ -23,33 +23,33 @@ def codebook_of(o_n, m_n, step, NUM_LEVELS: tl.constexpr, PER_CHANNEL: tl.conste
 
 
 @triton.jit
-def level_at(p_levels, o_group, m, NUM_LEVELS: tl.constexpr):
+def level_at(posterior, o_group, m, NUM_LEVELS: tl.constexpr):
     """Level c_m, float32, of o_group's shape."""
-    return tl.load(p_levels + o_group * NUM_LEVELS + m).to(tl.float32)
+    return tl.load(posterior.levels + o_group * NUM_LEVELS + m).to(tl.float32)
 
 
 @triton.jit
-def threshold_at(p_thresholds, o_group, j, NUM_LEVELS: tl.constexpr):
+def threshold_at(posterior, o_group, j, NUM_LEVELS: tl.constexpr):
     """The threshold between levels j and j + 1, float32, of o_group's shape."""
-    return tl.load(p_thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)
+    return tl.load(posterior.thresholds + o_group * (NUM_LEVELS - 1) + j).to(tl.float32)
 
 
 @triton.jit
-def quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
+def quantize(w, posterior, o_group, NUM_LEVELS: tl.constexpr):
     """Q(w) = c_code(w), float32 [BN, BK]."""
-    quantized = tl.broadcast_to(level_at(p_levels, o_group, 0, NUM_LEVELS), w.shape)
+    quantized = tl.broadcast_to(level_at(posterior, o_group, 0, NUM_LEVELS), w.shape)
     for j in tl.static_range(NUM_LEVELS - 1):
-        level = level_at(p_levels, o_group, j + 1, NUM_LEVELS)
-        quantized = tl.where(w > threshold_at(p_thresholds, o_group, j, NUM_LEVELS), level, quantized)
+        level = level_at(posterior, o_group, j + 1, NUM_LEVELS)
+        quantized = tl.where(w > threshold_at(posterior, o_group, j, NUM_LEVELS), level, quantized)
     return quantized
 
 
 @triton.jit
-def partition(w, p_thresholds, o_group, NUM_LEVELS: tl.constexpr):
+def partition(w, posterior, o_group, NUM_LEVELS: tl.constexpr):
     """code(w) = #{j : w > t_j}, int32 [BN, BK]."""
     code = tl.zeros(w.shape, tl.int32)
     for j in tl.static_range(NUM_LEVELS - 1):
-        code += (w > threshold_at(p_thresholds, o_group, j, NUM_LEVELS)).to(tl.int32)
+        code += (w > threshold_at(posterior, o_group, j, NUM_LEVELS)).to(tl.int32)
     return code
 
 

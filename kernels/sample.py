@@ -8,46 +8,34 @@ import torch
 import triton
 import triton.language as tl
 
+from bqnn.kernels.arguments import Noise, gradients_of
 from bqnn.kernels.conv2d import in_channels_last, parts_of, taps_of
-from bqnn.kernels.launch import blocks_of_matrix, flags_of_codebook, heuristics_of_posterior, level_sums
+from bqnn.kernels.launch import blocks_of_matrix, flags_of_sample, level_sums
 from bqnn.kernels.philox import normals_of_rows
 from bqnn.kernels.quantizer import codebook_of, partition, quantize, store_level_sums
 
 
 @triton.jit
-def sampled_block(
-    p_weight,
-    p_log_sigma2,
-    seed,
-    offset,
-    o_n,
-    first,
-    N,
-    K,
-    BK: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """w = mu + sigma * eps and sigma * eps in rows o_n [BN] and the columns from ``first`` on: float32 [BN, BK]."""
+def sampled_block(posterior, noise, o_n, first, N, K, BK: tl.constexpr, ALIGNED: tl.constexpr):
+    """w = mu + sigma * eps and sigma * eps in rows o_n [BN] and the columns from ``first`` on: float32 [BN, BK].
+
+    Without log_sigma2 both are mu.
+    """
     o_k = first + tl.arange(0, BK)
     o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
     m_w = (o_n < N)[:, None] & (o_k < K)[None, :]
-    mean = tl.load(p_weight + o_w, mask=m_w, other=0.0).to(tl.float32)
-    if STOCHASTIC:
-        sigma = tl.exp(0.5 * tl.load(p_log_sigma2 + o_w, mask=m_w, other=0.0).to(tl.float32))
-        noise = sigma * normals_of_rows(seed, offset, o_n, first, K, BK, ALIGNED)
-        return mean + noise, noise
+    mean = tl.load(posterior.weight + o_w, mask=m_w, other=0.0).to(tl.float32)
+    if posterior.log_sigma2 is not None:
+        sigma = tl.exp(0.5 * tl.load(posterior.log_sigma2 + o_w, mask=m_w, other=0.0).to(tl.float32))
+        shift = sigma * normals_of_rows(noise.seed, noise.offset, o_n, first, K, BK, ALIGNED)
+        return mean + shift, shift
     else:
         return mean, mean
 
 
-@heuristics_of_posterior
 @triton.jit(do_not_specialize=["seed", "offset"])
 def sample_fwd_kernel(
-    p_weight,
-    p_log_sigma2,
-    p_levels,
-    p_thresholds,
+    posterior,
     seed: tl.int64,
     offset: tl.int64,
     p_quantized,
@@ -56,44 +44,39 @@ def sample_fwd_kernel(
     taps,
     NUM_LEVELS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    noise = Noise(seed, offset)
     i_n, i_k = tl.program_id(0), tl.program_id(1)
     o_n, o_k = i_n * BN + tl.arange(0, BN), i_k * BK + tl.arange(0, BK)
     m_n = o_n < N
     o_group = codebook_of(o_n, m_n, 0, NUM_LEVELS, PER_CHANNEL)
-    w, _ = sampled_block(p_weight, p_log_sigma2, seed, offset, o_n, i_k * BK, N, K, BK, STOCHASTIC, ALIGNED)
-    quantized = quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS)
+    w, _ = sampled_block(posterior, noise, o_n, i_k * BK, N, K, BK, ALIGNED)
+    quantized = quantize(w, posterior, o_group, NUM_LEVELS)
     o_q = o_n.to(tl.int64)[:, None] * K + in_channels_last(o_k, K, taps)[None, :]
     tl.store(p_quantized + o_q, quantized, mask=m_n[:, None] & (o_k < K)[None, :])
 
 
-@heuristics_of_posterior
 @triton.jit(do_not_specialize=["seed", "offset"])
 def sample_bwd_kernel(
     p_grad,
-    p_weight,
-    p_log_sigma2,
-    p_thresholds,
+    posterior,
     seed: tl.int64,
     offset: tl.int64,
-    p_grad_weight,
-    p_grad_log_sigma2,
-    p_sums,
+    gradients,
     N,
     K,
     taps,
     parts,
     NUM_LEVELS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    noise = Noise(seed, offset)
     i_n, i_k = tl.program_id(0), tl.program_id(1)
     o_n, o_k = i_n * BN + tl.arange(0, BN), i_k * BK + tl.arange(0, BK)
     m_w = (o_n < N)[:, None] & (o_k < K)[None, :]
@@ -102,74 +85,71 @@ def sample_bwd_kernel(
     for part in range(parts):
         o_row = (part * N + o_n.to(tl.int64))[:, None] * K
         grad += tl.load(p_grad + o_row + o_p, mask=m_w, other=0.0).to(tl.float32)
-    store_sample_gradients(
-        grad, p_weight, p_log_sigma2, p_thresholds, seed, offset, p_grad_weight, p_grad_log_sigma2,
-        p_sums + i_k.to(tl.int64) * N * NUM_LEVELS, o_n, i_k * BK, N, K, NUM_LEVELS, PER_CHANNEL, STOCHASTIC, ALIGNED,
-    )  # fmt: skip
+    store_sample_gradients(grad, posterior, noise, gradients, o_n, i_k, N, K, NUM_LEVELS, PER_CHANNEL, ALIGNED)
 
 
 @triton.jit
 def store_sample_gradients(
     grad,
-    p_weight,
-    p_log_sigma2,
-    p_thresholds,
-    seed,
-    offset,
-    p_grad_weight,
-    p_grad_log_sigma2,
-    p_sums,
+    posterior,
+    noise,
+    gradients,
     o_n,
-    first,
+    i_k,
     N,
     K,
     NUM_LEVELS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """From dL/dQ of a block, float32 [BN, BK], 0 outside the weight: the straight-through gradients of mu and
-    log_sigma2, dL/dQ and dL/dQ * sigma * eps / 2, and its sums over the cells of each row."""
+    """From dL/dQ of rows o_n and the i_k-th block of columns, float32 [BN, BK], 0 outside the weight: the
+    straight-through gradients of mu and log_sigma2, dL/dQ and dL/dQ * sigma * eps / 2, and its sums over the cells of
+    each row."""
     BK: tl.constexpr = grad.shape[1]
-    w, noise = sampled_block(p_weight, p_log_sigma2, seed, offset, o_n, first, N, K, BK, STOCHASTIC, ALIGNED)
+    p_sums = gradients.sums + i_k.to(tl.int64) * N * NUM_LEVELS
+    first = i_k * BK
+    w, shift = sampled_block(posterior, noise, o_n, first, N, K, BK, ALIGNED)
     m_n = o_n < N
     o_group = codebook_of(o_n, m_n, 0, NUM_LEVELS, PER_CHANNEL)
     o_k = first + tl.arange(0, BK)
     o_w = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
     m_w = m_n[:, None] & (o_k < K)[None, :]
-    tl.store(p_grad_weight + o_w, grad, mask=m_w)
-    if STOCHASTIC:
-        tl.store(p_grad_log_sigma2 + o_w, 0.5 * grad * noise, mask=m_w)
-    store_level_sums(grad, partition(w, p_thresholds, o_group, NUM_LEVELS), p_sums, o_n, m_n, NUM_LEVELS)
+    tl.store(gradients.weight + o_w, grad, mask=m_w)
+    if posterior.log_sigma2 is not None:
+        tl.store(gradients.log_sigma2 + o_w, 0.5 * grad * shift, mask=m_w)
+    store_level_sums(grad, partition(w, posterior, o_group, NUM_LEVELS), p_sums, o_n, m_n, NUM_LEVELS)
 
 
-def sample(weight, log_sigma2, levels, thresholds, seed, offset, dtype, memory_format=torch.contiguous_format):
-    """Q(mu + sigma * eps) in ``dtype``, in the weight's shape and this memory format; the other tensors are
-    contiguous."""
+def sample(posterior, noise, dtype, memory_format=torch.contiguous_format):
+    """Q(mu + sigma * eps) in ``dtype``, in the weight's shape and this memory format; the posterior is contiguous."""
+    weight = posterior.weight
     quantized = torch.empty(weight.shape, device=weight.device, dtype=dtype, memory_format=memory_format)
-    N, K = weight.shape[0], weight[0].numel()
+    N, K = weight.shape[0], weight.shape[1:].numel()
     grid, blocks = blocks_of_matrix(N, K)
     sample_fwd_kernel[grid](
-        weight, log_sigma2, levels, thresholds, seed, offset, quantized, N, K, taps_of(quantized),
-        **flags_of_codebook(levels), **blocks,
-    )  # fmt: skip
+        posterior, noise.seed, noise.offset, quantized, N, K, taps_of(quantized), **flags_of_sample(posterior), **blocks
+    )
     return quantized
 
 
-def sample_backward(grad, weight, log_sigma2, levels, thresholds, seed, offset):
+def sample_backward(grad, posterior, noise):
     """The gradients of mu, log_sigma2 (empty without it) and levels, all contiguous.
 
     ``grad`` is dL/dQ in any floating-point dtype, or parts [S, *weight.shape] of it to be added up, each contiguous or
     channels-last.
     """
-    N, K = weight.shape[0], weight[0].numel()
-    grad_weight = torch.empty_like(weight)
-    grad_log_sigma2 = weight.new_empty(0) if log_sigma2 is None else torch.empty_like(weight)
+    weight, levels = posterior.weight, posterior.levels
+    N, K = weight.shape[0], weight.shape[1:].numel()
     grid, blocks = blocks_of_matrix(N, K)
-    sums = torch.empty((grid[1], N, levels.shape[1]), device=weight.device)
+    gradients = gradients_of(posterior, grid[1], levels.shape[1])
     parts, taps = parts_of(grad, weight)
     sample_bwd_kernel[grid](
-        grad, weight, log_sigma2, thresholds, seed, offset, grad_weight, grad_log_sigma2, sums, N, K, taps, parts,
-        **flags_of_codebook(levels), **blocks,
-    )  # fmt: skip
-    return grad_weight, grad_log_sigma2, level_sums(sums, levels)
+        grad, posterior, noise.seed, noise.offset, gradients, N, K, taps, parts, **flags_of_sample(posterior), **blocks
+    )
+    return sample_gradients(gradients, posterior)
+
+
+def sample_gradients(gradients, posterior):
+    """The gradients of mu, log_sigma2 (empty without it) and levels, from what a kernel has written of them."""
+    by_log_sigma2 = posterior.weight.new_empty(0) if gradients.log_sigma2 is None else gradients.log_sigma2
+    return gradients.weight, by_log_sigma2, level_sums(gradients.sums, posterior.levels)

@@ -7,35 +7,29 @@ import torch
 import triton
 import triton.language as tl
 
+from bqnn.kernels.arguments import Noise, gradients_of
 from bqnn.kernels.launch import (
     ALL_REGISTERS,
     architecture,
     fewer_stages,
     flags_of_product,
-    heuristics_of_posterior,
     leading,
-    level_sums,
     rows_of,
     splits_of,
     sum_of_splits,
 )
 from bqnn.kernels.quantizer import codebook_of, quantize
-from bqnn.kernels.sample import sampled_block, store_sample_gradients
+from bqnn.kernels.sample import sample_gradients, sampled_block, store_sample_gradients
 
 # Up to here sampling in the product costs less than writing and reading the sampled weight. An estimate for an H200,
 # not a measurement: a weight takes about 25 operations to sample, 8 bytes to read, and 4 to write and read in bfloat16.
 FUSED_ROWS = 512
 
 
-@heuristics_of_posterior
-@triton.heuristics({"HAS_BIAS": lambda args: args["p_bias"] is not None})
 @triton.jit(do_not_specialize=["seed", "offset"])
 def sample_linear_fwd_kernel(
     p_x,
-    p_weight,
-    p_log_sigma2,
-    p_levels,
-    p_thresholds,
+    posterior,
     p_bias,
     seed: tl.int64,
     offset: tl.int64,
@@ -47,14 +41,13 @@ def sample_linear_fwd_kernel(
     span,
     NUM_LEVELS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    noise = Noise(seed, offset)
     i_n, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < M, o_n < N
@@ -64,23 +57,19 @@ def sample_linear_fwd_kernel(
         o_k = first + tl.arange(0, BK)
         o_group = codebook_of(o_n, m_n, first, NUM_LEVELS, PER_CHANNEL)
         b_x = tl.load(p_row + o_k[None, :], mask=m_m[:, None] & (o_k < K)[None, :], other=0.0)
-        w, _ = sampled_block(p_weight, p_log_sigma2, seed, offset, o_n, first, N, K, BK, STOCHASTIC, ALIGNED)
-        b_q = quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS).to(b_x.dtype)
+        w, _ = sampled_block(posterior, noise, o_n, first, N, K, BK, ALIGNED)
+        b_q = quantize(w, posterior, o_group, NUM_LEVELS).to(b_x.dtype)
         b_y = tl.dot(b_x, tl.trans(b_q), b_y, input_precision=PRECISION)  # [BM, BK] @ [BK, BN]
-    if HAS_BIAS:
+    if p_bias is not None:
         b_y += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     o_y = (i_s.to(tl.int64) * M + o_m)[:, None] * N + o_n[None, :]
     tl.store(p_y + o_y, b_y, mask=m_m[:, None] & m_n[None, :])
 
 
-@heuristics_of_posterior
 @triton.jit(do_not_specialize=["seed", "offset"])
 def sample_linear_bwd_kernel_input(
     p_grad,
-    p_weight,
-    p_log_sigma2,
-    p_levels,
-    p_thresholds,
+    posterior,
     seed: tl.int64,
     offset: tl.int64,
     p_grad_x,
@@ -91,13 +80,13 @@ def sample_linear_bwd_kernel_input(
     span,
     NUM_LEVELS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    noise = Noise(seed, offset)
     i_k, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_m, o_k = i_m * BM + tl.arange(0, BM), i_k * BK + tl.arange(0, BK)
     m_m = o_m < M
@@ -108,26 +97,21 @@ def sample_linear_bwd_kernel_input(
         m_n = o_n < N
         o_group = codebook_of(o_n, m_n, first, NUM_LEVELS, PER_CHANNEL)
         b_grad = tl.load(p_row + o_n[None, :], mask=m_m[:, None] & m_n[None, :], other=0.0)
-        w, _ = sampled_block(p_weight, p_log_sigma2, seed, offset, o_n, i_k * BK, N, K, BK, STOCHASTIC, ALIGNED)
-        b_q = quantize(w, p_levels, p_thresholds, o_group, NUM_LEVELS).to(b_grad.dtype)
+        w, _ = sampled_block(posterior, noise, o_n, i_k * BK, N, K, BK, ALIGNED)
+        b_q = quantize(w, posterior, o_group, NUM_LEVELS).to(b_grad.dtype)
         b_grad_x = tl.dot(b_grad, b_q, b_grad_x, input_precision=PRECISION)  # [BM, BN] @ [BN, BK]
     o_x = (i_s.to(tl.int64) * M + o_m)[:, None] * K + o_k[None, :]
     tl.store(p_grad_x + o_x, b_grad_x, mask=m_m[:, None] & (o_k < K)[None, :])
 
 
-@heuristics_of_posterior
 @triton.jit(do_not_specialize=["seed", "offset"])
 def sample_linear_bwd_kernel_weight(
     p_grad,
     p_x,
-    p_weight,
-    p_log_sigma2,
-    p_thresholds,
+    posterior,
     seed: tl.int64,
     offset: tl.int64,
-    p_grad_weight,
-    p_grad_log_sigma2,
-    p_sums,
+    gradients,
     M,
     N,
     K,
@@ -135,13 +119,13 @@ def sample_linear_bwd_kernel_weight(
     stride_x,
     NUM_LEVELS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    noise = Noise(seed, offset)
     i_n, i_k = tl.program_id(0), tl.program_id(1)
     o_n, o_k = i_n * BN + tl.arange(0, BN), i_k * BK + tl.arange(0, BK)
     m_n, m_k = o_n < N, o_k < K
@@ -152,17 +136,14 @@ def sample_linear_bwd_kernel_weight(
         b_grad = tl.load(p_grad + o_row * stride_grad + o_n[None, :], mask=m_m & m_n[None, :], other=0.0)
         b_x = tl.load(p_x + o_row * stride_x + o_k[None, :], mask=m_m & m_k[None, :], other=0.0)
         b_grad_weight = tl.dot(tl.trans(b_grad), b_x, b_grad_weight, input_precision=PRECISION)  # [BN, BM] @ [BM, BK]
-    store_sample_gradients(
-        b_grad_weight, p_weight, p_log_sigma2, p_thresholds, seed, offset, p_grad_weight, p_grad_log_sigma2,
-        p_sums + i_k.to(tl.int64) * N * NUM_LEVELS, o_n, i_k * BK, N, K, NUM_LEVELS, PER_CHANNEL, STOCHASTIC, ALIGNED,
-    )  # fmt: skip
+    store_sample_gradients(b_grad_weight, posterior, noise, gradients, o_n, i_k, N, K, NUM_LEVELS, PER_CHANNEL, ALIGNED)
 
 
 def _tiles(rows, dtype, columns):
     """Tile sizes and warps: the rows in as few blocks as registers allow, since each samples the weight anew."""
-    if dtype == torch.float32:  # its products take registers for their operands too
+    if dtype == torch.float32:  # products of float32 take registers for their operands too
         return {"BM": min(_rows_of_block(rows), 64), "BN": 32, "BK": 32, "num_warps": 8}
-    BM = min(_rows_of_block(rows), 256 if columns % 4 == 0 else 128)  # else a call of Philox for each weight
+    BM = min(_rows_of_block(rows), 256 if columns % 4 == 0 else 128)  # otherwise each weight takes a call of Philox
     stages = fewer_stages() if BM <= 32 else {}
     return {"BM": BM, "BN": 64, "BK": 32 if BM > 64 else 64, "num_warps": 8, **stages}
 
@@ -172,61 +153,61 @@ def _weight_tiles(dtype):
     return {"BM": 32, "BN": 64, "BK": 32 if dtype == torch.float32 else 64, "num_warps": 8}
 
 
-def _flags(x, levels):
+def _flags(x, posterior):
     """Those of a product. It takes all registers where each weight needs a call of Philox for itself, each channel has
     its own levels, or there are many levels in float32 or on targets other than sm_90."""
-    codebooks, num_levels = levels.shape
-    costly = x.shape[-1] % 4 != 0 or codebooks > 1 or (x.dtype == torch.float32 and num_levels > 4)
+    codebooks, num_levels = posterior.levels.shape
+    aligned = x.shape[-1] % 4 == 0
+    costly = not aligned or codebooks > 1 or (x.dtype == torch.float32 and num_levels > 4)
     costly |= architecture() != 90 and num_levels > 3
-    return {**flags_of_product(x, levels), **(ALL_REGISTERS if costly else {})}
+    return {**flags_of_product(x, posterior), "ALIGNED": aligned, **(ALL_REGISTERS if costly else {})}
 
 
 def _rows_of_block(rows):
     return max(16, triton.next_power_of_2(rows))
 
 
-def is_fused(x, weight):
-    """Whether the product samples its weight; otherwise the weight is sampled once and torch multiplies."""
+def is_fused(x, posterior, product):
+    """Whether the product, a LinearProduct, samples its weight; otherwise that is sampled once and torch multiplies."""
     return leading(x) <= FUSED_ROWS
 
 
-def forward(x, weight, log_sigma2, levels, thresholds, bias, seed, offset):
-    """y [..., N] in x's dtype, of x [..., K], neither empty; parameters are contiguous."""
+def forward(x, posterior, bias, noise, product):
+    """y [..., N] in x's dtype, of x [..., K], neither empty; the posterior is contiguous, the product a
+    LinearProduct."""
     rows = rows_of(x)
-    (M, K), N = rows.shape, weight.shape[0]
+    (M, K), N = rows.shape, posterior.weight.shape[0]
     tiles = _tiles(M, x.dtype, K)
     blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(M, tiles["BM"]))
     splits, span = splits_of(blocks, K, tiles["BK"], x.device)
     y = torch.empty((splits, M, N), device=x.device, dtype=x.dtype if splits == 1 else torch.float32)
     sample_linear_fwd_kernel[(*blocks, splits)](
-        rows, weight, log_sigma2, levels, thresholds, bias if splits == 1 else None, seed, offset, y, M, N, K,
-        rows.stride(0), span, **_flags(x, levels), **tiles,
+        rows, posterior, bias if splits == 1 else None, noise.seed, noise.offset, y, M, N, K, rows.stride(0), span,
+        **_flags(x, posterior), **tiles,
     )  # fmt: skip
     return sum_of_splits(y, bias, x.dtype).view(*x.shape[:-1], N)
 
 
-def backward(grad, x, weight, log_sigma2, levels, thresholds, seed, offset, input_gradient):
+def backward(grad, x, posterior, noise, input_gradient, product):
     """Gradients for x (empty if not asked for), weight, log_sigma2 (empty without it) and levels; grad [..., N]."""
     rows, grad = rows_of(x), rows_of(grad)
-    (M, K), N = rows.shape, weight.shape[0]
-    tiles, flags = _tiles(M, x.dtype, K), _flags(x, levels)
+    (M, K), N = rows.shape, posterior.weight.shape[0]
+    tiles, flags = _tiles(M, x.dtype, K), _flags(x, posterior)
     grad_x = x.new_empty(0)
     if input_gradient:
         blocks = (triton.cdiv(K, tiles["BK"]), triton.cdiv(M, tiles["BM"]))
         splits, span = splits_of(blocks, N, tiles["BN"], x.device)
         grad_x = torch.empty((splits, M, K), device=x.device, dtype=x.dtype if splits == 1 else torch.float32)
         sample_linear_bwd_kernel_input[(*blocks, splits)](
-            grad, weight, log_sigma2, levels, thresholds, seed, offset, grad_x, M, N, K, grad.stride(0), span,
-            **flags, **tiles,
-        )  # fmt: skip
+            grad, posterior, noise.seed, noise.offset, grad_x, M, N, K, grad.stride(0), span, **flags, **tiles
+        )
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
-    grad_weight = torch.empty_like(weight)
-    grad_log_sigma2 = weight.new_empty(0) if log_sigma2 is None else torch.empty_like(weight)
     tiles = _weight_tiles(x.dtype)
     blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(K, tiles["BK"]))
-    sums = torch.empty((blocks[1], N, levels.shape[1]), device=x.device)
+    gradients = gradients_of(posterior, blocks[1], posterior.levels.shape[1])
+    partitioned = posterior._replace(levels=None)  # an address that is not read costs registers on sm_100
     sample_linear_bwd_kernel_weight[blocks](
-        grad, rows, weight, log_sigma2, thresholds, seed, offset, grad_weight, grad_log_sigma2, sums, M, N, K,
-        grad.stride(0), rows.stride(0), **flags, **tiles,
+        grad, rows, partitioned, noise.seed, noise.offset, gradients, M, N, K, grad.stride(0), rows.stride(0), **flags,
+        **tiles,
     )  # fmt: skip
-    return grad_x, grad_weight, grad_log_sigma2, level_sums(sums, levels)
+    return grad_x, *sample_gradients(gradients, posterior)

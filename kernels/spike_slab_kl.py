@@ -19,16 +19,21 @@ K1, S, K1_S = tl.constexpr(0.63576), tl.constexpr(0.528908369), tl.constexpr(0.6
 LOWEST_RATIO, HIGHEST_RATIO = tl.constexpr(0.006737947), tl.constexpr(148.41316)  # exp of -5 and 5 clip log alpha
 HALF_LN2, HALF_LOG2E = tl.constexpr(0.34657359), tl.constexpr(0.72134752)
 ZERO_TO_TAU = tl.constexpr(1e-3)
-GREATEST_INVERSE = tl.constexpr(63.0)  # log2 of the greatest 1 / sigma, whose square is finite
-FAR = tl.constexpr(1e30)  # a mean that gives no gradient to any level
-MOST_TILES = 16  # of a program: what it does once for all of them costs as much as two weights of a thread
-PROGRAMS = 2048  # that keep a GPU busy; with fewer, they take fewer tiles each
-MOST_ELEMENTS = 512  # of a tile, for 128 threads; a half or a quarter where many levels take many registers
+# The greatest 1 / sigma is 2^63, whose square is finite.
+GREATEST_INVERSE = tl.constexpr(63.0)
+# A mean so far away gives no gradient to any level.
+FAR = tl.constexpr(1e30)
+# A program has at most so many tiles: what it does once for all of them costs as much as two weights of a thread.
+MOST_TILES = 16
+# So many programs keep a GPU busy; where there are fewer, they take fewer tiles each.
+PROGRAMS = 2048
+# A tile has at most so many elements for 128 threads, and a half or a quarter where many levels take many registers.
+MOST_ELEMENTS = 512
 
 
 heuristics_of_tiles = triton.heuristics(
     {
-        # Not with many levels, whose registers a loop without masks would overfill.
+        # With many levels masks stay, since a loop without them would overfill the registers.
         "WHOLE": lambda args: args["NUM_LEVELS"] <= 8 and args["N"] % args["BN"] == 0 and args["K"] % args["BK"] == 0
     }
 )

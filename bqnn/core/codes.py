@@ -30,6 +30,11 @@ def packed_width(columns: int, num_levels: int) -> int:
     return -(-columns // digits_per_byte(num_levels))
 
 
+def code_bits(num_levels: int) -> int:
+    """Bits of a code in the layouts that kernels read: 1, 2 or 4 for two, up to 4, up to 16 levels."""
+    return 1 if num_levels == 2 else 2 if num_levels <= 4 else 4
+
+
 def pack_codes(codes: Tensor, num_levels: int) -> Tensor:
     """Packs ``codes``, uint8 [N, K], each below ``num_levels``, into uint8 [N, packed_width(K, num_levels)].
 

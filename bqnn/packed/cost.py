@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from bqnn.ops.backends.gpu_layout import code_bits
+from bqnn.core.codes import code_bits
 
 # What the reference moves for one weight when it decodes: digits and remainders (uint8), the index written and read
 # (int64 each time), the level (float32).

@@ -16,38 +16,36 @@ from torch import Tensor
 
 from bqnn.core.codes import packed_width
 from bqnn.core.geometry import Conv2dGeometry, LinearGeometry
+from bqnn.core.product import Conv2dProduct, LinearProduct
+from bqnn.core.quantizer import Posterior
 from bqnn.kernels import (
     assign_codes,
     launch,
     moment,
     moment_conv2d,
     moment_linear,
+    noise,
     sample,
     sample_conv2d,
     sample_linear,
     spike_slab_kl,
 )
-from bqnn.kernels.conv2d import output_of
-from bqnn.kernels.packed import sum_of_parts
+from bqnn.kernels.arguments import Noise
+from bqnn.kernels.geometry import output_of
+from bqnn.kernels.packed import Epilogue, sum_of_parts
 from bqnn.ops import dispatch
 from bqnn.ops.packed_product import PackedCall
 from tests.support.shapes import Conv2dShape
 
-SEED, OFFSET = 2**62, 2**33
+NOISE = Noise(2**62, 2**33)
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Cases = dict[str, Callable[[], Any]]
 
 
-def posterior(shape: tuple[int, ...], num_levels: int, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """weight, log_sigma2, levels, thresholds."""
-    tensors = (
-        torch.zeros(shape),
-        torch.zeros(shape),
-        torch.zeros(groups, num_levels),
-        torch.zeros(groups, num_levels - 1),
-    )
-    return tensors
+def posterior(shape: tuple[int, ...], num_levels: int, groups: int) -> Posterior:
+    weight, log_sigma2 = torch.zeros(shape), torch.zeros(shape)
+    return Posterior(weight, log_sigma2, torch.zeros(groups, num_levels), torch.zeros(groups, num_levels - 1))
 
 
 def call_sample_linear(
@@ -55,10 +53,11 @@ def call_sample_linear(
 ) -> None:
     channels = 256
     x, grad = torch.zeros(batch, columns, dtype=dtype), torch.zeros(batch, channels, dtype=dtype)
-    weight, log_sigma2, *codebook = posterior((channels, columns), num_levels, groups)
-    variance = log_sigma2 if stochastic else None
-    sample_linear.forward(x, weight, variance, *codebook, torch.zeros(channels), SEED, OFFSET)
-    sample_linear.backward(grad, x, weight, variance, *codebook, SEED, OFFSET, True)
+    weight = posterior((channels, columns), num_levels, groups)
+    if not stochastic:
+        weight = weight._replace(log_sigma2=None)
+    sample_linear.forward(x, weight, torch.zeros(channels), NOISE, LinearProduct())
+    sample_linear.backward(grad, x, weight, NOISE, True, LinearProduct())
 
 
 def in_tf32(call: Callable[[], Any]) -> None:
@@ -70,10 +69,10 @@ def in_tf32(call: Callable[[], Any]) -> None:
 
 
 def _sample(columns: int, num_levels: int, groups: int) -> None:
-    weight, log_sigma2, levels, thresholds = posterior((64, columns), num_levels, groups)
+    weight = posterior((64, columns), num_levels, groups)
     for dtype in PRODUCT_DTYPES:
-        sample.sample(weight, log_sigma2, levels, thresholds, SEED, OFFSET, dtype)
-        sample.sample_backward(weight.to(dtype), weight, log_sigma2, levels, thresholds, SEED, OFFSET)
+        sample.sample(weight, NOISE, dtype)
+        sample.sample_backward(weight.weight.to(dtype), weight, NOISE)
 
 
 def call_conv2d(
@@ -88,15 +87,15 @@ def call_conv2d(
     """``mode`` is that of a moment op: without a ``slope`` of forward, backward makes it again."""
     x = torch.zeros(shape.batch, shape.inputs, shape.height, shape.width, dtype=dtype)
     weight_shape = (shape.channels, shape.inputs // shape.groups, *shape.kernel)
-    weights, geometry = posterior(weight_shape, num_levels, groups), tuple(shape.geometry.values())
-    grad = torch.zeros(output_of(x, weights[0].to(dtype), *geometry)[0], dtype=dtype)
-    noise, forward, backward = (SEED, OFFSET), mode.values(), [value for key, value in mode.items() if key == "mode"]
+    weight, product = posterior(weight_shape, num_levels, groups), Conv2dProduct(**shape.geometry)
+    grad = torch.zeros(output_of(x, weight.weight.to(dtype), product)[0], dtype=dtype)
+    forward, backward = mode.values(), [value for key, value in mode.items() if key == "mode"]
     slopes = [[grad.bfloat16()], [None]] if mode else [[]]
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, tf32
     try:
-        op.forward(x, *weights, torch.zeros(shape.channels), *noise, *forward, *geometry)
+        op.forward(x, weight, torch.zeros(shape.channels), NOISE, *forward, product)
         for slope in slopes:
-            op.backward(grad, *slope, x, *weights, *noise, *backward, True, *geometry)
+            op.backward(grad, *slope, x, weight, NOISE, *backward, True, product)
     finally:
         torch.backends.cudnn.allow_tf32 = before
 
@@ -112,9 +111,9 @@ def call_moment_linear(
 ) -> None:
     channels = 256
     x, grad = torch.zeros(batch, columns, dtype=dtype), torch.zeros(batch, channels, dtype=dtype)
-    tensors = posterior((channels, columns), num_levels, groups)
-    _, slope = moment_linear.forward(x, *tensors, torch.zeros(channels), SEED, OFFSET, mode, coarse)
-    moment_linear.backward(grad, slope if coarse else None, x, *tensors, SEED, OFFSET, mode, True)
+    weight, product = posterior((channels, columns), num_levels, groups), LinearProduct()
+    _, slope = moment_linear.forward(x, weight, torch.zeros(channels), NOISE, mode, coarse, product)
+    moment_linear.backward(grad, slope if coarse else None, x, weight, NOISE, mode, True, product)
 
 
 def in_parts(call: Callable[[], Any]) -> None:
@@ -124,19 +123,19 @@ def in_parts(call: Callable[[], Any]) -> None:
 
 
 def _moment(columns: int, num_levels: int, groups: int, mode: str) -> None:
-    tensors = posterior((64, columns), num_levels, groups)
+    weight = posterior((64, columns), num_levels, groups)
     for dtype in PRODUCT_DTYPES:
-        moment.moments(*tensors, mode, dtype)
+        moment.moments(weight, mode, dtype)
         grad = torch.zeros(64, columns, dtype=dtype)
-        moment.moments_backward(grad, grad, *tensors, mode)
+        moment.moments_backward(moment.Moments(grad, grad), weight, mode)
 
 
 def _noisy(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
     for dtype in PRODUCT_DTYPES:
         y = torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
-        moment.noisy(y, y, SEED, OFFSET, y, y.bfloat16())
-        moment.noisy(y, y, SEED, OFFSET, y, None)
-        moment.noisy(None, y, SEED, OFFSET, None, y)
+        noise.noisy(y, y, NOISE, y, y.bfloat16())
+        noise.noisy(y, y, NOISE, y, None)
+        noise.noisy(None, y, NOISE, None, y)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -300,7 +299,7 @@ def call_packed_conv2d(
 def _packed_sum(dtype: torch.dtype) -> None:
     parts, rows = torch.zeros(4, 64, 512, dtype=dtype), torch.zeros(64)
     scale = torch.zeros(512) if dtype == torch.int32 else None
-    sum_of_parts(parts, scale, rows, torch.zeros(512), torch.zeros(64, 512), False)
+    sum_of_parts(parts, Epilogue(scale, rows, torch.zeros(512)), torch.zeros(64, 512), False)
 
 
 # A name says the operands' dtype.

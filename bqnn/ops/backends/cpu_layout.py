@@ -8,10 +8,6 @@ import torch
 from torch import Tensor
 
 from bqnn.core.int8 import round_levels
-from bqnn.core.native import cpu_isa
-
-# What multiplies, by instruction set; AMX multiplies a float32 in three bfloat16 parts.
-_UNITS = {"scalar": "scalar", "avx2": "AVX2", "avx512": "AVX-512", "amx": "AMX"}
 
 
 def make_layout(
@@ -54,9 +50,3 @@ def make_layout(
         groups,
         precision,
     )
-
-
-def layout_name(num_levels: int, precision: str) -> str:
-    """The cpu backend's layout and what multiplies it, e.g. "3 levels, 2 bits, AMX int8"."""
-    bits = 1 if num_levels == 2 else 2 if num_levels <= 4 else 4
-    return f"{num_levels} levels, {bits} bits, {_UNITS[cpu_isa()]} {precision}"

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bqnn.core.codes import code_bits
 from bqnn.core.derived import Derived
 from bqnn.core.geometry import Conv2dGeometry, plain_strides
 from bqnn.ops import dispatch
-from bqnn.ops.backends.cpu_layout import layout_name, make_layout
+from bqnn.ops.backends.cpu_layout import make_layout
 from bqnn.ops.dispatch import Bound
 from bqnn.ops.packed_product import PackedCall
 
@@ -67,7 +68,15 @@ def _serves(call: PackedCall) -> str:
 
 
 def _describe(call: PackedCall) -> str:
-    return layout_name(call.levels.shape[1], call.precision)
+    """Levels, bits of a code, and the kernel that the call runs, e.g. "3 levels, 2 bits, AVX-512 fp32 gemv"."""
+    layout, geometry, num_levels = layout_of(call), call.geometry, call.levels.shape[1]
+    x = call.x if call.x.dtype in KERNEL_DTYPES else call.x.float()
+    if isinstance(geometry, Conv2dGeometry):
+        sizes = geometry.stride, geometry.padding, geometry.dilation
+        kernel = torch.ops.bqnn_cpu.packed_conv2d_kernel(x, layout, *sizes)
+    else:
+        kernel = torch.ops.bqnn_cpu.packed_linear_kernel(x, layout)
+    return f"{num_levels} levels, {code_bits(num_levels)} bits, {kernel}"
 
 
 def register(name: str) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bqnn.core.codes import unpack_codes
+from bqnn.core.codes import code_bits, unpack_codes
 from bqnn.core.derived import Derived
 from bqnn.core.int8 import round_levels
 from bqnn.ops.packed_product import PackedCall
@@ -26,11 +26,6 @@ from bqnn.ops.packed_product import PackedCall
 BLOCK_WORDS = 16
 INTEGERS = 16
 """int8 numbers of one codebook: as many as a codebook can have levels."""
-
-
-def code_bits(num_levels: int) -> int:
-    """Bits of a code in the layout: 1, 2 or 4 for two, up to 4, up to 16 levels."""
-    return 1 if num_levels == 2 else 2 if num_levels <= 4 else 4
 
 
 def row_words(num_levels: int, columns: int) -> int:

@@ -1,20 +1,25 @@
-"""What the backends "triton" of the ops share: the way to bqnn.kernels, which is imported in the first call."""
+"""What the backends "triton" of the ops share: the way to the kernels, which are imported in the first call."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bqnn.core.philox import Noise
+from bqnn.kernels import arguments
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@cache
 def kernels(module: str) -> ModuleType:
-    """The module of ``bqnn.kernels`` with this name."""
+    """The module of ``bqnn.kernels`` with this name, kept: importlib would look for it in every call."""
     return importlib.import_module(f"bqnn.kernels.{module}")
 
 
@@ -44,6 +49,6 @@ def order_for(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def number(seed: Tensor | None) -> int:
-    """The seed as a kernel's argument; it is on the CPU, so that reading it waits for nothing."""
-    return 0 if seed is None else int(seed)
+def numbers(noise: Noise) -> arguments.Noise:
+    """The noise as launchers take it. The seed is on the CPU, so that reading it waits for nothing."""
+    return arguments.Noise(0 if noise.seed is None else int(noise.seed), noise.offset)

@@ -13,29 +13,29 @@ from torch import Tensor
 
 from bqnn.core.product import coarse_order
 from bqnn.ops import dispatch
-from bqnn.ops.backends.triton import kernels, no_weights, number, order_for, other_dtype
+from bqnn.ops.backends.triton import kernels, no_weights, numbers, order_for, other_dtype
 from bqnn.ops.moment_product import Gradients, MomentBackwardCall, MomentCall
 
 
 def _moment_product(name: str, call: MomentCall) -> tuple[Tensor, Tensor]:
-    x, _, bias, (seed, offset), mode, coarse, product = call
+    x, _, bias, _, mode, coarse, product = call
     if x.numel() == 0:
         y = product.forward(x, call.posterior.weight.to(x.dtype), bias)  # empty, whatever the weight is
         return y, coarse_order(x, torch.empty_like(y, dtype=torch.bfloat16)) if coarse else y.new_empty(0)
-    posterior, noise = call.posterior.contiguous(), (number(seed), offset)
+    posterior, noise = call.posterior.contiguous(), numbers(call.noise)
     fused, elementwise = kernels(name), kernels("moment")
-    if fused.is_fused(x, posterior.weight, posterior.levels, mode, *product):
-        return fused.forward(x, *posterior, bias, *noise, mode, coarse, *product)
-    mean, variance = elementwise.moments(*posterior, mode, x.dtype, order_for(x))
+    if fused.is_fused(x, posterior, mode, product):
+        return fused.forward(x, posterior, bias, noise, mode, coarse, product)
+    mean, variance = elementwise.moments(posterior, mode, x.dtype, order_for(x))
     y = product.forward(x, mean, bias)
     slope = coarse_order(x, torch.empty_like(y, dtype=torch.bfloat16)) if coarse else None
-    elementwise.noisy(y, product.forward(x * x, variance), *noise, y, slope)
+    kernels("noise").noisy(y, product.forward(x * x, variance), noise, y, slope)
     return y, y.new_empty(0) if slope is None else slope
 
 
 def _moment_product_backward(name: str, call: MomentBackwardCall) -> Gradients:
-    grad, slope, x, _, (seed, offset), mode, input_gradient, product = call
-    posterior, noise = call.posterior.contiguous(), (number(seed), offset)
+    grad, slope, x, _, _, mode, input_gradient, product = call
+    posterior, noise = call.posterior.contiguous(), numbers(call.noise)
     if grad.numel() == 0 or x.numel() == 0:
         grad_x = torch.zeros_like(x) if input_gradient else x.new_empty(0)
         by_weight, by_log_sigma2, by_levels, by_thresholds = (
@@ -43,20 +43,20 @@ def _moment_product_backward(name: str, call: MomentBackwardCall) -> Gradients:
         )
         return grad_x, by_weight, by_log_sigma2, by_levels, by_thresholds
     fused, elementwise = kernels(name), kernels("moment")
-    if fused.is_fused(x, posterior.weight, posterior.levels, mode, *product):
-        return fused.backward(grad, slope, x, *posterior, *noise, mode, input_gradient, *product)
-    mean, variance = elementwise.moments(*posterior, mode, x.dtype, order_for(x))
+    if fused.is_fused(x, posterior, mode, product):
+        return fused.backward(grad, slope, x, posterior, noise, mode, input_gradient, product)
+    mean, variance = elementwise.moments(posterior, mode, x.dtype, order_for(x))
     square = x * x
     if slope is None:
         y_variance = product.forward(square, variance)
         slope = torch.empty_like(y_variance)
-        elementwise.noisy(None, y_variance, *noise, None, slope)
+        kernels("noise").noisy(None, y_variance, noise, None, slope)
     grad_x, grad_mean = product.backward(grad, x, mean, input_gradient)
     grad_square, grad_variance = product.backward(grad * slope.to(grad.dtype), square, variance, input_gradient)
     if input_gradient:
         grad_x = torch.addcmul(grad_x, x, grad_square, value=2.0)
-    gradients = grad_mean.contiguous(), grad_variance.contiguous()
-    return grad_x, *elementwise.moments_backward(*gradients, *posterior, mode)
+    by_moments = elementwise.Moments(grad_mean.contiguous(), grad_variance.contiguous())
+    return grad_x, *elementwise.moments_backward(by_moments, posterior, mode)
 
 
 def _serves(call: MomentCall | MomentBackwardCall) -> str:

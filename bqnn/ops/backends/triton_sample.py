@@ -12,36 +12,36 @@ from torch import Tensor
 
 from bqnn.core.product import dense
 from bqnn.ops import dispatch
-from bqnn.ops.backends.triton import kernels, no_weights, number, order_for, other_dtype
+from bqnn.ops.backends.triton import kernels, no_weights, numbers, order_for, other_dtype
 from bqnn.ops.sampled_product import Gradients, SampledBackwardCall, SampledCall
 
 
 def _sampled_product(name: str, call: SampledCall) -> Tensor:
-    x, _, bias, (seed, offset), product = call
+    x, _, bias, _, product = call
     if x.numel() == 0:
         return product.forward(x, call.posterior.weight.to(x.dtype), bias)  # empty, whatever the weight is
-    posterior, noise = call.posterior.contiguous(), (number(seed), offset)
+    posterior, noise = call.posterior.contiguous(), numbers(call.noise)
     fused = kernels(name)
-    if fused.is_fused(x, posterior.weight, *product):
-        return fused.forward(x, *posterior, bias, *noise, *product)
-    quantized = kernels("sample").sample(*posterior, *noise, x.dtype, order_for(x))
+    if fused.is_fused(x, posterior, product):
+        return fused.forward(x, posterior, bias, noise, product)
+    quantized = kernels("sample").sample(posterior, noise, x.dtype, order_for(x))
     return product.forward(x, quantized, bias)
 
 
 def _sampled_product_backward(name: str, call: SampledBackwardCall) -> Gradients:
-    grad, x, _, (seed, offset), input_gradient, product = call
-    posterior, noise = call.posterior.contiguous(), (number(seed), offset)
+    grad, x, _, _, input_gradient, product = call
+    posterior, noise = call.posterior.contiguous(), numbers(call.noise)
     if grad.numel() == 0 or x.numel() == 0:
         weight, log_sigma2, levels, _ = posterior
         by_log_sigma2 = weight.new_empty(0) if log_sigma2 is None else torch.zeros_like(weight)
         grad_x = torch.zeros_like(x) if input_gradient else x.new_empty(0)
         return grad_x, torch.zeros_like(weight), by_log_sigma2, torch.zeros_like(levels)
     fused, elementwise = kernels(name), kernels("sample")
-    if fused.is_fused(x, posterior.weight, *product):
-        return fused.backward(grad, x, *posterior, *noise, input_gradient, *product)
-    quantized = elementwise.sample(*posterior, *noise, x.dtype, order_for(x))
+    if fused.is_fused(x, posterior, product):
+        return fused.backward(grad, x, posterior, noise, input_gradient, product)
+    quantized = elementwise.sample(posterior, noise, x.dtype, order_for(x))
     grad_x, grad_weight = product.backward(grad, x, quantized, input_gradient)
-    return grad_x, *elementwise.sample_backward(dense(grad_weight), *posterior, *noise)
+    return grad_x, *elementwise.sample_backward(dense(grad_weight), posterior, noise)
 
 
 def _serves(call: SampledCall | SampledBackwardCall) -> str:

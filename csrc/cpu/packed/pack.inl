@@ -48,21 +48,24 @@ struct Packer {
   bool bf16;
 
   Packer(const PackedCall& call, const RowScale& rule) : scale(rule), bf16(call.weight->precision == Precision::bf16) {}
-  BQNN_INLINE void operator()(Float x, Element* to, int count) {
+  BQNN_INLINE void operator()(Float x, Element* to, int count) const {
     store_operands<Op>(to, rounded<Op>(x, bf16, scale), count);
   }
   void zeros(char* from, const char* to) const { fill(from, to, static_cast<Element>(Op::kZero)); }
   bool fits() const { return true; }
+
+  using Local = const Packer&;  // what a loop works on: nothing changes
+  void keep(const Packer&) {}
 };
 
 template <class P, class X>
 __attribute__((noinline)) void pack_row(P& packer, const X* x, int64_t n, typename P::Element* to) {
-  P pack = packer;
+  typename P::Local pack = packer;
   for (int64_t i = 0; i < n; i += kLanes) {
     const int count = lanes_left(n - i);
     pack(load_numbers(x + i, count), to + i, count);
   }
-  packer = pack;
+  packer.keep(pack);
 }
 
 // Packs row `row` of a matrix, and zeros up to `padded` operands; returns the row's scale.
@@ -102,14 +105,14 @@ inline CopyPlan plan_copy(const PackedCall& call, int64_t element, int64_t beyon
 template <class P, class X>
 __attribute__((noinline)) void pack_square(P& packer, const X* from, int64_t plane, int channels, int pixels,
                                            typename P::Element* to, int64_t pixel) {
-  P pack = packer;
+  typename P::Local pack = packer;
   UInt v[kLanes];
   BQNN_UNROLL(16) for (int c = 0; c < kLanes; ++c)  // beyond the last channel the first again
     v[c] = (UInt)load_numbers(from + (c < channels ? c : 0) * plane, pixels);
   transpose(v);
   BQNN_UNROLL(16) for (int i = 0; i < kLanes; ++i)
     if (i < pixels) pack((Float)v[i], to + i * pixel, channels);
-  packer = pack;
+  packer.keep(pack);
 }
 
 // Copies n pixels of some channels, those of a pixel side by side and pixels `pitch` apart.

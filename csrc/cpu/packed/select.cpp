@@ -23,8 +23,6 @@ PackedKernel linear_bf16, linear_int8, conv2d_fp32, conv2d_fp32_affine, conv2d_b
 
 namespace {
 
-// --- predicates of linear layers ----------------------------------------------------------------------------------
-
 bool always(const PackedCall&) { return true; }
 
 #if defined(__x86_64__)
@@ -38,8 +36,6 @@ bool lookup_pays(const PackedCall& call) { return call.weight->blocks >= kLookup
 // A tile of fewer rows is too empty (measured): kernels that write no decoded weights are faster.
 bool rows_fill_a_tile(const PackedCall& call) { return call.images > 4; }
 #endif
-
-// --- predicates of convolutions -----------------------------------------------------------------------------------
 
 // Whether lanes of pixels take less time than lanes of channels: by what fills the lanes. A lane of pixels holds
 // `pixel_unit` inputs, a lane of channels `channel_unit` weights. A block of channels alone is held up by its
@@ -88,16 +84,12 @@ bool split_pays(const PackedCall& call) {
 }
 bool affine_split_pays(const PackedCall& call) { return call.weight->affine != 0 && split_pays(call); }
 
-// --- predicates of layers -----------------------------------------------------------------------------------------
-
 bool few_levels(const PackedLayout& layout) { return layout.codebooks == 1 && layout.num_levels <= 3; }
 bool few_levels_and_many_blocks(const PackedLayout& layout) {
   return few_levels(layout) && layout.blocks >= kLookupBlocks;
 }
 #endif
 bool any_layer(const PackedLayout&) { return true; }
-
-// --- the tables ---------------------------------------------------------------------------------------------------
 
 constexpr unsigned of(Isa isa) { return 1u << static_cast<int>(isa); }
 

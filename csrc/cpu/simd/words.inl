@@ -81,7 +81,7 @@ BQNN_INLINE void store_bits16(uint16_t* to, Bits16 bits, int count) {
 
 // The largest magnitude of n numbers; a NaN counts as larger than everything.
 template <class X>
-inline float largest(const X* x, int64_t n) {
+__attribute__((noinline)) float largest(const X* x, int64_t n) {
   constexpr int kChains = 4;  // a single chain would wait for each comparison
   Int most[kChains] = {};     // magnitudes of floats compare as integers, NaN above infinity
   const auto see = [&](int64_t i, int chain, int count) __attribute__((always_inline)) {

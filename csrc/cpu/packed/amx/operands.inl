@@ -44,6 +44,9 @@ struct TilePacker {
   }
 
   bool fits() const { return !any(misfit); }
+
+  using Local = TilePacker;  // a loop has its own, in registers
+  void keep(const TilePacker& local) { misfit = local.misfit; }
 };
 
 // The levels of a block, every part of them.
