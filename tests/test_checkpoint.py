@@ -253,7 +253,7 @@ def test_a_run_that_another_has_taken_further_is_not_written(path: Path, state: 
 FULL = """
 import resource, sys
 from pathlib import Path
-from bqnn.checkpoint import read_checkpoint, write_checkpoint
+from bqnn.lab.checkpoint import read_checkpoint, write_checkpoint
 path = Path(sys.argv[1])
 state = read_checkpoint(path)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))

@@ -28,7 +28,7 @@ from tests.support.mutations import MEGABYTES, peak_megabytes
 SMALL = Recipe(pretrain_epochs=1, deterministic_epochs=0, epochs=1, batch_size=64, validation=1260)
 HOLD = """
 import sys, time
-from bqnn.run_folder import RunLock
+from bqnn.lab.folder import RunLock
 lock = RunLock(sys.argv[1])
 with lock:
     print(1, flush=True)

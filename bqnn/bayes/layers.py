@@ -115,16 +115,16 @@ class BayesLayer(nn.Module):
 
     @property
     def levels(self) -> Tensor:
-        """c_0 < ... < c_{M-1} of each codebook: [1 or out channels, M]."""
-        return self._codebook()[0]
+        """c_0 < ... < c_{M-1} of each codebook: [1 or out channels, M], in the weight's dtype."""
+        return self._codebook()[0].to(self.weight.dtype)
 
     @property
     def thresholds(self) -> Tensor:
-        """t_1 < ... < t_{M-1} of each codebook: [1 or out channels, M - 1]."""
-        return self._codebook()[1]
+        """t_1 < ... < t_{M-1} of each codebook: [1 or out channels, M - 1], in the weight's dtype."""
+        return self._codebook()[1].to(self.weight.dtype)
 
     def _codebook(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Levels, thresholds, and the widths of the prior's windows."""
+        """Levels, thresholds, and the widths of the prior's windows, float32 at least: what the layer computes with."""
         return codebook_from_raw(self.raw_levels, self.level_scale, self.raw_thresholds)
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ class BayesLayer(nn.Module):
         """Fits the levels to the weights, thresholds half-way between them, and starts the variances from the gaps.
 
         The levels are the ones with the least squared error, whatever the size of the weights is and however many of
-        them are the same; see :func:`bqnn.codebook.lloyd_max`. Where a codebook has one value only, its other levels
+        them are the same; see :func:`bqnn.core.codebook.lloyd_max`. Where a codebook has one value only, its other levels
         are spaced for the deviation of the layer's weights, and in a layer of one value, such as one that starts at
         zero, for the deviation sqrt(2 / inputs of an output) that weights can be expected to train to.
 
@@ -193,7 +193,7 @@ class BayesLayer(nn.Module):
         """
         if self.weight.is_meta:
             return
-        narrowest = codebook.gaps(self.levels.double()).amin(1, keepdim=True)
+        narrowest = codebook.gaps(self._codebook()[0].double()).amin(1, keepdim=True)
         sigma = self.level_scale.double() if self._is_constant() else SIGMA_PER_GAP * narrowest
         log_sigma2 = (2.0 * sigma.log()).view(-1, *[1] * (self.weight.dim() - 1))
         self.log_sigma2.copy_(log_sigma2.expand_as(self.log_sigma2))
@@ -236,7 +236,7 @@ class BayesLayer(nn.Module):
             ValueError: a parameter is NaN, infinite or out of range.
         """
         self.check_parameters()
-        return ops.assign_codes(self.weight.detach(), self.thresholds.detach())
+        return ops.assign_codes(self.weight.detach(), self._codebook()[1].detach())
 
     def quantized_weight(self) -> Tensor:
         """Q(mu), in the weight's shape and dtype; no gradient is recorded."""
@@ -256,7 +256,7 @@ class BayesLayer(nn.Module):
 
     def _log_sigma2_range(self) -> tuple[float, float]:
         """What log_sigma2 may be: it goes with the size of the layer's weights, whatever that is."""
-        narrowest = codebook.gaps(self.levels.detach().double()).amin(1)
+        narrowest = codebook.gaps(self._codebook()[0].detach().double()).amin(1)
         low, high = (2.0 * (SIGMA_PER_GAP * end).log().item() for end in (narrowest.min(), narrowest.max()))
         return min(LOG_SIGMA2_RANGE[0], low + LOG_SIGMA2_REACH[0]), max(LOG_SIGMA2_RANGE[1], high + LOG_SIGMA2_REACH[1])
 

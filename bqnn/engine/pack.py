@@ -85,4 +85,4 @@ def _packed_tensors(layer: BayesLayer) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, levels and bias of a Bayes layer, as the packed layers take them."""
     codes = pack_codes(layer.codes().flatten(1), layer.num_levels)
     bias = None if layer.bias is None else layer.bias.detach().clone()
-    return codes, layer.levels.detach().to(torch.float32, copy=True), bias
+    return codes, layer._codebook()[0].detach().to(torch.float32, copy=True), bias

@@ -119,7 +119,7 @@ def _occupancy(codes: Tensor, levels: Tensor) -> tuple[list[int], int]:
 
 
 def _bayes(name: str, layer: BayesLayer) -> LayerReport:
-    codes, levels, weight = layer.codes(), wide(layer.levels), wide(layer.weight)
+    codes, levels, weight = layer.codes(), layer._codebook()[0], wide(layer.weight)
     occupancy, dead = _occupancy(codes, levels)
     distance = (weight - look_up(levels, codes)).abs()
     near = (distance <= NEAR * look_up(codebook.gaps(levels), codes)).double().mean().item()
