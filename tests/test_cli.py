@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 
 import bqnn
 from bqnn.cli import main as cli
+from bqnn.core.timing import measure_side_by_side
 from bqnn.data.splits import normalise
 from bqnn.lab import runs
+from bqnn.lab.evaluate import find_split
 from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import Trainer
@@ -447,7 +449,7 @@ def test_a_damaged_metrics_file_is_named(tmp_path: Path, content: str) -> None:
 def test_an_empty_split_is_named() -> None:
     data = runs.load_data(Recipe(validation=0), "data")
     with pytest.raises(ValueError, match="validation split of digits is empty"):
-        runs.find_split(data, "validation")
+        find_split(data, "validation")
 
 
 def test_damaged_or_alien_weights_are_named(folder: Path) -> None:
@@ -476,7 +478,7 @@ def test_networks_are_timed_in_turns() -> None:
         calls.append("fast")
         return x
 
-    slow_seconds, fast_seconds = runs.measure_side_by_side([slow, fast], torch.zeros(1), repeats=3)
+    slow_seconds, fast_seconds = measure_side_by_side([slow, fast], torch.zeros(1), repeats=3)
     assert calls == ["slow", "fast"] * 5
     assert slow_seconds >= 0.02 > fast_seconds
 

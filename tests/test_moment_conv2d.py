@@ -25,6 +25,7 @@ from tests.support.helpers import (
     geometry_arguments,
     make_case,
     moment_product,
+    served,
     triton_devices,
     usable_backends,
 )
@@ -79,7 +80,7 @@ def test_low_precision_input_and_float32_weight(
 ) -> None:
     device, backend = runs_on
     case = make_case(SMALL_CONV2D, num_levels, "channel").to(x=dtype)
-    assert_matches(partial(run, mode=mode, backend=backend), formula_for(case, mode), case, device, GRADIENTS[mode])
+    assert_matches(served(partial(run, mode=mode), backend), formula_for(case, mode), case, device, GRADIENTS[mode])
 
 
 # The backend "triton" chooses among these ways, by what its kernels say.

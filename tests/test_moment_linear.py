@@ -24,6 +24,7 @@ from tests.support.helpers import (
     compiled_backends,
     make_case,
     moment_product,
+    served,
     triton_devices,
     usable_backends,
 )
@@ -83,7 +84,7 @@ def test_low_precision_input_and_float32_weight(
 ) -> None:
     device, backend = runs_on
     case = make_case(LinearShape(9, 33, 129), num_levels, granularity).to(x=dtype)
-    assert_matches(partial(run, mode=mode, backend=backend), formula_for(case, mode), case, device, GRADIENTS[mode])
+    assert_matches(served(partial(run, mode=mode), backend), formula_for(case, mode), case, device, GRADIENTS[mode])
 
 
 def choose_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:

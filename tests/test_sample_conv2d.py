@@ -25,6 +25,7 @@ from tests.support.helpers import (
     geometry_arguments,
     make_case,
     sampled_product,
+    served,
     triton_devices,
     usable_backends,
 )
@@ -90,7 +91,7 @@ def test_low_precision_input_and_float32_weight(
     device, backend = runs_on
     case = sampled_case(SMALL_CONV2D, num_levels, granularity).to(x=dtype)
     formula = partial(sampled_product, noise=noise_of(case))
-    assert_matches(partial(run, backend=backend), formula, case, device, GRADIENTS)
+    assert_matches(served(run, backend), formula, case, device, GRADIENTS)
 
 
 # The backend "triton" chooses among these ways, by the constants of its kernels.

@@ -21,6 +21,7 @@ from tests.support.helpers import (
     compiled_backends,
     make_case,
     sampled_product,
+    served,
     triton_devices,
     usable_backends,
 )
@@ -84,7 +85,7 @@ def test_low_precision_input_and_float32_weight(
     device, backend = runs_on
     case = sampled_case(LinearShape(9, 33, 129), num_levels, granularity).to(x=dtype)
     formula = partial(sampled_product, noise=noise_of(case))
-    assert_matches(partial(run, backend=backend), formula, case, device, GRADIENTS)
+    assert_matches(served(run, backend), formula, case, device, GRADIENTS)
 
 
 @pytest.mark.parametrize("device", triton_devices("sample_linear"))

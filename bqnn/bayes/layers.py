@@ -132,9 +132,9 @@ class BayesLayer(nn.Module):
         """Fits the levels to the weights, thresholds half-way between them, and starts the variances from the gaps.
 
         The levels are the ones with the least squared error, whatever the size of the weights is and however many of
-        them are the same; see :func:`bqnn.core.codebook.lloyd_max`. Where a codebook has one value only, its other levels
-        are spaced for the deviation of the layer's weights, and in a layer of one value, such as one that starts at
-        zero, for the deviation sqrt(2 / inputs of an output) that weights can be expected to train to.
+        them are the same; see :func:`bqnn.core.codebook.lloyd_max`. Where a codebook has one value only, its other
+        levels are spaced for the deviation of the layer's weights, and in a layer of one value, such as one that starts
+        at zero, for the deviation sqrt(2 / inputs of an output) that weights can be expected to train to.
 
         Raises:
             ValueError: a weight is NaN or infinite.

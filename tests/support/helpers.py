@@ -49,6 +49,11 @@ def forced_or_automatic(run: Callable[[str | None], Tensor], backend: str | None
         return run(None)
 
 
+def served(run: Callable[..., Tensor], backend: str | None) -> Callable[[Case], Tensor]:
+    """``run`` with the backend, or with the automatic choice for a case that the backend does not serve."""
+    return lambda case: forced_or_automatic(lambda each: run(case, backend=each), backend)
+
+
 def compiled_backends(op: str) -> list[Any]:
     """What torch.compile is tried with: the automatic choice on the CPU, and the backend "triton" where it can run."""
     automatic = pytest.param(("cpu", None), id="cpu-automatic")
