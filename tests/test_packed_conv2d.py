@@ -258,10 +258,23 @@ def test_compile(compiler: str) -> None:
     torch.testing.assert_close(compiled(x, codes, levels, bias, 3, padding=1), expected)
 
 
-def test_backward_is_refused() -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_gradient_is_that_of_the_decoded_weight(precision: str) -> None:
+    x, codes, levels, bias, weight = make_case(3, "tensor", (4, 9, 6), 3)
+    y = packed_conv2d(x.requires_grad_(), codes, levels, bias, 3, precision=precision)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    exact = x.detach().double().requires_grad_()
+    F.conv2d(exact, weight).backward(upstream.double())
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["levels", "bias"])
+def test_other_gradients_are_refused(name: str) -> None:
     x, codes, levels, bias, _ = make_case(3, "tensor", (4, 9, 6), 3)
-    y = packed_conv2d(x.requires_grad_(), codes, levels, bias, 3)
-    with pytest.raises(NotImplementedError, match="no gradient"):
+    {"levels": levels, "bias": bias}[name].requires_grad_()
+    y = packed_conv2d(x, codes, levels, bias, 3)
+    with pytest.raises(NotImplementedError, match="no gradient for levels and bias"):
         y.sum().backward()
 
 

@@ -286,10 +286,23 @@ def test_compile(compiler: str) -> None:
     torch.testing.assert_close(compiled(x, codes, levels, bias, relu=True), y.relu())
 
 
-def test_backward_is_refused() -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_gradient_is_that_of_the_decoded_weight(precision: str) -> None:
+    x, codes, levels, bias, weight = make_case(3, "tensor", 4, 5, 21)
+    y = packed_linear(x.requires_grad_(), codes, levels, bias, precision=precision)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    exact = x.detach().double().requires_grad_()
+    F.linear(exact, weight).backward(upstream.double())
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["levels", "bias"])
+def test_other_gradients_are_refused(name: str) -> None:
     x, codes, levels, bias, _ = make_case(3, "tensor", 4, 5, 21)
-    y = packed_linear(x.requires_grad_(), codes, levels, bias)
-    with pytest.raises(NotImplementedError, match="no gradient"):
+    {"levels": levels, "bias": bias}[name].requires_grad_()
+    y = packed_linear(x, codes, levels, bias)
+    with pytest.raises(NotImplementedError, match="no gradient for levels and bias"):
         y.sum().backward()
 
 

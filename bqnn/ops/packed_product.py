@@ -166,6 +166,8 @@ def register(name: str, geometry: Callable[..., Geometry], schema: str = "") -> 
         ctx.geometry = call.geometry
 
     def backward(ctx: Any, grad: Tensor) -> Any:
+        if ctx.wants.levels or ctx.wants.bias:
+            raise NotImplementedError(f"bqnn::{name} has a gradient for x, and no gradient for levels and bias")
         x, codes, levels, y = ctx.saved_tensors
         grad_x = None
         if ctx.wants.x:
