@@ -121,6 +121,37 @@ def test_bad_input(values: Tensor, num_levels: int, error: type[Exception], mess
         lloyd_max(values, num_levels)
 
 
+@pytest.mark.parametrize("spread", [0.0, -1.0, torch.nan, torch.inf])
+def test_bad_spread(spread: float) -> None:
+    with pytest.raises(ValueError, match="spread must be positive and finite, got"):
+        lloyd_max(torch.zeros(1, 5), 3, spread)
+
+
+@pytest.mark.parametrize("num_levels", EVERY_M)
+def test_a_row_of_one_value_has_levels_around_it_for_a_spread(num_levels: int) -> None:
+    levels = lloyd_max(torch.full((1, 5), 0.3, dtype=torch.float64), num_levels, 0.1)
+    gaps = torch.full((1, num_levels - 1), 0.1 * 12.0**0.5 / num_levels, dtype=torch.float64)
+    torch.testing.assert_close(torch.diff(levels, dim=1), gaps)
+    assert levels[0, (num_levels - 1) // 2].item() == 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_fewer_values_than_levels_are_levels_and_the_others_divide_the_gaps(dtype: torch.dtype) -> None:
+    values = torch.tensor([[-0.5, 0.0, 1.0, 0.0, -0.5]], dtype=dtype)
+    for num_levels, expected in (
+        (3, [-0.5, 0.0, 1.0]),
+        (4, [-0.5, 0.0, 0.5, 1.0]),
+        (6, [-0.5, -0.25, 0.0, 1 / 3, 2 / 3, 1.0]),
+    ):
+        assert torch.equal(lloyd_max(values, num_levels), torch.tensor([expected], dtype=dtype))
+
+
+def test_values_without_room_between_them_have_the_spare_levels_outside() -> None:
+    levels = lloyd_max(torch.tensor([[1000.0, 1000.3]], dtype=torch.float64), 6)[0]
+    assert {1000.0, 1000.3} <= set(levels.tolist())
+    assert levels[0] < 1000.0 and levels[-1] > 1000.3
+
+
 def test_gaps_are_to_the_nearest_neighbour() -> None:
     levels = torch.tensor([[-1.0, 0.0, 0.25, 2.0], [0.0, 1.0, 3.0, 7.0]])
     assert codebook.gaps(levels).tolist() == [[1.0, 0.25, 0.25, 1.75], [1.0, 1.0, 2.0, 4.0]]

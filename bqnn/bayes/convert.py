@@ -74,8 +74,9 @@ def convert_(
 ) -> nn.Module:
     """Replaces every nn.Linear and nn.Conv2d of ``net``, nested ones too, by a Bayes layer with the same weight.
 
-    The weights become the means, and a Lloyd-Max fit to them the levels, so that a pretrained network starts from
-    its quantized self. A layer used in two places stays one layer.
+    The weights become the means, and the levels are those with the least squared error, so that a pretrained network
+    starts from its quantized self. A layer that starts at zero, or at any one value, gets the codebook of weights to be
+    expected, and trains. A layer used in two places stays one layer.
 
     Args:
         net: any network; itself a layer, too.

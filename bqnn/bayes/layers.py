@@ -22,7 +22,8 @@ PARTITIONS = ("nearest", "learned")
 ESTIMATORS = ("moment", "sample", "local", "deterministic")
 PRIORS = ("spike_slab", "gaussian")
 SIGMA_PER_GAP = 0.1  # posterior deviation at the start, in level gaps
-LOG_SIGMA2_RANGE = (-40.0, 10.0)
+LOG_SIGMA2_RANGE = (-40.0, 10.0)  # of a layer with weights of an ordinary size
+LOG_SIGMA2_REACH = (-30.0, 15.0)  # of any layer: from where the variances of its codebook would start
 
 
 class BayesLayer(nn.Module):
@@ -89,16 +90,26 @@ class BayesLayer(nn.Module):
 
     @torch.no_grad()
     def fit_codebook_(self) -> None:
-        """Fits the levels to the weights (Lloyd-Max), thresholds half-way, and starts the variances from the gaps.
+        """Fits the levels to the weights, thresholds half-way between them, and starts the variances from the gaps.
+
+        The levels are the ones with the least squared error, whatever the size of the weights is and however many of
+        them are the same; see :func:`bqnn.core.codebook.lloyd_max`. Where a codebook has one value only, its other
+        levels are spaced for the deviation of the layer's weights, and in a layer of one value, such as one that starts
+        at zero, for the deviation sqrt(2 / inputs of an output) that weights can be expected to train to.
 
         Raises:
             ValueError: a weight is NaN or infinite.
         """
         if not torch.isfinite(self.weight).all():
             raise ValueError("weight must be finite, got NaN or infinity")
+        size = torch.linalg.vector_norm(self.weight, dtype=torch.float64).item()
+        mean_square = size * size / self.weight.numel()
+        if self._is_constant():
+            mean_square += self._expected_spread() ** 2
+        limits = torch.finfo(self.prior_sigma2.dtype)
+        self.prior_sigma2.fill_(min(max(mean_square, limits.smallest_normal * limits.eps), limits.max))
         rows = self.weight.reshape(self.raw_levels.shape[0], -1)
-        self.prior_sigma2.fill_(rows.square().mean().clamp(min=codebook.MIN_SCALE**2).item())
-        self.set_levels_(codebook.lloyd_max(rows, self.num_levels))
+        self.set_levels_(codebook.lloyd_max(rows, self.num_levels, self._expected_spread()))
 
     @torch.no_grad()
     def set_levels_(self, levels: Tensor, thresholds: Tensor | None = None) -> None:
@@ -116,7 +127,8 @@ class BayesLayer(nn.Module):
         if levels.shape != self.raw_levels.shape:
             raise ValueError(f"levels must have the shape {list(self.raw_levels.shape)}, got {list(levels.shape)}")
         levels = levels.to(self.raw_levels)
-        scale = (levels - levels.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt()
+        exact = levels.double()
+        scale = exact.std(1, correction=0, keepdim=True).to(levels)
         steps = levels[:, 1:] - levels[:, :-1]
         if not (torch.isfinite(levels).all() and (steps > codebook.smallest_gap(levels[:, :1], scale)).all()):
             raise ValueError(
@@ -125,7 +137,7 @@ class BayesLayer(nn.Module):
             )
         raw_thresholds = None if thresholds is None else self._raw_thresholds_of(levels, thresholds)
         self.level_scale.copy_(scale)
-        self.raw_levels.copy_(codebook.raw_from_levels(levels, scale))
+        self.raw_levels.copy_(codebook.raw_from_levels(exact, scale.double()))
         if self.raw_thresholds is not None:
             self.raw_thresholds.copy_(
                 torch.zeros_like(self.raw_thresholds) if raw_thresholds is None else raw_thresholds
@@ -134,9 +146,32 @@ class BayesLayer(nn.Module):
 
     @torch.no_grad()
     def reset_variances_(self) -> None:
-        """Starts the posterior deviations again, at a tenth of the narrowest gap between two levels of the codebook."""
-        narrowest = codebook.gaps(self.levels).amin(1).view(-1, *[1] * (self.weight.dim() - 1))
-        self.log_sigma2.copy_((2.0 * (SIGMA_PER_GAP * narrowest).log()).expand_as(self.log_sigma2))
+        """Starts the posterior deviations again, at a tenth of the narrowest gap between two levels of the codebook.
+
+        Where all weights are the same, as in a layer that starts at zero, they say nothing of the size that they will
+        have, and the deviation is that of the levels: so the likelihood sees them all from the first step on. At a
+        tenth of a gap from the middle of a cell it would see one.
+        """
+        narrowest = codebook.gaps(self.levels.double()).amin(1, keepdim=True)
+        sigma = self.level_scale.double() if self._is_constant() else SIGMA_PER_GAP * narrowest
+        log_sigma2 = (2.0 * sigma.log()).view(-1, *[1] * (self.weight.dim() - 1))
+        self.log_sigma2.copy_(log_sigma2.expand_as(self.log_sigma2))
+
+    def _is_constant(self) -> bool:
+        """Whether all weights are the same, as far as a codebook can tell numbers apart."""
+        low, high = self.weight.amin().double(), self.weight.amax().double()
+        return bool(high - low <= codebook.smallest_gap(low, 0.5 * (high - low)))
+
+    def _expected_spread(self) -> float:
+        """The standard deviation of the layer's weights; where they are all the same, the one to expect after training.
+
+        That is the one which keeps the size of activations through a ReLU (He et al. 2015, eq. 10).
+        """
+        weights, rows = self.weight.numel(), self.weight.shape[0]
+        if self._is_constant():
+            return (2.0 * rows / weights) ** 0.5
+        centred = self.weight - self.weight.mean(dtype=torch.float64)
+        return torch.linalg.vector_norm(centred, dtype=torch.float64).item() / weights**0.5
 
     def _raw_thresholds_of(self, levels: Tensor, thresholds: Tensor) -> Tensor:
         if self.raw_thresholds is None:
@@ -173,16 +208,22 @@ class BayesLayer(nn.Module):
         for name, parameter in self.named_parameters(recurse=False):
             if not torch.isfinite(parameter).all():
                 raise ValueError(f"{name} must be finite, got NaN or infinity")
-        low, high = LOG_SIGMA2_RANGE
+        low, high = self._log_sigma2_range()
         smallest, largest = self.log_sigma2.min().item(), self.log_sigma2.max().item()
         if smallest < low or largest > high:
             raise ValueError(f"log_sigma2 must be from {low} to {high}, got {smallest:g} to {largest:g}")
+
+    def _log_sigma2_range(self) -> tuple[float, float]:
+        """What log_sigma2 may be: it goes with the size of the layer's weights, whatever that is."""
+        narrowest = codebook.gaps(self.levels.detach().double()).amin(1)
+        low, high = (2.0 * (SIGMA_PER_GAP * end).log().item() for end in (narrowest.min(), narrowest.max()))
+        return min(LOG_SIGMA2_RANGE[0], low + LOG_SIGMA2_REACH[0]), max(LOG_SIGMA2_RANGE[1], high + LOG_SIGMA2_REACH[1])
 
     def kl_divergence(self) -> Tensor:
         """KL(q || prior) summed over the layer's weights, a scalar in nats (spike-and-slab: up to a constant).
 
         0 for the deterministic estimator, which has no posterior. The Gaussian prior is N(0, s^2), s^2 the mean square
-        of the weights that the codebook was fitted to.
+        of the weights that the codebook was fitted to, or the one to expect where they were all the same.
         """
         if self.estimator == "deterministic":
             return self.weight.new_zeros(())

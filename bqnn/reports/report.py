@@ -69,10 +69,12 @@ class Report:
 
     @property
     def quantization_loss(self) -> float | None:
-        """sum (mu - Q(mu))^2 / sum mu^2 over all weights; None without Bayes layers."""
+        """sum (mu - Q(mu))^2 / sum mu^2 over all weights, 0 where all are 0; None without Bayes layers."""
         error = [layer.squared_error for layer in self.layers if layer.squared_error is not None]
         norm = [layer.squared_norm for layer in self.layers if layer.squared_norm is not None]
-        return sum(error) / max(sum(norm), codebook.MIN_SCALE) if error else None
+        if not error:
+            return None
+        return sum(error) / sum(norm) if any(norm) else 0.0
 
     def __str__(self) -> str:
         head = f"{'layer':<20}{'M':>3}{'weights':>10}{'bits':>6}{'bytes':>9}{'near':>8}{'loss':>9}{'dead':>6}"
@@ -121,6 +123,8 @@ def _bayes(name: str, layer: BayesLayer) -> LayerReport:
     distance = (weight - look_up(levels, codes)).abs()
     near = (distance <= NEAR * look_up(codebook.gaps(levels), codes)).double().mean().item()
     error, norm = distance.double().square().sum().item(), weight.double().square().sum().item()
+    # Of means that are all 0 nothing is left to lose but rounding, which is to be seen against the codebook's own size.
+    smallest = (codebook.MIN_GAP * levels.double()).square().mean().item() * weight.numel()
     channels, columns = weight.shape[0], weight[0].numel()
     code_bytes = channels * packed_width(columns, layer.num_levels)
     others = 4 * levels.numel() + (0 if layer.bias is None else layer.bias.nbytes)
@@ -135,7 +139,7 @@ def _bayes(name: str, layer: BayesLayer) -> LayerReport:
         8.0 * code_bytes / weight.numel(),
         code_bytes + others,
         near,
-        error / max(norm, codebook.MIN_SCALE),
+        error / max(norm, smallest),
         error,
         norm,
     )
