@@ -1,0 +1,71 @@
+"""Modules that hold a parameter which is the weight of a quantized layer too: an embedding tied to the output layer.
+
+Such a module is made to read the layer's weight, which is the quantized one: its attribute becomes a property, as
+torch.nn.utils.parametrize does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+_LAYERS = "_read_weights_of"
+
+
+class _Reader:
+    """What the class of a reading module has before its own. By attribute, the layer whose weight it reads is in the
+    instance's dict, where copies and pickles of the network find it with the layer."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get(_LAYERS, {}):
+            raise TypeError(f"{name} is the weight of a quantized layer and can not be assigned; change that layer")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__.get(_LAYERS, {}):
+            raise TypeError(f"{name} is the weight of a quantized layer and can not be deleted; change that layer")
+        super().__delattr__(name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kind = type(self).__mro__[2]
+        return _new, (kind, tuple(self.__dict__[_LAYERS])), self.__dict__
+
+
+def read_weight_of(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """Makes ``module.<name>`` the weight of ``layer``, and drops the parameter unless it is one of the layer's own."""
+    layers = {**module.__dict__.get(_LAYERS, {}), name: layer}
+    kind = type(module).__mro__[2] if isinstance(module, _Reader) else type(module)
+    module.__class__ = _class(kind, tuple(layers))
+    module.__dict__[_LAYERS] = layers
+    drop_parameter(module, name)
+
+
+def readers(net: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Every reading module of ``net``, the attribute, and the layer whose weight it reads."""
+    for module in net.modules():
+        if isinstance(module, _Reader):
+            for name, layer in module.__dict__[_LAYERS].items():
+                yield module, name, layer
+
+
+def drop_parameter(module: nn.Module, name: str) -> None:
+    """Leaves no parameter in a reader but one that the layer learns."""
+    own = module._parameters.get(name)
+    if own is not None and all(own is not parameter for parameter in module.__dict__[_LAYERS][name].parameters()):
+        del module._parameters[name]
+
+
+def _class(kind: type, names: tuple[str, ...]) -> type:
+    attributes: dict[str, Any] = {name: property(_reading(name)) for name in names}
+    return type(kind.__name__, (_Reader, kind), {"__module__": kind.__module__, **attributes})
+
+
+def _reading(name: str) -> Callable[[Any], Any]:
+    return lambda module: module.__dict__[_LAYERS][name].weight
+
+
+def _new(kind: type, names: tuple[str, ...]) -> Any:
+    new: Any = _class(kind, names)
+    return new.__new__(new)
