@@ -6,7 +6,8 @@ torch.nn.utils.parametrize does it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -34,7 +35,7 @@ class _Reader:
 
 
 def read_weight_of(module: nn.Module, name: str, layer: nn.Module) -> None:
-    """Makes ``module.<name>`` the weight of ``layer``, and drops the parameter unless it is one of the layer's own."""
+    """Makes ``module.<name>`` the weight of ``layer``; a parameter of this name stays if it is one of the layer's."""
     layers = {**module.__dict__.get(_LAYERS, {}), name: layer}
     kind = type(module).__mro__[2] if isinstance(module, _Reader) else type(module)
     module.__class__ = _class(kind, tuple(layers))
@@ -50,8 +51,34 @@ def readers(net: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
                 yield module, name, layer
 
 
+def with_readers(net: nn.Module, layers: Iterable[str]) -> nn.Module:
+    """``net``, or, where another module holds the weight of one of ``layers``, a copy in which it reads that weight.
+
+    Args:
+        net: any network.
+        layers: names of its layers, of nn.Linear, nn.Conv2d or their Bayes forms; others are left out.
+    """
+    modules = dict(net.named_modules(remove_duplicate=False))
+    names = [name for name in layers if name in modules]
+    weights = {id(weight): name for name in names if (weight := modules[name]._parameters.get("weight")) is not None}
+    own = {id(modules[name]) for name in names}
+    found = [
+        (path, name, weights[id(parameter)])
+        for path, module in net.named_modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in weights and id(module) not in own
+    ]
+    if found:
+        net = copy.deepcopy(net)
+    for path, name, layer in found:
+        module = net.get_submodule(path)
+        read_weight_of(module, name, net.get_submodule(layer))
+        del module._parameters[name]
+    return net
+
+
 def drop_parameter(module: nn.Module, name: str) -> None:
-    """Leaves no parameter in a reader but one that the layer learns."""
+    """Leaves no parameter in a reader but one that the layer has."""
     own = module._parameters.get(name)
     if own is not None and all(own is not parameter for parameter in module.__dict__[_LAYERS][name].parameters()):
         del module._parameters[name]

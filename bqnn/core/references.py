@@ -13,7 +13,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -143,21 +143,21 @@ def _of_class(child: Any, kind: type) -> Iterator[Reference]:
                 yield child(f".{key} (of its class)", None, element, True)
 
 
-def copy_network(net: nn.Module, keep: tuple[Tensor, ...] = ()) -> nn.Module:
+def copy_network(net: nn.Module, replacements: Mapping[int, Any] | None = None) -> nn.Module:
     """A deep copy of ``net``: every module of it once, and everything that deepcopy follows.
 
     Tensors of a graph, such as activations that a network keeps, are copied without it.
 
     Args:
         net: any network.
-        keep: tensors that the copy shares with ``net``.
+        replacements: by the id of a module or tensor of ``net``, what the copy has in its place.
 
     Raises:
         ValueError: a closure, a default argument, a weak reference or a class refers to a module of the network, and
             would still do so in the copy; names both.
     """
     names = {module: name for name, module in net.named_modules()}
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in keep}
+    memo: dict[int, Any] = dict(replacements or {})  # deepcopy takes what its memo holds for the copy
     for reference in references(net):
         value = reference.value
         if isinstance(value, nn.Module) and reference.opaque and value in names:

@@ -32,8 +32,8 @@ def pack(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse_
             a module of ``net``, since it would still do so in the copy.
     """
     # Means and variances are most of the memory, and the copy has no use for them.
-    keep = tuple(tensor for layer in bayes_layers(net).values() for tensor in (layer.mean, layer.log_sigma2))
-    return pack_(copy_network(net, keep), precision, execution, fuse_relu)
+    shared = {id(tensor): tensor for layer in bayes_layers(net).values() for tensor in (layer.mean, layer.log_sigma2)}
+    return pack_(copy_network(net, shared), precision, execution, fuse_relu)
 
 
 def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse_relu: bool = True) -> nn.Module:

@@ -26,7 +26,8 @@ class Names:
     """What the forward passes of some modules do with attributes.
 
     Args:
-        modules: those whose code may reach the module in question.
+        modules: those of a network. The code of those without modules in them reaches none: what else refers to a
+            module is for the caller to find.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -35,7 +36,9 @@ class Names:
         self.dynamic = False
         """Whether some code reaches modules in a way that names do not show."""
         read: set[str] = set()
-        for kind in {type(module) for module in modules if not is_sequential(module)}:
+        for kind in {type(module) for module in modules if module._modules and not is_sequential(module)}:
+            if kind.forward is nn.Module.forward:  # a container, which can not be called
+                continue
             for code in _codes(kind):
                 self._read(code, read)
         self.called_only -= read

@@ -9,7 +9,6 @@ another one.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,9 @@ from torch import Tensor, nn
 from bqnn import models
 from bqnn.core.check import check_precision
 from bqnn.core.files import FormatError, write_atomically
+from bqnn.core.readers import with_readers
+from bqnn.core.references import copy_network
+from bqnn.core.replace import bound_methods, rebind
 from bqnn.engine.relu import relu_after
 from bqnn.files import container
 from bqnn.files.container import Contents
@@ -196,10 +198,15 @@ def _built_in(factory: list[Any] | None) -> nn.Module | None:
 
 
 def _replace(skeleton: nn.Module, layers: Mapping[str, PackedLayer], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of ``skeleton`` with ``layers`` in it, each at its name, and without the ReLU that they have done."""
-    memo: dict[int, nn.Module] = {}
+    """A copy of ``skeleton`` with ``layers`` in it, each at its name, and without the ReLU that they have done.
+
+    Layers that are tied in the file share their codes, and another module with the weight of one reads the decoded one.
+    """
+    skeleton = with_readers(skeleton, layers)
+    memo: dict[int, Any] = {}
     relus = relu_after(skeleton, (nn.Linear, nn.Conv2d, PackedLayer))
     names: dict[int, str] = {}
+    stored: dict[tuple[int, ...], PackedLayer] = {}
     for name, layer in layers.items():
         try:
             module = skeleton.get_submodule(name)
@@ -211,9 +218,13 @@ def _replace(skeleton: nn.Module, layers: Mapping[str, PackedLayer], tensors: Ma
             raise FormatError(f"layers {first!r} and {name!r} are one in the model and two in the file")
         memo.setdefault(id(module), layer)
         if layer.relu and id(module) in relus:
-            memo[id(relus[id(module)])] = nn.Identity()  # the layer's own does, and another would cost time
-    # deepcopy takes what its memo holds for the copy.
-    return copy.deepcopy(skeleton, memo)
+            identity = memo[id(relus[id(module)])] = nn.Identity()  # the layer's own does, and another would cost time
+            layer.take_over(identity)
+        tied = stored.setdefault(tuple(id(tensors[tensor_name(name, part)]) for part in ("codes", "levels")), layer)
+        layer.codes, layer.levels = tied.codes, tied.levels
+    net = copy_network(skeleton, memo)
+    rebind(bound_methods(net, {layer: name for name, layer in layers.items()}))
+    return net
 
 
 def _fill(net: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, PackedLayer]) -> None:
