@@ -54,16 +54,17 @@ def find_ties(net: nn.Module, names: Mapping[Any, str]) -> Ties:
     ties.groups = [layers for layers in sharing.values() if len(layers) > 1]
     for path, module in net.named_modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or (module in names and name == "weight"):
+            if parameter is None:
                 continue
-            if layers := sharing.get(id(parameter)):
+            is_weight = module in names and name == "weight"
+            if not is_weight and (layers := sharing.get(id(parameter))):
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     raise ValueError(
                         f"layer {names[layers[0]]!r} shares its weight with {path!r}, a {type(module).__name__} that "
                         "is not converted; skip both or neither"
                     )
                 ties.readers.append((module, name, layers[0]))
-            elif layer := _overlapping(parameter, places):
+            elif layer := _overlapping(parameter, places, is_weight):
                 raise ValueError(_held(names[layer], f"the parameter {name!r} of {path!r}"))
     for reference in references(net):
         if isinstance(reference.value, Tensor) and (layer := _overlapping(reference.value, places)):
@@ -78,10 +79,13 @@ def _held(name: str, place: str) -> str:
     )
 
 
-def _overlapping(tensor: Tensor, places: Mapping[int, list[Any]]) -> Any:
-    """The layer whose weight has memory in common with ``tensor``, if there is one."""
+def _overlapping(tensor: Tensor, places: Mapping[int, list[Any]], is_weight: bool = False) -> Any:
+    """The layer whose weight has memory in common with ``tensor``, if there is one; of a weight another layer."""
     for layer in places.get(_place(tensor), ()):
-        if tensor is layer.weight or (_place(tensor) and _overlap(tensor, layer.weight)):
+        if tensor is layer.weight:
+            if not is_weight:
+                return layer
+        elif _place(tensor) and _overlap(tensor, layer.weight):
             return layer
     return None
 

@@ -30,7 +30,8 @@ class WeightOwner(Protocol):
         """A tensor with the weight's shape, dtype, device, gradient and ``requires_grad``, made without arithmetic."""
 
     def weight_target(self) -> Tensor:
-        """What a change of the weight in place changes; TypeError where nothing may."""
+        """What a change of the weight in place changes; RuntimeError where nothing may. (After a TypeError Python would
+        take ``weight *= 2`` for ``weight = weight * 2``.)"""
 
     def freeze_weight(self, requires_grad: bool) -> None:
         """``weight.requires_grad_``."""
@@ -58,7 +59,8 @@ _VIEWS = re.compile(
 _VIEW_ATTRIBUTES = re.compile("T|mT|H|mH|real")
 _METADATA = re.compile(
     "size|dim|ndimension|numel|nelement|element_size|is_floating_point|is_complex|is_signed|get_device|__len__"
-    "|register_hook|register_post_accumulate_grad_hook|retain_grad|has_names|is_pinned|is_shared"
+    "|stride|is_contiguous|storage_offset|has_names|is_pinned|is_shared"
+    "|register_hook|register_post_accumulate_grad_hook|retain_grad"
 )
 _IN_PLACE = re.compile(
     "__(setitem|iadd|isub|imul|itruediv|ifloordiv|imod|ipow|iand|ior|ixor|ilshift|irshift)__|.*[^_]_"
@@ -71,7 +73,7 @@ class ComputedWeight(Tensor):
     Shape, dtype, device, ``requires_grad`` and ``grad`` are answered without computing it. A function of it takes its
     value: the quantized weight, a new sample where the layer samples, with straight-through gradients where the layer
     has them. An in-place function, on it or on a view of it, changes what the layer computes it from, or raises
-    TypeError where that can not be changed.
+    RuntimeError where that can not be changed.
     """
 
     _owner: WeightOwner

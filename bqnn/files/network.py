@@ -23,7 +23,7 @@ from bqnn.core.check import check_precision
 from bqnn.core.files import FormatError, write_atomically
 from bqnn.core.readers import with_readers
 from bqnn.core.references import copy_network
-from bqnn.core.replace import bound_methods, rebind
+from bqnn.core.replace import become, bound_methods, rebind
 from bqnn.engine.relu import relu_after
 from bqnn.files import container
 from bqnn.files.container import Contents
@@ -203,10 +203,10 @@ def _replace(skeleton: nn.Module, layers: Mapping[str, PackedLayer], tensors: Ma
     Layers that are tied in the file share their codes, and another module with the weight of one reads the decoded one.
     """
     skeleton = with_readers(skeleton, layers)
-    memo: dict[int, Any] = {}
     relus = relu_after(skeleton, (nn.Linear, nn.Conv2d, PackedLayer))
     names: dict[int, str] = {}
     stored: dict[tuple[int, ...], PackedLayer] = {}
+    unused: dict[int, Any] = {}
     for name, layer in layers.items():
         try:
             module = skeleton.get_submodule(name)
@@ -216,15 +216,25 @@ def _replace(skeleton: nn.Module, layers: Mapping[str, PackedLayer], tensors: Ma
         first = names.setdefault(id(module), name)
         if tensors[tensor_name(first, "codes")] is not tensors[tensor_name(name, "codes")]:
             raise FormatError(f"layers {first!r} and {name!r} are one in the model and two in the file")
-        memo.setdefault(id(module), layer)
-        if layer.relu and id(module) in relus:
-            identity = memo[id(relus[id(module)])] = nn.Identity()  # the layer's own does, and another would cost time
-            layer.take_over(identity)
+        unused |= {id(parameter): parameter for parameter in module.parameters()}
         tied = stored.setdefault(tuple(id(tensors[tensor_name(name, part)]) for part in ("codes", "levels")), layer)
         layer.codes, layer.levels = tied.codes, tied.levels
-    net = copy_network(skeleton, memo)
-    rebind(bound_methods(net, {layer: name for name, layer in layers.items()}))
+    net = copy_network(skeleton, unused)
+    methods = bound_methods(net, {net.get_submodule(name): name for name in layers})
+    identities = {name: _same_in(net, skeleton, relus.get(id(skeleton.get_submodule(name)))) for name in layers}
+    for name in names.values():
+        packed: Any = net.get_submodule(name)
+        become(packed, layers[name], packed)
+        if packed.relu and (relu := identities[name]) is not None:
+            become(relu, nn.Identity(), relu)  # the layer's own does, and another would cost time
+            packed.take_over(relu)
+    rebind(methods)
     return net
+
+
+def _same_in(net: nn.Module, original: nn.Module, module: nn.Module | None) -> nn.Module | None:
+    """The module of a copy that is what ``module`` is in the original."""
+    return next((copied for copied, each in zip(net.modules(), original.modules()) if each is module), None)
 
 
 def _fill(net: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, PackedLayer]) -> None:

@@ -131,14 +131,14 @@ class PackedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense float32 weight in the layer's shape, for who reads it past the forward pass: decoded when it is
-        used and then kept. It can not be changed."""
+        used and then kept. It can not be changed; a change in place raises RuntimeError."""
         return weight_of(self)
 
     def weight_sources(self) -> tuple[Tensor, ...]:
         return self.codes, self.levels
 
     def weight_like(self) -> Tensor:
-        return self.levels.new_zeros(()).expand(self.shape)
+        return self.levels.new_empty(self.shape)
 
     def weight_value(self) -> Tensor:
         if not is_plain([self.codes, self.levels]):
@@ -147,7 +147,7 @@ class PackedLayer(nn.Module):
         return dense_packed.weights((self.codes, self.levels), columns, "fp32").values.view(self.shape)
 
     def weight_target(self) -> Tensor:
-        raise TypeError(f"weight of a {type(self).__name__} is decoded from its codes and can not be changed")
+        raise RuntimeError(f"weight of a {type(self).__name__} is decoded from its codes and can not be changed")
 
     def freeze_weight(self, requires_grad: bool) -> None:
         if requires_grad:
