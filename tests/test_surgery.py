@@ -179,7 +179,7 @@ def refused(net: nn.Module, message: str, **options: Any) -> None:
         pytest.param(lambda net: setattr(net, "held", net.a.weight.detach()[2:3]), "net.held", id="row"),
         pytest.param(lambda net: net.register_buffer("held", net.a.weight.data), "net.held", id="buffer"),
         pytest.param(
-            lambda net: setattr(net.b, "weight", nn.Parameter(net.a.weight.data.t())), "'weight' of 'b'", id="parameter"
+            lambda net: setattr(net.b, "weight", nn.Parameter(net.a.weight.data.t())), "'weight' of 'a'", id="parameter"
         ),
     ],
 )
