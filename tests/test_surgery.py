@@ -273,6 +273,44 @@ def test_a_module_with_the_weight_of_a_layer_reads_it(kind: Any, tmp_path: Path)
     assert torch.equal(again(kind.example()), packed(kind.example()))
 
 
+def test_a_tied_module_follows_what_moves_and_loads_the_layer() -> None:
+    net = bqnn.convert(make(TiedEmbedding), 3)
+    state = {name: value + 0.5 for name, value in net.state_dict().items()}
+    for assign in (False, True):
+        net.load_state_dict(state, assign=assign)
+        torch.testing.assert_close(net.head.mean, state["head.weight"])
+        assert net.embedding._parameters["weight"] is net.head.mean
+    for moved in (net.double(), copy.deepcopy(net).to("meta"), net.float()):
+        assert moved.embedding._parameters["weight"] is moved.head.mean
+        assert moved.embedding.weight is moved.head.weight
+    plain = make(TiedEmbedding)
+    net.load_state_dict(plain.state_dict())
+    assert torch.equal(net.head.mean, plain.head.weight)
+
+
+def test_packed_weights_have_the_dtype_of_the_network() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        net = bqnn.convert(make(Net).to(dtype), 3)
+        for packed in (bqnn.pack(net), bqnn.pack(net.float()).to(dtype)):
+            weight = packed.a.weight
+            assert weight.dtype == dtype and weight.clone().dtype == dtype
+            assert torch.equal(weight.clone(), packed.a.decode().to(dtype))
+            assert packed.a.levels.dtype == torch.float32
+
+
+def test_a_replica_of_data_parallel_has_tensors_for_parameters() -> None:
+    layer = bqnn.BayesLinear(8, 3).eval()
+    replica = layer._replicate_for_data_parallel()
+    replica._parameters["raw_thresholds"] = None
+    for name, parameter in layer.named_parameters():
+        setattr(replica, name, parameter.clone())
+    for name, buffer in layer.named_buffers():
+        setattr(replica, name, buffer)
+    x = Net.example()
+    assert torch.equal(replica(x), layer(x))
+    assert torch.equal(replica.weight.clone(), layer.quantized_weight())
+
+
 def test_a_frozen_layer_keeps_its_output() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     net[0].requires_grad_(False)

@@ -61,6 +61,7 @@ class BayesLayer(PosteriorWeight):
         self.estimator, self.prior = estimator, prior
         self.quantize_mean, self.coarse_variance = quantize_mean, coarse_variance
         self.sampling = False
+        self._tied, self._readers = (), ()
         groups = 1 if granularity == "tensor" else self.mean.shape[0]
         empty = self.mean.detach().new_empty
         self.log_sigma2 = nn.Parameter(torch.empty_like(self.mean))

@@ -14,7 +14,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from bqnn.bayes.base import BayesLayer
 from bqnn.bayes.layers import BayesConv2d, BayesLinear
 from bqnn.bayes.ties import Ties, find_ties
-from bqnn.core.readers import read_weight_of
 from bqnn.core.references import copy_network
 from bqnn.core.replace import become, bound_methods, check_own_forward, rebind
 
@@ -230,11 +229,10 @@ def _convert_layer(name: str, layer: Any, mean: nn.Parameter, options: Mapping[s
 
 def _tie(ties: Ties) -> None:
     """Lets layers that shared a weight share a posterior, and other modules read it."""
+    for module, name, layer in ties.readers:
+        layer.give_to(module, name)
     for group in ties.groups:
         group[0].tie(tuple(group))
-    for module, name, layer in ties.readers:
-        module._parameters[name] = layer.mean
-        read_weight_of(module, name, layer)
 
 
 def _by_name(net: nn.Module, skip: Skip) -> Skip:

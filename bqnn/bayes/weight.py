@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bqnn.core.computed_weight import weight_of
+from bqnn.core.readers import read_weight_of
 
 POSTERIOR = ("weight", "log_sigma2", "raw_levels", "raw_thresholds")
 FITTED = ("level_scale", "prior_sigma2")
@@ -27,13 +28,15 @@ class PosteriorWeight(nn.Module):
 
     log_sigma2: Tensor
     raw_levels: Tensor
-    _tied: tuple[PosteriorWeight, ...] = ()
+    _tied: tuple[PosteriorWeight, ...]
     """All layers that share this posterior, where others do."""
+    _readers: tuple[tuple[nn.Module, str], ...]
+    """Other modules that hold the means as a parameter, each with its name."""
 
     @property
     def mean(self) -> nn.Parameter:
         """mu, the parameter, in the weight's shape; may be set to another nn.Parameter of this shape."""
-        mean = self._parameters.get("weight")
+        mean = self._parameters.get("weight", self.__dict__.get("weight"))
         if mean is None:
             raise RuntimeError(f"the means of a {type(self).__name__}, its parameter 'weight', have been taken away")
         return mean
@@ -48,7 +51,7 @@ class PosteriorWeight(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The quantized weight, or a sample of it: a :class:`bqnn.core.computed_weight.ComputedWeight`."""
-        if self._parameters.get("weight") is None:
+        if self._parameters.get("weight", self.__dict__.get("weight")) is None:
             raise AttributeError(f"weight of {type(self).__name__} is computed from its means, and it has none")
         return weight_of(self)
 
@@ -74,14 +77,26 @@ class PosteriorWeight(nn.Module):
 
     def tie(self, layers: tuple[PosteriorWeight, ...]) -> None:
         """Lets ``layers``, this one among them, share its posterior, and go on to do so when one is moved or loaded."""
-        self._tied = layers
+        readers = tuple(dict.fromkeys(reader for layer in layers for reader in layer._readers))
         for layer in layers:
-            if layer is not self:
-                layer._tied = layers
-                for name in POSTERIOR:
-                    layer._parameters[name] = self._parameters.get(name)
-                for name in FITTED:
-                    layer._buffers[name] = self._buffers[name]
+            layer._tied, layer._readers = layers, readers
+        self._share()
+
+    def _share(self) -> None:
+        """Gives the tensors of this posterior to whatever shares them."""
+        for layer in self._tied:
+            for name in POSTERIOR:
+                layer._parameters[name] = self._parameters.get(name)
+            for name in FITTED:
+                layer._buffers[name] = self._buffers[name]
+        for module, name in self._readers:
+            module._parameters[name] = self.mean
+
+    def give_to(self, module: nn.Module, name: str) -> None:
+        """Makes ``module.<name>`` this weight; the means stay a parameter of the module, of this name."""
+        self._readers = (*self._readers, (module, name))
+        module._parameters[name] = self.mean
+        read_weight_of(module, name, self)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._loading = True
@@ -89,22 +104,22 @@ class PosteriorWeight(nn.Module):
             super()._load_from_state_dict(*args, **kwargs)
         finally:
             del self._loading
-        if self._tied:
-            self.tie(self._tied)
+        self._share()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PosteriorWeight:
         super()._apply(fn, recurse)
-        if self._tied:
-            self.tie(self._tied)
+        self._share()
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and "weight" in self._parameters and "_loading" not in self.__dict__:
+        if name == "weight" and self.__dict__.get("_is_replica"):
+            self.__dict__[name] = value  # nn.DataParallel gives its replicas tensors for parameters
+        elif name == "weight" and "weight" in self._parameters and "_loading" not in self.__dict__:
             raise TypeError(
                 f"weight of a {type(self).__name__} is computed from its means and its codebook and can not be "
                 "assigned; set the means (layer.mean = parameter) and fit the codebook to them (fit_codebook_)"
             )
-        if name == "mean":  # nn.Module would register a parameter of this name
+        elif name == "mean":  # nn.Module would register a parameter of this name
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

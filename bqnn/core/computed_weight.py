@@ -192,8 +192,8 @@ _weights: weakref.WeakValueDictionary[tuple[int, ...], ComputedWeight] = weakref
 
 def weight_of(owner: WeightOwner) -> Tensor:
     """The weight of a layer: one object for all that share its sources, so that ``a.weight is b.weight`` says whether
-    two layers are tied. While torch.compile or torch.export traces, the plain value."""
-    if torch.compiler.is_compiling():
+    two layers are tied. While torch.compile, torch.export or torch.jit traces, the plain value."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return owner.weight_value()
     sources = owner.weight_sources()
     key = tuple(map(id, sources))

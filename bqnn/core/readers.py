@@ -19,6 +19,8 @@ class _Reader:
     """What the class of a reading module has before its own. By attribute, the layer whose weight it reads is in the
     instance's dict, where copies and pickles of the network find it with the layer."""
 
+    _parameters: dict[str, Any]
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get(_LAYERS, {}):
             raise TypeError(f"{name} is the weight of a quantized layer and can not be assigned; change that layer")
@@ -28,6 +30,21 @@ class _Reader:
         if name in self.__dict__.get(_LAYERS, {}):
             raise TypeError(f"{name} is the weight of a quantized layer and can not be deleted; change that layer")
         super().__delattr__(name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        """A state dict that is assigned, not copied, gives the layer its parameter; the layer passes it on."""
+        assign, names = metadata.get("assign_to_params_buffers", False), self.__dict__[_LAYERS]
+        shared = {name: self._parameters.pop(name) for name in names if assign and name in self._parameters}
+        own = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in shared}
+        super()._load_from_state_dict(own, prefix, metadata, *args)  # type: ignore[misc]
+        self._parameters.update(shared)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, layer in self.__dict__[_LAYERS].items():
+            if name in self._parameters:
+                self._parameters[name] = layer._parameters["weight"]
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind = type(self).__mro__[2]

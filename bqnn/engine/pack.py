@@ -47,7 +47,7 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
     an nn.Identity its place.
 
     What is packed has no parameters: codes, levels and bias are buffers. ``next(net.parameters())`` of a network of
-    packed layers alone raises StopIteration; the dtype of its weights is that of ``layer.weight``, float32.
+    packed layers alone raises StopIteration; its dtype is that of ``layer.weight``.
 
     Args:
         net: a network that bqnn.convert made, or a single Bayes layer.
@@ -127,9 +127,11 @@ def pack_layer(
 def _pack_named(name: str, layer: BayesLayer, precision: str, execution: str) -> PackedLayer:
     check_own_forward(name, layer)
     try:
-        return pack_layer(layer, precision, execution)
+        packed = pack_layer(layer, precision, execution)
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {name!r}: {error}") from error
+    packed.weight_dtype = layer.mean.dtype
+    return packed
 
 
 def _packed_tensors(layer: BayesLayer) -> tuple[Tensor, Tensor, Tensor | None]:

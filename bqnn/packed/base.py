@@ -69,6 +69,8 @@ class PackedLayer(nn.Module):
     """Whether negative outputs become 0."""
     _relu_of: tuple[nn.Module, ...] = ()
     """The module, now an nn.Identity, whose ReLU the layer does; in a tuple, as it is no part of the layer."""
+    weight_dtype: torch.dtype = torch.float32
+    """Of :attr:`weight`, as code outside the layer reads it: that of the network, or what it has been cast to."""
     _prepared: Prepared | None = None
 
     def __init__(
@@ -95,6 +97,8 @@ class PackedLayer(nn.Module):
         self.relu = relu
         for name, tensor in (("codes", codes), ("levels", levels), ("bias", bias)):
             self.register_buffer(name, None if tensor is None else _counted(tensor.detach()))
+        if bias is not None:
+            self.weight_dtype = bias.dtype
         self.execution = execution
 
     @property
@@ -130,21 +134,21 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense float32 weight in the layer's shape, for who reads it past the forward pass: decoded when it is
-        used and then kept. It can not be changed; a change in place raises RuntimeError."""
+        """The dense weight in the layer's shape, for who reads it past the forward pass: decoded when it is used and
+        then kept, in float32; its dtype is that of the network. A change in place raises RuntimeError."""
         return weight_of(self)
 
     def weight_sources(self) -> tuple[Tensor, ...]:
         return self.codes, self.levels
 
     def weight_like(self) -> Tensor:
-        return self.levels.new_empty(self.shape)
+        return self.levels.new_empty(self.shape, dtype=self.weight_dtype)
 
     def weight_value(self) -> Tensor:
         if not is_plain([self.codes, self.levels]):
-            return self.decode()
-        columns = math.prod(self.shape[1:])
-        return dense_packed.weights((self.codes, self.levels), columns, "fp32").values.view(self.shape)
+            return self.decode().to(self.weight_dtype)
+        values = dense_packed.weights((self.codes, self.levels), math.prod(self.shape[1:]), "fp32").values
+        return values.view(self.shape).to(self.weight_dtype)
 
     def weight_target(self) -> Tensor:
         raise RuntimeError(f"weight of a {type(self).__name__} is decoded from its codes and can not be changed")
@@ -291,6 +295,7 @@ class PackedLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         levels = self.levels
         super()._apply(fn, recurse)
+        self.weight_dtype = fn(levels.new_empty(0, dtype=self.weight_dtype)).dtype
         if self.levels.dtype != torch.float32:
             self.levels = levels.to(self.levels.device)
         return self
