@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bqnn
-from bqnn.bayes.layers import BayesLayer
+from bqnn.bayes.base import BayesLayer
 from bqnn.core.modes import in_evaluation, replica
 
 X = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 
 import bqnn
-from bqnn.bayes.layers import ESTIMATORS
+from bqnn.bayes.estimator import ESTIMATORS
 from bqnn.core.check import PRECISIONS
 
 X = torch.randn(3, 2, 5, 5, generator=torch.Generator().manual_seed(1))
