@@ -38,12 +38,17 @@ class Reference(NamedTuple):
     """Whether copy.deepcopy leaves it as it is: closures, default arguments, weak references, attributes of classes."""
 
 
-def references(net: nn.Module) -> Iterator[Reference]:
+def references(net: nn.Module, copied: bool = False) -> Iterator[Reference]:
     """Every reference to a module, tensor or bound method that is reachable from ``net``, ``net`` itself first.
 
     Of modules the parameters are left out, which :meth:`nn.Module.named_modules` shows; a module that is no part of the
     network, and only kept by it, is shown with them. What C extensions hold is not seen, nor are containers that global
     variables refer to, and optimizers are not entered.
+
+    Args:
+        net: any network.
+        copied: leave out what copy.deepcopy does not carry over, as the object that has it makes it anew: the compiled
+            functions of torch.compile.
     """
     own = set(net.modules())
     seen: set[int] = set()
@@ -58,11 +63,11 @@ def references(net: nn.Module) -> Iterator[Reference]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        for child in _children(reference, own):
+        for child in _children(reference, own, copied):
             (opaque if child.opaque else waiting).append(child)
 
 
-def _children(parent: Reference, own: set[nn.Module]) -> Iterator[Reference]:
+def _children(parent: Reference, own: set[nn.Module], copied: bool) -> Iterator[Reference]:
     value, path, opaque = parent.value, parent.path, parent.opaque
 
     def child(name: str, key: Any, element: Any, hidden: bool = False, holder: Any = value) -> Reference:
@@ -96,9 +101,9 @@ def _children(parent: Reference, own: set[nn.Module]) -> Iterator[Reference]:
         for index, element in enumerate(list(value)):
             yield child(f"[{index}]", index, element)
     if isinstance(value, nn.Module):
-        yield from _of_module(child, value, value in own)
+        yield from _of_module(child, value, value in own, _left_out(value) if copied else set())
     elif not isinstance(value, types.FunctionType):
-        yield from _of_object(child, value)
+        yield from _of_object(child, value, _left_out(value) if copied else set())
     yield from _of_class(child, type(value))
 
 
@@ -111,26 +116,44 @@ def _globals_of(function: types.FunctionType) -> set[str]:
     return candidates & {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
 
 
-def _of_module(child: Any, module: nn.Module, is_own: bool) -> Iterator[Reference]:
+def _of_module(child: Any, module: nn.Module, is_own: bool, left_out: set[str]) -> Iterator[Reference]:
     registered = ("_modules", "_buffers") if is_own else ("_modules", "_buffers", "_parameters")
     for name in registered:
         for key, element in module.__dict__[name].items():
             yield child(f".{key}", key, element, holder=module.__dict__[name])
     for key, element in list(module.__dict__.items()):
-        if key not in ("_modules", "_buffers", "_parameters"):
+        if key not in ("_modules", "_buffers", "_parameters") and key not in left_out:
             yield child(f".{key}", key, element, holder=module.__dict__)
 
 
-def _of_object(child: Any, value: Any) -> Iterator[Reference]:
+def _of_object(child: Any, value: Any, left_out: set[str]) -> Iterator[Reference]:
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
         for key, element in list(attributes.items()):
-            yield child(f".{key}", key, element, holder=attributes)
+            if key not in left_out:
+                yield child(f".{key}", key, element, holder=attributes)
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
         for key in (slots,) if isinstance(slots, str) else slots:
             if isinstance(kind.__dict__.get(key), types.MemberDescriptorType) and hasattr(value, key):
                 yield child(f".{key}", key, getattr(value, key))
+
+
+def _left_out(value: Any) -> set[str]:
+    """The attributes that are not in what copy.deepcopy makes a copy of ``value`` from."""
+    kind = type(value)
+    own_ways = ("__reduce__", "__reduce_ex__", "__getstate__")
+    if hasattr(kind, "__deepcopy__") or not hasattr(value, "__dict__"):
+        return set()
+    if all(getattr(kind, way, None) is getattr(object, way, None) for way in own_ways):
+        return set()
+    reduced: Any = value.__reduce_ex__(4)
+    if isinstance(reduced, str):
+        return set()
+    arguments, state = reduced[1], reduced[2] if len(reduced) > 2 else None
+    states = state if isinstance(state, tuple) else (state,)
+    kept = {id(each) for part in states if isinstance(part, dict) for each in part.values()} | set(map(id, arguments))
+    return {name for name, element in vars(value).items() if id(element) not in kept}
 
 
 def _of_class(child: Any, kind: type) -> Iterator[Reference]:
@@ -158,7 +181,7 @@ def copy_network(net: nn.Module, replacements: Mapping[int, Any] | None = None) 
     """
     names = {module: name for name, module in net.named_modules()}
     memo: dict[int, Any] = dict(replacements or {})  # deepcopy takes what its memo holds for the copy
-    for reference in references(net):
+    for reference in references(net, copied=True):
         value = reference.value
         if isinstance(value, nn.Module) and reference.opaque and value in names:
             raise ValueError(
