@@ -15,6 +15,7 @@ from torchvision.models import swin_transformer
 
 import bqnn
 from bqnn.bayes.layers import bayes_layers
+from bqnn.core.readers import with_readers
 from bqnn.packed.base import PackedLayer
 from tests.support.odd_nets import (
     ODD_NETS,
@@ -28,6 +29,12 @@ from tests.support.odd_nets import (
     TiedEmbedding,
     TiedParameter,
 )
+
+
+class Untied(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b.weight = nn.Parameter(self.b.weight.detach().clone())
 
 
 def make(kind: Callable[[], Any]) -> Any:
@@ -248,6 +255,46 @@ def test_tied_layers_have_one_posterior(tmp_path: Path) -> None:
     assert {"a.codes", "b.codes"} - set(bqnn.info(tmp_path / "net")["tensors"]) in ({"a.codes"}, {"b.codes"})
     for each in (packed, bqnn.load(tmp_path / "net", model=Tied()), copy.deepcopy(packed)):
         assert each.a.weight is each.b.weight and each.a.codes is each.b.codes and each.a.levels is each.b.levels
+
+
+def test_what_is_tied_in_the_file_alone_is_copied(tmp_path: Path) -> None:
+    packed, x = bqnn.pack(bqnn.convert(make(Tied), 3)), Tied.example()
+    bqnn.save(packed, tmp_path / "net")
+    loaded = bqnn.load(tmp_path / "net", model=Untied())
+    assert torch.equal(loaded(x), packed(x))
+    assert loaded.a.codes is not loaded.b.codes and loaded.a.weight is not loaded.b.weight
+    loaded.a.codes.zero_()
+    assert torch.equal(loaded.b.codes, packed.b.codes)
+
+
+def test_a_copy_with_readers_has_the_tensors_of_its_network() -> None:
+    net = make(TiedEmbedding)
+    assert with_readers(net, ["other"]) is net
+    copied = with_readers(net, ["head", "other"])
+    assert type(net.embedding) is nn.Embedding and net.embedding.weight is net.head.weight
+    assert copied.head is not net.head and copied.head.weight is net.head.weight is copied.embedding.weight
+    assert list(copied.state_dict()) == ["head.weight"]
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_variances_learn_while_a_tied_layer_has_a_use_for_them(learns: bool) -> None:
+    plain = make(Tied)
+    plain.a.weight.requires_grad_(learns)
+    net = bqnn.convert(plain, 3, estimator="deterministic")
+    assert not net.a.log_sigma2.requires_grad and net.a.mean.requires_grad == learns
+    for layer in (net.a, net.b):
+        layer.estimator = "moment"
+        assert net.a.log_sigma2.requires_grad == learns
+    for layer, estimator in ((net.b, "deterministic"), (net.a, "sample")):
+        layer.estimator = estimator
+        assert net.a.log_sigma2.requires_grad == learns
+    for thawed in (learns, not learns):
+        net.a.estimator = "deterministic"
+        assert not net.a.log_sigma2.requires_grad
+        net.b.weight.requires_grad_(thawed)
+        assert not net.b.log_sigma2.requires_grad and net.b.raw_levels.requires_grad == thawed
+        net.a.estimator = "local"
+        assert net.a.log_sigma2.requires_grad == thawed
 
 
 @pytest.mark.parametrize("kind", [TiedEmbedding, TiedParameter])
