@@ -276,6 +276,17 @@ def test_a_copy_with_readers_has_the_tensors_of_its_network() -> None:
     assert list(copied.state_dict()) == ["head.weight"]
 
 
+def test_the_divergence_of_tied_layers_is_that_of_the_one_with_a_posterior() -> None:
+    net = bqnn.convert(make(Tied), 3)
+    expected = bqnn.kl_divergence(net)
+    assert expected > 0.0
+    for deterministic, other in ((net.a, net.b), (net.b, net.a)):
+        deterministic.estimator, other.estimator = "deterministic", "moment"
+        assert torch.equal(bqnn.kl_divergence(net), expected)
+    net.a.estimator = net.b.estimator = "deterministic"
+    assert bqnn.kl_divergence(net) == 0.0
+
+
 @pytest.mark.parametrize("learns", [True, False])
 def test_variances_learn_while_a_tied_layer_has_a_use_for_them(learns: bool) -> None:
     plain = make(Tied)

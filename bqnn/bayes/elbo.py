@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bqnn.bayes.base import BayesLayer
 from bqnn.bayes.layers import bayes_layers
 from bqnn.core.precision import wide, wide_dtype
 
@@ -32,8 +33,13 @@ def kl_divergence(net: nn.Module) -> Tensor:
     layers = bayes_layers(net)
     if not layers:
         raise ValueError("net has no Bayes layer; convert it first: net = bqnn.convert(net)")
-    posteriors = {tuple(map(id, layer.weight_sources())): layer for layer in reversed(layers.values())}
-    terms = [layer.kl_divergence() for layer in reversed(posteriors.values())]
+    posteriors: dict[tuple[int, ...], BayesLayer] = {}
+    for layer in layers.values():
+        key = tuple(map(id, layer.weight_sources()))
+        # A tied layer that is deterministic makes no use of the posterior; one that does decides.
+        if key not in posteriors or posteriors[key].estimator == "deterministic":
+            posteriors[key] = layer
+    terms = [layer.kl_divergence() for layer in posteriors.values()]
     widest = wide_dtype(*(term.dtype for term in terms))
     return torch.stack([term.to(terms[0].device, widest) for term in terms]).sum()
 
