@@ -145,8 +145,10 @@ class BayesLayer(EstimatedWeight):
 
         Where all weights are the same, as in a layer that starts at zero, they say nothing of the size that they will
         have, and the deviation is that of the levels: so the likelihood sees them all from the first step on. At a
-        tenth of a gap from the middle of a cell it would see one.
+        tenth of a gap from the middle of a cell it would see one. On the meta device there are no numbers to set.
         """
+        if self.mean.is_meta:
+            return
         narrowest = codebook.gaps(self.levels.double()).amin(1, keepdim=True)
         sigma = self.level_scale.double() if self._is_constant() else SIGMA_PER_GAP * narrowest
         log_sigma2 = (2.0 * sigma.log()).view(-1, *[1] * (self.mean.dim() - 1))
