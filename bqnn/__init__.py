@@ -8,7 +8,7 @@ from bqnn.bayes.layers import BayesConv2d, BayesLinear, sampling
 from bqnn.bayes.predict import Prediction, predict
 from bqnn.core.files import FormatError
 from bqnn.core.native import cpu_isa
-from bqnn.engine.pack import pack
+from bqnn.engine.pack import pack, pack_
 from bqnn.files.network import info, load, save
 from bqnn.ops.dispatch import BackendError, backends
 from bqnn.packed.layers import PackedConv2d, PackedLinear
@@ -37,6 +37,7 @@ __all__ = [
     "kl_warmup",
     "load",
     "pack",
+    "pack_",
     "parameter_groups",
     "predict",
     "refresh_batchnorm",

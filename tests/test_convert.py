@@ -76,7 +76,7 @@ def test_weights_biases_and_codebooks_come_from_the_layers() -> None:
     result = convert(net, granularity="channel")
     for name in ALL:
         before, after = net.get_submodule(name), result.get_submodule(name)
-        assert torch.equal(after.weight, before.weight)
+        assert torch.equal(after.mean, before.weight)
         assert (after.bias is None) == (before.bias is None)
         assert before.bias is None or torch.equal(after.bias, before.bias)
         rows = before.weight.detach().flatten(1)
@@ -88,7 +88,7 @@ def test_a_bare_layer() -> None:
     for layer, kind in ((linear, BayesLinear), (conv, BayesConv2d)):
         result = convert(layer, 5)
         assert type(result) is kind and result.num_levels == 5
-        assert torch.equal(result.weight, layer.weight)
+        assert torch.equal(result.mean, layer.weight)
         in_place = convert_(layer)
         assert type(in_place) is kind and in_place is not layer
 

@@ -76,9 +76,9 @@ def test_another_likelihood() -> None:
 def test_both_terms_have_gradients() -> None:
     net = make_net()
     terms = elbo(net(X), Y, net, 10)
-    (likelihood,) = torch.autograd.grad(terms.nll, net[5].weight, retain_graph=True)
-    (kl,) = torch.autograd.grad(terms.kl, net[5].weight, retain_graph=True)
-    (both,) = torch.autograd.grad(terms.loss, net[5].weight)
+    (likelihood,) = torch.autograd.grad(terms.nll, net[5].mean, retain_graph=True)
+    (kl,) = torch.autograd.grad(terms.kl, net[5].mean, retain_graph=True)
+    (both,) = torch.autograd.grad(terms.loss, net[5].mean)
     assert likelihood.any() and kl.any()
     torch.testing.assert_close(both, likelihood + kl / 10)
 
@@ -120,7 +120,7 @@ def test_warmup(progress: float, length: float, expected: float) -> None:
 def tied() -> nn.Sequential:
     """Two layers with one weight between them."""
     net = nn.Sequential(BayesLinear(4, 4), BayesLinear(4, 4), nn.Linear(4, 4))
-    net[1].weight = net[0].weight
+    net[1].mean = net[0].mean
     net[2].bias = net[0].bias
     return net
 

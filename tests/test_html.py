@@ -215,8 +215,8 @@ def test_histogram_has_a_line_a_level_and_a_dashed_one_a_threshold(
 def test_histogram_of_spikes_counts_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = BayesLinear(100, 100, num_levels=2)
     with torch.no_grad():
-        layer.weight.copy_(torch.where(torch.arange(10_000).view(100, 100) < 2500, -1.0, 1.0))
-        layer.weight[0, 0] = 50.0  # too few so far out for the axis to reach
+        layer.mean.copy_(torch.where(torch.arange(10_000).view(100, 100) < 2500, -1.0, 1.0))
+        layer.mean[0, 0] = 50.0  # too few so far out for the axis to reach
     layer.set_levels_(torch.tensor([[-1.0, 1.0]]))
     drawn: dict[str, Any] = {}
 

@@ -32,20 +32,20 @@ KINDS = ["linear", "conv2d"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_codebook_starts_from_the_weights(kind: str, granularity: str, num_levels: int) -> None:
     layer = make(kind, num_levels=num_levels, granularity=granularity)
-    groups = layer.weight.shape[0] if granularity == "channel" else 1
-    levels = lloyd_max(layer.weight.detach().reshape(groups, -1), num_levels)
+    groups = layer.mean.shape[0] if granularity == "channel" else 1
+    levels = lloyd_max(layer.mean.detach().reshape(groups, -1), num_levels)
     torch.testing.assert_close(layer.levels, levels)
     torch.testing.assert_close(layer.thresholds, 0.5 * (levels[:, 1:] + levels[:, :-1]))
     steps = torch.diff(levels, dim=1)
-    sigma = 0.1 * steps.amin(1).view(-1, *[1] * (layer.weight.dim() - 1)).expand_as(layer.weight)
+    sigma = 0.1 * steps.amin(1).view(-1, *[1] * (layer.mean.dim() - 1)).expand_as(layer.mean)
     torch.testing.assert_close((0.5 * layer.log_sigma2).exp(), sigma)
     codes = layer.codes()
-    assert codes.dtype == torch.uint8 and codes.shape == layer.weight.shape
-    assert torch.equal(codes.long(), formulas.codes_of(layer.weight, layer.thresholds))
-    distance = (layer.weight.flatten(1).unsqueeze(-1) - layer.levels.unsqueeze(1)).abs().amin(-1)
+    assert codes.dtype == torch.uint8 and codes.shape == layer.mean.shape
+    assert torch.equal(codes.long(), formulas.codes_of(layer.mean, layer.thresholds))
+    distance = (layer.mean.flatten(1).unsqueeze(-1) - layer.levels.unsqueeze(1)).abs().amin(-1)
     quantized = layer.quantized_weight()
     assert not quantized.requires_grad
-    torch.testing.assert_close((layer.weight - quantized).abs().flatten(1), distance, rtol=0.0, atol=1e-6)
+    torch.testing.assert_close((layer.mean - quantized).abs().flatten(1), distance, rtol=0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -139,12 +139,12 @@ def test_the_state_dict_of_a_plain_layer_loads_and_fits_the_codebook(kind: str, 
     else:
         layer.load_state_dict(state, strict=True)
     assert list(state) == keys
-    assert torch.equal(layer.weight, plain.weight) and torch.equal(layer.bias, plain.bias)
+    assert torch.equal(layer.mean, plain.weight) and torch.equal(layer.bias, plain.bias)
     levels = lloyd_max(plain.weight.detach().reshape(1, -1), 3)
     torch.testing.assert_close(layer.levels, levels)
     torch.testing.assert_close(layer.thresholds, 0.5 * (levels[:, 1:] + levels[:, :-1]))
     assert layer.prior_sigma2.item() == pytest.approx(plain.weight.square().mean().item())
-    assert layer.weight.requires_grad and layer.log_sigma2.requires_grad and layer.weight.is_leaf
+    assert layer.mean.requires_grad and layer.log_sigma2.requires_grad and layer.mean.is_leaf
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_the_slab_is_centred_at_a_level_set_to_zero(levels: list[float]) -> None
     exact = torch.tensor([levels])
     layer.set_levels_(exact)
     assert abs(layer.levels[0, levels.index(0.0)].item()) <= 1e-7
-    divergence = spike_slab_kl(layer.weight, layer.log_sigma2, exact, codebook.TAU_PER_GAP * codebook.gaps(exact))
+    divergence = spike_slab_kl(layer.mean, layer.log_sigma2, exact, codebook.TAU_PER_GAP * codebook.gaps(exact))
     torch.testing.assert_close(layer.kl_divergence(), divergence, rtol=1e-4, atol=0.0)
 
 
@@ -285,7 +285,7 @@ def test_a_weight_with_few_values_gets_a_codebook(kind: str, granularity: str) -
     """A constant weight, as of an averaging filter, or more levels than weights a channel."""
     layer = make(kind, num_levels=16, granularity=granularity)
     for value in (1.0, 0.0, -0.4196):
-        state = {"weight": torch.full_like(layer.weight, value), "bias": torch.zeros(layer.weight.shape[0])}
+        state = {"weight": torch.full_like(layer.mean, value), "bias": torch.zeros(layer.mean.shape[0])}
         layer.load_state_dict(state)
         assert (torch.diff(layer.levels, dim=1) > 0.0).all()
         layer.check_parameters()
@@ -303,7 +303,7 @@ def test_the_spike_and_slab_divergence_has_windows_in_proportion_to_the_gaps(gra
     levels = layer.levels.detach()
     steps = torch.diff(levels, dim=1)
     gaps = torch.stack([torch.cat([steps[:, :1], steps], 1), torch.cat([steps, steps[:, -1:]], 1)]).amin(0)
-    expected = formulas.spike_slab_kl(layer.weight, layer.log_sigma2, levels, 0.375 * gaps)
+    expected = formulas.spike_slab_kl(layer.mean, layer.log_sigma2, levels, 0.375 * gaps)
     assert layer.kl_divergence().item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -311,8 +311,8 @@ def test_the_gaussian_divergence_is_exact() -> None:
     layer = make("conv2d", prior="gaussian")
     with torch.no_grad():
         layer.log_sigma2.uniform_(-6.0, 1.0)
-    spread = layer.weight.detach().square().mean().sqrt()
-    posterior = torch.distributions.Normal(layer.weight, (0.5 * layer.log_sigma2).exp())
+    spread = layer.mean.detach().square().mean().sqrt()
+    posterior = torch.distributions.Normal(layer.mean, (0.5 * layer.log_sigma2).exp())
     expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, spread)).sum()
     torch.testing.assert_close(layer.kl_divergence(), expected, rtol=1e-5, atol=1e-3)
 

@@ -69,9 +69,9 @@ def plain_twin(layer: BayesLinear | BayesConv2d, arguments: dict[str, Any]) -> n
     twin = kind(**arguments)
     twin.load_state_dict({k: v for k, v in layer.state_dict().items() if k in ("weight", "bias")})
     with torch.no_grad():
-        codes = (layer.weight.flatten(1).unsqueeze(-1) > layer.thresholds.unsqueeze(1)).sum(-1)
+        codes = (layer.mean.flatten(1).unsqueeze(-1) > layer.thresholds.unsqueeze(1)).sum(-1)
         rows = layer.levels.expand(codes.shape[0], -1)
-        twin.weight.copy_(rows.gather(1, codes).view(layer.weight.shape))
+        twin.weight.copy_(rows.gather(1, codes).view(layer.mean.shape))
     return twin
 
 
@@ -193,7 +193,7 @@ def test_sampling_of_local_is_around_the_quantized_network() -> None:
     with sampling(layer):
         torch.testing.assert_close(layer(x), quantized, rtol=0.0, atol=1e-4)
     layer.train()
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.mean, layer.bias), rtol=0.0, atol=1e-4)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

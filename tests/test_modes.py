@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import bqnn
-from bqnn.bayes.layers import BayesLayer
+from bqnn.bayes.base import BayesLayer
 from bqnn.core.modes import in_evaluation, replica
+from tests.support.odd_nets import Tied, TiedEmbedding
 
 X = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
 
@@ -204,3 +205,32 @@ def test_a_frozen_variance_stays_frozen() -> None:
     for estimator in ("deterministic", "deterministic", "local", "moment"):
         layer.estimator = estimator
         assert not copy.deepcopy(layer).log_sigma2.requires_grad
+
+
+def test_a_tied_module_reads_the_weight_in_the_mode_of_its_own_replica() -> None:
+    torch.manual_seed(0)
+    net, x = bqnn.convert(TiedEmbedding(), 3).eval(), TiedEmbedding.example()
+    expected = bqnn.predict(net, x).probs
+    net.train()
+    original = net.embedding.weight
+    twin = replica(net).eval()
+    assert twin.embedding.weight is twin.head.weight is not original
+    assert torch.equal(twin.embedding.weight.clone(), net.head.quantized_weight())
+
+    def predict() -> None:
+        for _ in range(5):
+            assert torch.equal(bqnn.predict(net, x).probs, expected)
+            assert not torch.equal(bqnn.predict(net, x, samples=4).probs, expected)
+
+    run_at_once(predict, predict)
+    with bqnn.sampling(twin):
+        assert not torch.equal(twin.embedding.weight.clone(), twin.embedding.weight.clone())
+
+
+def test_tied_layers_are_tied_in_a_replica() -> None:
+    net = bqnn.convert(Tied(), 3)
+    twin = replica(net)
+    for layer in (twin.a, twin.b):
+        assert layer.sharing_layers() == (twin.a, twin.b)
+    assert twin.a.weight is twin.b.weight is not net.a.weight
+    assert twin.a.mean is net.b.mean

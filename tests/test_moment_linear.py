@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn import BackendError, convert, elbo
-from bqnn.bayes.layers import ESTIMATORS
+from bqnn.bayes.estimator import ESTIMATORS
 from bqnn.core import quantizer
 from bqnn.core.quantizer import MODES
 from bqnn.ops import moment_linear, sample_linear

@@ -290,7 +290,7 @@ def test_init_takes_the_place_of_the_first_phase(tmp_path: Path) -> None:
     trainer = Trainer(SMALL, tmp_path / "second", init=weights)
     assert trainer.epoch == 2
     for name, layer in bayes_layers(trainer.net).items():
-        assert torch.equal(layer.weight, load_file(weights)[f"{name}.weight"])
+        assert torch.equal(layer.mean, load_file(weights)[f"{name}.weight"])
     trainer.run(progress=False, log=silent)
     assert [record["epoch"] for record in trainer.history] == [3, 4, 5]
 

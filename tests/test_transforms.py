@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 
 import bqnn
-from bqnn.bayes.layers import ESTIMATORS
+from bqnn.bayes.estimator import ESTIMATORS
 from bqnn.core.check import PRECISIONS
 
 X = torch.randn(3, 2, 5, 5, generator=torch.Generator().manual_seed(1))
@@ -130,7 +130,7 @@ def test_ensembles() -> None:
     nets = [make_net() for _ in range(2)]
     with torch.no_grad():
         nets[1][0].weight.add_(0.1)
-    stacked = {name: torch.stack([net.get_parameter(name) for net in nets]) for name in parameters(nets[0])}
+    stacked = {name: torch.stack([dict(net.named_parameters())[name] for net in nets]) for name in parameters(nets[0])}
     torch.manual_seed(3)
     found = vmap(lambda tensors: functional_call(nets[0], tensors, (X,)), randomness="same")(stacked)
     for i, net in enumerate(nets):
@@ -144,7 +144,7 @@ def test_divergences_have_gradients_and_no_second_ones() -> None:
 
     def divergence(log_sigma2: Tensor) -> Tensor:
         levels, _, tau = layer._codebook()
-        return bqnn.ops.spike_slab_kl(layer.weight.detach(), log_sigma2, levels.detach(), tau)
+        return bqnn.ops.spike_slab_kl(layer.mean.detach(), log_sigma2, levels.detach(), tau)
 
     layer.kl_divergence().backward()
     torch.testing.assert_close(grad(divergence)(tensors["log_sigma2"]), layer.log_sigma2.grad)

@@ -7,10 +7,15 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from bqnn.bayes.layers import BayesConv2d, BayesLayer, BayesLinear
+from bqnn.bayes.base import BayesLayer
+from bqnn.bayes.layers import BayesConv2d, BayesLinear
+from bqnn.bayes.ties import Ties, find_ties
+from bqnn.core.references import copy_network
+from bqnn.core.replace import become, bound_methods, check_own_forward, rebind
 
 _log = logging.getLogger("bqnn")
 
@@ -45,7 +50,7 @@ def _bayes_conv2d(layer: Any, options: Mapping[str, Any]) -> BayesConv2d:
     )
 
 
-# Subclasses are left alone: they may read their weight past the forward pass, as nn.MultiheadAttention's do.
+# Subclasses are left alone: what else they do with their weight is their own.
 CONVERTERS: dict[type[nn.Module], Callable[[Any, Mapping[str, Any]], BayesLayer]] = {
     nn.Linear: _bayes_linear,
     nn.Conv2d: _bayes_conv2d,
@@ -60,8 +65,13 @@ def convert(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A copy of ``net`` with every nn.Linear and nn.Conv2d a Bayes layer; see :func:`convert_`."""
-    return convert_(copy.deepcopy(net), num_levels, skip=_by_name(net, skip), overrides=overrides, **options)
+    """A copy of ``net`` with every nn.Linear and nn.Conv2d a Bayes layer; see :func:`convert_`.
+
+    Raises:
+        TypeError, ValueError: as :func:`convert_`; also for a closure, a default argument, a weak reference or a class
+            that refers to a module of ``net``, since it would still do so in the copy.
+    """
+    return convert_(copy_network(net), num_levels, skip=_by_name(net, skip), overrides=overrides, **options)
 
 
 def convert_(
@@ -72,11 +82,19 @@ def convert_(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Replaces every nn.Linear and nn.Conv2d of ``net``, nested ones too, by a Bayes layer with the same weight.
+    """Turns every nn.Linear and nn.Conv2d of ``net``, nested ones too, into a Bayes layer with the same weight.
 
     The weights become the means, and the levels are those with the least squared error, so that a pretrained network
     starts from its quantized self. A layer that starts at zero, or at any one value, gets the codebook of weights to be
     expected, and trains. A layer used in two places stays one layer.
+
+    Each layer becomes another one in place and keeps its hooks: lists, dicts, closures, whatever refers to it, refers
+    to the Bayes layer. Who reads ``layer.weight`` past its forward pass (fast paths, functional attention) reads the
+    quantized weight. Layers that share a weight share one posterior, and any other module with that weight, such as a
+    tied embedding, reads the quantized one from then on. A frozen weight has a frozen codebook and variances.
+
+    Subclasses of both stay as they are, and are named in the log: nn.MultiheadAttention has its weight at full
+    precision. So do layers that ``net`` holds without their being among its modules.
 
     Args:
         net: any network; itself a layer, too.
@@ -90,8 +108,10 @@ def convert_(
         the network; ``net`` itself, changed, unless it is a layer.
 
     Raises:
-        TypeError, ValueError: a name in ``skip`` or ``overrides`` that no module has, no layer to convert, a layer with
-            a parametrized weight, or an option out of its range; the network is then as it was.
+        TypeError, ValueError: a name in ``skip`` or ``overrides`` that no module has, no layer to convert, an option
+            out of its range; a layer with a parametrized weight, or a forward of its own; a weight that something reads
+            as a tensor, in a list or as a view; tied layers of which one is skipped, or with different options. The
+            network is then as it was.
     """
     overrides = dict(overrides or {})
     names = _names(net)
@@ -104,17 +124,30 @@ def convert_(
         raise ValueError("net has no nn.Linear or nn.Conv2d to convert (or all are skipped)")
     if unused := sorted(set(overrides) - {name for own_names in layers.values() for name in own_names}):
         raise ValueError(f"overrides names modules that are not converted: {', '.join(unused)}")
-    replacements = {}
+    if net in layers:  # becoming another one would change a layer that the caller may still use
+        net = copy.deepcopy(net)
+        layers = {net: [""]}
+    first_names = {layer: own_names[0] for layer, own_names in layers.items()}
+    ties, methods = find_ties(net, first_names), bound_methods(net, first_names)
+    settings = {}
     for layer, own_names in layers.items():
         own = {option: value for name in own_names for option, value in overrides.get(name, {}).items()}
-        replacements[layer] = _convert_layer(own_names[0], layer, {"num_levels": num_levels, **options, **own})
+        settings[layer] = {"num_levels": num_levels, **options, **own}
+    ties.check_options(settings)
+    means = {layer: _as_mean(layer) for layer in layers}
+    replacements = {
+        layer: _convert_layer(name, layer, means[ties.first(layer)], settings[layer])
+        for layer, name in first_names.items()
+    }
     # Only now, with nothing left that could fail.
-    for layer, own_names in layers.items():
-        for name in filter(None, own_names):
-            parent, _, attribute = name.rpartition(".")
-            setattr(net.get_submodule(parent), attribute, replacements[layer])
+    for layer, replacement in replacements.items():
+        become(layer, replacement, type(layer)(*[1] * (3 if isinstance(layer, nn.Conv2d) else 2), device="meta"))
+    _tie(ties)
+    rebind(methods)
     _log.info("converted %d layers", len(replacements))
-    return replacements.get(net, net)
+    if left := [name for name, module in net.named_modules() if _is_left(module) and module not in skipped]:
+        _log.warning("left at full precision, as subclasses of layers are: %s", ", ".join(left))
+    return net
 
 
 def _names(net: nn.Module) -> dict[nn.Module, list[str]]:
@@ -152,21 +185,54 @@ def _is_convertible(name: str, layer: nn.Module) -> bool:
     computed = is_parametrized(layer) and isinstance(layer, (nn.Linear, nn.Conv2d))
     if computed or (type(layer) in CONVERTERS and "weight" not in layer._parameters):
         raise ValueError(f"layer {name!r} has a parametrized weight; remove the parametrization first, or skip it")
+    if type(layer) in CONVERTERS:
+        check_own_forward(name, layer)
     return type(layer) in CONVERTERS
 
 
-def _convert_layer(name: str, layer: nn.Module, options: Mapping[str, Any]) -> BayesLayer:
+def _is_left(module: nn.Module) -> bool:
+    """Whether it is, or does the work of, a layer that is not converted."""
+    others = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+    return isinstance(module, others) and not isinstance(module, BayesLayer)
+
+
+def _as_mean(layer: Any) -> nn.Parameter:
+    """The layer's own parameter, where gradients can be contiguous; else a copy that is."""
+    weight = layer.weight
+    if isinstance(weight, nn.Parameter) and weight.is_contiguous() and not weight.is_inference():
+        return weight
+    copied = torch.empty_like(weight, memory_format=torch.contiguous_format).copy_(weight)
+    return nn.Parameter(copied.detach(), weight.requires_grad)
+
+
+def _convert_layer(name: str, layer: Any, mean: nn.Parameter, options: Mapping[str, Any]) -> BayesLayer:
+    """The Bayes layer for ``layer``, with ``mean`` and the layer's own bias as parameters."""
     try:
         # Made without data: the weights it would draw and the levels it would fit to them are thrown away.
         bayes = CONVERTERS[type(layer)](layer, options)
-        device = next(layer.parameters()).device
-        if device.type != "meta":
-            bayes.to_empty(device=device).load_state_dict(layer.state_dict())
+        bayes.mean = mean
+        if layer.bias is not None:
+            bayes.bias = layer.bias
+        for own_name, parameter in bayes._parameters.items():
+            if parameter is not None and parameter.device != mean.device:
+                bayes._parameters[own_name] = nn.Parameter(torch.empty_like(parameter, device=mean.device))
+        for own_name, buffer in bayes._buffers.items():
+            if buffer is not None and buffer.device != mean.device:
+                bayes._buffers[own_name] = torch.empty_like(buffer, device=mean.device)
+        if mean.device.type != "meta":
+            bayes.fit_codebook_()
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {name!r}: {error}") from error
-    for own_name, parameter in layer.named_parameters():
-        bayes.get_parameter(own_name).requires_grad_(parameter.requires_grad)
+    bayes.freeze_weight(mean.requires_grad)
     return bayes.train(layer.training)
+
+
+def _tie(ties: Ties) -> None:
+    """Lets layers that shared a weight share a posterior, and other modules read it."""
+    for module, name, layer in ties.readers:
+        layer.give_to(module, name)
+    for group in ties.groups:
+        group[0].tie(tuple(group))
 
 
 def _by_name(net: nn.Module, skip: Skip) -> Skip:

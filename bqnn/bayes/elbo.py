@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bqnn.bayes.base import BayesLayer
 from bqnn.bayes.layers import bayes_layers
 from bqnn.core.precision import wide, wide_dtype
 
@@ -24,13 +25,21 @@ class Elbo(NamedTuple):
 def kl_divergence(net: nn.Module) -> Tensor:
     """KL(q || prior) summed over every weight of every Bayes layer, a scalar in nats, float32 or float64.
 
+    Layers whose weights are tied count once.
+
     Raises:
         ValueError: the network has no Bayes layer.
     """
     layers = bayes_layers(net)
     if not layers:
         raise ValueError("net has no Bayes layer; convert it first: net = bqnn.convert(net)")
-    terms = [layer.kl_divergence() for layer in layers.values()]
+    posteriors: dict[tuple[int, ...], BayesLayer] = {}
+    for layer in layers.values():
+        key = tuple(map(id, layer.weight_sources()))
+        # A tied layer that is deterministic makes no use of the posterior; one that does decides.
+        if key not in posteriors or posteriors[key].estimator == "deterministic":
+            posteriors[key] = layer
+    terms = [layer.kl_divergence() for layer in posteriors.values()]
     widest = wide_dtype(*(term.dtype for term in terms))
     return torch.stack([term.to(terms[0].device, widest) for term in terms]).sum()
 
@@ -87,9 +96,10 @@ def parameter_groups(
         groups for any torch optimizer, each with a ``name``, lr and weight_decay.
     """
     bayes = list(bayes_layers(net).values())
-    means = list({id(layer.weight): layer.weight for layer in bayes}.values())  # one may be tied between layers
-    codebook = [p for layer in bayes for p in (layer.raw_levels, layer.raw_thresholds) if p is not None]
-    variance = [layer.log_sigma2 for layer in bayes]
+    # Each once: layers may be tied.
+    means = _distinct(layer.mean for layer in bayes)
+    codebook = _distinct(p for layer in bayes for p in (layer.raw_levels, layer.raw_thresholds) if p is not None)
+    variance = _distinct(layer.log_sigma2 for layer in bayes)
     taken = {id(p) for p in (*codebook, *variance, *means)}
     others = [p for p in net.parameters() if id(p) not in taken]
     groups = [
@@ -100,3 +110,7 @@ def parameter_groups(
         {"name": "biases", "params": [p for p in others if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+
+_Waiting = deque[tuple[nn.Module, nn.Module]]
 
 _CONTAINERS = (list, tuple, set, dict, OrderedDict)
 _OWN = tuple(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
@@ -30,11 +32,17 @@ def replica(net: nn.Module) -> nn.Module:
     twin in the replica. A compiled module's twin is not compiled: a compiled function is one of the module itself. A
     scripted module, whose modes are out of Python's reach, is copied as a whole.
     """
-    twin: nn.Module = _twin(net, {})
+    twins: dict[int, Any] = {}
+    # Modules are filled one after the other, not inside one another: a tuple that two of them hold is made of twins
+    # that are there, whichever of the modules comes first.
+    waiting: _Waiting = deque()
+    twin: nn.Module = _twin(net, twins, waiting)
+    while waiting:
+        _fill(*waiting.popleft(), twins, waiting)
     return twin
 
 
-def _twin(value: Any, twins: dict[int, Any]) -> Any:
+def _twin(value: Any, twins: dict[int, Any], waiting: _Waiting) -> Any:
     """``value`` for the replica; itself where it refers to no module."""
     if id(value) in twins:
         return twins[id(value)]
@@ -42,43 +50,41 @@ def _twin(value: Any, twins: dict[int, Any]) -> Any:
     if isinstance(value, torch.jit.ScriptModule):
         twins[id(value)] = copy.deepcopy(value)
     elif _is_compiled(value):
-        twins[id(value)] = _twin(value._orig_mod, twins)
+        twins[id(value)] = _twin(value._orig_mod, twins, waiting)
     elif isinstance(value, nn.Module):
-        return _module_twin(value, twins)
+        twins[id(value)] = type(value).__new__(type(value))
+        waiting.append((value, twins[id(value)]))
     elif kind is MethodType:
-        owner = _twin(value.__self__, twins)
+        owner = _twin(value.__self__, twins, waiting)
         return value if owner is value.__self__ else MethodType(value.__func__, owner)
     elif kind in _CONTAINERS:
         twins[id(value)] = value  # for a container that holds itself
-        twins[id(value)] = _container_twin(value, twins)
+        twins[id(value)] = _container_twin(value, twins, waiting)
     else:
         return value
     return twins[id(value)]
 
 
-def _module_twin(module: nn.Module, twins: dict[int, Any]) -> nn.Module:
-    twin: nn.Module = type(module).__new__(type(module))
-    twins[id(module)] = twin
+def _fill(module: nn.Module, twin: nn.Module, twins: dict[int, Any], waiting: _Waiting) -> None:
     attributes = dict(module.__dict__)
     for name in _OWN:
         attributes[name] = copy.copy(attributes[name])
         for key, value in attributes[name].items():
-            attributes[name][key] = _twin(value, twins)
+            attributes[name][key] = _twin(value, twins, waiting)
     for name in attributes.keys() - set(_OWN):
-        attributes[name] = _twin(attributes[name], twins)
+        attributes[name] = _twin(attributes[name], twins, waiting)
     attributes["_compiled_call_impl"] = None  # what module.compile() made
     twin.__dict__.update(attributes)
-    return twin
 
 
-def _container_twin(container: Any, twins: dict[int, Any]) -> Any:
+def _container_twin(container: Any, twins: dict[int, Any], waiting: _Waiting) -> Any:
     """A container of twins; the same one, which others may be reading, where there is nothing to replace in it."""
     if isinstance(container, dict):
-        pairs = [(key, value, _twin(value, twins)) for key, value in container.items()]
+        pairs = [(key, value, _twin(value, twins, waiting)) for key, value in container.items()]
         changed = any(twin is not value for _, value, twin in pairs)
         return type(container)((key, twin) for key, _, twin in pairs) if changed else container
     elements = list(container)
-    replaced = [_twin(each, twins) for each in elements]
+    replaced = [_twin(each, twins, waiting) for each in elements]
     changed = any(twin is not each for twin, each in zip(replaced, elements, strict=True))
     return type(container)(replaced) if changed else container
 

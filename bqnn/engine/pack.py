@@ -2,48 +2,98 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bqnn.bayes.layers import BayesConv2d, BayesLayer, BayesLinear, bayes_layers
+from bqnn.bayes.base import BayesLayer
+from bqnn.bayes.layers import BayesConv2d, BayesLinear, bayes_layers
 from bqnn.core.check import check_precision
 from bqnn.core.codes import pack_codes
+from bqnn.core.readers import drop_parameter, readers
+from bqnn.core.references import copy_network
+from bqnn.core.replace import become, bound_methods, check_own_forward, rebind
 from bqnn.engine.relu import relu_after
 from bqnn.packed.base import PackedLayer, check_execution
 from bqnn.packed.layers import PackedConv2d, PackedLinear
+
+_KINDS: tuple[Any, ...] = (BayesLinear, BayesConv2d)
 
 
 def pack(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse_relu: bool = True) -> nn.Module:
     """A copy of ``net`` in which every Bayes layer is a packed one, in evaluation mode; ``net`` stays as it is.
 
-    A layer used in two places stays one layer, and everything that is no Bayes layer is copied as it is, but for an
-    nn.ReLU that directly follows one in an nn.Sequential: the packed layer does its work, an nn.Identity its place.
+    The arguments, and what becomes of the network, are those of :func:`pack_`.
+
+    Raises:
+        ValueError: as :func:`pack_`; also for a closure, a default argument, a weak reference or a class that refers to
+            a module of ``net``, since it would still do so in the copy.
+    """
+    # Means and variances are most of the memory, and the copy has no use for them.
+    shared = {id(tensor): tensor for layer in bayes_layers(net).values() for tensor in (layer.mean, layer.log_sigma2)}
+    return pack_(copy_network(net, shared), precision, execution, fuse_relu)
+
+
+def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse_relu: bool = True) -> nn.Module:
+    """Turns every Bayes layer of ``net`` into a packed one, and the network to evaluation mode.
+
+    Each layer becomes another one in place, so that whatever refers to it refers to the packed layer; a layer used in
+    two places stays one layer, and hooks stay. Who reads ``layer.weight`` past its forward pass reads the decoded
+    weight, which is then kept in memory; so do modules with a tied weight. Tied layers share their codes. Everything
+    that is no Bayes layer stays as it is, but for an nn.ReLU that directly follows one in an nn.Sequential, where
+    nothing in the network can tap between them (:func:`bqnn.engine.relu.relu_after`): the packed layer does its work,
+    an nn.Identity its place.
+
+    What is packed has no parameters: codes, levels and bias are buffers. ``next(net.parameters())`` of a network of
+    packed layers alone raises StopIteration; its dtype is that of ``layer.weight``.
 
     Args:
         net: a network that bqnn.convert made, or a single Bayes layer.
         precision: "fp32", "bf16" or "int8" (bqnn.ops.packed_linear says what each computes).
         execution: "packed" keeps the weight as codes, and as the layout of them that a kernel reads; "dense" decodes it
             once and keeps it; "auto" takes, for each call, the one that bqnn.packed.cost expects to be faster.
-        fuse_relu: False leaves every nn.ReLU where it is, for a network that reads what comes before one.
+        fuse_relu: False leaves every nn.ReLU where it is, for who reads what comes before one from outside of the
+            network.
+
+    Returns:
+        ``net``.
 
     Raises:
-        ValueError: ``net`` has no Bayes layer; a parameter of one is not finite or out of range (the message names the
-            layer); ``precision`` or ``execution`` is none of those.
+        ValueError: ``net`` has no Bayes layer; a parameter of one is not finite or out of range, or it has a forward of
+            its own (the message names the layer); ``precision`` or ``execution`` is none of those. The network is then
+            as it was.
     """
     check_precision(precision)
     check_execution(execution)
-    layers = bayes_layers(net)
+    layers: dict[str, Any] = dict(bayes_layers(net))
     if not layers:
         raise ValueError("net must have a Bayes layer, as bqnn.convert makes them, got none")
-    # deepcopy takes what its memo holds for the copy: wherever the network refers to a layer, it gets the packed one.
-    relus = relu_after(net, (BayesLinear, BayesConv2d)) if fuse_relu else {}
-    memo: dict[int, nn.Module] = {
-        id(layer): _pack_named(name, layer, precision, execution, id(layer) in relus) for name, layer in layers.items()
-    }
-    memo |= {id(relu): nn.Identity() for relu in relus.values()}
-    return copy.deepcopy(net, memo).eval()
+    methods = bound_methods(net, {layer: name for name, layer in layers.items()})
+    relus = relu_after(net, _KINDS) if fuse_relu else {}
+    replacements = {layer: _pack_named(name, layer, precision, execution) for name, layer in layers.items()}
+    templates = {kind: kind(*[1] * (3 if kind is BayesConv2d else 2), device="meta") for kind in _KINDS}
+    _share_codes(replacements)
+    # Only now, with nothing left that could fail.
+    for layer, replacement in replacements.items():
+        become(layer, replacement, templates[type(layer)])
+        if id(layer) in relus:
+            relu = relus[id(layer)]
+            become(relu, nn.Identity(), nn.ReLU())
+            layer.take_over(relu)
+    for module, name, _ in list(readers(net)):
+        drop_parameter(module, name)
+    rebind(methods)
+    return net.eval()
+
+
+def _share_codes(replacements: Mapping[BayesLayer, PackedLayer]) -> None:
+    """Lets layers that shared a posterior share codes and levels."""
+    firsts: dict[tuple[int, ...], PackedLayer] = {}
+    for layer, packed in replacements.items():
+        first = firsts.setdefault(tuple(map(id, layer.weight_sources())), packed)
+        packed.codes, packed.levels = first.codes, first.levels
 
 
 def pack_layer(
@@ -74,11 +124,14 @@ def pack_layer(
     raise TypeError(f"layer must be a BayesLinear or a BayesConv2d, got {type(layer).__name__}")
 
 
-def _pack_named(name: str, layer: BayesLayer, precision: str, execution: str, relu: bool) -> PackedLayer:
+def _pack_named(name: str, layer: BayesLayer, precision: str, execution: str) -> PackedLayer:
+    check_own_forward(name, layer)
     try:
-        return pack_layer(layer, precision, execution, relu)
+        packed = pack_layer(layer, precision, execution)
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {name!r}: {error}") from error
+    packed.weight_dtype = layer.mean.dtype
+    return packed
 
 
 def _packed_tensors(layer: BayesLayer) -> tuple[Tensor, Tensor, Tensor | None]:

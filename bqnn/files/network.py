@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bqnn import models
 from bqnn.core.check import check_precision
 from bqnn.core.files import FormatError, open_regular, write_atomically
+from bqnn.core.readers import with_readers
 from bqnn.core.text import shown
 from bqnn.core.wrappers import unwrapped
 from bqnn.files import container
@@ -80,7 +81,8 @@ def load(
     """The network in a file that :func:`save` wrote, in evaluation mode. Nothing is unpickled.
 
     The file is held against the network as a whole before anything of its size is allocated. Modules and tensors that
-    are one in the network have to be one in the file; what is one in the file alone is copied.
+    are one in the network have to be one in the file; what is one in the file alone is copied. Layers that are tied in
+    both share their codes, and another module with the weight of a layer reads the decoded one.
 
     Args:
         path: the file.
@@ -93,6 +95,8 @@ def load(
     Raises:
         FormatError: the file is damaged or not one of these, or does not fit ``model``; names the tensor.
         ValueError: the file is of no built-in network and ``model`` is missing; a wrong ``precision`` or ``execution``.
+            Also for a closure, a default argument, a weak reference or a class that refers to a module of ``model``,
+            since it would still do so in the copy.
         OSError: the file can not be read; FileNotFoundError where there is none.
     """
     check_precision(precision)
@@ -101,7 +105,7 @@ def load(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     with _read(path) as (contents, skeleton):
         if model is not None:
-            skeleton = unwrapped(model)
+            skeleton = with_readers(unwrapped(model), contents.metadata["layers"])
             check_model(contents, skeleton)
         if skeleton is None:
             raise ValueError(f"model must be given: {shown(os.fsdecode(path))} does not hold a built-in network")

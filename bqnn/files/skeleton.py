@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from bqnn import models
 from bqnn.core.files import FormatError
+from bqnn.core.references import copy_network
+from bqnn.core.replace import become, bound_methods, rebind
 from bqnn.engine.relu import relu_after
 from bqnn.files.container import DTYPES, Contents
 from bqnn.files.layer_spec import PARTS, build_layer, check_fits, tensor_name
@@ -129,28 +130,56 @@ def fill(contents: Contents, skeleton: nn.Module, precision: str, execution: str
     for name, tensor in _other_state(skeleton, contents.metadata["layers"]).items():
         others[id(tensor)] = name
     relus = relu_after(skeleton, (nn.Linear, nn.Conv2d, PackedLayer))
-    # deepcopy takes what its memo holds for the copy.
-    memo: dict[int, Any] = {}
+    # copy_network takes what this holds for the copy. The tensors of the layers, which the copy has no use for, are not
+    # copied, and none stays.
+    replacements: dict[int, Any] = {}
+    layers: dict[nn.Module, PackedLayer] = {}
+    tied: dict[tuple[Any, ...], PackedLayer] = {}
     for name, spec in specs.items():
-        module = skeleton.get_submodule(name)
-        if id(module) in memo:
+        module: Any = skeleton.get_submodule(name)
+        if module in layers:
             continue
 
         def part(kind: str, layer: str = name) -> Tensor | None:
             full = tensor_name(layer, kind)
             return contents.tensor(contents.stored_as(full)) if full in entries else None
 
-        memo[id(module)] = build_layer(name, spec, part, precision, execution)
-        if "relu" in spec and id(module) in relus:
-            memo[id(relus[id(module)])] = nn.Identity()  # the layer's own does, and another would cost time
+        layers[module] = packed = build_layer(name, spec, part, precision, execution)
+        stored = (contents.stored_as(tensor_name(name, kind)) for kind in ("codes", "levels"))
+        first = tied.setdefault((module.weight, *stored), packed)
+        packed.codes, packed.levels = first.codes, first.levels
+        replacements |= {id(tensor): tensor for _, tensor in _held(module)}
     for _, tensor in _held(skeleton):
-        if id(tensor) in others and id(tensor) not in memo:
+        if id(tensor) in others:
             value = contents.tensor(contents.stored_as(others[id(tensor)]))
             value = value if tensor.is_meta else value.to(tensor.device)
             if isinstance(tensor, nn.Parameter):
                 value = nn.Parameter(value, tensor.requires_grad)
-            memo[id(tensor)] = value
-    return copy.deepcopy(skeleton, memo)
+            replacements[id(tensor)] = value
+    return _with_layers(skeleton, copy_network(skeleton, replacements), layers, relus)
+
+
+def _with_layers(
+    skeleton: nn.Module, net: nn.Module, layers: Mapping[nn.Module, PackedLayer], relus: Mapping[int, nn.ReLU]
+) -> nn.Module:
+    """``net``, a copy of ``skeleton``, whose ``layers`` have become packed ones, with all that refers to them.
+
+    Args:
+        layers: for the layers of ``skeleton`` the packed ones.
+        relus: by the id of a layer of ``skeleton`` the ReLU that a packed one does itself.
+    """
+    twins = dict(zip(skeleton.modules(), net.modules(), strict=True))
+    names = {twins[module]: name for name, module in skeleton.named_modules() if module in layers}
+    methods = bound_methods(net, names)
+    for module, layer in layers.items():
+        packed: Any = twins[module]
+        become(packed, layer, packed)
+        if packed.relu and id(module) in relus:
+            relu = twins[relus[id(module)]]
+            become(relu, nn.Identity(), relu)  # the layer's own does, and another would cost time
+            packed.take_over(relu)
+    rebind(methods)
+    return net
 
 
 def _submodule(skeleton: nn.Module, name: str, specs: Mapping[str, Any]) -> nn.Module:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bqnn import models
-from bqnn.bayes.layers import ESTIMATORS, GRANULARITIES, PARTITIONS, PRIORS
+from bqnn.bayes.base import GRANULARITIES, PARTITIONS, PRIORS
+from bqnn.bayes.estimator import ESTIMATORS
 from bqnn.core.check import check_num_levels
 from bqnn.data.augment import KINDS
 

@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bqnn.core.check import check_precision
 from bqnn.core.codes import find_bad_byte
+from bqnn.core.computed_weight import weight_of
 from bqnn.core.derived import version_of
 from bqnn.core.geometry import Geometry
 from bqnn.core.int8 import integer_limit
 from bqnn.ops import dispatch
+from bqnn.ops.backends import dense_packed
 from bqnn.ops.dispatch import Backend, Bound
 from bqnn.ops.packed_product import PackedCall, check_weight, decode
 from bqnn.ops.register import call, is_plain
@@ -64,6 +67,10 @@ class PackedLayer(nn.Module):
     bias: Tensor | None
     relu: bool = False
     """Whether negative outputs become 0."""
+    _relu_of: tuple[nn.Module, ...] = ()
+    """The module, now an nn.Identity, whose ReLU the layer does; in a tuple, as it is no part of the layer."""
+    weight_dtype: torch.dtype = torch.float32
+    """Of :attr:`weight`, as code outside the layer reads it: that of the network, or what it has been cast to."""
     _prepared: Prepared | None = None
 
     def __init__(
@@ -90,6 +97,8 @@ class PackedLayer(nn.Module):
         self.relu = relu
         for name, tensor in (("codes", codes), ("levels", levels), ("bias", bias)):
             self.register_buffer(name, None if tensor is None else _counted(tensor.detach()))
+        if bias is not None:
+            self.weight_dtype = bias.dtype
         self.execution = execution
 
     @property
@@ -122,6 +131,31 @@ class PackedLayer(nn.Module):
     def nbytes(self) -> int:
         """Bytes of codes, levels and bias. A decoded weight and a layout, where they are kept, are not counted."""
         return sum(tensor.nbytes for tensor in (self.codes, self.levels, self.bias) if tensor is not None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in the layer's shape, for who reads it past the forward pass: decoded when it is used and
+        then kept, in float32; its dtype is that of the network. A change in place raises RuntimeError."""
+        return weight_of(self)
+
+    def weight_sources(self) -> tuple[Tensor, ...]:
+        return self.codes, self.levels
+
+    def weight_like(self) -> Tensor:
+        return self.levels.new_empty(self.shape, dtype=self.weight_dtype)
+
+    def weight_value(self) -> Tensor:
+        if not is_plain([self.codes, self.levels]):
+            return self.decode().to(self.weight_dtype)
+        values = dense_packed.weights((self.codes, self.levels), math.prod(self.shape[1:]), "fp32").values
+        return values.view(self.shape).to(self.weight_dtype)
+
+    def weight_target(self) -> Tensor:
+        raise RuntimeError(f"weight of a {type(self).__name__} is decoded from its codes and can not be changed")
+
+    def freeze_weight(self, requires_grad: bool) -> None:
+        if requires_grad:
+            self.weight_target()
 
     def decode(self) -> Tensor:
         """The dense float32 weight in the layer's shape."""
@@ -183,6 +217,19 @@ class PackedLayer(nn.Module):
                     if run is not None:
                         return run(x, buffers["bias"])
         return self._run_checked(x)
+
+    def take_over(self, relu: nn.Module) -> None:
+        """Does the work of ``relu``, which follows the layer and is an nn.Identity from now on, until the layer gets a
+        hook that would see the outputs before it."""
+        self.relu, self._relu_of = True, (relu,)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As of any module. A ReLU that the layer had taken over is a module of its own again."""
+        for module in self._relu_of:
+            module.__class__ = nn.ReLU
+            module.inplace = False  # type: ignore[assignment]
+            self.relu, self._relu_of, self._prepared = False, (), None
+        return super().register_forward_hook(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return (
@@ -248,6 +295,7 @@ class PackedLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         levels = self.levels
         super()._apply(fn, recurse)
+        self.weight_dtype = fn(levels.new_empty(0, dtype=self.weight_dtype)).dtype
         if self.levels.dtype != torch.float32:
             self.levels = levels.to(self.levels.device)
         return self

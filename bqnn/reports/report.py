@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bqnn.bayes.layers import BayesLayer
+from bqnn.bayes.base import BayesLayer
 from bqnn.core import codebook
 from bqnn.core.codes import packed_width, unpack_codes
 from bqnn.core.precision import wide
@@ -119,7 +119,7 @@ def _occupancy(codes: Tensor, levels: Tensor) -> tuple[list[int], int]:
 
 
 def _bayes(name: str, layer: BayesLayer) -> LayerReport:
-    codes, levels, weight = layer.codes(), layer._codebook()[0], wide(layer.weight)
+    codes, levels, weight = layer.codes(), layer._codebook()[0], wide(layer.mean)
     occupancy, dead = _occupancy(codes, levels)
     distance = (weight - look_up(levels, codes)).abs()
     near = (distance <= NEAR * look_up(codebook.gaps(levels), codes)).double().mean().item()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bqnn.bayes.layers import BayesLayer
+from bqnn.bayes.base import BayesLayer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +111,7 @@ def draw_means(key: str, name: str, layer: BayesLayer, log_counts: bool = True) 
     ..., and what lies between two of them is linear.
     """
     levels, thresholds = layer.levels.cpu(), layer.thresholds.cpu()
-    means, x_label = layer.weight.cpu(), "mean"
+    means, x_label = layer.mean.cpu(), "mean"
     if len(levels) > 1:
         means, x_label = place_in_codebook(means.flatten(1), levels), "mean, by its place in the channel's codebook"
         thresholds = place_in_codebook(thresholds, levels).mean(0, keepdim=True)

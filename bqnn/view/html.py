@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from bqnn import models
-from bqnn.bayes.layers import BayesLayer, bayes_layers
+from bqnn.bayes.base import BayesLayer
+from bqnn.bayes.layers import bayes_layers
 from bqnn.core import codebook
 from bqnn.core.files import write_atomically
 from bqnn.core.quantizer import look_up
