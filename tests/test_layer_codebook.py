@@ -154,7 +154,7 @@ def test_levels_of_half_precision_weights_are_those_of_float64(
 ) -> None:
     weight = (deviation * random_weight(8, 64)).to(dtype)
     layer, exact = (layer_of(each, 3, granularity=granularity) for each in (weight, weight.double()))
-    assert layer.levels.dtype == torch.float32 and torch.isfinite(layer.levels).all()
+    assert layer.levels.dtype == dtype and torch.isfinite(layer.levels).all()
     assert (torch.diff(layer.levels, dim=1) > 0.0).all()
     tolerance = 4.0 * torch.finfo(dtype).eps * exact.levels.abs().max().item()
     torch.testing.assert_close(layer.levels.double(), exact.levels.detach(), rtol=0.0, atol=tolerance)
