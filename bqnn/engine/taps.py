@@ -40,7 +40,10 @@ class Names:
             if kind.forward is nn.Module.forward:  # a container, which can not be called
                 continue
             for code in _codes(kind):
-                self._read(code, read)
+                if code is None:
+                    self.dynamic = True
+                else:
+                    self._read(code, read)
         self.called_only -= read
 
     def _read(self, code: types.CodeType, read: set[str]) -> None:
@@ -75,8 +78,9 @@ def _is_method_load(instruction: dis.Instruction) -> bool:
     return sys.version_info >= (3, 12) and bool((instruction.arg or 0) & 1)
 
 
-def _codes(kind: type) -> Iterator[types.CodeType]:
-    """The code of a class's forward pass and of its methods that it mentions, with all nested code."""
+def _codes(kind: type) -> Iterator[types.CodeType | None]:
+    """The code of a class's forward pass and of its methods that it mentions, with all nested code; None for code that
+    can not be read."""
     waiting: list[Any] = [kind.__dict__.get(name) or getattr(kind, name) for name in ("forward", "__call__")]
     waiting = [each for each in waiting if each is not nn.Module.__call__]
     seen: set[int] = set()
@@ -97,6 +101,8 @@ def _codes(kind: type) -> Iterator[types.CodeType]:
             waiting += [constant for constant in value.co_consts if isinstance(constant, types.CodeType)]
             for name in value.co_names:
                 waiting += [base.__dict__[name] for base in _own_bases(kind) if name in base.__dict__]
+        elif not isinstance(value, type) and (callable(value) or hasattr(value, "__get__")):
+            yield None
 
 
 def _has_function(cell: Any) -> bool:

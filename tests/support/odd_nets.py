@@ -327,6 +327,28 @@ class ByMethod(_Block):
         return self.block(x) - self.before(x)
 
 
+class ByPartialMethod(_Block):
+    """The code that looks inside is behind an object that is no function."""
+
+    example = staticmethod(Net.example)
+
+    def look(self, index: int, x: Tensor) -> Tensor:
+        return self.block[index](x)
+
+    before = functools.partialmethod(look, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) - self.before(x)
+
+
+class ByAlias(_Block):
+    example = staticmethod(Net.example)
+
+    def forward(self, x: Tensor) -> Tensor:
+        alias, name = self, "block"
+        return self.block(x) - alias.get_submodule(name)[0](x) + alias.get_submodule(name)[0].bias
+
+
 class Clipped(nn.Module):
     """Other activations than ReLU, and a functional one."""
 
@@ -343,7 +365,8 @@ class Clipped(nn.Module):
 ODD_NETS: list[Callable[[], Any]] = [
     InList, InDictOfLists, AsKeys, BoundMethod, Partial, InDataclass, InSlots, Hooked, KeepsActivations, Transposed,
     ReadsDtype, JoinedBias, FunctionalAttention, FastPath, FunctionalConvolution, Tied, TiedEmbedding, TiedParameter,
-    TiedDecoder, Taps, Sliced, ByName, HandedOn, FromOutside, ByMethod, Clipped,
+    TiedDecoder, Taps, Sliced, ByName, HandedOn, FromOutside, ByMethod, ByPartialMethod,
+    ByAlias, Clipped,
 ]  # fmt: skip
 
 
