@@ -125,7 +125,7 @@ def test_it_runs_there_or_raises_with_a_reason(
     if INTERPRETED and dtype == torch.bfloat16 and backend == "triton":
         pytest.skip("the interpreter has no bfloat16 of its own")
     tensors, run = OPS[op](rows, dtype)
-    here = [tensor.to(device).requires_grad_() for tensor in tensors]
+    here = [tensor.to(device, copy=True).requires_grad_() for tensor in tensors]
     try:
         output = run(backend, *here)
     except BackendError as error:
