@@ -14,7 +14,7 @@ from bqnn.core.codes import pack_codes, packed_width
 from bqnn.core.structure import Structure
 from bqnn.ops import dispatch
 from bqnn.ops.backends.cpu import serves
-from bqnn.ops.backends.triton import kernels, no_weights, other_dtype
+from bqnn.ops.backends.triton import kernels, other_dtype
 from bqnn.ops.register import call, register_op
 
 
@@ -46,12 +46,10 @@ def _cpu(call: AssignCall) -> Tensor:
 
 
 def _triton(call: AssignCall) -> Tensor:
+    if call.weight.numel() == 0:
+        return call.weight.new_empty(call.shape, dtype=torch.uint8)
     codes = kernels("assign_codes").assign_codes(call.weight.contiguous(), call.thresholds.contiguous(), call.packed)
     return codes if call.packed else _laid_out_as(call.weight, codes)
-
-
-def _triton_serves(call: AssignCall) -> str:
-    return other_dtype(call) or no_weights(call.weight)
 
 
 def _laid_out_as(weight: Tensor, codes: Tensor) -> Tensor:
@@ -72,7 +70,7 @@ register_op(
     assign_codes_reference,
     _fake,
 )
-dispatch.register("assign_codes", "triton", _triton, _triton_serves)
+dispatch.register("assign_codes", "triton", _triton, other_dtype)
 dispatch.register("assign_codes", "cpu", _cpu, serves)
 
 

@@ -14,7 +14,7 @@ from bqnn.core.quantizer import assign, column, look_up, midpoints, sum_to_group
 from bqnn.core.structure import Structure, only
 from bqnn.ops import dispatch
 from bqnn.ops.backends.cpu import serves
-from bqnn.ops.backends.triton import kernels, no_weights, other_dtype
+from bqnn.ops.backends.triton import kernels, other_dtype
 from bqnn.ops.register import call, register_op
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695  # Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14
@@ -159,19 +159,16 @@ def _cpu_backward(call: PriorBackward) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _triton(prior: Prior) -> Tensor:
+    if prior.weight.numel() == 0:
+        return torch.zeros_like(_fake(prior))
     return kernels("spike_slab_kl").forward(*contiguous(*prior))
 
 
 def _triton_backward(call: PriorBackward) -> tuple[Tensor, Tensor, Tensor]:
+    if call.prior.weight.numel() == 0:
+        by_weight, by_log_sigma2, by_levels = map(torch.zeros_like, _fake_backward(call))
+        return by_weight, by_log_sigma2, by_levels
     return kernels("spike_slab_kl").backward(*contiguous(call.grad, *call.prior))
-
-
-def _triton_serves(prior: Prior) -> str:
-    return other_dtype(prior) or no_weights(prior.weight)
-
-
-def _triton_serves_backward(call: PriorBackward) -> str:
-    return other_dtype(call) or no_weights(call.prior.weight)
 
 
 def _fake(prior: Prior) -> Tensor:
@@ -210,8 +207,8 @@ register_op(
     _save,
     _backward,
 )
-dispatch.register("spike_slab_kl", "triton", _triton, _triton_serves)
-dispatch.register("spike_slab_kl_backward", "triton", _triton_backward, _triton_serves_backward)
+dispatch.register("spike_slab_kl", "triton", _triton, other_dtype)
+dispatch.register("spike_slab_kl_backward", "triton", _triton_backward, other_dtype)
 dispatch.register("spike_slab_kl", "cpu", _cpu, serves)
 dispatch.register("spike_slab_kl_backward", "cpu", _cpu_backward, serves)
 
