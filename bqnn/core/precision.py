@@ -7,6 +7,9 @@ float32 at least, whatever comes in.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,6 +42,18 @@ def narrowed(gradient: Tensor, dtype: torch.dtype) -> Tensor:
         limit = torch.finfo(dtype).max
         gradient = torch.where(gradient.isfinite(), gradient.clamp(-limit, limit), gradient)
     return gradient.to(dtype)
+
+
+def refused_dtype(values: Iterable[Any], dtypes: tuple[torch.dtype, ...]) -> torch.dtype | None:
+    """The first floating-point dtype among ``values``, tensors nested in tuples or not, that is none of ``dtypes``."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and value.dtype not in dtypes:
+                return value.dtype
+        elif isinstance(value, tuple):
+            if (found := refused_dtype(value, dtypes)) is not None:
+                return found
+    return None
 
 
 def is_autocasting(device_type: str) -> bool:

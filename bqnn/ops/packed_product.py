@@ -17,6 +17,7 @@ from bqnn.core.codes import packed_width, unpack_codes
 from bqnn.core.derived import Derived
 from bqnn.core.geometry import Geometry
 from bqnn.core.int8 import Product, integer_limit, multiply_int8, round_levels
+from bqnn.core.precision import is_half, wide_dtype
 from bqnn.core.structure import Structure, only
 from bqnn.ops.register import call, register_op
 
@@ -104,11 +105,6 @@ def rectified(y: Tensor, relu: bool) -> Tensor:
     return y.relu_() if relu else y
 
 
-def is_half(x: Tensor) -> bool:
-    """Whether ``x`` is float16 or bfloat16: such activations are computed in float32, and the output rounded."""
-    return x.dtype in (torch.float16, torch.bfloat16)
-
-
 def multiply_decoded(call: PackedCall, weight: DenseWeight, accumulate: torch.dtype) -> Tensor:
     """The call's output, with its weight decoded to [N, columns]; sums of integers are taken in ``accumulate``."""
     x, geometry = call.x, call.geometry
@@ -132,7 +128,7 @@ def packed_product_backward(call: PackedBackwardCall) -> Tensor:
     """The gradient for x through the decoded weight, straight-through where the precision rounds x or the levels."""
     geometry, grad = call.geometry, call.grad
     weight = _decoded((call.codes, call.levels), geometry.columns(call.x))
-    wide = torch.float32 if is_half(grad) else grad.dtype
+    wide = wide_dtype(grad.dtype)
     weight = weight.to(wide).view(geometry.weight_shape(weight.shape[1]))
     return geometry.input_gradient(grad.to(wide), call.x.to(wide), weight).to(grad.dtype)
 

@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bqnn.core.native import cpu_isa
+from bqnn.core.precision import refused_dtype
 
 kernels = torch.ops.bqnn_cpu
 
@@ -21,15 +21,8 @@ def serves(call: Any) -> str:
 
 def not_float32(values: Iterable[Any]) -> str:
     """Why the kernels do not take these tensors, nested or not; empty where they do."""
-    for value in values:
-        if isinstance(value, Tensor):
-            if value.dtype != torch.float32 and value.is_floating_point():
-                return f"it takes float32 tensors, got {value.dtype}"
-        elif isinstance(value, tuple):
-            reason = not_float32(value)
-            if reason:
-                return reason
-    return ""
+    found = refused_dtype(values, (torch.float32,))
+    return "" if found is None else f"it takes float32 tensors, got {found}"
 
 
 @cache

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from bqnn.core.derived import Derived
 from bqnn.core.geometry import Conv2dGeometry
+from bqnn.core.precision import is_half
 from bqnn.ops import dispatch
 from bqnn.ops.dispatch import Bound
 from bqnn.ops.packed_product import (
     DenseWeight,
     PackedCall,
     decode_rounded,
-    is_half,
     multiply_decoded,
     rectified,
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bqnn.core.philox import Noise
+from bqnn.core.precision import refused_dtype
 from bqnn.kernels import arguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,15 +27,8 @@ def kernels(module: str) -> ModuleType:
 def other_dtype(values: Iterable[Any]) -> str:
     """Why the kernels do not take these tensors, nested or not; empty where they do. A tensor that is no floating-point
     one is not looked at."""
-    for value in values:
-        if isinstance(value, Tensor):
-            if value.is_floating_point() and value.dtype not in DTYPES:
-                return f"it takes float32, bfloat16 and float16 tensors, got {value.dtype}"
-        elif isinstance(value, tuple):
-            reason = other_dtype(value)
-            if reason:
-                return reason
-    return ""
+    found = refused_dtype(values, DTYPES)
+    return "" if found is None else f"it takes float32, bfloat16 and float16 tensors, got {found}"
 
 
 def no_weights(weight: Tensor) -> str:
