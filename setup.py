@@ -54,7 +54,8 @@ def cpu_extensions() -> list[Extension]:
             raise
         say("CPU kernels skipped: torch is not in the build environment (pip install --no-build-isolation)")
         return []
-    sources = ["csrc/bindings/training.cpp", "csrc/bindings/packed.cpp", *files_of("cpu", "*.cpp")]
+    bindings = [f"csrc/bindings/{name}.cpp" for name in ("training", "packed", "engine")]
+    sources = [*bindings, *files_of("cpu", "*.cpp")]
     return [
         Extension(
             "bqnn._C",

@@ -5,7 +5,7 @@
 
 namespace bqnn {
 
-enum class Scratch { activations, scales, row_scales, panel, products, tables, positions, offsets, sums, count };
+enum class Scratch { activations, scales, row_scales, panel, products, tables, positions, offsets, sums, arena, shared, count };
 
 // At least `bytes` of memory aligned to 64, for this thread and purpose; its contents are whatever was there. It stays
 // valid until the same thread asks for the same purpose again.

@@ -7,6 +7,7 @@
 #include "cpu/simd/bfloat16.inl"
 #include "cpu/simd/words.inl"
 #include "cpu/simd/transpose.inl"
+#include "cpu/simd/sizes.inl"
 #include "cpu/packed/shared.inl"
 #include "cpu/packed/operands.inl"
 #include "cpu/packed/decode.inl"

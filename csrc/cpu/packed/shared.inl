@@ -1,16 +1,7 @@
-// What the vector and the tile kernels share: sizes, working memory, the rule of "int8".
+// What the vector and the tile kernels share: how much work repays a thread, views, the rule of "int8".
 
 // Products of two numbers that repay waking a thread.
 constexpr int64_t kTaskWork = int64_t{1} << 20;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Memory of this thread for `count` numbers.
-template <class T>
-inline T* room(Scratch purpose, int64_t count) {
-  return reinterpret_cast<T*>(scratch(purpose, static_cast<size_t>(count) * sizeof(T)));
-}
 
 // Calls f with the elements of a view, as a pointer to what they are.
 template <class F>
@@ -29,18 +20,6 @@ inline RowScale row_scale(float largest) {
   if (!(largest < __builtin_inff())) return {0.0f, 0.0f, __builtin_nanf("")};
   const float lift = small ? 0x1p64f : 1.0f;
   return {lift, largest > 0.0f ? 127.0f / (largest * lift) : 0.0f, largest / 127.0f};
-}
-
-// Calls f(bits, shared) with both as compile-time constants.
-template <class F>
-inline auto with_codes_of(const PackedLayout& layout, const F& f) {
-  const auto with_bits = [&](auto shared) {
-    if (layout.bits == 1) return f(Constant<1>{}, shared);
-    if (layout.bits == 2) return f(Constant<2>{}, shared);
-    return f(Constant<4>{}, shared);
-  };
-  if (layout.codebooks == 1) return with_bits(Constant<1>{});
-  return with_bits(Constant<0>{});
 }
 
 // Brings the next images towards the core while the present ones are multiplied: a slice with every few.

@@ -1,0 +1,308 @@
+// Convolutions, of which linear layers are some: the product of positions and a strip of channels, straight from the
+// arena, where images have their border.
+
+// Bytes from 0 to 255 times integers from -64 to 64, four to a lane.
+struct ByteOperand {
+  using Element = uint8_t;
+  static constexpr bool kInt8 = true, kBfloat16 = false;
+  static constexpr int kUnit = 4, kZero = 0;
+};
+
+constexpr int kStripBlocks = BQNN_LANES == 16 ? 2 : 1;
+constexpr int kWidth = kStripBlocks * kBlock;
+constexpr int kVectors = kWidth / kLanes;  // of a strip
+constexpr int kBatch = 48;                 // positions whose products are finished together
+constexpr int kMostTile = 12;              // positions that are multiplied together at most
+
+template <class Op>
+inline int64_t segment_lanes(const Conv& conv) { return ceil_div(conv.segment, Op::kUnit); }
+
+// --- panels -------------------------------------------------------------------------------------------------------
+
+// Codes are decoded word by word: so many lanes a panel may be written beyond its end.
+constexpr int64_t kWordLanes = 32;
+
+template <class Op>
+inline int64_t panel_words_of(const Conv& conv) {
+  return (conv.segments * segment_lanes<Op>(conv) + kWordLanes) * kWidth;
+}
+
+template <class Op>
+inline void decode_panel(const Conv& conv, int64_t group, int64_t strip, uint32_t* panel) {
+  const PackedLayout& layout = *conv.layout;
+  for (int b = 0; b < kStripBlocks; ++b) {
+    const int64_t block = strip * kStripBlocks + b;
+    if (block >= layout.blocks) {
+      for (int64_t lane = 0; lane < conv.segments * segment_lanes<Op>(conv); ++lane)
+        __builtin_memset(panel + lane * kWidth + b * kBlock, 0, kBlock * sizeof *panel);
+      continue;
+    }
+    Codebook book;
+    read_codebook<Op>(layout, {layout.level_table()}, group, block, &book);
+    const uint32_t* words = layout.block(group, block);
+    for (int64_t s = 0; s < conv.segments; ++s)
+      decode<Op>(layout, book, words + s * layout.padded / layout.word_weights() * kBlock, conv.segment,
+                 panel + s * segment_lanes<Op>(conv) * kWidth + b * kBlock, kWidth);
+  }
+}
+
+// A panel of a weight that is numbers.
+template <class Op, class Number>
+inline void copy_panel(const Conv& conv, const Number* numbers, int64_t group, int64_t strip, uint32_t* panel) {
+  const int64_t columns = conv.segments * conv.segment, first = strip * kWidth;
+  const int64_t count = smaller(conv.group_channels - first, kWidth);
+  __builtin_memset(panel, 0, static_cast<size_t>(panel_words_of<Op>(conv)) * sizeof *panel);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t k = 0; k < columns; ++k) {
+      const int64_t at = k % conv.segment, lane = k / conv.segment * segment_lanes<Op>(conv) + at / Op::kUnit;
+      const Number number = numbers[(group * conv.group_channels + first + i) * columns + k];
+      __builtin_memcpy(reinterpret_cast<char*>(panel + lane * kWidth + i) + at % Op::kUnit * sizeof number, &number,
+                       sizeof number);
+    }
+}
+
+inline int64_t panel_words(const Conv& conv) {
+  return conv.integers ? panel_words_of<ByteOperand>(conv) : panel_words_of<FloatOperand>(conv);
+}
+
+inline void make_panel(const Conv& conv, int64_t group, int64_t strip, uint32_t* panel) {
+  if (conv.layout != nullptr)
+    return conv.integers ? decode_panel<ByteOperand>(conv, group, strip, panel)
+                         : decode_panel<FloatOperand>(conv, group, strip, panel);
+  if (conv.integers) return copy_panel<ByteOperand>(conv, conv.integer_numbers, group, strip, panel);
+  copy_panel<FloatOperand>(conv, conv.numbers, group, strip, panel);
+}
+
+// --- products -----------------------------------------------------------------------------------------------------
+
+// Where the segments of K are, from a position on, and how long they are.
+struct Segments {
+  const int64_t* offset;  // bytes
+  int64_t count, lanes;
+};
+
+// The products of a few lanes of K, added to running sums. A chain is how many lanes are added in 16 bits first, where
+// there is no instruction that adds up bytes in 32.
+template <int kRows, int kCount, int kChain>
+struct ByteSums {
+  UInt sum[kRows][kCount] = {};
+
+  static BQNN_INLINE UInt load_weight(const uint32_t* w) { return load_lanes(w); }
+
+  template <int kLanesOfK>
+  BQNN_INLINE void add(const char* const* row, int64_t at, const uint32_t* weight) {
+#if BQNN_LANES == 16
+    BQNN_UNROLL(4) for (int t = 0; t < kLanesOfK; ++t) {
+      UInt w[kCount];
+      BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) w[v] = load_lanes(weight + t * kWidth + v * kLanes);
+      BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r) {
+        const UInt x = broadcast_lane(row[r] + at + 4 * t);
+        BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) sum[r][v] = Int8Operand::dot(x, w[v], sum[r][v]);
+      }
+    }
+#elif BQNN_LANES == 8
+    __m256i part[kRows][kCount];
+    BQNN_UNROLL(4) for (int t = 0; t < kLanesOfK; ++t) {
+      __m256i w[kCount];
+      BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) w[v] = (__m256i)load_lanes(weight + t * kWidth + v * kLanes);
+      BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r) {
+        const auto x = (__m256i)broadcast_lane(row[r] + at + 4 * t);
+        BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) {
+          const __m256i product = _mm256_maddubs_epi16(x, w[v]);
+          part[r][v] = t == 0 ? product : _mm256_add_epi16(part[r][v], product);
+        }
+      }
+    }
+    const __m256i ones = _mm256_set1_epi16(1);
+    BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r)
+      BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) sum[r][v] += (UInt)_mm256_madd_epi16(part[r][v], ones);
+#else
+    BQNN_UNROLL(4) for (int t = 0; t < kLanesOfK; ++t)
+      BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r) {
+        const UInt x = broadcast_lane(row[r] + at + 4 * t);
+        BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) {
+          const UInt w = load_lanes(weight + t * kWidth + v * kLanes);
+          BQNN_UNROLL(4) for (int j = 0; j < 4; ++j)
+            sum[r][v] += (x >> 8 * j & 255) * (UInt)((Int)(w << (24 - 8 * j)) >> 24);
+        }
+      }
+#endif
+  }
+};
+
+template <int kRows, int kCount, int kChain>
+struct FloatSums {
+  Float sum[kRows][kCount] = {};
+
+  template <int kLanesOfK>
+  BQNN_INLINE void add(const char* const* row, int64_t at, const uint32_t* weight) {
+    Float w[kCount];
+    BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) w[v] = (Float)load_lanes(weight + v * kLanes);
+    BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r) {
+      const auto x = (Float)broadcast_lane(row[r] + at);
+      BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) sum[r][v] = multiply_add(x, w[v], sum[r][v]);
+    }
+  }
+};
+
+// Products [kRows][kWidth] of positions and the first kCount vectors of a strip, over all of K, in its order whatever
+// kRows is.
+template <template <int, int, int> class Sums, int kRows, int kCount, int kChain>
+__attribute__((noinline)) void multiply_tile(const char* const* position, const Segments& segments,
+                                             const uint32_t* panel, uint32_t* products) {
+  Sums<kRows, kCount, kChain> sums;
+  for (int64_t s = 0; s < segments.count; ++s, panel += segments.lanes * kWidth) {
+    const char* row[kRows];
+    BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r) row[r] = position[r] + segments.offset[s];
+    const uint32_t* weight = panel;
+    int64_t k = 0;
+    if constexpr (kChain > 1)
+      for (; k + kChain <= segments.lanes; k += kChain, weight += kChain * kWidth)
+        sums.template add<kChain>(row, 4 * k, weight);
+    for (; k < segments.lanes; ++k, weight += kWidth) sums.template add<1>(row, 4 * k, weight);
+  }
+  BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r)
+    BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v)
+      __builtin_memcpy(products + r * kWidth + v * kLanes, &sums.sum[r][v], sizeof(UInt));
+}
+
+using Multiply = void(const char* const* position, const Segments& segments, const uint32_t* panel,
+                      uint32_t* products);
+
+// The kernels of a call: of a whole tile, of few positions, and of one.
+struct Tiles {
+  Multiply *whole, *few, *one;
+  int rows, few_rows;
+};
+
+template <template <int, int, int> class Sums, int kRows, int kFew, int kCount, int kChain>
+constexpr Tiles tiles() {
+  return {&multiply_tile<Sums, kRows, kCount, kChain>, &multiply_tile<Sums, kFew, kCount, kChain>,
+          &multiply_tile<Sums, 1, kCount, kChain>, kRows, kFew};
+}
+
+// As many positions as the sums of their tile fit the registers.
+inline Tiles tiles_of(const Conv& conv, int vectors) {
+#if BQNN_LANES == 16
+  if (conv.integers) return vectors == 1 ? tiles<ByteSums, 12, 4, 1, 1>() : tiles<ByteSums, 12, 4, 2, 1>();
+  return vectors == 1 ? tiles<FloatSums, 12, 4, 1, 1>() : tiles<FloatSums, 12, 4, 2, 1>();
+#elif BQNN_LANES == 8
+  // A sum of 2 * chain products of 255 and the largest integer fits 16 bits.
+  if (conv.integers && conv.most_integer <= 16)
+    return vectors == 1 ? tiles<ByteSums, 6, 2, 1, 4>() : tiles<ByteSums, 3, 2, 2, 4>();
+  if (conv.integers && conv.most_integer <= 32)
+    return vectors == 1 ? tiles<ByteSums, 6, 2, 1, 2>() : tiles<ByteSums, 3, 2, 2, 2>();
+  if (conv.integers) return vectors == 1 ? tiles<ByteSums, 8, 3, 1, 1>() : tiles<ByteSums, 4, 2, 2, 1>();
+  return vectors == 1 ? tiles<FloatSums, 12, 4, 1, 1>() : tiles<FloatSums, 6, 3, 2, 1>();
+#else
+  if (conv.integers) return tiles<ByteSums, 2, 2, kVectors, 1>();
+  return tiles<FloatSums, 2, 2, kVectors, 1>();
+#endif
+}
+
+// --- outputs ------------------------------------------------------------------------------------------------------
+
+// Where the outputs of some positions go, and their residuals are.
+struct Positions {
+  const char* x[kBatch + kMostTile];
+  char* y[kBatch];
+  const char* residual[kBatch];
+};
+
+template <class Y, class R>
+inline void finish(const ConvCall& call, const uint32_t* products, const Positions& at, int64_t count, int64_t channel,
+                   int64_t width) {
+  const Conv& conv = *call.conv;
+  const Numbers<Y> out(call.y);
+  const Numbers<R> added(call.residual);
+  const bool residual = call.residual.data != nullptr;
+  const Activation act = conv.activation;
+  const bool clamps = act.function == Function::clamp;
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const int lanes = lanes_left(width - c);
+    const Float scale = load(conv.scale + channel + c), bias = load(conv.bias + channel + c);
+    const UInt shift = load_lanes(conv.shift + channel + c);
+    for (int64_t i = 0; i < count; ++i) {
+      const UInt product = load_lanes(products + i * kWidth + c);
+      Float y = (conv.integers ? to_float((Int)(product - shift)) : (Float)product) * scale + bias;
+      if (residual) y += added.read(reinterpret_cast<const R*>(at.residual[i]) + channel + c);
+      if (clamps)
+        y = min(broadcast(act.high), max(broadcast(act.low), y));
+      else
+        y = activate(act, y);
+      out.write(reinterpret_cast<Y*>(at.y[i]) + channel + c, y, lanes);
+    }
+  }
+}
+
+inline void finish_batch(const ConvCall& call, const uint32_t* products, const Positions& at, int64_t count,
+                         int64_t channel, int64_t width) {
+  with_element(call.y.dtype, [&](auto* y) {
+    with_element(call.residual.dtype, [&](auto* residual) {
+      finish<std::remove_pointer_t<decltype(y)>, std::remove_pointer_t<decltype(residual)>>(call, products, at, count,
+                                                                                           channel, width);
+    });
+  });
+}
+
+// The positions [first, first + count), counted through the outputs of all images.
+inline void place(const ConvCall& call, int64_t group, int64_t first, int64_t count, Positions* at) {
+  const Conv& conv = *call.conv;
+  const Window& window = conv.window;
+  const int64_t width = call.y.shape.width, height = call.y.shape.height;
+  int64_t image = first / (width * height), h = first / width % height, w = first % width;
+  const int64_t step_x = call.x.bytes(window.stride_w * call.x.pixel), step_y = call.y.bytes(call.y.pixel);
+  const int64_t step_residual = call.residual.bytes(call.residual.pixel);
+  const int64_t corner = call.x.bytes(group * conv.inputs);
+  for (int64_t i = 0; i < count;) {
+    const char* x = call.x.at(image, h * window.stride_h - window.top, w * window.stride_w - window.left) + corner;
+    char* y = call.y.at(image, h, w);
+    const char* residual = call.residual.data == nullptr ? nullptr : call.residual.at(image, h, w);
+    const int64_t end = i + smaller(count - i, width - w);
+    for (; i < end; ++i, x += step_x, y += step_y, residual += step_residual)
+      at->x[i] = x, at->y[i] = y, at->residual[i] = residual;
+    w = 0;
+    if (++h == height) h = 0, ++image;
+  }
+  for (int64_t i = count; i < count + kMostTile; ++i) at->x[i] = at->x[count - 1];
+}
+
+inline void run_conv2d(const ConvCall& call, int64_t chunks, int64_t begin, int64_t end) {
+  const Conv& conv = *call.conv;
+  const Window& window = conv.window;
+  const int64_t strips = ceil_div(conv.group_channels, kWidth), words = panel_words(conv);
+  const int64_t positions = call.images * call.y.shape.height * call.y.shape.width;
+  auto* offset = room<int64_t>(Scratch::offsets, conv.segments);
+  const int64_t across = conv.segments / window.kernel_h;  // 1, or kernel_w
+  for (int64_t s = 0; s < conv.segments; ++s)
+    offset[s] = call.x.bytes(s / across * window.dilation_h * call.x.row + s % across * window.dilation_w * call.x.pixel);
+  const int64_t lanes = conv.integers ? segment_lanes<ByteOperand>(conv) : segment_lanes<FloatOperand>(conv);
+  const Segments segments{offset, conv.segments, lanes};
+  uint32_t* made = conv.panels == nullptr ? room<uint32_t>(Scratch::panel, words) : nullptr;
+  alignas(64) uint32_t products[(kBatch + kMostTile) * kWidth];
+  int64_t decoded = -1;
+  Positions at;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t index = unit / chunks, group = index / strips, strip = index % strips, chunk = unit % chunks;
+    const uint32_t* panel = conv.panels + index * words;
+    if (conv.panels == nullptr) {
+      if (index != decoded) make_panel(conv, group, strip, made);
+      decoded = index, panel = made;
+    }
+    const int64_t width = smaller(conv.group_channels - strip * kWidth, kWidth);
+    const Tiles tile = tiles_of(conv, static_cast<int>(ceil_div(width, kLanes)));
+    const int64_t last = positions * (chunk + 1) / chunks;
+    for (int64_t first = positions * chunk / chunks; first < last; first += kBatch) {
+      const int64_t count = smaller(last - first, kBatch);
+      place(call, group, first, count, &at);
+      for (int64_t i = 0; i < count;) {
+        const int64_t left = count - i;
+        const int rows = left == 1 ? 1 : left <= tile.few_rows ? tile.few_rows : tile.rows;
+        (rows == 1 ? tile.one : rows == tile.few_rows ? tile.few : tile.whole)(at.x + i, segments, panel,
+                                                                               products + i * kWidth);
+        i += rows;
+      }
+      finish_batch(call, products, at, count, group * conv.group_channels + strip * kWidth, width);
+    }
+  }
+}

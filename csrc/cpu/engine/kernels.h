@@ -1,0 +1,107 @@
+// What a program calls: kernels on images that lie in its arena, one table an instruction set.
+//
+// Every kernel takes a range of its units, so that threads may divide a step: rows of images, or parts of a product.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/base/isa.h"
+#include "cpu/engine/graph.h"
+#include "cpu/packed/layout.h"
+
+namespace bqnn::engine {
+
+// Images of a value in memory: channels of a pixel side by side. Kernels may read kSlack bytes beyond the last one.
+struct View {
+  char* data;  // the first image's first channel of pixel (0, 0)
+  Dtype dtype;
+  Shape shape;
+  int64_t pixel, row, image;  // elements from one to the next
+  float scale;                // of uint8
+  int zero;
+
+  int64_t bytes(int64_t elements) const { return elements * size_of(dtype); }
+  char* at(int64_t image_, int64_t h, int64_t w = 0) const {
+    return data + bytes(image_ * image + h * row + w * pixel);
+  }
+};
+
+constexpr int64_t kSlack = 64;
+
+// The weights of a convolution, as its kernels read them.
+struct Conv {
+  Window window;
+  Activation activation;
+  int64_t groups, inputs, group_channels;  // channels of x and of y in a group
+  bool integers;                           // whether it multiplies integers
+  bool depthwise;                          // a channel a group: no product, but a sum of taps
+  int64_t segments, segment;               // runs of K that are contiguous in x, and weights in one
+  int most_integer = 64;                   // the largest magnitude of the integers
+  const PackedLayout* layout = nullptr;    // null where the weight is no codes
+  const float* numbers = nullptr;          // [channels, columns], columns in the order of the segments
+  const int8_t* integer_numbers = nullptr;
+  const uint32_t* panels = nullptr;        // all of them, where they are kept
+  const float* taps = nullptr;             // depthwise: [taps][channels and kSlack / 4 more]
+  // A number a channel, and kSlack / 4 more: y = sum * scale + bias; shift is what the zero of x adds to a sum.
+  const float *scale, *bias;
+  const int32_t* shift;
+
+  int64_t channels() const { return groups * group_channels; }
+};
+
+struct ConvCall {
+  const Conv* conv;
+  View x, y, residual;  // a residual without data is none
+  int64_t images;
+};
+
+struct PointCall {  // affine, activation, add, sub, mul, softmax
+  Op op;
+  Activation activation;
+  View a, b, y;
+  const float *scale, *shift;
+};
+
+struct PoolCall {
+  Op op;
+  Window window;
+  View x, y;
+};
+
+struct MoveCall {  // pad, slice, reshape, cat's copies
+  View x, y;
+  Shape from, to, step;  // y[to + i] = x[from + i * step] for i below count
+  Shape count;
+  bool reshape, fill;    // fill: everything else of y becomes `number` first
+  float number;
+};
+
+// An input or output of the program, which is somebody else's tensor: [images, channels, height, width].
+struct Outside {
+  char* data;
+  bool bytes;  // uint8 numbers, else float32
+  int64_t image, channel, row, pixel;  // elements
+};
+
+struct Kernels {
+  int strip;  // channels of a panel
+  // 32-bit words of a panel, and what is in it: the weights of a strip of a group.
+  int64_t (*panel_words)(const Conv& conv);
+  void (*make_panel)(const Conv& conv, int64_t group, int64_t strip, uint32_t* panel);
+  // Units: [group][strip][chunk], so many chunks of the positions of all images.
+  void (*conv2d)(const ConvCall& call, int64_t chunks, int64_t begin, int64_t end);
+  // Units: rows of y.
+  void (*depthwise)(const ConvCall& call, int64_t begin, int64_t end);
+  void (*point)(const PointCall& call, int64_t begin, int64_t end);
+  void (*softmax)(const PointCall& call, int64_t begin, int64_t end);
+  void (*pool)(const PoolCall& call, int64_t begin, int64_t end);
+  void (*move)(const MoveCall& call, int64_t begin, int64_t end);
+  void (*read)(const Outside& from, const View& to, int64_t begin, int64_t end);
+  void (*write)(const View& from, const Outside& to, int64_t begin, int64_t end);
+  const char* name;
+};
+
+const Kernels& kernels_of(Isa isa);
+
+}  // namespace bqnn::engine

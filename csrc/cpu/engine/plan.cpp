@@ -1,0 +1,227 @@
+#include "cpu/engine/plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace bqnn::engine {
+
+bool is_depthwise(const Graph& graph, const Step& step) {
+  const int64_t channels = graph.values[step.inputs[0]].shape.channels;
+  // The sums of integers are exact as floats.
+  const bool exact = step.window.kernel_h * step.window.kernel_w * 255 * 64 < (1 << 24);
+  return step.op == Op::conv2d && step.groups > 1 && step.groups == channels && exact &&
+         graph.values[step.output].shape.channels == channels;
+}
+
+namespace {
+
+class Planner {
+ public:
+  Planner(const Graph& graph, const std::vector<char>& wide) : graph_(graph), wide_(wide) {}
+
+  Plan run() {
+    plan_.places.resize(graph_.values.size());
+    place_values();
+    add_borders();
+    add_instructions();
+    divide();
+    find_lifetimes();
+    allocate();
+    return std::move(plan_);
+  }
+
+ private:
+  const Graph& graph_;
+  const std::vector<char>& wide_;
+  Plan plan_;
+
+  Buffer& buffer_of(int value) { return plan_.buffers[plan_.places[value].buffer]; }
+
+  // Whether the elements of a reshape's output lie in memory as those of its input.
+  bool keeps_order(const Step& step) const {
+    const Shape &x = graph_.values[step.inputs[0]].shape, &y = graph_.values[step.output].shape;
+    return step.op == Op::reshape && (x == y || (x.height * x.width == 1 && y.height * y.width == 1));
+  }
+
+  // The last cat that a value goes into is where it lies; a reshape's output lies where its input does.
+  void place_values() {
+    std::vector<int> copies(graph_.values.size(), 0);  // values that share the place of another, or lend theirs
+    for (const Step& step : graph_.steps)
+      if (keeps_order(step)) copies[step.inputs[0]] = copies[step.output] = 1;
+    for (auto step = graph_.steps.rbegin(); step != graph_.steps.rend(); ++step) {
+      if (step->op != Op::cat) continue;
+      const int y = step->output;
+      own(y);
+      int64_t channel = plan_.places[y].channel;
+      for (const int32_t x : step->inputs) {
+        if (plan_.places[x].buffer < 0 && !copies[x]) plan_.places[x] = {plan_.places[y].buffer, channel};
+        channel += graph_.values[x].shape.channels;
+      }
+    }
+    for (const int32_t v : graph_.inputs) own(v);
+    for (const Step& step : graph_.steps) {
+      if (keeps_order(step))
+        plan_.places[step.output] = plan_.places[step.inputs[0]];
+      else
+        own(step.output);
+    }
+  }
+
+  void own(int value) {
+    Place& place = plan_.places[value];
+    if (place.buffer >= 0) return;
+    place.buffer = static_cast<int>(plan_.buffers.size());
+    Buffer buffer;
+    buffer.shape = graph_.values[value].shape;
+    buffer.dtype = graph_.values[value].dtype;
+    buffer.zero = graph_.values[value].dtype == Dtype::uint8 ? graph_.values[value].zero : 0;
+    plan_.buffers.push_back(buffer);
+  }
+
+  void add_borders() {
+    for (const Step& step : graph_.steps) {
+      if (step.op != Op::conv2d) continue;
+      Buffer& b = buffer_of(step.inputs[0]);
+      const Window& w = step.window;
+      b.top = std::max(b.top, w.top), b.bottom = std::max(b.bottom, w.bottom);
+      b.left = std::max(b.left, w.left), b.right = std::max(b.right, w.right);
+    }
+  }
+
+  // The value that an input becomes as it is read: where all that happens to it is a change of dtype, the changed one.
+  int read_as(int32_t input) const {
+    const Step* only = nullptr;
+    for (const Step& step : graph_.steps)
+      for (const int32_t x : step.inputs)
+        if (x == input) {
+          if (only != nullptr) return input;
+          only = &step;
+        }
+    for (const int32_t v : graph_.outputs)
+      if (v == input) return input;
+    const bool converts = only != nullptr && only->op == Op::activation && only->activation.function == Function::none;
+    return converts ? only->output : input;
+  }
+
+  void add_instructions() {
+    std::vector<char> has_border(plan_.buffers.size(), 0);
+    auto& list = plan_.instructions;
+    const auto border_of = [&](int value) {
+      const int b = plan_.places[value].buffer;
+      if (plan_.buffers[b].bordered() && !has_border[b]) list.push_back({Kind::border, -1, b});
+      has_border[b] = 1;
+    };
+    std::vector<char> done(graph_.values.size(), 0);
+    for (size_t i = 0; i < graph_.inputs.size(); ++i) {
+      const int value = read_as(graph_.inputs[i]);
+      border_of(value);
+      list.push_back({Kind::read, static_cast<int>(i), value});
+      done[value] = 1;
+    }
+    for (size_t i = 0; i < graph_.steps.size(); ++i) {
+      const Step& step = graph_.steps[i];
+      const int index = static_cast<int>(i);
+      if (done[step.output] || keeps_order(step)) continue;
+      border_of(step.output);
+      switch (step.op) {
+        case Op::conv2d:
+        case Op::linear:
+          list.push_back({is_depthwise(graph_, step) ? Kind::depthwise : Kind::conv2d, index, step.output});
+          break;
+        case Op::affine:
+        case Op::activation:
+        case Op::add:
+        case Op::sub:
+        case Op::mul: list.push_back({Kind::point, index, step.output}); break;
+        case Op::softmax:
+        case Op::log_softmax: list.push_back({Kind::softmax, index, step.output}); break;
+        case Op::max_pool2d:
+        case Op::avg_pool2d:
+        case Op::adaptive_avg_pool2d: list.push_back({Kind::pool, index, step.output}); break;
+        case Op::cat: {
+          const Place& to = plan_.places[step.output];
+          int64_t channel = 0;
+          for (const int32_t x : step.inputs) {
+            const Place& from = plan_.places[x];
+            if (from.buffer != to.buffer || from.channel != to.channel + channel)
+              list.push_back({Kind::move, index, step.output, x, channel});
+            channel += graph_.values[x].shape.channels;
+          }
+          break;
+        }
+        default: list.push_back({Kind::move, index, step.output, step.inputs[0]}); break;
+      }
+    }
+    for (size_t i = 0; i < graph_.outputs.size(); ++i)
+      list.push_back({Kind::write, static_cast<int>(i), graph_.outputs[i]});
+  }
+
+  void divide() {
+    auto& stages = plan_.stages;
+    for (int i = 0; i < static_cast<int>(plan_.instructions.size()); ++i) {
+      const Instruction& each = plan_.instructions[i];
+      const bool wide = each.kind == Kind::conv2d && wide_[each.step];
+      if (wide || stages.empty() || stages.back().wide) stages.push_back({i, i, wide});
+      stages.back().end = i + 1;
+    }
+  }
+
+  int stage_of(int instruction) const {
+    int stage = 0;
+    while (plan_.stages[stage].end <= instruction) ++stage;
+    return stage;
+  }
+
+  void find_lifetimes() {
+    for (int i = 0; i < static_cast<int>(plan_.instructions.size()); ++i) {
+      const Instruction& each = plan_.instructions[i];
+      const auto use = [&](int buffer) {
+        Buffer& b = plan_.buffers[buffer];
+        if (b.first < 0) b.first = i;
+        b.last = i;
+      };
+      if (each.kind == Kind::border) {
+        use(each.value);
+        continue;
+      }
+      use(plan_.places[each.value].buffer);
+      if (each.kind == Kind::read || each.kind == Kind::write) continue;
+      if (each.source >= 0) {
+        use(plan_.places[each.source].buffer);
+        continue;
+      }
+      for (const int32_t x : graph_.steps[each.step].inputs) use(plan_.places[x].buffer);
+    }
+    for (Buffer& b : plan_.buffers) b.shared = b.first >= 0 && stage_of(b.first) != stage_of(b.last);
+  }
+
+  // Each buffer, the largest first, lies at the lowest place that no other has while it lives.
+  void allocate() {
+    std::vector<int> order(plan_.buffers.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int a, int b) { return plan_.buffers[a].bytes() > plan_.buffers[b].bytes(); });
+    std::vector<int> placed;
+    for (const int index : order) {
+      Buffer& b = plan_.buffers[index];
+      if (b.first < 0) continue;
+      std::vector<const Buffer*> rivals;
+      for (const int other : placed) {
+        const Buffer& o = plan_.buffers[other];
+        if (o.shared == b.shared && o.first <= b.last && b.first <= o.last) rivals.push_back(&o);
+      }
+      std::sort(rivals.begin(), rivals.end(), [](const Buffer* x, const Buffer* y) { return x->offset < y->offset; });
+      for (const Buffer* o : rivals)
+        if (b.offset < o->offset + o->bytes() && o->offset < b.offset + b.bytes()) b.offset = o->offset + o->bytes();
+      placed.push_back(index);
+      int64_t& end = b.shared ? plan_.shared : plan_.local;
+      end = std::max(end, b.offset + b.bytes());
+    }
+  }
+};
+
+}  // namespace
+
+Plan make_plan(const Graph& graph, const std::vector<char>& wide) { return Planner(graph, wide).run(); }
+
+}  // namespace bqnn::engine

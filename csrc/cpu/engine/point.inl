@@ -1,0 +1,113 @@
+// Operators that treat each element by itself, and softmax.
+
+// y = f(a, b) over rows of y; b has the elements of a, or one in place of an axis.
+template <class A, class B, class Y, class F>
+inline void each_pair(const PointCall& call, int64_t begin, int64_t end, const F& f) {
+  const Shape &shape = call.y.shape, &other = call.b.shape;
+  const Numbers<A> as(call.a);
+  const Numbers<B> bs(call.b);
+  const Numbers<Y> ys(call.y);
+  const bool one_channel = other.channels == 1 && shape.channels > 1;
+  const int64_t pixel = other.width == 1 ? 0 : call.b.pixel;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t image = unit / shape.height, h = unit % shape.height;
+    const A* a = elements<A>(call.a, image, h);
+    const B* b = elements<B>(call.b, image, other.height == 1 ? 0 : h);
+    Y* y = elements<Y>(call.y, image, h);
+    for (int64_t w = 0; w < shape.width; ++w, a += call.a.pixel, b += pixel, y += call.y.pixel) {
+      if (one_channel) {
+        const Float value = broadcast(bs.read(b)[0]);
+        for_channels(shape.channels, [&](int64_t c, int lanes) {
+          ys.write(y + c, activate(call.activation, f(as.read(a + c), value)), lanes);
+        });
+      } else {
+        for_channels(shape.channels, [&](int64_t c, int lanes) {
+          ys.write(y + c, activate(call.activation, f(as.read(a + c), bs.read(b + c))), lanes);
+        });
+      }
+    }
+  }
+}
+
+// y = f(a, channel) over rows of y. Pixels that lie side by side are one where f does not look at the channel.
+template <class A, class Y, class F>
+inline void each_one(const PointCall& call, int64_t begin, int64_t end, bool by_channel, const F& f) {
+  const Shape& shape = call.y.shape;
+  const Numbers<A> as(call.a);
+  const Numbers<Y> ys(call.y);
+  const bool flat = !by_channel && call.a.pixel == shape.channels && call.y.pixel == shape.channels;
+  const int64_t pixels = flat ? 1 : shape.width, channels = flat ? shape.channels * shape.width : shape.channels;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t image = unit / shape.height, h = unit % shape.height;
+    const A* a = elements<A>(call.a, image, h);
+    Y* y = elements<Y>(call.y, image, h);
+    for (int64_t w = 0; w < pixels; ++w, a += call.a.pixel, y += call.y.pixel)
+      for_channels(channels, [&](int64_t c, int lanes) {
+        ys.write(y + c, activate(call.activation, f(as.read(a + c), c)), lanes);
+      });
+  }
+}
+
+template <class A, class Y>
+inline void point_rows(const PointCall& call, int64_t begin, int64_t end) {
+  if (call.op == Op::affine)
+    return each_one<A, Y>(call, begin, end, true, [&](Float a, int64_t c) __attribute__((always_inline)) {
+      return a * load(call.scale + c) + load(call.shift + c);
+    });
+  if (call.op == Op::activation)
+    return each_one<A, Y>(call, begin, end, false, [&](Float a, int64_t) __attribute__((always_inline)) { return a; });
+  with_element(call.b.dtype, [&](auto* null) {
+    using B = std::remove_pointer_t<decltype(null)>;
+    if (call.op == Op::add)
+      each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) __attribute__((always_inline)) { return a + b; });
+    else if (call.op == Op::sub)
+      each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) __attribute__((always_inline)) { return a - b; });
+    else
+      each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) __attribute__((always_inline)) { return a * b; });
+  });
+}
+
+inline void run_point(const PointCall& call, int64_t begin, int64_t end) {
+  with_element(call.a.dtype, [&](auto* a) {
+    with_element(call.y.dtype, [&](auto* y) {
+      point_rows<std::remove_pointer_t<decltype(a)>, std::remove_pointer_t<decltype(y)>>(call, begin, end);
+    });
+  });
+}
+
+// Over the channels of each pixel; y is float32 and holds what is added up.
+template <class X>
+inline void softmax_rows(const PointCall& call, int64_t begin, int64_t end) {
+  const Shape& shape = call.y.shape;
+  const Numbers<X> numbers(call.a);
+  for (int64_t unit = begin; unit < end; ++unit)
+    for (int64_t w = 0; w < shape.width; ++w) {
+      const X* x = elements<X>(call.a, unit / shape.height, unit % shape.height, w);
+      float* y = elements<float>(call.y, unit / shape.height, unit % shape.height, w);
+      float most = -__builtin_inff();
+      for (int64_t c = 0; c < shape.channels; c += kLanes) {
+        const int lanes = lanes_left(shape.channels - c);
+        const Float value = numbers.read(x + c);
+        for (int i = 0; i < lanes; ++i) {
+          y[c + i] = value[i];
+          most = value[i] > most || value[i] != value[i] ? value[i] : most;
+        }
+      }
+      double total = 0.0;
+      for (int64_t c = 0; c < shape.channels; c += kLanes) {
+        const int lanes = lanes_left(shape.channels - c);
+        const Float shifted = load_first(y + c, lanes) - most, power = exp(shifted);
+        for (int i = 0; i < lanes; ++i) {
+          total += power[i];
+          y[c + i] = call.op == Op::softmax ? power[i] : shifted[i];
+        }
+      }
+      const float log_total = log(broadcast(static_cast<float>(total)))[0];
+      for (int64_t c = 0; c < shape.channels; ++c)
+        y[c] = call.op == Op::softmax ? static_cast<float>(y[c] / total) : y[c] - log_total;
+    }
+}
+
+inline void run_softmax(const PointCall& call, int64_t begin, int64_t end) {
+  with_element(call.a.dtype, [&](auto* x) { softmax_rows<std::remove_pointer_t<decltype(x)>>(call, begin, end); });
+}
