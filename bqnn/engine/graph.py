@@ -1,77 +1,19 @@
 """The engine's graph: a network as data, without its Python.
 
 A graph is what the passes rewrite, what a compiled file holds and what a program is planned from: values, nodes in the
-order in which they run, and the tensors of their weights. Nothing in it is code, and :meth:`Graph.check` decides whether
-one is sound, whoever made it.
-
-Shapes are of one image, without the batch: [channels, height, width] or [features]. A value is float32, or uint8 where
-it is quantized: then it stands for (stored - zero) * scale.
+order in which they run, and the tensors of their weights. Nothing in it is code, and :meth:`Graph.check` decides
+whether one is sound, whoever made it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from bqnn.engine.check_graph import check_graph
+from bqnn.engine.node import ACTIVATIONS, NO_ACTIVATION, RELU, Activation, Node, Shape, Value
 
-Shape = tuple[int, ...]
-
-ACTIVATIONS = (
-    "none",
-    "clamp",
-    "leaky_relu",
-    "hardswish",
-    "hardsigmoid",
-    "sigmoid",
-    "silu",
-    "gelu",
-    "gelu_tanh",
-    "tanh",
-)
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What is applied to a node's outputs, elementwise.
-
-    "clamp" is min(max(x, low), high): ReLU has low 0 and high infinity, ReLU6 and hardtanh have both. "leaky_relu" is
-    ``low * x`` where x is negative. The others have no numbers.
-    """
-
-    name: str = "none"
-    low: float = 0.0
-    high: float = 0.0
-
-
-RELU = Activation("clamp", 0.0, float("inf"))
-
-
-@dataclass(frozen=True)
-class Value:
-    """What a node writes, or an input of the graph."""
-
-    name: str
-    shape: Shape
-    dtype: str = "float32"
-    """ "float32" or "uint8"."""
-    scale: float = 1.0
-    """Of a quantized value, positive."""
-    zero: int = 0
-    """What stands for 0 in a quantized value, 0 to 255."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """One operator; ``bqnn.engine.operators`` says what each computes."""
-
-    op: str
-    inputs: tuple[str, ...]
-    output: str
-    attributes: dict[str, Any] = field(default_factory=dict)
-    """Numbers, and tuples of numbers."""
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    activation: Activation = Activation()
+__all__ = ["ACTIVATIONS", "NO_ACTIVATION", "RELU", "Activation", "Graph", "Node", "Shape", "Value"]
 
 
 @dataclass(frozen=True)
@@ -91,3 +33,13 @@ class Graph:
 
     def replaced(self, **changes: Any) -> Graph:
         return replace(self, **changes)
+
+    def check(self) -> None:
+        """Decides whether the graph is sound: names, order, shapes, attributes, tensors, dtypes and the bounds of sums.
+
+        Whatever its parts hold, it allocates no more than the tensors that are there take.
+
+        Raises:
+            ValueError: it is not; names the node or value and what is wrong with it, in one line.
+        """
+        check_graph(self.inputs, self.outputs, self.values, self.nodes)

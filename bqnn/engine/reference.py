@@ -1,0 +1,242 @@
+"""What a graph computes, node after node by torch: the reference of every backend, and what runs without one.
+
+Values of float32 are computed in the dtype that is asked for. Where an input or the output of a node is uint8, it is
+computed as :mod:`bqnn.engine.operators` states, bit for bit: sums of integers exactly, everything else in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bqnn.core.codes import unpack_codes
+from bqnn.core.text import shown
+from bqnn.engine.graph import Activation, Graph, Node, Shape, Value
+from bqnn.engine.operators import columns_of
+from bqnn.engine.windows import window_sums
+
+
+@overload
+def run(graph: Graph, inputs: Sequence[Tensor], dtype: torch.dtype = ...) -> tuple[Tensor, ...]: ...
+@overload
+def run(
+    graph: Graph, inputs: Sequence[Tensor], dtype: torch.dtype = ..., *, keep: Literal[True]
+) -> dict[str, Tensor]: ...
+
+
+@torch.no_grad()
+def run(
+    graph: Graph, inputs: Sequence[Tensor], dtype: torch.dtype = torch.float64, *, keep: bool = False
+) -> tuple[Tensor, ...] | dict[str, Tensor]:
+    """The outputs of ``graph``, which is sound (:meth:`Graph.check`).
+
+    Args:
+        graph: what to run.
+        inputs: a tensor [B, *shape] for each input of the graph: floating point, or uint8 where its value is; B may
+            be 0.
+        dtype: float64 or float32, of what is not quantized.
+        keep: returns every value by its name.
+
+    Returns:
+        The outputs [B, *shape] in ``dtype``, or uint8 where their values are.
+
+    Raises:
+        ValueError: there is another number of inputs, or one has another shape or dtype.
+    """
+    _check_inputs(graph, inputs)
+    last = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+    found: dict[str, Tensor] = {}
+    for name, x in zip(graph.inputs, inputs):
+        found[name] = x if x.dtype == torch.uint8 else x.to(dtype)
+    for index, node in enumerate(graph.nodes):
+        read = [graph.values[name] for name in node.inputs]
+        found[node.output] = _run_node(
+            node, [found[name] for name in node.inputs], read, graph.values[node.output], dtype
+        )
+        for name in set(node.inputs):
+            if not keep and last[name] == index and name not in graph.outputs:
+                del found[name]
+    return found if keep else tuple(found[name] for name in graph.outputs)
+
+
+def _check_inputs(graph: Graph, inputs: Sequence[Tensor]) -> None:
+    if len(inputs) != len(graph.inputs):
+        raise ValueError(f"the graph has {len(graph.inputs)} inputs, got {len(inputs)}")
+    for name, x in zip(graph.inputs, inputs):
+        value = graph.values[name]
+        if x.dim() == 0 or tuple(x.shape[1:]) != value.shape or len(x) != len(inputs[0]):
+            raise ValueError(
+                f"input {shown(name)} must have the shape [batch, {', '.join(map(str, value.shape))}], with one batch "
+                f"for all inputs, got {list(x.shape)}"
+            )
+        if (x.dtype == torch.uint8) != (value.dtype == "uint8") or not (
+            x.is_floating_point() or x.dtype == torch.uint8
+        ):
+            raise ValueError(f"input {shown(name)} must be {value.dtype}, got {x.dtype}")
+
+
+def _run_node(node: Node, inputs: list[Tensor], read: list[Value], written: Value, dtype: torch.dtype) -> Tensor:
+    """What ``node`` writes, from what it reads."""
+    if node.op in _MOVES:
+        return _MOVES[node.op](node, inputs, written)
+    quantized = "uint8" in {value.dtype for value in (*read, written)}
+    if node.op in ("conv2d", "linear"):
+        inner = torch.float32 if read[0].dtype == "uint8" else dtype
+        y = _product(node, inputs, read, inner)
+    else:
+        inner = torch.float32 if quantized else dtype
+        if "avg_pool2d" in node.op and read[0].dtype == "uint8":
+            y = _mean_of_integers(node, inputs[0], read[0], written.shape)
+        else:
+            y = _ELEMENTS[node.op](node, [real(x, value, inner) for x, value in zip(inputs, read)])
+    y = activate(node.activation, y)
+    return y.to(dtype) if written.dtype == "float32" else store(y.float(), written)
+
+
+def real(x: Tensor, value: Value, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers that ``x`` stands for: computed in float32 where it is uint8."""
+    if value.dtype == "float32":
+        return x.to(dtype)
+    return ((x.to(torch.float32) - value.zero) * torch.tensor(value.scale, dtype=torch.float32)).to(dtype)
+
+
+def store(y: Tensor, value: Value) -> Tensor:
+    """float32 ``y`` as the nearest uint8 of ``value``."""
+    inverse = torch.tensor(1.0 / value.scale, dtype=torch.float32)
+    return ((y * inverse).round() + value.zero).clamp(0, 255).to(torch.uint8)
+
+
+def activate(activation: Activation, y: Tensor) -> Tensor:
+    """``activation`` of every element, in the dtype of y."""
+    low, high = activation.low, activation.high
+    match activation.name:
+        case "clamp":
+            return y.clamp(low, high)
+        case "leaky_relu":
+            return torch.where(y >= 0, y, y * low)
+        case "hardsigmoid":
+            return (y + 3).clamp(0, 6) / 6
+        case "hardswish":
+            return y * (y + 3).clamp(0, 6) / 6
+        case "sigmoid":
+            return y.sigmoid()
+        case "silu":
+            return F.silu(y)
+        case "gelu":
+            return F.gelu(y)
+        case "gelu_tanh":
+            return F.gelu(y, approximate="tanh")
+        case "tanh":
+            return y.tanh()
+    return y
+
+
+def decoded_weight(node: Node, columns: int, dtype: torch.dtype) -> Tensor:
+    """The weight [N, columns] of a conv2d or linear node, without its scale; ``columns`` weights an output channel."""
+    tensors = node.tensors
+    if "weight" in tensors:
+        return tensors["weight"].to(dtype)
+    levels = tensors["integers" if "integers" in tensors else "levels"]
+    codes = unpack_codes(tensors["codes"], levels.shape[1], columns)
+    return levels.to(dtype).expand(len(codes), -1).gather(1, codes.long())
+
+
+def _product(node: Node, inputs: list[Tensor], read: list[Value], dtype: torch.dtype) -> Tensor:
+    """conv2d and linear before their activation, in ``dtype``; float32 where x is uint8."""
+    x, value = inputs[0], read[0]
+    exact = value.dtype == "uint8"
+    # Sums of products of integers are exact in float64, in whatever order.
+    summed = torch.float64 if exact else dtype
+    x = (x.to(summed) - value.zero) if exact else x.to(summed)
+    weight = decoded_weight(node, columns_of(node, value.shape), summed).to(x.device)
+    if node.op == "linear":
+        y = (x.flatten(1) @ weight.T).to(dtype)
+    else:
+        y = _convolve(node, x, weight).to(dtype)
+    channels = (-1, *[1] * (y.dim() - 2))
+    if "scale" in node.tensors:
+        y = y * node.tensors["scale"].to(y).view(channels)
+    if "bias" in node.tensors:
+        y = y + node.tensors["bias"].to(y).view(channels)
+    return y + real(inputs[1], read[1], dtype) if len(inputs) == 2 else y
+
+
+def _convolve(node: Node, x: Tensor, weight: Tensor) -> Tensor:
+    attributes = node.attributes
+    top, bottom, left, right = attributes["padding"]
+    groups = attributes["groups"]
+    weight = weight.view(len(weight), x.shape[1] // groups, *attributes["kernel"])
+    return F.conv2d(
+        F.pad(x, (left, right, top, bottom)),
+        weight,
+        stride=attributes["stride"],
+        dilation=attributes["dilation"],
+        groups=groups,
+    )
+
+
+def _mean_of_integers(node: Node, x: Tensor, value: Value, shape: Shape) -> Tensor:
+    sums, divisors = window_sums(node, x.to(torch.float64) - value.zero, shape)
+    return sums.float() * torch.tensor(value.scale, dtype=torch.float32) / divisors.float()
+
+
+def _affine(node: Node, inputs: list[Tensor]) -> Tensor:
+    x = inputs[0]
+    channels = (-1, *[1] * (x.dim() - 2))
+    return x * node.tensors["scale"].to(x).view(channels) + node.tensors["shift"].to(x).view(channels)
+
+
+def _avg_pool2d(node: Node, inputs: list[Tensor]) -> Tensor:
+    kernel, stride, padding = (node.attributes[name] for name in ("kernel", "stride", "padding"))
+    rounding, count_pad = bool(node.attributes["ceil_mode"]), bool(node.attributes["count_include_pad"])
+    return F.avg_pool2d(inputs[0], kernel, stride, padding, rounding, count_pad, node.attributes["divisor"] or None)
+
+
+_ELEMENTS = {
+    "affine": _affine,
+    "activation": lambda node, inputs: inputs[0],
+    "add": lambda node, inputs: inputs[0] + inputs[1],
+    "sub": lambda node, inputs: inputs[0] - inputs[1],
+    "mul": lambda node, inputs: inputs[0] * inputs[1],
+    "avg_pool2d": _avg_pool2d,
+    "adaptive_avg_pool2d": lambda node, inputs: F.adaptive_avg_pool2d(inputs[0], node.attributes["size"]),
+    "softmax": lambda node, inputs: inputs[0].softmax(1),
+    "log_softmax": lambda node, inputs: inputs[0].log_softmax(1),
+}
+
+
+def _max_pool2d(node: Node, inputs: list[Tensor], written: Value) -> Tensor:
+    attributes = node.attributes
+    kernel, stride, padding, dilation = (attributes[name] for name in ("kernel", "stride", "padding", "dilation"))
+    # torch has no maxima of uint8; float32 holds these.
+    x = inputs[0].float() if inputs[0].dtype == torch.uint8 else inputs[0]
+    y = F.max_pool2d(x, kernel, stride, padding, dilation, bool(attributes["ceil_mode"]))
+    return y.to(inputs[0].dtype)
+
+
+def _pad(node: Node, inputs: list[Tensor], written: Value) -> Tensor:
+    x, value = inputs[0], node.attributes["value"]
+    if written.dtype == "uint8":
+        value = int(store(torch.tensor(value, dtype=torch.float32), written))
+    # torch pads the last dimension first.
+    sides = [each for pair in zip(node.attributes["low"], node.attributes["high"]) for each in pair[::-1]]
+    return F.pad(x, sides[::-1], value=value)
+
+
+def _slice(node: Node, inputs: list[Tensor], written: Value) -> Tensor:
+    spans = zip(*(node.attributes[name] for name in ("start", "stop", "step")))
+    index = (slice(None), *(slice(*span) for span in spans))
+    return inputs[0][index].contiguous()
+
+
+_MOVES = {
+    "max_pool2d": _max_pool2d,
+    "cat": lambda node, inputs, written: torch.cat(inputs, 1),
+    "pad": _pad,
+    "slice": _slice,
+    "reshape": lambda node, inputs, written: inputs[0].reshape(len(inputs[0]), *written.shape),
+}
