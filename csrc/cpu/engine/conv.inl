@@ -87,8 +87,6 @@ template <int kRows, int kCount, int kChain>
 struct ByteSums {
   UInt sum[kRows][kCount] = {};
 
-  static BQNN_INLINE UInt load_weight(const uint32_t* w) { return load_lanes(w); }
-
   template <int kLanesOfK>
   BQNN_INLINE void add(const char* const* row, int64_t at, const uint32_t* weight) {
 #if BQNN_LANES == 16
@@ -110,6 +108,7 @@ struct ByteSums {
         BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) {
           const __m256i product = _mm256_maddubs_epi16(x, w[v]);
           part[r][v] = t == 0 ? product : _mm256_add_epi16(part[r][v], product);
+          __asm__("" : "+x"(part[r][v]));  // else GCC adds up in another order, which takes more registers than there are
         }
       }
     }
@@ -192,8 +191,8 @@ inline Tiles tiles_of(const Conv& conv, int vectors) {
     return vectors == 1 ? tiles<ByteSums, 6, 2, 1, 4>() : tiles<ByteSums, 3, 2, 2, 4>();
   if (conv.integers && conv.most_integer <= 32)
     return vectors == 1 ? tiles<ByteSums, 6, 2, 1, 2>() : tiles<ByteSums, 3, 2, 2, 2>();
-  if (conv.integers) return vectors == 1 ? tiles<ByteSums, 8, 3, 1, 1>() : tiles<ByteSums, 4, 2, 2, 1>();
-  return vectors == 1 ? tiles<FloatSums, 12, 4, 1, 1>() : tiles<FloatSums, 6, 3, 2, 1>();
+  if (conv.integers) return vectors == 1 ? tiles<ByteSums, 6, 2, 1, 1>() : tiles<ByteSums, 3, 2, 2, 1>();
+  return vectors == 1 ? tiles<FloatSums, 8, 4, 1, 1>() : tiles<FloatSums, 6, 3, 2, 1>();
 #else
   if (conv.integers) return tiles<ByteSums, 2, 2, kVectors, 1>();
   return tiles<FloatSums, 2, 2, kVectors, 1>();
