@@ -8,6 +8,7 @@ from bqnn.bayes.layers import BayesConv2d, BayesLinear, sampling
 from bqnn.bayes.predict import Prediction, predict
 from bqnn.core.files import FormatError
 from bqnn.core.native import cpu_isa
+from bqnn.engine.compiled import CompiledNetwork, compile
 from bqnn.engine.pack import pack, pack_
 from bqnn.files.network import info, load, save
 from bqnn.ops.dispatch import BackendError, backends
@@ -19,6 +20,7 @@ __all__ = [
     "BackendError",
     "BayesConv2d",
     "BayesLinear",
+    "CompiledNetwork",
     "Elbo",
     "FormatError",
     "PackedConv2d",
@@ -27,6 +29,7 @@ __all__ = [
     "Report",
     "__version__",
     "backends",
+    "compile",
     "convert",
     "convert_",
     "cpu_isa",

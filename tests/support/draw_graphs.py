@@ -98,7 +98,17 @@ class _Drawing:
             *(self.conv2d,) * 6,
             *(self.max_pool2d, self.avg_pool2d, self.adaptive, self.gate),
         )
-        both = (self.linear, self.affine, self.activation, self.binary, self.binary, self.cat, self.pad, self.slice)
+        both = (
+            self.block,
+            self.linear,
+            self.affine,
+            self.activation,
+            self.binary,
+            self.binary,
+            self.cat,
+            self.pad,
+            self.slice,
+        )
         kinds = (*images, *both, self.reshape) if len(self.shape(x)) == 3 else (*both, self.linear, self.reshape)
         self.random.choice(kinds)(x)
 
@@ -145,14 +155,14 @@ class _Drawing:
         for name in ("scale", "bias"):
             if self.random.random() < 0.6:
                 tensors[name] = self.numbers(outputs) + (1 if name == "scale" else 0)
-        activation = self.random.choice(ACTIVATIONS)
+        activation = NO_ACTIVATION if self.random.random() < 0.5 else self.random.choice(ACTIVATIONS)
         y = self.add(op, (x,), activation, **attributes, **tensors)
         same = [name for name in self.values if self.shape(name) == self.shape(y) and name != y]
-        if same and self.random.random() < 0.5:
+        if same and self.random.random() < 0.3:
             # The node again, at the same place, with something to add.
             node = self.nodes[-1]
             self.nodes[-1] = dataclasses.replace(node, inputs=(x, self.random.choice(same)))
-        return y
+        return self.affine(y) if self.random.random() < 0.25 else y
 
     def weight(self, outputs: int, columns: int) -> dict[str, Tensor]:
         size = columns**-0.5
@@ -189,11 +199,24 @@ class _Drawing:
         """Squeeze and excitation."""
         y = self.add("adaptive_avg_pool2d", (x,), size=(1, 1))
         channels, few = self.shape(x)[0], self.random.randint(1, 6)
-        attributes = {"kernel": (1, 1), "stride": (1, 1), "padding": (0,) * 4, "dilation": (1, 1), "groups": 1}
-        y = self.add("conv2d", (y,), RELU, **attributes, **self.weight(few, channels))
+        y = self.add("activation", (self.dense(y, few, channels),), RELU)
         gate = Activation(self.random.choice(("sigmoid", "hardsigmoid")))
-        y = self.add("conv2d", (y,), gate, **attributes, **self.weight(channels, few), bias=self.numbers(channels))
+        y = self.add("activation", (self.dense(y, channels, few),), gate)
         return self.add("mul", (x, y))
+
+    def block(self, x: str) -> str:
+        """Two layers, and what they read added to it: by a node of its own."""
+        channels = self.shape(x)[0]
+        y = self.activation(self.dense(x, channels, channels))
+        y = self.dense(y, channels, channels)
+        inputs = (x, y) if self.random.random() < 0.5 else (y, x)
+        return self.add("add", inputs, self.random.choice((NO_ACTIVATION, RELU)))
+
+    def dense(self, x: str, outputs: int, columns: int) -> str:
+        """A convolution of 1 x 1 or a linear layer, without an activation."""
+        size = {"kernel": (1, 1), "stride": (1, 1), "padding": (0,) * 4, "dilation": (1, 1), "groups": 1}
+        op, attributes = ("conv2d", size) if len(self.shape(x)) == 3 else ("linear", {})
+        return self.add(op, (x,), **attributes, **self.weight(outputs, columns), bias=self.numbers(outputs))
 
     def windows(self, x: str) -> dict[str, Any] | None:
         pick, size = self.random, self.shape(x)[1:]

@@ -1,0 +1,274 @@
+"""capture: a network as a graph of ATen operators, whatever its Python looks like.
+
+torch.export runs the network once on tensors without data, with the size of the batch left open. What comes back here
+is that graph in a plainer form: nothing changes a tensor in place, the size of the batch is known where it is met, and
+what does not depend on an input is computed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from bqnn.bayes.layers import bayes_layers
+from bqnn.core.modes import replica
+from bqnn.core.references import copy_network
+from bqnn.core.text import shown
+from bqnn.core.wrappers import unwrapped
+from bqnn.engine.pack import pack
+
+_USUAL = (torch.float32, torch.uint8, torch.int64, torch.bool)  # dtypes of states that can stay as they are
+
+BATCH = 2
+"""Images in the batch that a network is captured with; export takes 0 and 1 for sizes of their own."""
+
+# Of ops that give their input itself, or a part of it, and whose schemas do not say so.
+_PASSES_ON = ("dropout", "dropout_", "feature_dropout", "alpha_dropout")
+
+Structure = Any
+"""Of what a network returns: the number of an output, None, or {"tuple": [...]}, {"list": [...]}, {"dict": {...}}."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A network as ATen operators: none of them writes to what it reads."""
+
+    nodes: tuple[fx.Node, ...]
+    """Calls in the order in which they run, those of constants and of sizes left out."""
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    structure: Structure
+    """How the network nests its outputs, by their numbers."""
+    constants: dict[fx.Node, Any]
+    """What does not depend on an input."""
+    sizes: frozenset[fx.Node]
+    """Calls that give the size of the batch, or compute a number from it alone."""
+
+    def is_batch(self, size: Any) -> bool:
+        """Whether ``size``, of a dimension, is the size of the batch."""
+        return isinstance(size, torch.SymInt) and size.node.expr == self.inputs[0].meta["val"].shape[0].node.expr
+
+
+def capture(net: nn.Module, example: tuple[Tensor, ...]) -> Captured:
+    """The graph of ``net`` in evaluation mode; ``net`` stays as it is.
+
+    Bayes layers are packed first. Hooks run once, here, on tensors without data, and what they do to outputs is part of
+    the graph.
+
+    Args:
+        net: on the CPU.
+        example: the inputs, [batch, ...] each; their values do not matter.
+
+    Raises:
+        ValueError: the network can not be captured with a batch of any size, changes a state of its own, or returns
+            something else than tensors in tuples, lists and dictionaries; the message says what.
+    """
+    net = _copied(unwrapped(net))
+    inputs = tuple(each.new_empty((BATCH, *each.shape[1:])) for each in example)
+    program = _export(net, inputs)
+    if not _without_writes(program):
+        program = program.run_decompositions({})
+    captured = _captured(program)
+    _name_inputs(captured.inputs, net)
+    return captured
+
+
+def _copied(net: nn.Module) -> nn.Module:
+    """A network like ``net``, packed, in evaluation mode and of float32; it shares what tensors it can."""
+    if bayes_layers(net):
+        net = pack(net)
+    elif all(tensor.dtype in _USUAL for tensor in (*net.parameters(), *net.buffers())):
+        return replica(net).eval()
+    else:
+        net = copy_network(net)
+    return net.eval().float()
+
+
+def _name_inputs(inputs: Sequence[fx.Node], net: nn.Module) -> None:
+    """Gives inputs the names that the network's forward has for them, as far as it has."""
+    taken = {node.name for node in inputs[0].graph.nodes}
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(net.forward).parameters.values()
+    for node, parameter in zip(inputs, parameters):
+        if parameter.kind in positional and parameter.name not in taken:
+            node.name = parameter.name
+
+
+def _export(net: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    batch = Dim("batch")
+    with torch.no_grad():
+        try:
+            return torch.export.export(
+                _Called(net), (inputs,), dynamic_shapes=(tuple({0: batch} for _ in inputs),), strict=False
+            )
+        except Exception as error:  # of any kind: what the network's own code raises comes through as well
+            raise ValueError(
+                "net must be such that torch.export captures it with a batch of any size, but that fails: "
+                f"{type(error).__name__}: {shown(str(error))}"
+            ) from error
+
+
+class _Called(nn.Module):
+    """Calls a network with a tuple of inputs: one signature, whatever that of the network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
+        return self.net(*inputs)
+
+
+def _without_writes(program: ExportedProgram) -> bool:
+    """Makes calls that write to what they read, as ``x.add_(y)``, plain ones, as ``x.add(y)``; whether that is right.
+
+    It is right where nobody looks at what was written but through the result.
+
+    Raises:
+        ValueError: a parameter or buffer of the network is written to.
+    """
+    owner: dict[fx.Node, fx.Node] = {}
+    """Of calls that give a tensor, or a view of one, that was there before: what made it."""
+    written: set[fx.Node] = set()
+    plain: dict[fx.Node, Any] = {}
+    specs = dict(zip(program.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs))
+    for node in list(program.graph.nodes):
+        read = {owner.get(source, source) for source in node.all_input_nodes}
+        if read & written:
+            return False
+        if node.op != "call_function":
+            continue
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not node.all_input_nodes:  # getitem
+            source = next(iter(node.all_input_nodes), node)
+            owner[node] = owner.get(source, source)
+            continue
+        source = owner.get(node.all_input_nodes[0], node.all_input_nodes[0])
+        if schema.is_mutable:
+            spec = specs.get(source)
+            if spec is not None and spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                raise ValueError(f"net must not change its own state, but it writes to {spec.target!r}")
+            plain[node] = _plain(node.target)
+            if plain[node] is None:
+                return False
+            written.add(source)
+        elif any(each.alias_info for each in schema.returns) or node.target.__name__.split(".")[0] in _PASSES_ON:
+            owner[node] = source
+    for node, target in plain.items():
+        node.target = target
+    return True
+
+
+def _plain(target: Any) -> Any:
+    """The operator that gives what ``target`` writes to its first argument; None where there is none."""
+    name = target._schema.name.split("::")[-1]
+    packet = getattr(getattr(torch.ops, target.namespace), name.removesuffix("_"), None)
+    plain = getattr(packet, target._overloadname, None) if name.endswith("_") else None
+    # The first argument, which is written to, may have another name.
+    arguments = [[each.name for each in one._schema.arguments[1:]] for one in (plain, target) if one is not None]
+    return plain if len(arguments) == 2 and arguments[0] == arguments[1] else None
+
+
+def _captured(program: ExportedProgram) -> Captured:
+    states: dict[str, Any] = {**program.state_dict, **program.constants}
+    signature = program.graph_signature
+    if changed := list(signature.buffers_to_mutate.values()):
+        raise ValueError(f"net must not change its own state, but it writes to {changed[0]!r}")
+    constants: dict[fx.Node, Any] = {}
+    inputs = []
+    for node, spec in zip(program.graph.find_nodes(op="placeholder"), signature.input_specs):
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(node)
+        else:
+            constants[node] = states[spec.target or ""].detach()
+    sizes: set[fx.Node] = set()
+    batch = inputs[0].meta["val"].shape[0].node.expr
+    nodes = []
+    for node in program.graph.nodes:
+        if node.op == "get_attr":  # a graph in the graph
+            constants[node] = attrgetter(node.target)(program.graph_module)
+        if node.op != "call_function":
+            continue
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and (value.node.expr == batch or _all_in(node.all_input_nodes, sizes)):
+            sizes.add(node)
+        elif value is None:  # what export has written down of sizes, to be checked
+            continue
+        elif set(node.all_input_nodes) <= constants.keys() and not _is_random(node):
+            constants[node] = _computed(node, constants)
+        else:
+            nodes.append(node)
+    outputs, structure = _outputs(program, sizes)
+    return Captured(_needed(nodes, outputs), tuple(inputs), outputs, structure, constants, frozenset(sizes))
+
+
+def _all_in(nodes: Sequence[fx.Node], known: set[fx.Node]) -> bool:
+    """Whether there are nodes, and all are known."""
+    return bool(nodes) and known.issuperset(nodes)
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _computed(node: fx.Node, constants: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), constants.__getitem__)
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _needed(nodes: list[fx.Node], outputs: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """Those of ``nodes`` that ``outputs`` depend on."""
+    needed = set(outputs)
+    for node in reversed(nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return tuple(node for node in nodes if node in needed)
+
+
+def _outputs(program: ExportedProgram, sizes: set[fx.Node]) -> tuple[tuple[fx.Node, ...], Structure]:
+    (values,) = program.graph.output_node().args
+    numbers: dict[fx.Node, int] = {}
+    leaves: list[int | None] = []
+    for value in values:
+        if value is None:
+            leaves.append(None)
+        elif isinstance(value, fx.Node) and value not in sizes:
+            leaves.append(numbers.setdefault(value, len(numbers)))
+        else:
+            raise ValueError(f"net must return tensors, got {type(value).__name__} among its outputs")
+    spec = program.call_spec.out_spec
+    return tuple(numbers), _structure(pytree.tree_unflatten(leaves, spec))
+
+
+def _structure(value: Any) -> Structure:
+    if value is None or type(value) is int:
+        return value
+    if type(value) in (tuple, list):
+        return {type(value).__name__: [_structure(each) for each in value]}
+    if type(value) in (dict, OrderedDict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _structure(each) for key, each in value.items()}}
+    kind = type(value).__name__
+    raise ValueError(f"net must return tensors, or tuples, lists and dictionaries by name of them, got {kind}")
+
+
+def nested(structure: Structure, outputs: Sequence[Tensor]) -> Any:
+    """The outputs as the network returns them."""
+    if structure is None:
+        return None
+    if isinstance(structure, int):
+        return outputs[structure]
+    ((kind, parts),) = structure.items()
+    if kind == "dict":
+        return {name: nested(part, outputs) for name, part in parts.items()}
+    return (tuple if kind == "tuple" else list)(nested(part, outputs) for part in parts)

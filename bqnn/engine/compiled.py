@@ -1,0 +1,262 @@
+"""compile: a network for the engine; and CompiledNetwork, the module that it becomes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bqnn.core.check import check_precision
+from bqnn.engine import reference
+from bqnn.engine.capture import Structure, capture, nested
+from bqnn.engine.graph import RELU, Activation, Graph
+from bqnn.engine.lower import lower
+from bqnn.engine.partition import EnginePart, Part, TorchPart, partition
+
+_making = threading.Lock()
+
+Run = Callable[[Sequence[Tensor]], Sequence[Any]]
+
+
+def executor(graph: Graph, precision: str) -> Run:
+    """What runs a graph: it takes float32 tensors [batch, *shape] and gives those of its outputs."""
+    return partial(reference.run, graph, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a compiled network takes."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Without the batch."""
+    dtype: str = "float32"
+    """Of the tensor that parts get; of an input that is float32, any floating point or uint8 tensor will do."""
+
+    def check(self, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{self.name} must be a tensor, got {type(x).__name__}")
+        if x.device.type != "cpu":
+            raise ValueError(f"{self.name} must be on the CPU, where a compiled network runs, got one on {x.device}")
+        if tuple(x.shape[1:]) != self.shape or not x.dim():
+            needed = ", ".join(["batch", *map(str, self.shape)])
+            raise ValueError(f"{self.name} must have the shape [{needed}], got {list(x.shape)}")
+        if self.dtype == "float32":
+            if not (x.is_floating_point() or x.dtype == torch.uint8):
+                raise TypeError(f"{self.name} must be floating point or uint8, got {x.dtype}")
+        elif str(x.dtype) != f"torch.{self.dtype}":
+            raise TypeError(f"{self.name} must be torch.{self.dtype}, as in the example, got {x.dtype}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.name} must not require a gradient, which a compiled network has none of: call it under "
+                "torch.no_grad(), or with a detached tensor"
+            )
+
+
+class CompiledNetwork(nn.Module):
+    """A network that :func:`compile` made. It has no parameters and no gradients, and runs on the CPU.
+
+    ``forward`` takes the inputs that the network took, each [batch, ...] with any size of the batch, 0 included, in any
+    strides: float32, float64, float16, bfloat16 or uint8. All are computed in float32, float64 too; outputs that are
+    float32 get the dtype of the first floating point input. An input that requires a gradient, where gradients are
+    recorded, is an error. Several threads may call it at once.
+
+    ``print`` shows the parts that run in turn, a line a node.
+
+    Args:
+        inputs: what forward takes.
+        parts: the engine's and torch's, in the order in which they run.
+        outputs: names of inputs, of what parts give, or of constants.
+        structure: how outputs are nested.
+        constants: outputs that depend on no input.
+        precision: "fp32", "bf16" or "int8".
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[Input, ...],
+        parts: tuple[Part, ...],
+        outputs: tuple[str, ...],
+        structure: Structure,
+        constants: dict[str, Tensor],
+        precision: str,
+    ) -> None:
+        super().__init__()
+        self.inputs, self.parts, self.outputs, self.structure = inputs, parts, outputs, structure
+        self.constants, self.precision = constants, precision
+        self.training = False
+        self._runs: tuple[Run, ...] | None = None
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The network's outputs, nested as the network nests them.
+
+        Raises:
+            TypeError, ValueError: an input has a wrong dtype, shape or device; the message names it.
+            RuntimeError: an input requires a gradient, and gradients are recorded.
+        """
+        found = self.values(inputs)
+        dtype = next((x.dtype for x in inputs if x.is_floating_point()), torch.float32)
+        outputs = [found[name] for name in self.outputs]
+        return nested(self.structure, [y.to(dtype) if y.dtype == torch.float32 else y for y in outputs])
+
+    def values(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
+        """What parts hand on, by name: inputs and the outputs of parts, as they are computed."""
+        self._check(inputs)
+        found: dict[str, Any] = dict(self.constants)
+        for each, x in zip(self.inputs, inputs):
+            found[each.name] = x.float() if each.dtype == "float32" else x
+        runs = self._runs or self._prepared()
+        with torch.no_grad():
+            for part, run in zip(self.parts, runs):
+                found.update(zip(part.outputs, run([found[name] for name in part.inputs])))
+        return found
+
+    def train(self, mode: bool = True) -> CompiledNetwork:
+        """Leaves the network as it is: it is always in evaluation mode."""
+        return self
+
+    def __repr__(self) -> str:
+        lines = [f"CompiledNetwork, {self.precision}"]
+        lines += [f"  input {each.name} [{', '.join(['batch', *map(str, each.shape)])}]" for each in self.inputs]
+        for index, part in enumerate(self.parts):
+            lines.append(f"part {index}, {'the engine' if isinstance(part, EnginePart) else 'torch'}")
+            lines += _table(_rows(part))
+        return "\n".join(lines)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_runs": None}
+
+    def _check(self, inputs: Sequence[Any]) -> None:
+        if len(inputs) != len(self.inputs):
+            names = ", ".join(each.name for each in self.inputs)
+            raise TypeError(f"the network takes {len(self.inputs)} inputs, {names}, got {len(inputs)}")
+        for each, x in zip(self.inputs, inputs):
+            each.check(x)
+            if len(x) != len(inputs[0]):
+                raise ValueError(f"{each.name} must have {len(inputs[0])} images, as the first input, got {len(x)}")
+
+    def _prepared(self) -> tuple[Run, ...]:
+        with _making:
+            if self._runs is None:
+                self._runs = tuple(
+                    executor(part.graph, self.precision) if isinstance(part, EnginePart) else partial(_run_torch, part)
+                    for part in self.parts
+                )
+            return self._runs
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledNetwork:
+        try:
+            moved = fn(torch.empty(0))
+            stays = moved.device.type == "cpu" and moved.dtype == torch.float32
+        except (RuntimeError, AssertionError):  # there is no such device here
+            stays = False
+        if not stays:
+            raise RuntimeError(
+                "a compiled network stays on the CPU, with the precision that it was compiled for: compile the network "
+                "again for another precision; on a GPU run the packed network itself"
+            )
+        return self
+
+
+def _run_torch(part: TorchPart, inputs: Sequence[Any]) -> Sequence[Any]:
+    # Views were captured on contiguous tensors.
+    return part.module(*(x.contiguous() if isinstance(x, Tensor) else x for x in inputs))
+
+
+def compile(
+    net: nn.Module,
+    example: Tensor | tuple[Tensor, ...],
+    *,
+    precision: str = "fp32",
+    calibration: Iterable[Tensor | tuple[Tensor, ...]] | None = None,
+) -> CompiledNetwork:
+    """A network for inference on the CPU in one call: its packed layers, what lies between them and all else.
+
+    The network is captured by torch.export in evaluation mode, with any size of the batch, and rewritten for the
+    engine. What the engine has no operator for stays torch's; ``print`` of the result says what, and why. ``net`` stays
+    as it is; what changes in it later, the compiled network does not see. The precision that packed layers were made
+    with does not matter, but where torch runs them.
+
+    Args:
+        net: on the CPU; Bayes layers in it are packed first, and plain layers are taken with their dense weights.
+        example: an input [batch, ...], or a tuple of the inputs; their shapes count, but for the batch's size, which
+            has to be 1 or more.
+        precision: "fp32"; "bf16", products of bfloat16 numbers; or "int8", quantized activations and weights.
+        calibration: for "int8", batches of inputs like ``example``, whose ranges the scales are made of.
+
+    Returns:
+        a module that takes inputs as ``net`` does, positional ones alone, and returns what it returns.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or torch.export can not capture the network with a batch of any
+            size; the message says why.
+    """
+    check_precision(precision)
+    inputs = _checked(net, example)
+    if (precision == "int8") != (calibration is not None):
+        raise ValueError(
+            "calibration must be batches of inputs where precision is 'int8', and None elsewhere, got "
+            f"{'None' if calibration is None else 'some'} with {precision!r}"
+        )
+    captured = capture(net, inputs)
+    split = partition(lower(captured))
+    parts = tuple(_finished(part) for part in split.parts)
+    described = tuple(
+        Input(node.name, tuple(x.shape[1:]), str(x.dtype).removeprefix("torch."))
+        for node, x in zip(captured.inputs, inputs)
+    )
+    return CompiledNetwork(described, parts, split.outputs, captured.structure, split.constants, precision)
+
+
+def _checked(net: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs that the network is captured with."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    inputs = (example,) if isinstance(example, Tensor) else example
+    if not isinstance(inputs, (tuple, list)) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        raise TypeError(f"example must be a tensor or a tuple of tensors, got {type(example).__name__}")
+    for x in inputs:
+        if not x.dim() or len(x) != len(inputs[0]) or not len(x):
+            shapes = ", ".join(str(list(x.shape)) for x in inputs)
+            raise ValueError(f"example must have one batch of 1 or more as the first dimension, got {shapes}")
+    for tensor in (*inputs, *net.parameters(), *net.buffers()):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"net and example must be on the CPU, got a tensor on {tensor.device}")
+    return tuple(x.float() if x.is_floating_point() or x.dtype == torch.uint8 else x for x in inputs)
+
+
+def _finished(part: Part) -> Part:
+    if isinstance(part, TorchPart):
+        return part
+    part.graph.check()
+    return part
+
+
+def _rows(part: Part) -> list[tuple[str, ...]]:
+    if isinstance(part, TorchPart):
+        return [(call.name, call.op, call.reason) for call in part.calls]
+    rows: list[tuple[str, ...]] = []
+    for node in part.graph.nodes:
+        value = part.graph.values[node.output]
+        shape = f"[{', '.join(map(str, value.shape))}]"
+        rows.append((node.output, node.op, shape, value.dtype, _shown(node.activation)))
+    return rows
+
+
+def _shown(activation: Activation) -> str:
+    if activation.name == "none":
+        return ""
+    if activation == RELU:
+        return "relu"
+    numbers = {"clamp": f"({activation.low:g}, {activation.high:g})", "leaky_relu": f"({activation.low:g})"}
+    return activation.name + numbers.get(activation.name, "")
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    return ["  " + "".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
