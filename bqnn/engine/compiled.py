@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.core.check import check_precision
+from bqnn.core.native import cpu_isa
 from bqnn.engine import reference
 from bqnn.engine.capture import Structure, capture, nested
 from bqnn.engine.graph import RELU, Activation, Graph
 from bqnn.engine.lower import lower
 from bqnn.engine.partition import EnginePart, Part, TorchPart, partition
+from bqnn.engine.program import Program
 
 _making = threading.Lock()
 
@@ -25,7 +27,9 @@ Run = Callable[[Sequence[Tensor]], Sequence[Any]]
 
 def executor(graph: Graph, precision: str) -> Run:
     """What runs a graph: it takes float32 tensors [batch, *shape] and gives those of its outputs."""
-    return partial(reference.run, graph, dtype=torch.float32)
+    if cpu_isa() == "none":
+        return partial(reference.run, graph, dtype=torch.float32)
+    return Program(graph)
 
 
 @dataclass(frozen=True)

@@ -83,17 +83,17 @@ class Program:
         self._run = torch.ops.bqnn_cpu.engine_run.default
         weakref.finalize(self, torch.ops.bqnn_cpu.engine_free, self._handle)
 
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The graph's outputs, float32, for inputs float32 or uint8 [N, *shape], of any strides.
 
         Raises:
             ValueError: an input has another dtype, shape or device, or another batch than the first.
         """
-        return self._run(self._handle, inputs)
+        return self._run(self._handle, list(inputs))
 
-    def instructions(self, *inputs: Tensor) -> list[Instruction]:
+    def instructions(self, inputs: Sequence[Tensor]) -> list[Instruction]:
         """What runs, and how long it takes on these inputs."""
-        times = torch.ops.bqnn_cpu.engine_times(self._handle, inputs).tolist()
+        times = torch.ops.bqnn_cpu.engine_times(self._handle, list(inputs)).tolist()
         lines = torch.ops.bqnn_cpu.engine_describe(self._handle).splitlines()[1:]
         parts = [line.split(" ", 1) for line in lines]
         return [
