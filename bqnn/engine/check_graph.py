@@ -24,7 +24,7 @@ LONGEST_NAME = 100  # characters of a name in a message
 _PRODUCTS = ("conv2d", "linear")
 # A scale and its reciprocal are then ordinary float32 numbers.
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-120, 2.0**120
-_MOST_COLUMNS = MOST // (255 * MAX_WEIGHT)
+MOST_COLUMNS = MOST // (255 * MAX_WEIGHT)
 """Products of a uint8 and an integer weight that 32 bits can sum whatever the numbers."""
 
 
@@ -205,8 +205,8 @@ def _check_sums(node: Node, x: Value) -> None:
     """That the sums of integers fit 32 bits."""
     if x.dtype != "uint8":
         return
-    if node.op in _PRODUCTS and columns_of(node, x.shape) > _MOST_COLUMNS:
-        raise ValueError(f"sums of more than {_MOST_COLUMNS} products could overflow, got {columns_of(node, x.shape)}")
+    if node.op in _PRODUCTS and columns_of(node, x.shape) > MOST_COLUMNS:
+        raise ValueError(f"sums of more than {MOST_COLUMNS} products could overflow, got {columns_of(node, x.shape)}")
     if "avg_pool2d" in node.op and 255 * math.prod(largest_window(node, x.shape)) > MOST:
         raise ValueError("sums of so large windows could overflow")
 
