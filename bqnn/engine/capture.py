@@ -29,8 +29,9 @@ from bqnn.engine.pack import pack
 
 _USUAL = (torch.float32, torch.uint8, torch.int64, torch.bool)  # dtypes of states that can stay as they are
 
-BATCH = 2
-"""Images in the batch that a network is captured with; export takes 0 and 1 for sizes of their own."""
+BATCH = 8
+"""Images in the batch that a network is captured with. Export takes sizes of 0 and 1 for ones that stay, and with a few
+images those may be what is left of a batch."""
 
 # Of ops that give their input itself, or a part of it, and whose schemas do not say so.
 _PASSES_ON = ("dropout", "dropout_", "feature_dropout", "alpha_dropout")
@@ -106,16 +107,19 @@ def _name_inputs(inputs: Sequence[fx.Node], net: nn.Module) -> None:
 
 def _export(net: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     batch = Dim("batch")
-    with torch.no_grad():
-        try:
-            return torch.export.export(
-                _Called(net), (inputs,), dynamic_shapes=(tuple({0: batch} for _ in inputs),), strict=False
-            )
-        except Exception as error:  # of any kind: what the network's own code raises comes through as well
-            raise ValueError(
-                "net must be such that torch.export captures it with a batch of any size, but that fails: "
-                f"{type(error).__name__}: {shown(str(error))}"
-            ) from error
+    shapes = (tuple({0: batch} for _ in inputs),)
+    failed: Exception | None = None
+    # The strict way takes several times as long, and reads the network's Python: it knows what len(x) is.
+    for strict in (False, True):
+        with torch.no_grad():
+            try:
+                return torch.export.export(_Called(net), (inputs,), dynamic_shapes=shapes, strict=strict)
+            except Exception as error:  # of any kind: what the network's own code raises comes through as well
+                failed = failed or error
+    raise ValueError(
+        "net must be such that torch.export captures it with a batch of any size, but that fails: "
+        f"{type(failed).__name__}: {shown(str(failed))}"
+    ) from failed
 
 
 class _Called(nn.Module):

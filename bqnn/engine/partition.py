@@ -18,6 +18,7 @@ from bqnn.engine.lowering.call import Lowering
 
 WORK = ("conv2d", "linear")
 """Operators that make an engine part worth a change from torch and back."""
+_VIEWS = ("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default")
 SMALL = "it stands between calls of torch's, with too little work for a part of the engine"
 
 
@@ -181,8 +182,17 @@ def _torch_part(lowered: Lowering, members: list[fx.Node], wanted: set[str], by_
 
     for node in members:
         copies[node] = graph.node_copy(node, copied)
+        _complete_shape(copies[node], node.meta.get("val"))
     outputs = tuple(node.name for node in members if node.name in wanted)
     graph.output(tuple(copies[node] for node in members if node.name in wanted))
     calls = tuple(TorchCall(node.name, str(node.target), by_torch[node]) for node in members)
     module = fx.GraphModule(root, graph, "TorchPart")
     return TorchPart(tuple(inputs), outputs, module, calls)
+
+
+def _complete_shape(call: fx.Node, value: Any) -> None:
+    """Puts the size that -1 stands for into the shape of a view: of a batch without images torch can not tell it."""
+    if len(call.args) < 2 or not isinstance(call.args[1], (list, tuple)) or str(call.target) not in _VIEWS:
+        return
+    sizes = [real if size == -1 and type(real) is int else size for size, real in zip(call.args[1], value.shape)]
+    call.args = (call.args[0], sizes)

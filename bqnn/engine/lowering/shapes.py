@@ -127,15 +127,14 @@ def _sliced(call: Call, x: Value, axis: int, start: int, stop: int, step: int) -
 
 def split(call: Call) -> None:
     """split, split_with_sizes and chunk: a slice for each tensor that is taken."""
-    x = call.value()
+    x, start = call.value(), 0
     dimension = call["dim"] % (1 + len(x.shape))
     if dimension == 0:
         raise Unlowered("it takes the batch apart")
-    axis, start = dimension - 1, 0
     elements: list[Callable[[Call], str]] = []
     for piece in call.node.meta["val"]:
         size = piece.shape[dimension]
-        elements.append(partial(_piece, x=x, axis=axis, start=start, stop=start + size))
+        elements.append(partial(_piece, x=x, axis=dimension - 1, start=start, stop=start + size))
         start += size
     call.gives(elements)
 
