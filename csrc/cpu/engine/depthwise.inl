@@ -17,9 +17,7 @@ BQNN_INLINE void sum_taps(const X* x, const Conv& conv, int64_t row, int64_t pix
       BQNN_UNROLL(4) for (int p = 0; p < kPixels; ++p) {
         Float value;
         if constexpr (sizeof(X) == 1) {
-          Bytes bytes;
-          __builtin_memcpy(&bytes, from + p * step, sizeof bytes);
-          value = to_float(__builtin_convertvector(bytes, Int));
+          value = to_float(load_bytes(from + p * step));
         } else {
           value = load(from + p * step);
         }

@@ -20,7 +20,7 @@ inline void read_rows(const Outside& from, const View& to, int64_t begin, int64_
         float values[kLanes] = {};
         for (int j = 0; j < lanes; ++j) values[j] = static_cast<float>(at[j * inner_x]);
         Y stored[kLanes];
-        numbers.write(stored, load(values));
+        numbers.write(stored, load(values), kLanes);
         for (int j = 0; j < lanes; ++j) y[o * outer_y + (i + j) * inner_y] = stored[j];
       }
   }

@@ -86,11 +86,8 @@ inline void avg_pool_rows(const PoolCall& call, int64_t begin, int64_t end) {
         if constexpr (sizeof(X) == 1) {
           Int sum = Int{} - taps * call.x.zero;
           for (int64_t r = rows.first; r < rows.last; ++r)
-            for (int64_t s = columns.first; s < columns.last; ++s) {
-              Bytes bytes;
-              __builtin_memcpy(&bytes, elements<X>(call.x, image, r, s) + c, sizeof bytes);
-              sum += __builtin_convertvector(bytes, Int);
-            }
+            for (int64_t s = columns.first; s < columns.last; ++s)
+              sum += load_bytes(elements<X>(call.x, image, r, s) + c);
           value = to_float(sum);
         } else {
           Float sum = {};

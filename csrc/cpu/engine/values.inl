@@ -1,6 +1,56 @@
 // Numbers of a value in memory, float32 or quantized, and floats in registers.
 
-typedef uint8_t Bytes __attribute__((vector_size(BQNN_LANES)));
+// As many bytes as there are lanes, as integers. (GCC 12 takes the lanes of __builtin_convertvector one by one.)
+BQNN_INLINE Int load_bytes(const uint8_t* p) {
+#if BQNN_LANES == 16
+  return (Int)_mm512_maskz_cvtepu8_epi32(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif BQNN_LANES == 8
+  return (Int)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  Int x = {};
+  for (int i = 0; i < kLanes; ++i) x[i] = p[i];
+  return x;
+#endif
+}
+
+// The low byte of each of the first `count` lanes, which are 0 to 255.
+BQNN_INLINE void store_bytes(uint8_t* p, Int x, int count) {
+#if BQNN_LANES == 16
+  if (count == kLanes)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(0xFFFF, (__m512i)x));
+  else
+    _mm512_mask_cvtepi32_storeu_epi8(p, (__mmask16)((1u << count) - 1u), (__m512i)x);
+#elif BQNN_LANES == 8
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  uint64_t bytes = static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+  if (count == kLanes) return (void)__builtin_memcpy(p, &bytes, sizeof bytes);
+  BQNN_UNROLL(4) for (int piece = kLanes / 2; piece > 0; piece /= 2)
+    if (count & piece) {
+      __builtin_memcpy(p, &bytes, static_cast<size_t>(piece));
+      p += piece, bytes >>= 8 * piece;
+    }
+#else
+  for (int i = 0; i < count; ++i) p[i] = static_cast<uint8_t>(x[i]);
+#endif
+}
+
+BQNN_INLINE void store_floats(float* p, Float x, int count) {
+#if BQNN_LANES == 8
+  if (count == kLanes) return store(p, x);
+  __m128 part = _mm256_castps256_ps128((__m256)x);
+  if (count & 4) {
+    _mm_storeu_ps(p, part);
+    p += 4, part = _mm256_extractf128_ps((__m256)x, 1);
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+    p += 2, part = _mm_movehl_ps(part, part);
+  }
+  if (count & 1) _mm_store_ss(p, part);
+#else
+  store_first(p, x, count);
+#endif
+}
 
 // Numbers of an element type: how they are read and written. A vector that is read may go on beyond the last number.
 template <class Element>
@@ -10,13 +60,7 @@ template <>
 struct Numbers<float> {
   BQNN_INLINE explicit Numbers(const View&) {}
   BQNN_INLINE Float read(const float* p) const { return load(p); }
-  BQNN_INLINE void write(float* p, Float x) const { store(p, x); }
-  BQNN_INLINE void write(float* p, Float x, int count) const {
-    if (count == kLanes) return store(p, x);
-    float all[kLanes];
-    store(all, x);
-    for (int i = 0; i < count; ++i) p[i] = all[i];
-  }
+  BQNN_INLINE void write(float* p, Float x, int count) const { store_floats(p, x, count); }
 };
 
 template <>
@@ -25,27 +69,12 @@ struct Numbers<uint8_t> {
 
   BQNN_INLINE explicit Numbers(const View& view)
       : scale(view.scale), inverse(1.0f / view.scale), zero(static_cast<float>(view.zero)) {}
-  BQNN_INLINE Float read(const uint8_t* p) const {
-    Bytes bytes;
-    __builtin_memcpy(&bytes, p, sizeof bytes);
-    return (to_float(__builtin_convertvector(bytes, Int)) - zero) * scale;
-  }
+  BQNN_INLINE Float read(const uint8_t* p) const { return (to_float(load_bytes(p)) - zero) * scale; }
   // The nearest, ties to even; a NaN becomes the least.
-  BQNN_INLINE Bytes quantize(Float x) const {
-    const Float q = round(min(max(x * inverse, broadcast(-zero)), broadcast(255.0f - zero))) + zero;
-    return __builtin_convertvector(to_int(q), Bytes);
+  BQNN_INLINE Int quantize(Float x) const {
+    return to_int(round(min(max(x * inverse, broadcast(-zero)), broadcast(255.0f - zero))) + zero);
   }
-  BQNN_INLINE void write(uint8_t* p, Float x) const {
-    const Bytes bytes = quantize(x);
-    __builtin_memcpy(p, &bytes, sizeof bytes);
-  }
-  BQNN_INLINE void write(uint8_t* p, Float x, int count) const {
-    const Bytes bytes = quantize(x);
-    if (count == kLanes) return (void)__builtin_memcpy(p, &bytes, sizeof bytes);
-    uint8_t all[kLanes];
-    __builtin_memcpy(all, &bytes, sizeof bytes);
-    for (int i = 0; i < count; ++i) p[i] = all[i];
-  }
+  BQNN_INLINE void write(uint8_t* p, Float x, int count) const { store_bytes(p, quantize(x), count); }
 };
 
 // Calls f with a null pointer of the element type.
