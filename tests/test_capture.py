@@ -16,6 +16,11 @@ from tests.support.compiled import Function, compiled, ops, packed, reasons
 X = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.fixture(autouse=True)
+def without_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bqnn.engine.compiled.optimize", lambda graph: graph)
+
+
 def targets(captured: Captured) -> list[str]:
     return [str(node.target) for node in captured.nodes]
 

@@ -34,6 +34,11 @@ class Layers(nn.Module):
         return self.function(self, x)
 
 
+@pytest.fixture(autouse=True)
+def without_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bqnn.engine.compiled.optimize", lambda graph: graph)
+
+
 def rolled(x: Tensor) -> Tensor:
     """What the engine has not."""
     return torch.roll(x, 1, 2)

@@ -18,6 +18,7 @@ from bqnn.engine.capture import Structure, capture, nested
 from bqnn.engine.graph import RELU, Activation, Graph
 from bqnn.engine.lower import lower
 from bqnn.engine.partition import EnginePart, Part, TorchPart, partition
+from bqnn.engine.passes import optimize
 from bqnn.engine.program import Program
 
 _making = threading.Lock()
@@ -238,7 +239,7 @@ def _finished(part: Part) -> Part:
     if isinstance(part, TorchPart):
         return part
     part.graph.check()
-    return part
+    return EnginePart(optimize(part.graph))
 
 
 def _rows(part: Part) -> list[tuple[str, ...]]:

@@ -32,7 +32,6 @@ class Lowering:
         """Of lowered calls: what computes them, none where they are another value."""
         self.elements: dict[fx.Node, list[Callable[[Call], str]]] = {}
         """Of lowered calls that give several tensors: what lowers the call that takes one."""
-        self.producers: dict[str, Node] = {}
         self.reasons: dict[fx.Node, str] = {}
         """Of the calls that stay torch's: why."""
         self.no_value: dict[fx.Node, str] = {}
@@ -150,13 +149,6 @@ class Call:
         self.made.append(Node(op, tuple(inputs), name, attributes or {}, tensors or {}, activation))
         return name
 
-    def producer(self, value: str) -> Node | None:
-        """The node that gives a value; None where it is an input."""
-        return self._lowering.producers.get(value)
-
-    def input_of(self, node: Node) -> Value:
-        return self._lowering.values[node.inputs[0]]
-
     def gives(self, elements: list[Callable[[Call], str]]) -> None:
         """Says that the call gives several tensors, each of which is lowered where one takes it."""
         self._lowering.elements[self.node] = elements
@@ -174,7 +166,6 @@ class Call:
         lowering = self._lowering
         lowering.nodes[self.node] = self.made
         lowering.values |= self._values
-        lowering.producers |= {node.output: node for node in self.made}
         if name is not None:
             lowering.names[self.node] = name
 

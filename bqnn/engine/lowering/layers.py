@@ -32,12 +32,6 @@ def _convolution(
 ) -> str:
     if len(x.shape) != 3:
         raise Unlowered("it takes no images")
-    producer = call.producer(x.name)
-    if producer is not None and producer.op == "pad" and producer.attributes["value"] == 0:
-        low, high = producer.attributes["low"], producer.attributes["high"]
-        if low[0] == high[0] == 0:
-            padding = [a + b for a, b in zip(padding, (low[1], high[1], low[2], high[2]))]
-            x = call.input_of(producer)
     attributes = {
         "kernel": tuple(kernel),
         "stride": pair(call["stride"]),

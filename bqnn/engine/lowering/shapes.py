@@ -108,21 +108,13 @@ def narrow(call: Call) -> str:
 
 
 def _sliced(call: Call, x: Value, axis: int, start: int, stop: int, step: int) -> str:
-    """A slice of one axis; one that follows another slice is one with it."""
+    """A slice of one axis."""
     if (start, stop, step) == (0, x.shape[axis], 1):
         return x.name
     starts, stops, steps = [0] * len(x.shape), list(x.shape), [1] * len(x.shape)
     starts[axis], stops[axis], steps[axis] = start, stop, step
-    producer, source = call.producer(x.name), x
-    if producer is not None and producer.op == "slice":
-        source, before = call.input_of(producer), producer.attributes
-        for each in range(len(starts)):
-            first, stride = before["start"][each], before["step"][each]
-            stops[each] = first + stride * (stops[each] - 1) + 1
-            starts[each] = first + stride * starts[each]
-            steps[each] *= stride
     attributes = {"start": tuple(starts), "stop": tuple(stops), "step": tuple(steps)}
-    return call.emit("slice", [source.name], None, attributes)
+    return call.emit("slice", [x.name], None, attributes)
 
 
 def split(call: Call) -> None:
