@@ -57,6 +57,12 @@ def test_rivals_that_are_installed_run(tiny: str) -> None:
     variants = [name for name in RIVALS if name.startswith(("onnxruntime", "openvino")) and "bf16" not in name]
     for batch in (1, 4):
         assert set(Race(NetworkGroup(tiny, batch), variants, timed=False).infos) == set(variants)
+    x = networks.images(tiny, 4, 0)
+    for variant in variants:
+        call = networks.rivals(tiny).call(variant, x)
+        first = call().clone()
+        x.mul_(-1.0)
+        assert not torch.equal(call(), first), f"{variant} does not read its input again"
     assert sys.modules["openvino_telemetry"] is None
 
 
