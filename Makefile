@@ -78,7 +78,7 @@ sanitize:  ## kernels under AddressSanitizer and UBSan, on every instruction set
 	@$(MAKE) --no-print-directory -j "$$(nproc)" $(CASES:%=build/sanitize/%)
 	@set -e; for program in $(CASES); do echo "$$program, with sanitizers"; build/sanitize/$$program; done
 
-bench: $(RIVALS)  ## pytest-benchmark, to bench/results/<cpu>.json; about 20 minutes, ARGS="-k lenet5" for a part
+bench: $(RIVALS)  ## pytest-benchmark, to bench/results/<cpu>.json; about an hour, ARGS="-k lenet5" for a part
 	$(VENV)/bin/pytest bench -q --benchmark-quiet --save $(ARGS)
 
 $(RIVALS): $(STAMP)

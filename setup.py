@@ -195,7 +195,8 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"],
-        "bench": ["onnx>=1.17", "onnxruntime>=1.23"],  # a rival
+        # rivals; onnxscript exports a network for ONNX Runtime, and nncf quantizes one for OpenVINO
+        "bench": ["onnx>=1.17", "onnxruntime>=1.23", "onnxscript>=0.5", "openvino>=2025.3", "nncf>=2.18"],
         "dev": ["ruff>=0.12", "mypy>=1.15"],
     },
     entry_points={"console_scripts": ["bqnn = bqnn.cli.main:main"]},

@@ -26,6 +26,7 @@ RACES = pytest.StashKey[dict[Any, tuple[ModuleType, Race]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--save", action="store_true", help="put what is measured into bench/results/<cpu>.json")
+    parser.addoption("--compiled", action="store_true", help="time whole networks by torch.compile too")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,7 +1,8 @@
 """Times of several calls, taken in turns: what else the machine does then falls on all of them alike.
 
 A round visits every call in a new order. At each visit the call first runs untimed until threads, clock and caches
-are its own again, as in a loop of nothing else, and then often enough for the clock to measure.
+are its own again, as in a loop of nothing else, and then often enough for the clock to measure. How long all that is
+done is a :class:`Pace`; a group may have its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LEAST_ROUNDS = 15
 
 
 class Pace(NamedTuple):
-    """Seconds of the parts of a visit."""
+    """The parts of a visit, in seconds where nothing else is said."""
 
     pause: float = 0.003
     """A sleep comes first: the idle threads of one library spin before they sleep."""
@@ -31,22 +32,24 @@ class Pace(NamedTuple):
     burst: float = 0.006
     """Timed calls take about so long; a longer call is made once."""
     long: float = 0.020
-    """A call that takes longer has settled before it ends, and is not made untimed first."""
+    """A call that takes longer has settled before it ends, and is not made untimed for ``settle``."""
+    warm: int = 0
+    """So many untimed calls are made whatever they take."""
 
 
 PACE = Pace()
 
 
 def interleaved_seconds(
-    calls: Mapping[str, Callable[[], object]], budget: float, pace: Pace = PACE
+    calls: Mapping[str, Callable[[], object]], budget: float, pace: Pace = PACE, least_rounds: int = LEAST_ROUNDS
 ) -> dict[str, list[float]]:
     """Seconds a call of each of ``calls``, one figure a round.
 
     Args:
-        budget: seconds that all rounds together may take; there are at least :data:`LEAST_ROUNDS` whatever it says.
+        budget: seconds that all rounds together may take; there are at least ``least_rounds`` whatever it says.
         pace: of each visit.
     """
-    estimates = {name: _estimate(call) for name, call in calls.items()}
+    estimates = {name: _estimate(call, pace) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     shuffle = random.Random(0).shuffle
@@ -55,7 +58,7 @@ def interleaved_seconds(
     try:
         end = time.perf_counter() + budget
         rounds = 0
-        while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+        while rounds < least_rounds or time.perf_counter() < end:
             shuffle(order)
             for name in order:
                 times[name].append(_visit(calls[name], estimates[name], pace))
@@ -65,7 +68,8 @@ def interleaved_seconds(
     return times
 
 
-def _estimate(call: Callable[[], object]) -> float:
+def _estimate(call: Callable[[], object], pace: Pace) -> float:
+    time.sleep(pace.pause)
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -76,6 +80,8 @@ def _estimate(call: Callable[[], object]) -> float:
 
 def _visit(call: Callable[[], object], estimate: float, pace: Pace) -> float:
     time.sleep(pace.pause)
+    for _ in range(pace.warm):
+        call()
     settled = time.perf_counter() + pace.settle
     while estimate < pace.long and time.perf_counter() < settled:
         call()
@@ -106,9 +112,20 @@ class Replay:
 
 
 class Race:
-    """The selected variants of one group: made, checked, and those that are right timed against each other."""
+    """The selected variants of one group: made, checked, and those that are right timed against each other.
 
-    def __init__(self, group: Group, variants: list[str], timed: bool, pace: Pace = PACE) -> None:
+    Args:
+        pace: of each visit; by default the group's own where it has one, else :data:`PACE`.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        variants: list[str],
+        timed: bool,
+        pace: Pace | None = None,
+        least_rounds: int = LEAST_ROUNDS,
+    ) -> None:
         self.name = group.name
         self.failures: dict[str, BaseException] = {}
         self.seconds: dict[str, list[float]] = {}
@@ -128,5 +145,6 @@ class Race:
         if timed and calls:
             elsewhere = Elsewhere()
             with torch.inference_mode():
-                self.seconds = interleaved_seconds(calls, group.budget, pace)
+                own = pace or getattr(group, "pace", PACE)
+                self.seconds = interleaved_seconds(calls, group.budget, own, least_rounds)
             self.elsewhere = elsewhere.share()

@@ -14,7 +14,7 @@ import torch
 import bqnn
 
 RESULTS = Path(__file__).resolve().parent / "results"
-RIVAL_PACKAGES = ("onnxruntime", "openvino")
+RIVAL_PACKAGES = ("onnxruntime", "openvino", "nncf")
 
 
 def describe_cpu() -> dict[str, Any]:

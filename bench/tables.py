@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import bench_lenet5, bench_packed_conv2d, bench_packed_linear, bench_training
+from bench import bench_lenet5, bench_networks, bench_packed_conv2d, bench_packed_linear, bench_training
 from bench.machine import RESULTS
-from bench.summary import DISTURBED, times_faster
+from bench.networks import NETWORKS, group_name
+from bench.summary import DISTURBED, fastest, times_faster
 from bqnn.core.codes import packed_width
 from bqnn.models import lenet5
 
@@ -163,6 +164,23 @@ def network(groups: Groups) -> Lines:
             yield from _times(groups, label, names, [variant], bench.BASELINES)
 
 
+def networks(groups: Groups) -> Lines:
+    """Whole networks: torch eager, the fastest rival and the best of ours by name, and the ratio of the two."""
+    bench = bench_networks
+    yield from _header("network, batch", "FPNN in torch, fp32", "the fastest rival", "**bqnn**", "times faster")
+    for net, network in NETWORKS.items():
+        for batch in network.batches:
+            medians = _medians(groups, group_name(net, batch))
+            ratio = times_faster(medians, bench.OURS, bench.RIVALS)
+            if ratio is None:
+                continue
+            theirs, ours = (fastest(medians, names) for names in (bench.RIVALS, bench.OURS))
+            eager = min((medians[name] for name in bench.BASELINES if name in medians), default=None)
+            cells = ["" if eager is None else _ms(eager), f"{_ms(medians[theirs])}, {theirs}"]
+            cells += [f"{_ms(medians[ours])}, {ours.removeprefix('bqnn ')}", f"**{_ratio(ratio)}**"]
+            yield _line([f"{network.title}, {batch}", *cells])
+
+
 def training(groups: Groups) -> Lines:
     """Steps: their time, and the bytes that wait for backward, over the full-precision network's."""
     bench = bench_training
@@ -262,7 +280,8 @@ def _size(shape: tuple[int, int]) -> str:
 
 
 OF_A_MACHINE: dict[str, Callable[[Groups], Lines]] = {
-    table.__name__: table for table in (packed_linear, packed_linear_odd, packed_conv2d, network, training, elementwise)
+    table.__name__: table
+    for table in (networks, packed_linear, packed_linear_odd, packed_conv2d, network, training, elementwise)
 }
 BENCHES = {
     **{name: (name.removesuffix("_odd"),) for name in OF_A_MACHINE},

@@ -95,3 +95,19 @@ def test_a_table_follows_its_file(tmp_path: Path) -> None:
     again = tables.render(text, ["some"], tmp_path)
     assert "| **packed int8** |  | 0.1 (20) |  |  |" in again
     assert "2026-01-01, while something else took up to 25% of the cores:" in again
+
+
+def test_the_table_of_networks_names_the_fastest_of_both_sides() -> None:
+    small = {"torch fp32": 4e-3, "torch fp32 nhwc": 3e-3, "torch bf16": 2e-3, "openvino int8": 1e-3}
+    ours = {"bqnn int8": 2e-3, "bqnn compiled int8": 5e-4, "bqnn compiled bf16": 8e-4}
+    groups = {
+        "network lenet5, batch 64": result_of({**small, **ours}),
+        "network mlp, batch 1": result_of({"onnxruntime fp32": 1e-3, "bqnn fp32": 4e-3}),
+        "network vgg7, batch 1": result_of(small),
+    }
+    assert list(tables.networks(groups)) == [
+        "| network, batch | FPNN in torch, fp32 | the fastest rival | **bqnn** | times faster |",
+        "|---|---|---|---|---|",
+        "| LeNet-5, 64 | 3 | 1, openvino int8 | 0.5, compiled int8 | **2.00** |",
+        "| MLP 784-4096-4096-10, 1 |  | 1, onnxruntime fp32 | 4, fp32 | **0.25** |",
+    ]
