@@ -24,8 +24,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import bqnn
-
 Call = Callable[[], Tensor]
 
 COMPILED = ("torch fp32 compiled", "torch bf16 compiled")
@@ -105,7 +103,7 @@ class Rivals:
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
                 per_channel=True,
-                reduce_range=bqnn.cpu_isa() in ("scalar", "avx2"),  # without VNNI its sums of products saturate
+                reduce_range=not torch.cpu._is_vnni_supported(),  # without it sums of two products saturate
             )
             return load(quantized)
 
