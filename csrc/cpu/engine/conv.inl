@@ -75,11 +75,18 @@ inline void make_panel(const Conv& conv, int64_t group, int64_t strip, uint32_t*
 
 // --- products -----------------------------------------------------------------------------------------------------
 
-// Where the segments of K are, from a position on, and how long they are.
-struct Segments {
-  const int64_t* offset;  // bytes
-  int64_t count, lanes;
+// A run of K that is contiguous in x: where it is, in bytes from a position on, and how many lanes it has.
+struct Piece {
+  int64_t offset, lanes;
 };
+
+// Pieces whose part of a panel stays in the L1 cache while a batch of positions is multiplied by it.
+struct Chunk {
+  const Piece* pieces;
+  int64_t count, panel;  // pieces, and the first word of the panel
+};
+
+constexpr int64_t kChunkLanes = 128;
 
 // The products of a few lanes of K, added to running sums. A chain is how many lanes are added in 16 bits first, where
 // there is no instruction that adds up bytes in 32.
@@ -144,29 +151,33 @@ struct FloatSums {
   }
 };
 
-// Products [kRows][kWidth] of positions and the first kCount vectors of a strip, over all of K, in its order whatever
-// kRows is.
+// Adds (or, first, writes) to products [kRows][kWidth] those of positions and the first kCount vectors of a strip, over a
+// chunk of K: in the order of K whatever kRows is.
 template <template <int, int, int> class Sums, int kRows, int kCount, int kChain>
-__attribute__((noinline)) void multiply_tile(const char* const* position, const Segments& segments,
-                                             const uint32_t* panel, uint32_t* products) {
+__attribute__((noinline)) void multiply_tile(const char* const* position, const Chunk& chunk, const uint32_t* weight,
+                                             uint32_t* products, bool first) {
   Sums<kRows, kCount, kChain> sums;
-  for (int64_t s = 0; s < segments.count; ++s, panel += segments.lanes * kWidth) {
+  if (!first)
+    BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r)
+      BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v)
+        __builtin_memcpy(&sums.sum[r][v], products + r * kWidth + v * kLanes, sizeof(UInt));
+  for (const Piece *piece = chunk.pieces, *end = piece + chunk.count; piece < end; ++piece) {
     const char* row[kRows];
-    BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r) row[r] = position[r] + segments.offset[s];
-    const uint32_t* weight = panel;
+    BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r) row[r] = position[r] + piece->offset;
+    const int64_t lanes = piece->lanes;
     int64_t k = 0;
     if constexpr (kChain > 1)
-      for (; k + kChain <= segments.lanes; k += kChain, weight += kChain * kWidth)
+      for (; k + kChain <= lanes; k += kChain, weight += kChain * kWidth)
         sums.template add<kChain>(row, 4 * k, weight);
-    for (; k < segments.lanes; ++k, weight += kWidth) sums.template add<1>(row, 4 * k, weight);
+    for (; k < lanes; ++k, weight += kWidth) sums.template add<1>(row, 4 * k, weight);
   }
   BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r)
     BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v)
       __builtin_memcpy(products + r * kWidth + v * kLanes, &sums.sum[r][v], sizeof(UInt));
 }
 
-using Multiply = void(const char* const* position, const Segments& segments, const uint32_t* panel,
-                      uint32_t* products);
+using Multiply = void(const char* const* position, const Chunk& chunk, const uint32_t* weight, uint32_t* products,
+                      bool first);
 
 // The kernels of a call: of a whole tile, of few positions, and of one.
 struct Tiles {
@@ -266,23 +277,47 @@ inline void place(const ConvCall& call, int64_t group, int64_t first, int64_t co
   for (int64_t i = count; i < count + kMostTile; ++i) at->x[i] = at->x[count - 1];
 }
 
-inline void run_conv2d(const ConvCall& call, int64_t chunks, int64_t begin, int64_t end) {
+// The pieces of K in chunks of kChunkLanes lanes at most; returns how many chunks there are.
+inline int64_t plan_chunks(const ConvCall& call, Piece* pieces, Chunk* chunks) {
   const Conv& conv = *call.conv;
   const Window& window = conv.window;
+  const int64_t lanes = conv.integers ? segment_lanes<ByteOperand>(conv) : segment_lanes<FloatOperand>(conv);
+  const int64_t across = conv.segments / window.kernel_h;  // 1, or kernel_w
+  int64_t count = 0, used = kChunkLanes, panel = 0;
+  Piece* next = pieces;
+  for (int64_t s = 0; s < conv.segments; ++s) {
+    const int64_t row = s / across * window.dilation_h, column = s % across * window.dilation_w;
+    const int64_t offset = call.x.bytes(row * call.x.row + column * call.x.pixel);
+    for (int64_t lane = 0; lane < lanes;) {
+      if (used == kChunkLanes) chunks[count++] = {next, 0, panel}, used = 0;
+      // A piece as short as a few lanes would not repay its loop.
+      int64_t here = smaller(lanes - lane, kChunkLanes - used);
+      if (here < lanes - lane && here < 16) {
+        used = kChunkLanes;
+        continue;
+      }
+      *next++ = {offset + lane * 4, here};
+      ++chunks[count - 1].count;
+      lane += here, used += here, panel += here * kWidth;
+    }
+  }
+  return count;
+}
+
+inline void run_conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64_t end) {
+  const Conv& conv = *call.conv;
   const int64_t strips = ceil_div(conv.group_channels, kWidth), words = panel_words(conv);
   const int64_t positions = call.images * call.y.shape.height * call.y.shape.width;
-  auto* offset = room<int64_t>(Scratch::offsets, conv.segments);
-  const int64_t across = conv.segments / window.kernel_h;  // 1, or kernel_w
-  for (int64_t s = 0; s < conv.segments; ++s)
-    offset[s] = call.x.bytes(s / across * window.dilation_h * call.x.row + s % across * window.dilation_w * call.x.pixel);
-  const int64_t lanes = conv.integers ? segment_lanes<ByteOperand>(conv) : segment_lanes<FloatOperand>(conv);
-  const Segments segments{offset, conv.segments, lanes};
+  const int64_t most = 2 * (conv.segments + words / kWidth / 16);
+  auto* pieces = room<Piece>(Scratch::offsets, most);
+  auto* chunks = room<Chunk>(Scratch::tables, most);
+  const int64_t num_chunks = plan_chunks(call, pieces, chunks);
   uint32_t* made = conv.panels == nullptr ? room<uint32_t>(Scratch::panel, words) : nullptr;
   alignas(64) uint32_t products[(kBatch + kMostTile) * kWidth];
   int64_t decoded = -1;
   Positions at;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t index = unit / chunks, group = index / strips, strip = index % strips, chunk = unit % chunks;
+    const int64_t index = unit / parts, group = index / strips, strip = index % strips, part = unit % parts;
     const uint32_t* panel = conv.panels + index * words;
     if (conv.panels == nullptr) {
       if (index != decoded) make_panel(conv, group, strip, made);
@@ -290,16 +325,19 @@ inline void run_conv2d(const ConvCall& call, int64_t chunks, int64_t begin, int6
     }
     const int64_t width = smaller(conv.group_channels - strip * kWidth, kWidth);
     const Tiles tile = tiles_of(conv, static_cast<int>(ceil_div(width, kLanes)));
-    const int64_t last = positions * (chunk + 1) / chunks;
-    for (int64_t first = positions * chunk / chunks; first < last; first += kBatch) {
+    const int64_t last = positions * (part + 1) / parts;
+    for (int64_t first = positions * part / parts; first < last; first += kBatch) {
       const int64_t count = smaller(last - first, kBatch);
       place(call, group, first, count, &at);
-      for (int64_t i = 0; i < count;) {
-        const int64_t left = count - i;
-        const int rows = left == 1 ? 1 : left <= tile.few_rows ? tile.few_rows : tile.rows;
-        (rows == 1 ? tile.one : rows == tile.few_rows ? tile.few : tile.whole)(at.x + i, segments, panel,
-                                                                               products + i * kWidth);
-        i += rows;
+      for (int64_t c = 0; c < num_chunks; ++c) {
+        const uint32_t* weight = panel + chunks[c].panel;
+        for (int64_t i = 0; i < count;) {
+          const int64_t left = count - i;
+          const int rows = left == 1 ? 1 : left <= tile.few_rows ? tile.few_rows : tile.rows;
+          (rows == 1 ? tile.one : rows == tile.few_rows ? tile.few : tile.whole)(at.x + i, chunks[c], weight,
+                                                                                 products + i * kWidth, c == 0);
+          i += rows;
+        }
       }
       finish_batch(call, products, at, count, group * conv.group_channels + strip * kWidth, width);
     }

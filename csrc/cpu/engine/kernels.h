@@ -89,8 +89,8 @@ struct Kernels {
   // 32-bit words of a panel, and what is in it: the weights of a strip of a group.
   int64_t (*panel_words)(const Conv& conv);
   void (*make_panel)(const Conv& conv, int64_t group, int64_t strip, uint32_t* panel);
-  // Units: [group][strip][chunk], so many chunks of the positions of all images.
-  void (*conv2d)(const ConvCall& call, int64_t chunks, int64_t begin, int64_t end);
+  // Units: [group][strip][part], so many parts of the positions of all images.
+  void (*conv2d)(const ConvCall& call, int64_t parts, int64_t begin, int64_t end);
   // Units: rows of y.
   void (*depthwise)(const ConvCall& call, int64_t begin, int64_t end);
   void (*point)(const PointCall& call, int64_t begin, int64_t end);

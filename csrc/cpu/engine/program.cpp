@@ -295,11 +295,11 @@ void Program::run_instruction(const Frame& frame, const Instruction& of, const P
       }
       const int64_t strips = conv.groups * ceil_div(conv.group_channels, k.strip);
       const int64_t positions = rows * y.shape.width;
-      int64_t chunks = parallel.threads / std::gcd<int64_t>(parallel.threads, strips);
-      if (strips >= 4 * parallel.threads || chunks > positions) chunks = 1;
-      const int64_t work = products(of) * images / (strips * chunks);
-      parallel_for(parallel, strips * chunks, 1 + kWorthAThread / (1 + work),
-                   [&](int64_t begin, int64_t end) { k.conv2d(call, chunks, begin, end); });
+      int64_t parts = parallel.threads / std::gcd<int64_t>(parallel.threads, strips);
+      if (strips >= 4 * parallel.threads || parts > positions) parts = 1;
+      const int64_t work = products(of) * images / (strips * parts);
+      parallel_for(parallel, strips * parts, 1 + kWorthAThread / (1 + work),
+                   [&](int64_t begin, int64_t end) { k.conv2d(call, parts, begin, end); });
       return;
     }
     case Kind::point:
