@@ -197,5 +197,8 @@ setup(
         "bench": ["onnx>=1.17", "onnxruntime>=1.23"],  # a rival
         "dev": ["ruff>=0.12", "mypy>=1.15"],
     },
-    entry_points={"console_scripts": ["bqnn = bqnn.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["bqnn = bqnn.cli.main:main"],
+        "torch_dynamo_backends": ["bqnn = bqnn.engine.dynamo:backend"],
+    },
 )

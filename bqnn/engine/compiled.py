@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bqnn.core.check import check_precision
 from bqnn.engine import reference
-from bqnn.engine.capture import Structure, capture, nested
+from bqnn.engine.capture import Captured, Structure, capture, nested
 from bqnn.engine.graph import RELU, Activation, Graph
 from bqnn.engine.lower import lower
 from bqnn.engine.partition import EnginePart, Part, TorchPart, partition
@@ -204,12 +204,16 @@ def compile(
             "calibration must be batches of inputs where precision is 'int8', and None elsewhere, got "
             f"{'None' if calibration is None else 'some'} with {precision!r}"
         )
-    captured = capture(net, inputs)
+    return compile_captured(capture(net, inputs), inputs, precision)
+
+
+def compile_captured(captured: Captured, example: tuple[Tensor, ...], precision: str) -> CompiledNetwork:
+    """The compiled network of a captured one, whose inputs are like ``example``."""
     split = partition(lower(captured))
     parts = tuple(_finished(part) for part in split.parts)
     described = tuple(
         Input(node.name, tuple(x.shape[1:]), str(x.dtype).removeprefix("torch."))
-        for node, x in zip(captured.inputs, inputs)
+        for node, x in zip(captured.inputs, example)
     )
     return CompiledNetwork(described, parts, split.outputs, captured.structure, split.constants, precision)
 

@@ -1,4 +1,4 @@
-"""Files of compiled networks with a change in them and checksums made right again, and a judge of what load makes of it.
+"""Files of compiled networks with a change in them and checksums made right again, and a judge of what is read.
 
 python -m tests.support.graph_mutations 20000 [SEED]
 """
