@@ -77,15 +77,20 @@ def capture(net: nn.Module, example: tuple[Tensor, ...]) -> Captured:
             something else than tensors in tuples, lists and dictionaries; the message says what.
     """
     net = _copied(unwrapped(net))
-    captured = capture_as_is(net, example)
+    captured = capture_as_is(net, example, (False, True))
     _name_inputs(captured.inputs, net)
     return captured
 
 
-def capture_as_is(net: nn.Module, example: tuple[Tensor, ...]) -> Captured:
-    """As :func:`capture`, of a network whose mode, layers and dtype are right, and which may be held."""
+def capture_as_is(net: nn.Module, example: tuple[Tensor, ...], strict: tuple[bool, ...] = (False,)) -> Captured:
+    """As :func:`capture`, of a network whose mode, layers and dtype are right, and whose tensors it may hold.
+
+    Args:
+        strict: what export's argument of this name is to be, one after the other until it succeeds. The strict way
+            takes several times as long, and reads the network's Python: it knows what ``len(x)`` is.
+    """
     inputs = tuple(each.new_empty((BATCH, *each.shape[1:])) for each in example)
-    return _captured(*_without_writes(_export(net, inputs)))
+    return _captured(*_without_writes(_export(net, inputs, strict)))
 
 
 def _copied(net: nn.Module) -> nn.Module:
@@ -109,15 +114,14 @@ def _name_inputs(inputs: Sequence[fx.Node], net: nn.Module) -> None:
             node.name = parameter.name
 
 
-def _export(net: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+def _export(net: nn.Module, inputs: tuple[Tensor, ...], strict: tuple[bool, ...]) -> ExportedProgram:
     batch = Dim("batch")
     shapes = (tuple({0: batch} for _ in inputs),)
     failed: Exception | None = None
-    # The strict way takes several times as long, and reads the network's Python: it knows what len(x) is.
-    for strict in (False, True):
+    for each in strict:
         with torch.no_grad():
             try:
-                return torch.export.export(_Called(net), (inputs,), dynamic_shapes=shapes, strict=strict)
+                return torch.export.export(_Called(net), (inputs,), dynamic_shapes=shapes, strict=each)
             except Exception as error:  # of any kind: what the network's own code raises comes through as well
                 failed = failed or error
     raise ValueError(
