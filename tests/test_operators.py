@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import random
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 from bqnn.core.codes import pack_codes
 from bqnn.engine.graph import RELU, Activation, Graph, Node, Value
 from bqnn.engine.operators import output_shape
+from bqnn.engine.reference import run
+from tests.support.draw_graphs import draw_graph
 
 POOL = {"kernel": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1), "ceil_mode": 0}
 AVERAGE = {name: value for name, value in POOL.items() if name != "dilation"} | {"count_include_pad": 1, "divisor": 0}
@@ -264,3 +268,55 @@ def test_pools_have_the_sizes_of_torch(op: str, ceil_mode: int) -> None:
                             assert expected is None or (padding and dilation > size)
                             refusals += 1
     assert compared > 50 and refusals > 50
+
+
+JUNK = (None, True, -1, 0, 1, 2, 3, 7, HUGE - 1, HUGE, 2**70, 0.5, math.nan, math.inf, "", "uint8", "x", (), [], {})
+
+
+def junk(pick: random.Random, old: Any) -> Any:
+    """Something else in the place of ``old``: of its kind, or not."""
+    if isinstance(old, tuple) and old and pick.random() < 0.8:
+        at = pick.randrange(len(old))
+        return (*old[:at], junk(pick, old[at]), *old[at + 1 :]) if pick.random() < 0.7 else old[:at] + old[at + 1 :]
+    if isinstance(old, dict) and old and pick.random() < 0.9:
+        name = pick.choice(sorted(old))
+        rest = {each: value for each, value in old.items() if each != name}
+        return rest if pick.random() < 0.2 else rest | {name: junk(pick, old[name])}
+    if isinstance(old, torch.Tensor) and pick.random() < 0.8:
+        others = (
+            old[:-1],
+            old.double(),
+            old.to(torch.uint8),
+            old.mT if old.dim() > 1 else old[:, None],
+            old * float("nan"),
+            old + 200,
+            old[None],
+        )
+        return pick.choice((*others, old[:, :-1] if old.dim() == 2 else old[:0], torch.zeros(0)))
+    if dataclasses.is_dataclass(old) and pick.random() < 0.9:
+        name = pick.choice([field.name for field in dataclasses.fields(old)])
+        return dataclasses.replace(old, **{name: junk(pick, getattr(old, name))})  # type: ignore[type-var]
+    if type(old) is int and pick.random() < 0.7:
+        return old + pick.choice((-1, 1))
+    return pick.choice(JUNK)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_a_graph_holds_it_is_sound_and_runs_or_is_refused(seed: int) -> None:
+    pick = random.Random(seed)
+    graph, inputs = draw_graph(seed, quantized=seed % 2 == 0)
+    refusals = 0
+    for _ in range(60):
+        damaged: Any = junk(pick, graph)
+        try:
+            if not isinstance(damaged, Graph):
+                continue
+            damaged.check()
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+            continue
+        read = [damaged.values[name] for name in damaged.inputs]
+        if max(math.prod(value.shape) for value in damaged.values.values()) < 100_000:
+            run(damaged, [torch.zeros(1, *value.shape, dtype=getattr(torch, value.dtype)) for value in read])
+    assert refusals > 10

@@ -11,12 +11,11 @@ import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-import torch
 
 from bqnn.core.text import shown
 from bqnn.engine.check_graph import MOST_COLUMNS
 from bqnn.engine.graph import Graph, Node, Value
-from bqnn.engine.integers import integer_levels, integer_rows
+from bqnn.engine.integers import count_codes, integer_levels, integer_rows
 from bqnn.engine.operators import OPERATORS, columns_of
 
 Range = tuple[float, float]
@@ -55,7 +54,9 @@ def quantize(graph: Graph, ranges: Mapping[str, Range]) -> Graph:
     graph, copies = _with_copies(graph, floats, layers)
     stored |= {copy: known[name] for name, copy in copies.items()}
     values = {name: _quantized(value, stored.get(name)) for name, value in graph.values.items()}
-    nodes = tuple(_with_integers(node, values) if node.output in layers else node for node in graph.nodes)
+    nodes = tuple(
+        _with_integers(node, values[node.inputs[0]]) if node.output in layers else node for node in graph.nodes
+    )
     return graph.replaced(values=values, nodes=nodes)
 
 
@@ -148,15 +149,15 @@ def _quantized(value: Value, known: Range | None) -> Value:
     )
 
 
-def _with_integers(node: Node, values: Mapping[str, Value]) -> Node:
-    """A conv2d or linear node with the tensors that it needs where its input is uint8."""
+def _with_integers(node: Node, x: Value) -> Node:
+    """A conv2d or linear node with the tensors that it needs where its input ``x`` is uint8."""
     tensors = dict(node.tensors)
     if "codes" in tensors:
-        tensors["integers"], steps = integer_levels(tensors.pop("levels"))
-        channels = len(tensors["codes"])
+        levels = tensors.pop("levels")
+        counts = count_codes(tensors["codes"], levels.shape[1], columns_of(node, x.shape))
+        tensors["integers"], steps = integer_levels(levels, counts)
     else:
         tensors["weight"], steps = integer_rows(tensors["weight"])
-        channels = len(tensors["weight"])
-    scale = tensors["scale"].double() if "scale" in tensors else torch.ones(channels, dtype=torch.float64)
-    tensors["scale"] = (steps * values[node.inputs[0]].scale * scale).float()
+    steps = steps * x.scale
+    tensors["scale"] = (steps * tensors["scale"].double() if "scale" in tensors else steps).float()
     return dataclasses.replace(node, tensors=tensors)

@@ -1,0 +1,88 @@
+"""The ranges of a graph's values over a few batches of inputs: what the scales of "int8" are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from bqnn.core.text import shown
+from bqnn.engine import reference
+from bqnn.engine.graph import Graph
+
+BINS = 2048  # of a histogram; even
+CUTS, SMALLEST_CUT = 91, 0.1  # shares of the largest number that a range may be cut to
+Run = Callable[..., dict[str, Tensor]]
+
+
+class Observer:
+    """What is known of the numbers of one value: their least and largest, and a histogram of their sizes."""
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+        self.span = 0.0
+        """Of the histogram, from 0 on; it doubles when a number is beyond it."""
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+        """Of |x|, without zeros, whose rounding costs nothing."""
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Raises ValueError where a number is not finite, with the value's name."""
+        if not x.numel():
+            return
+        low, high = (float(each) for each in x.aminmax())
+        if not -math.inf < low <= high < math.inf:
+            raise ValueError(f"value {shown(name)} is not finite")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        largest = max(-low, high)
+        self.span = self.span or largest
+        while largest > self.span:
+            self.span *= 2
+            self.counts = torch.cat([self.counts.view(-1, 2).sum(1), torch.zeros(BINS // 2, dtype=torch.float64)])
+        if largest > 0:
+            self.counts += torch.histc(x[x != 0].abs().float(), BINS, 0, self.span).double()
+
+    def range(self) -> tuple[float, float]:
+        """The least and largest number, both cut to where 8 bits have the smallest mean squared error.
+
+        Logits of LeNet-5 on MNIST and of three small networks on CIFAR-10 (ReLU, hard-swish, residuals) were as near to
+        float32's as with whole ranges, 0.7 to 2% off, but one number that is far out can not spoil these. With ranges
+        cut at 99.9% of the numbers they were two to three times as far off, at 99.99% up to a quarter more.
+        """
+        largest = max(-self.low, self.high)
+        steps = 255 if self.low >= 0 else 127
+        sizes = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.span / BINS)
+        cuts = torch.linspace(SMALLEST_CUT, 1, CUTS, dtype=torch.float64)[:, None] * largest  # [CUTS, 1]
+        rounding = (cuts / steps) ** 2 / 12
+        errors = torch.where(sizes <= cuts, rounding, (sizes - cuts) ** 2) @ self.counts
+        cut = float(cuts[errors.argmin(), 0])
+        return max(self.low, -cut), min(self.high, cut)
+
+
+def calibrate(
+    graph: Graph, batches: Iterable[Tensor | Sequence[Tensor]], run: Run = reference.run
+) -> dict[str, tuple[float, float]]:
+    """The range of each value of ``graph``, (low, high), for :func:`bqnn.engine.quantize.quantize`.
+
+    Args:
+        graph: sound, of float32 values, after the passes.
+        batches: each the graph's inputs, a tensor [B, *shape] for each; of a graph with one input, that tensor.
+        run: ``run(graph, inputs, dtype, keep=True)`` gives every value by its name.
+
+    Raises:
+        ValueError: there are no batches, or none with an image; an input has another shape; a value is not finite.
+    """
+    seen = {name: Observer() for name in graph.values}
+    for index, batch in enumerate(batches):
+        inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+        try:
+            found = run(graph, inputs, torch.float32, keep=True)
+            for name, x in found.items():
+                seen[name].add(name, x)
+        except ValueError as error:
+            raise ValueError(f"calibration batch {index}: {error}") from None
+    if any(observer.low > observer.high for observer in seen.values()):
+        raise ValueError("calibration must have a batch of one image or more, got none")
+    exact = {name: (seen[name].low, seen[name].high) for name in graph.inputs}
+    return {name: observer.range() for name, observer in seen.items()} | exact

@@ -1,0 +1,91 @@
+"""Ranges over batches: what is exact, what is cut, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bqnn.engine.calibrate import Observer, calibrate
+from bqnn.engine.graph import RELU, Graph, Node, Value
+from bqnn.engine.quantize import quantize
+from bqnn.engine.reference import run
+from tests.support.draw_graphs import draw_graph
+
+
+def relu_graph() -> Graph:
+    values = {"x": Value("x", (5,)), "y": Value("y", (5,))}
+    return Graph(("x",), ("y",), values, (Node("activation", ("x",), "y", activation=RELU),))
+
+
+def test_ranges_are_those_of_all_batches() -> None:
+    batches = [torch.linspace(-1, 1, 50).view(10, 5), torch.linspace(-4, 3, 50).view(10, 5)]
+    assert calibrate(relu_graph(), batches) == {"x": (-4.0, 3.0), "y": (0.0, 3.0)}
+    assert calibrate(relu_graph(), [(batch,) for batch in batches]) == {"x": (-4.0, 3.0), "y": (0.0, 3.0)}
+    assert calibrate(relu_graph(), iter(batches[:1])) == {"x": (-1.0, 1.0), "y": (0.0, 1.0)}
+
+
+def test_a_value_that_is_always_0_has_a_range() -> None:
+    assert calibrate(relu_graph(), [-torch.ones(2, 5)]) == {"x": (-1.0, -1.0), "y": (0.0, 0.0)}
+
+
+def test_inputs_are_never_cut_and_rare_numbers_of_other_values_are() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(100_000, 5)
+    x[0, 0] = 100.0
+    ranges = calibrate(relu_graph(), x.split(50_000))
+    assert ranges["x"] == (float(x.min()), 100.0)
+    assert ranges["y"][0] == float(x.min()) and 50 < ranges["y"][1] < 70
+
+
+@pytest.mark.parametrize("order", (1, -1), ids=("growing", "shrinking"))
+@pytest.mark.parametrize("shift", (0.0, 1.0), ids=("signed", "unsigned"))
+def test_the_cut_has_nearly_the_smallest_error(order: int, shift: float) -> None:
+    torch.manual_seed(1)
+    numbers = torch.randn(64, 4096)
+    numbers[0, 0] = 12.0
+    numbers = numbers.abs() if shift else numbers
+    numbers = numbers[numbers.abs().amax(1).argsort(descending=order < 0)]
+    observer = Observer()
+    for each in numbers.split(16):
+        observer.add("x", each)
+    low, high = observer.range()
+    assert observer.counts.sum() == numbers.numel()
+
+    def error(largest: float) -> float:
+        steps, least = (255, 0) if shift else (127, -127)
+        step = largest / steps
+        return float(((numbers / step).round().clamp(least, steps) * step - numbers).square().mean())
+
+    largest = float(numbers.abs().max())
+    best = min(error(largest * i / 200) for i in range(10, 201))
+    cut = max(-low, high)
+    assert cut < 0.9 * largest and error(cut) < 1.05 * best < 0.9 * error(largest)
+
+
+def test_ranges_of_drawn_graphs_are_what_quantize_takes() -> None:
+    for seed in range(20):
+        graph, inputs = draw_graph(seed)
+        ranges = calibrate(graph, [inputs, inputs])
+        assert set(ranges) == set(graph.values)
+        for name, x in run(graph, inputs, torch.float32, keep=True).items():
+            low, high = ranges[name]
+            assert float(x.min()) <= low <= high <= float(x.max())
+        quantize(graph, ranges).check()
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        pytest.param([], "a batch of one image or more", id="none"),
+        pytest.param([torch.zeros(0, 5)], "a batch of one image or more", id="empty"),
+        pytest.param([torch.zeros(1, 5), torch.zeros(1, 4)], "batch 1: input x must have the shape", id="shape"),
+        pytest.param([()], "batch 0: the graph has 1 inputs", id="inputs"),
+        pytest.param([torch.tensor([[0.0, 1.0, 2.0, 3.0, float("nan")]])], "batch 0: value x is not finite", id="nan"),
+        pytest.param([torch.full((1, 5), float("inf"))], "batch 0: value x is not finite", id="infinity"),
+    ],
+)
+def test_batches_that_are_none_are_refused(batches: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        calibrate(relu_graph(), batches)
