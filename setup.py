@@ -199,5 +199,8 @@ setup(
         "bench": ["onnx>=1.17", "onnxruntime>=1.23", "onnxscript>=0.5", "openvino>=2025.3", "nncf>=2.18"],
         "dev": ["ruff>=0.12", "mypy>=1.15"],
     },
-    entry_points={"console_scripts": ["bqnn = bqnn.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["bqnn = bqnn.cli.main:main"],
+        "torch_dynamo_backends": ["bqnn = bqnn.engine.dynamo:backend"],
+    },
 )

@@ -18,7 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from bqnn.bayes.layers import bayes_layers
 from bqnn.core.modes import replica
@@ -54,6 +54,8 @@ class Captured:
     """What does not depend on an input."""
     sizes: frozenset[fx.Node]
     """Calls that give the size of the batch, or compute a number from it alone."""
+    writes: bool
+    """Whether the network changes an input; here it does not."""
 
     def is_batch(self, size: Any) -> bool:
         """Whether ``size``, of a dimension, is the size of the batch."""
@@ -75,13 +77,20 @@ def capture(net: nn.Module, example: tuple[Tensor, ...]) -> Captured:
             something else than tensors in tuples, lists and dictionaries; the message says what.
     """
     net = _copied(unwrapped(net))
-    inputs = tuple(each.new_empty((BATCH, *each.shape[1:])) for each in example)
-    program = _export(net, inputs)
-    if not _without_writes(program):
-        program = program.run_decompositions({})
-    captured = _captured(program)
+    captured = capture_as_is(net, example, (False, True))
     _name_inputs(captured.inputs, net)
     return captured
+
+
+def capture_as_is(net: nn.Module, example: tuple[Tensor, ...], strict: tuple[bool, ...] = (False,)) -> Captured:
+    """As :func:`capture`, of a network whose mode, layers and dtype are right, and whose tensors it may hold.
+
+    Args:
+        strict: what export's argument of this name is to be, one after the other until it succeeds. The strict way
+            takes several times as long, and reads the network's Python: it knows what ``len(x)`` is.
+    """
+    inputs = tuple(each.new_empty((BATCH, *each.shape[1:])) for each in example)
+    return _captured(*_without_writes(_export(net, inputs, strict)))
 
 
 def _copied(net: nn.Module) -> nn.Module:
@@ -105,15 +114,14 @@ def _name_inputs(inputs: Sequence[fx.Node], net: nn.Module) -> None:
             node.name = parameter.name
 
 
-def _export(net: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+def _export(net: nn.Module, inputs: tuple[Tensor, ...], strict: tuple[bool, ...]) -> ExportedProgram:
     batch = Dim("batch")
     shapes = (tuple({0: batch} for _ in inputs),)
     failed: Exception | None = None
-    # The strict way takes several times as long, and reads the network's Python: it knows what len(x) is.
-    for strict in (False, True):
+    for each in strict:
         with torch.no_grad():
             try:
-                return torch.export.export(_Called(net), (inputs,), dynamic_shapes=shapes, strict=strict)
+                return torch.export.export(_Called(net), (inputs,), dynamic_shapes=shapes, strict=each)
             except Exception as error:  # of any kind: what the network's own code raises comes through as well
                 failed = failed or error
     raise ValueError(
@@ -133,23 +141,36 @@ class _Called(nn.Module):
         return self.net(*inputs)
 
 
-def _without_writes(program: ExportedProgram) -> bool:
-    """Makes calls that write to what they read, as ``x.add_(y)``, plain ones, as ``x.add(y)``; whether that is right.
-
-    It is right where nobody looks at what was written but through the result.
+def _without_writes(program: ExportedProgram) -> tuple[ExportedProgram, bool]:
+    """The program without calls that write to what they read, and whether one wrote to an input of the network.
 
     Raises:
         ValueError: a parameter or buffer of the network is written to.
     """
+    plain = _plain_calls(program)
+    if plain is None:
+        program = program.run_decompositions({})
+        return program, bool(program.graph_signature.user_inputs_to_mutate)
+    inputs = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
+    for node, (target, _) in plain.items():
+        node.target = target
+    return program, any(source.name in inputs for _, source in plain.values())
+
+
+def _plain_calls(program: ExportedProgram) -> dict[fx.Node, tuple[Any, fx.Node]] | None:
+    """Of calls that write to what they read, as ``x.add_(y)``, the plain operator, as ``x.add(y)``, and what made x.
+
+    None where that is not the same: where somebody looks at what was written, and not through the result.
+    """
     owner: dict[fx.Node, fx.Node] = {}
     """Of calls that give a tensor, or a view of one, that was there before: what made it."""
     written: set[fx.Node] = set()
-    plain: dict[fx.Node, Any] = {}
+    plain: dict[fx.Node, tuple[Any, fx.Node]] = {}
     specs = dict(zip(program.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs))
     for node in list(program.graph.nodes):
         read = {owner.get(source, source) for source in node.all_input_nodes}
         if read & written:
-            return False
+            return None
         if node.op != "call_function":
             continue
         schema = getattr(node.target, "_schema", None)
@@ -162,15 +183,14 @@ def _without_writes(program: ExportedProgram) -> bool:
             spec = specs.get(source)
             if spec is not None and spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
                 raise ValueError(f"net must not change its own state, but it writes to {spec.target!r}")
-            plain[node] = _plain(node.target)
-            if plain[node] is None:
-                return False
+            target = _plain(node.target)
+            if target is None:
+                return None
+            plain[node] = target, source
             written.add(source)
         elif any(each.alias_info for each in schema.returns) or node.target.__name__.split(".")[0] in _PASSES_ON:
             owner[node] = source
-    for node, target in plain.items():
-        node.target = target
-    return True
+    return plain
 
 
 def _plain(target: Any) -> Any:
@@ -183,7 +203,7 @@ def _plain(target: Any) -> Any:
     return plain if len(arguments) == 2 and arguments[0] == arguments[1] else None
 
 
-def _captured(program: ExportedProgram) -> Captured:
+def _captured(program: ExportedProgram, writes: bool) -> Captured:
     states: dict[str, Any] = {**program.state_dict, **program.constants}
     signature = program.graph_signature
     if changed := list(signature.buffers_to_mutate.values()):
@@ -213,7 +233,7 @@ def _captured(program: ExportedProgram) -> Captured:
         else:
             nodes.append(node)
     outputs, structure = _outputs(program, sizes)
-    return Captured(_needed(nodes, outputs), tuple(inputs), outputs, structure, constants, frozenset(sizes))
+    return Captured(_needed(nodes, outputs), tuple(inputs), outputs, structure, constants, frozenset(sizes), writes)
 
 
 def _all_in(nodes: Sequence[fx.Node], known: set[fx.Node]) -> bool:
@@ -241,7 +261,9 @@ def _needed(nodes: list[fx.Node], outputs: tuple[fx.Node, ...]) -> tuple[fx.Node
 
 
 def _outputs(program: ExportedProgram, sizes: set[fx.Node]) -> tuple[tuple[fx.Node, ...], Structure]:
-    (values,) = program.graph.output_node().args
+    returned = program.graph.output_node().args[0]
+    specs = program.graph_signature.output_specs
+    values = [value for value, spec in zip(returned, specs) if spec.kind is OutputKind.USER_OUTPUT]
     numbers: dict[fx.Node, int] = {}
     leaves: list[int | None] = []
     for value in values:

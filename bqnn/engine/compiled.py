@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from bqnn.core.check import check_precision
 from bqnn.core.native import cpu_isa
 from bqnn.engine import reference
-from bqnn.engine.capture import Structure, capture, nested
+from bqnn.engine.calibrate import calibrate
+from bqnn.engine.capture import Captured, Structure, capture, nested
 from bqnn.engine.graph import RELU, Activation, Graph
 from bqnn.engine.lower import lower
 from bqnn.engine.partition import EnginePart, Part, TorchPart, partition
 from bqnn.engine.passes import optimize
 from bqnn.engine.program import Program
+from bqnn.engine.quantize import quantize
 
 _making = threading.Lock()
 
@@ -208,14 +210,41 @@ def compile(
             "calibration must be batches of inputs where precision is 'int8', and None elsewhere, got "
             f"{'None' if calibration is None else 'some'} with {precision!r}"
         )
-    captured = capture(net, inputs)
+    if isinstance(calibration, Tensor):
+        raise TypeError("calibration must be batches of inputs, a list for example, got a single tensor")
+    compiled = compile_captured(capture(net, inputs), inputs, precision)
+    return compiled if calibration is None else _quantized(compiled, calibration)
+
+
+def compile_captured(captured: Captured, example: tuple[Tensor, ...], precision: str) -> CompiledNetwork:
+    """The compiled network of a captured one, whose inputs are like ``example``."""
     split = partition(lower(captured))
     parts = tuple(_finished(part) for part in split.parts)
     described = tuple(
         Input(node.name, tuple(x.shape[1:]), str(x.dtype).removeprefix("torch."))
-        for node, x in zip(captured.inputs, inputs)
+        for node, x in zip(captured.inputs, example)
     )
     return CompiledNetwork(described, parts, split.outputs, captured.structure, split.constants, precision)
+
+
+def _quantized(net: CompiledNetwork, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> CompiledNetwork:
+    """``net`` with the engine's parts in 8 bits, each calibrated on what it gets where ``net`` runs the batches."""
+    parts = [part for part in net.parts if isinstance(part, EnginePart)]
+    given: list[list[tuple[Tensor, ...]]] = [[] for _ in parts]
+    for index, batch in enumerate(batches):
+        try:
+            found = net.values((batch,) if isinstance(batch, Tensor) else tuple(batch))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"calibration batch {index}: {error}") from error
+        for part, inputs in zip(parts, given):
+            inputs.append(tuple(found[name] for name in part.inputs))
+    quantized = {
+        id(part): EnginePart(quantize(part.graph, calibrate(part.graph, inputs))) for part, inputs in zip(parts, given)
+    }
+    for part in quantized.values():
+        part.graph.check()
+    parts_now = tuple(quantized.get(id(part), part) for part in net.parts)
+    return CompiledNetwork(net.inputs, parts_now, net.outputs, net.structure, net.constants, net.precision)
 
 
 def _checked(net: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

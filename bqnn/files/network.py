@@ -1,9 +1,9 @@
-"""save, load and info: packed networks in files. bqnn.files.container describes the bytes.
+"""save, load and info: packed and compiled networks in files. bqnn.files.container describes the bytes.
 
-The metadata has ``version``; ``factory``, name and arguments of a built-in network, or null; ``layers``, for each
-packed layer ``kind``, ``shape`` of the dense weight, ``num_levels`` and, where they differ from the usual,
-``granularity``, ``relu`` and the geometry of a convolution; and ``alias``, names of tensors that are stored under
-another one.
+The metadata of a packed network has ``version``; ``factory``, name and arguments of a built-in network, or null;
+``layers``, for each packed layer ``kind``, ``shape`` of the dense weight, ``num_levels`` and, where they differ from
+the usual, ``granularity``, ``relu`` and the geometry of a convolution; and ``alias``, names of tensors that are stored
+under another one. bqnn.files.compiled describes that of a compiled network.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from bqnn.core.files import FormatError, open_regular, write_atomically
 from bqnn.core.readers import with_readers
 from bqnn.core.text import shown
 from bqnn.core.wrappers import unwrapped
-from bqnn.files import container
+from bqnn.engine.compiled import CompiledNetwork
+from bqnn.files import compiled, container
 from bqnn.files.container import Contents
 from bqnn.files.layer_spec import PARTS, check_spec, check_tensors, describe, tensor_name
 from bqnn.files.skeleton import built_in, check_model, difference, fill
@@ -35,17 +36,22 @@ __all__ = ["FormatError", "info", "load", "save"]
 
 
 def save(net: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes a packed network to ``path``: to a file beside it first, which then takes its place in one step.
+    """Writes a packed or compiled network to ``path``: to a file beside it, which then takes its place in one step.
 
-    What torch.compile, DataParallel, DistributedDataParallel and AveragedModel put around a network, or around modules
-    of it, is left out. What is written has passed the checks of :func:`load`.
+    A compiled network is written as its graphs, and is loaded without any Python of its own. What torch.compile,
+    DataParallel, DistributedDataParallel and AveragedModel put around a network, or around modules of it, is left out.
+    What is written has passed the checks of :func:`load`.
 
     Raises:
         ValueError: ``net`` has no packed layer, a state that is no plain tensor with data (the message names it), or is
-            a built-in network that has been changed: without its attribute ``factory`` it is saved as one of your own.
+            a built-in network that has been changed: without its attribute ``factory`` it is saved as one of your own;
+            torch runs a part of a compiled ``net`` (the message names the nodes).
         OSError: the file can not be written; what was at ``path`` is still there.
     """
     net = unwrapped(net)
+    if isinstance(net, CompiledNetwork):
+        _save_compiled(net, path)
+        return
     layers = {
         name: module for name, module in net.named_modules(remove_duplicate=False) if isinstance(module, PackedLayer)
     }
@@ -68,7 +74,7 @@ def save(net: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"net can not be saved so that bqnn.load gives it back: {shown(str(error))}") from error
     if metadata["factory"] is not None:
         _check_factory(contents, net)
-    write_atomically(os.fsdecode(path), lambda temporary: Path(temporary).write_bytes(blob))
+    _write(path, blob)
 
 
 def load(
@@ -84,6 +90,8 @@ def load(
     are one in the network have to be one in the file; what is one in the file alone is copied. Layers that are tied in
     both share their codes, and another module with the weight of a layer reads the decoded one.
 
+    A compiled network is as it was compiled, on the CPU: its file takes no model, and has its own precision.
+
     Args:
         path: the file.
         model: a network with the same modules, packed or not, whose tensors' values do not matter; it is copied, not
@@ -94,16 +102,21 @@ def load(
 
     Raises:
         FormatError: the file is damaged or not one of these, or does not fit ``model``; names the tensor.
-        ValueError: the file is of no built-in network and ``model`` is missing; a wrong ``precision`` or ``execution``.
-            Also for a closure, a default argument, a weak reference or a class that refers to a module of ``model``,
-            since it would still do so in the copy.
+        ValueError: the file is of no built-in network and ``model`` is missing, or of a compiled one and it is given; a
+            wrong ``precision`` or ``execution``. Also for a closure, a default argument, a weak reference or a class
+            that refers to a module of ``model``, since it would still do so in the copy.
         OSError: the file can not be read; FileNotFoundError where there is none.
     """
     check_precision(precision)
     check_execution(execution)
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    with _read(path) as (contents, skeleton):
+    with _read(path) as contents:
+        if compiled.KEY in contents.metadata:
+            if model is not None or torch.device(device).type != "cpu":
+                raise ValueError("model must be None and device the CPU for the file of a compiled network")
+            return compiled.build(contents)
+        skeleton = _skeleton(contents)
         if model is not None:
             skeleton = with_readers(unwrapped(model), contents.metadata["layers"])
             check_model(contents, skeleton)
@@ -118,13 +131,17 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         ``version``; ``bytes`` of the file, the sum of ``header_bytes`` and those of the tensors; ``factory``;
         ``layers``, by name the file's own description, ``bytes`` of codes, levels and bias, and ``bits_per_weight``,
-        codes only; ``tensors``, by name ``dtype``, ``shape`` and ``bytes``.
+        codes only; ``tensors``, by name ``dtype``, ``shape`` and ``bytes``. Layers of a compiled network are the nodes
+        that multiply; those with dense weights have the ``num_levels`` 0.
 
     Raises:
         FormatError: the file is damaged or not one of these.
         OSError: the file can not be read; FileNotFoundError where there is none.
     """
-    with _read(path) as (contents, _):
+    with _read(path) as contents:
+        if compiled.KEY in contents.metadata:
+            return _description(contents, None, compiled.layers(compiled.build(contents)))
+        _skeleton(contents)
         contents.check_tensors()
     metadata = contents.metadata
     sizes = {name: entry.end - entry.begin for name, entry in contents.by_name().items()}
@@ -133,17 +150,35 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         parts = [sizes.get(tensor_name(name, part), 0) for part in PARTS]
         weights = math.prod(spec["shape"])
         layers[name] = {**spec, "bytes": sum(parts), "bits_per_weight": 8 * parts[0] / weights}
+    return _description(contents, metadata["factory"], layers)
+
+
+def _description(contents: Contents, factory: list[Any] | None, layers: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`info` says of a file."""
     return {
-        "version": metadata["version"],
+        "version": contents.metadata["version"],
         "bytes": contents.file_bytes,
         "header_bytes": contents.header_bytes,
-        "factory": metadata["factory"],
+        "factory": factory,
         "layers": layers,
         "tensors": {
-            name: {"dtype": entry.dtype, "shape": entry.shape, "bytes": sizes[name]}
+            name: {"dtype": entry.dtype, "shape": entry.shape, "bytes": entry.end - entry.begin}
             for name, entry in contents.entries.items()
         },
     }
+
+
+def _save_compiled(net: CompiledNetwork, path: str | os.PathLike[str]) -> None:
+    blob = container.to_bytes(*compiled.describe(net))
+    try:
+        compiled.build(container.read(io.BytesIO(blob)))
+    except FormatError as error:
+        raise ValueError(f"net can not be saved so that bqnn.load gives it back: {shown(str(error))}") from error
+    _write(path, blob)
+
+
+def _write(path: str | os.PathLike[str], blob: bytes) -> None:
+    write_atomically(os.fsdecode(path), lambda temporary: Path(temporary).write_bytes(blob))
 
 
 def _check_factory(contents: Contents, net: nn.Module) -> None:
@@ -183,24 +218,26 @@ def _stored_tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _read(path: str | os.PathLike[str]) -> Iterator[tuple[Contents, nn.Module | None]]:
-    """The file at ``path``, open and all but its values checked, and the network that it names, on the meta device.
-
-    Puts the path in front of the message of a FormatError.
-    """
+def _read(path: str | os.PathLike[str]) -> Iterator[Contents]:
+    """The file at ``path``, open, its header checked. Puts the path in front of the message of a FormatError."""
     with open_regular(path) as source:
         try:
-            contents = container.read(source)
-            _check_metadata(contents)
-            factory, skeleton = contents.metadata["factory"], None
-            if factory is not None:
-                skeleton = built_in(factory, len(contents.by_name()))
-                check_model(contents, skeleton)
-                if list(skeleton.factory) != factory:
-                    raise FormatError(f"factory must have all arguments, as {skeleton.factory}, got {factory!r:.200}")
-            yield contents, skeleton
+            yield container.read(source)
         except FormatError as error:
             raise FormatError(f"{os.fsdecode(path)}: {shown(str(error))}") from error
+
+
+def _skeleton(contents: Contents) -> nn.Module | None:
+    """Checks all but the values of a packed network's file; returns the network that it names, on the meta device."""
+    _check_metadata(contents)
+    factory = contents.metadata["factory"]
+    if factory is None:
+        return None
+    skeleton = built_in(factory, len(contents.by_name()))
+    check_model(contents, skeleton)
+    if list(skeleton.factory) != factory:
+        raise FormatError(f"factory must have all arguments, as {skeleton.factory}, got {factory!r:.200}")
+    return skeleton
 
 
 def _check_metadata(contents: Contents) -> None:

@@ -86,7 +86,7 @@ struct Chunk {
   int64_t count, panel;  // pieces, and the first word of the panel
 };
 
-constexpr int64_t kChunkLanes = 128;
+constexpr int64_t kChunkLanes = 256;
 
 // The products of a few lanes of K, added to running sums. A chain is how many lanes are added in 16 bits first, where
 // there is no instruction that adds up bytes in 32.
