@@ -21,20 +21,20 @@ def relu_graph() -> Graph:
 
 def test_ranges_are_those_of_all_batches() -> None:
     batches = [torch.linspace(-1, 1, 50).view(10, 5), torch.linspace(-4, 3, 50).view(10, 5)]
-    assert calibrate(relu_graph(), batches) == {"x": (-4.0, 3.0), "y": (0.0, 3.0)}
-    assert calibrate(relu_graph(), [(batch,) for batch in batches]) == {"x": (-4.0, 3.0), "y": (0.0, 3.0)}
-    assert calibrate(relu_graph(), iter(batches[:1])) == {"x": (-1.0, 1.0), "y": (0.0, 1.0)}
+    assert calibrate(relu_graph(), batches).ranges == {"x": (-4.0, 3.0), "y": (0.0, 3.0)}
+    assert calibrate(relu_graph(), [(batch,) for batch in batches]).ranges == {"x": (-4.0, 3.0), "y": (0.0, 3.0)}
+    assert calibrate(relu_graph(), iter(batches[:1])).ranges == {"x": (-1.0, 1.0), "y": (0.0, 1.0)}
 
 
 def test_a_value_that_is_always_0_has_a_range() -> None:
-    assert calibrate(relu_graph(), [-torch.ones(2, 5)]) == {"x": (-1.0, -1.0), "y": (0.0, 0.0)}
+    assert calibrate(relu_graph(), [-torch.ones(2, 5)]).ranges == {"x": (-1.0, -1.0), "y": (0.0, 0.0)}
 
 
 def test_inputs_are_never_cut_and_rare_numbers_of_other_values_are() -> None:
     torch.manual_seed(0)
     x = torch.rand(100_000, 5)
     x[0, 0] = 100.0
-    ranges = calibrate(relu_graph(), x.split(50_000))
+    ranges = calibrate(relu_graph(), x.split(50_000)).ranges
     assert ranges["x"] == (float(x.min()), 100.0)
     assert ranges["y"][0] == float(x.min()) and 50 < ranges["y"][1] < 70
 
@@ -67,12 +67,13 @@ def test_the_cut_has_nearly_the_smallest_error(order: int, shift: float) -> None
 def test_ranges_of_drawn_graphs_are_what_quantize_takes() -> None:
     for seed in range(20):
         graph, inputs = draw_graph(seed)
-        ranges = calibrate(graph, [inputs, inputs])
-        assert set(ranges) == set(graph.values)
+        ranges, means = calibrate(graph, [inputs, inputs])
+        assert set(ranges) == set(means) == set(graph.values)
         for name, x in run(graph, inputs, torch.float32, keep=True).items():
             low, high = ranges[name]
             assert float(x.min()) <= low <= high <= float(x.max())
-        quantize(graph, ranges).check()
+            torch.testing.assert_close(means[name], x.double().mean(0))
+        quantize(graph, ranges, means).check()
 
 
 @pytest.mark.parametrize(

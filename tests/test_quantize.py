@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bqnn.core.codes import pack_codes
+from bqnn.engine.calibrate import calibrate
 from bqnn.engine.graph import NO_ACTIVATION, RELU, Activation, Graph, Node, Value
-from bqnn.engine.integers import LIMITS, TOLERANCE, count_codes, integer_levels, integer_rows
+from bqnn.engine.integers import LIMITS, TOLERANCE, CodedWeights, integer_rows
 from bqnn.engine.operators import output_shape
 from bqnn.engine.passes import optimize
 from bqnn.engine.quantize import quantize
@@ -197,17 +198,20 @@ def best_of(row: Any, counts: Any, limit: int) -> tuple[float, Any]:
     found = []
     for most in range(1, limit + 1):
         integers = np.rint(row / np.abs(row).max() * most)
-        error = spread = 0.0
+        error = size = 0.0
         for count in counts:
-            # Outputs of inputs of mean and variance 1: a row for each weight, and one for the sum of all.
             weights, units = np.repeat(row, count), np.repeat(integers, count)
-            target, basis = np.append(weights, weights.sum()), np.append(units, units.sum())
-            step = (basis @ target) / max(basis @ basis, 1)
-            error += ((target - step * basis) ** 2).sum()
-            spread += (weights**2).sum()
-        found.append((error / spread, most, integers))
+            step = (units @ weights) / max(units @ units, 1)
+            error += ((weights - step * units) ** 2).sum()
+            size += (weights**2).sum()
+        found.append((error / size, most, integers))
     share, _, integers = min(found, key=lambda each: each[:2])
     return share, integers
+
+
+def coded(table: Tensor, codes: Tensor, mean: Tensor | None = None) -> CodedWeights:
+    levels = table.shape[1]
+    return CodedWeights(pack_codes(codes, levels), table, codes.shape[1], mean)
 
 
 @pytest.mark.parametrize("books", (1, 4), ids=("tensor", "channel"))
@@ -217,9 +221,11 @@ def test_levels_are_the_best_integers_of_the_smallest_limit(columns: int, levels
     torch.manual_seed(levels + columns)
     table = torch.randn(books, levels)
     codes = torch.randint(0, levels, (4, columns), dtype=torch.uint8)
-    counts = count_codes(pack_codes(codes, levels), levels, columns)
+    weights = coded(table, codes)
+    counts = weights.counts
     assert counts.tolist() == [[float((row == code).sum()) for code in range(levels)] for row in codes]
-    integers, steps = integer_levels(table, counts)
+    integers, steps, shifts = weights.integers()
+    assert not shifts.any()
     assert (integers.dtype, steps.dtype, len(steps)) == (torch.int8, torch.float64, 4)
     rows, numbers = table.double().numpy(), counts.long().numpy()
     for limit in LIMITS:
@@ -231,33 +237,61 @@ def test_levels_are_the_best_integers_of_the_smallest_limit(columns: int, levels
 
 
 @pytest.mark.parametrize("levels", (3, 8, 16))
-def test_outputs_of_many_positive_inputs_stay_near(levels: int) -> None:
+@pytest.mark.parametrize("groups", (1, 2))
+def test_outputs_of_many_positive_inputs_stay_near(groups: int, levels: int) -> None:
     torch.manual_seed(levels)
     for books in (1, 32):
         table = torch.randn(books, levels).sort(1).values.contiguous()
         codes = torch.randint(0, levels, (32, 4608), dtype=torch.uint8)
-        integers, steps = integer_levels(table, count_codes(pack_codes(codes, levels), levels, 4608))
+        x = torch.randn(200, groups, 4608, dtype=torch.float64).relu() * torch.arange(1, 3)[:groups, None]
+        integers, steps, shifts = coded(table, codes, x.mean(0)).integers()
         weight = table.double().expand(32, -1).gather(1, codes.long())
         rounded = integers.double().expand(32, -1).gather(1, codes.long()) * steps[:, None]
-        x = torch.randn(200, 4608, dtype=torch.float64).relu()
-        y = x @ weight.T
-        assert (x @ rounded.T - y).norm() < 0.02 * (y - y.mean(0)).norm()
+        y, z = (torch.einsum("bgk,gnk->bgn", x, w.view(groups, -1, 4608)).flatten(1) for w in (weight, rounded))
+        assert (z + shifts - y).norm() < 0.02 * (y - y.mean(0)).norm()
+        assert (z + shifts - y).mean(0).norm() < 1e-4 * y.mean(0).norm()
 
 
 def test_even_levels_have_small_integers() -> None:
-    counts = torch.full((1, 3), 5.0, dtype=torch.float64)
-    assert integer_levels(torch.tensor([[-0.3, 0.0, 0.3]]), counts)[0].tolist() == [[-1, 0, 1]]
-    integers, steps = integer_levels(torch.zeros(1, 3), counts)
+    codes = torch.arange(15, dtype=torch.uint8).view(1, -1)
+    assert coded(torch.tensor([[-0.3, 0.0, 0.3]]), codes % 3).integers()[0].tolist() == [[-1, 0, 1]]
+    integers, steps, _ = coded(torch.zeros(1, 3), codes % 3).integers()
     assert integers.tolist() == [[0, 0, 0]] and steps.tolist() == [0.0]
-    assert int(integer_levels(torch.linspace(-1, 1, 16)[None], torch.ones(2, 16).double())[0].abs().max()) == 15
+    assert int(coded(torch.linspace(-1, 1, 16)[None], codes).integers()[0].abs().max()) == 15
 
 
 def test_dense_rows() -> None:
-    weight = torch.randn(4, 50)
+    weight, mean = torch.randn(4, 50), torch.rand(2, 50, dtype=torch.float64)
     weight[2] = 0
-    integers, steps = integer_rows(weight)
+    integers, steps, shifts = integer_rows(weight, mean)
     assert integers.abs().amax(1).tolist() == [64, 64, 0, 64]
-    assert ((weight - integers * steps[:, None]).abs() <= steps[:, None] * (0.5 + 1e-9)).all()
+    lost = weight - integers * steps[:, None]
+    assert (lost.abs() <= steps[:, None] * (0.5 + 1e-9)).all()
+    torch.testing.assert_close(shifts, (lost * mean.repeat_interleave(2, 0)).sum(1))
+
+
+@pytest.mark.parametrize("dense", (False, True), ids=("coded", "dense"))
+def test_biases_make_up_for_what_rounding_does_to_the_mean(dense: bool) -> None:
+    torch.manual_seed(3)
+    table = torch.tensor([[-0.51, 0.07, 0.93]])
+    weight = torch.randn(6, 36) if dense else None
+    tensors = (
+        {"weight": weight}
+        if weight is not None
+        else {
+            "codes": pack_codes(torch.randint(0, 3, (6, 36), dtype=torch.uint8), 3),
+            "levels": table,
+        }
+    )
+    graph = (
+        Net().add("conv2d", "x", "a", **CONV | {"padding": (0, 0, 0, 0)}, **tensors, scale=torch.randn(6)).graph("a")
+    )
+    x = torch.rand(64, *graph.values["x"].shape) * 3
+    exact = run(graph, (x,))[0].mean((0, 2, 3))
+    with_means, without = (
+        run(quantize(graph, *(calibrate(graph, [x])[:count])), (x,))[0].mean((0, 2, 3)) for count in (2, 1)
+    )
+    assert (with_means - exact).norm() < 0.2 * (without - exact).norm()
 
 
 def test_the_scale_of_a_layer_takes_over_those_of_levels_and_input() -> None:

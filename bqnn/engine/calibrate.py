@@ -1,9 +1,10 @@
-"""The ranges of a graph's values over a few batches of inputs: what the scales of "int8" are made of."""
+"""What a graph's values are over a few batches of inputs: what the scales of "int8" are made of."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,17 @@ CUTS, SMALLEST_CUT = 91, 0.1  # shares of the largest number that a range may be
 Run = Callable[..., dict[str, Tensor]]
 
 
+class Calibration(NamedTuple):
+    """Of each value of a graph, by its name."""
+
+    ranges: dict[str, tuple[float, float]]
+    """The least and the largest number that 8 bits should hold."""
+    means: dict[str, Tensor]
+    """Of each element over all images, float64, in the value's shape."""
+
+
 class Observer:
-    """What is known of the numbers of one value: their least and largest, and a histogram of their sizes."""
+    """What is known of one value: its mean, its least and largest number, and a histogram of their sizes."""
 
     def __init__(self) -> None:
         self.low, self.high = math.inf, -math.inf
@@ -26,6 +36,7 @@ class Observer:
         """Of the histogram, from 0 on; it doubles when a number is beyond it."""
         self.counts = torch.zeros(BINS, dtype=torch.float64)
         """Of |x|, without zeros, whose rounding costs nothing."""
+        self.images, self.sum = 0, torch.zeros((), dtype=torch.float64)
 
     def add(self, name: str, x: Tensor) -> None:
         """Raises ValueError where a number is not finite, with the value's name."""
@@ -35,6 +46,7 @@ class Observer:
         if not -math.inf < low <= high < math.inf:
             raise ValueError(f"value {shown(name)} is not finite")
         self.low, self.high = min(self.low, low), max(self.high, high)
+        self.images, self.sum = self.images + len(x), self.sum + x.sum(0, dtype=torch.float64)
         largest = max(-low, high)
         self.span = self.span or largest
         while largest > self.span:
@@ -60,10 +72,8 @@ class Observer:
         return max(self.low, -cut), min(self.high, cut)
 
 
-def calibrate(
-    graph: Graph, batches: Iterable[Tensor | Sequence[Tensor]], run: Run = reference.run
-) -> dict[str, tuple[float, float]]:
-    """The range of each value of ``graph``, (low, high), for :func:`bqnn.engine.quantize.quantize`.
+def calibrate(graph: Graph, batches: Iterable[Tensor | Sequence[Tensor]], run: Run = reference.run) -> Calibration:
+    """The range and the mean of each value of ``graph``, for :func:`bqnn.engine.quantize.quantize`.
 
     Args:
         graph: sound, of float32 values, after the passes.
@@ -85,4 +95,5 @@ def calibrate(
     if any(observer.low > observer.high for observer in seen.values()):
         raise ValueError("calibration must have a batch of one image or more, got none")
     exact = {name: (seen[name].low, seen[name].high) for name in graph.inputs}
-    return {name: observer.range() for name, observer in seen.items()} | exact
+    ranges = {name: observer.range() for name, observer in seen.items()} | exact
+    return Calibration(ranges, {name: observer.sum / observer.images for name, observer in seen.items()})

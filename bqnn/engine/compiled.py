@@ -239,7 +239,7 @@ def _quantized(net: CompiledNetwork, batches: Iterable[Tensor | tuple[Tensor, ..
         for part, inputs in zip(parts, given):
             inputs.append(tuple(found[name] for name in part.inputs))
     quantized = {
-        id(part): EnginePart(quantize(part.graph, calibrate(part.graph, inputs))) for part, inputs in zip(parts, given)
+        id(part): EnginePart(quantize(part.graph, *calibrate(part.graph, inputs))) for part, inputs in zip(parts, given)
     }
     for part in quantized.values():
         part.graph.check()

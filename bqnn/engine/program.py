@@ -165,5 +165,3 @@ def _sizes(node: Node) -> list[int]:
     if node.op == "slice":
         return [*_image(of["start"], 0), *_image(of["stop"], 1), *_image(of["step"], 1)]
     return [0, 0, 0, 0, 0, 0, 1, 1, 1]
-
-

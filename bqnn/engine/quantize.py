@@ -11,11 +11,13 @@ import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from bqnn.core.text import shown
 from bqnn.engine.check_graph import MOST_COLUMNS
 from bqnn.engine.graph import Graph, Node, Value
-from bqnn.engine.integers import count_codes, integer_levels, integer_rows
+from bqnn.engine.integers import CodedWeights, integer_rows
 from bqnn.engine.operators import OPERATORS, columns_of
 
 Range = tuple[float, float]
@@ -25,7 +27,7 @@ _GATES = ("sigmoid", "hardsigmoid")
 _SMALLEST, _LARGEST = 2.0**-100, 2.0**100
 
 
-def quantize(graph: Graph, ranges: Mapping[str, Range]) -> Graph:
+def quantize(graph: Graph, ranges: Mapping[str, Range], means: Mapping[str, Tensor] | None = None) -> Graph:
     """``graph`` in 8 bits, with the same inputs and outputs, in float32.
 
     Where a float32 value is wanted as uint8, an ``activation`` node makes a copy. Values that are moved into each other
@@ -35,6 +37,8 @@ def quantize(graph: Graph, ranges: Mapping[str, Range]) -> Graph:
     Args:
         graph: sound, of float32 values, after the passes.
         ranges: the least and the largest number of each value (:func:`bqnn.engine.calibrate.calibrate`).
+        means: of each value in its shape, from the same place: biases make up for what rounded weights change in the
+            mean of a layer's outputs. None leaves biases as they are.
 
     Raises:
         ValueError: the graph has uint8 values already, or a value has no range that is finite and in order.
@@ -49,15 +53,20 @@ def quantize(graph: Graph, ranges: Mapping[str, Range]) -> Graph:
     movers = {node.output for node in graph.nodes if OPERATORS[node.op].moves} & wanted - set(graph.outputs)
     graph, copies = _with_copies(graph, graph.inputs, layers | movers)
     known |= {copy: known[name] for name, copy in copies.items()}
+    originals = {copy: name for name, copy in copies.items()}
     stored = _stored(graph, wanted | set(copies.values()), known)
     floats = [name for name in graph.values if name not in stored]
     graph, copies = _with_copies(graph, floats, layers)
     stored |= {copy: known[name] for name, copy in copies.items()}
+    originals |= {copy: originals.get(name, name) for name, copy in copies.items()}
     values = {name: _quantized(value, stored.get(name)) for name, value in graph.values.items()}
-    nodes = tuple(
-        _with_integers(node, values[node.inputs[0]]) if node.output in layers else node for node in graph.nodes
-    )
-    return graph.replaced(values=values, nodes=nodes)
+    nodes = []
+    for node in graph.nodes:
+        if node.output in layers:
+            x = values[node.inputs[0]]
+            node = _with_integers(node, x, None if means is None else means[originals.get(x.name, x.name)])
+        nodes.append(node)
+    return graph.replaced(values=values, nodes=tuple(nodes))
 
 
 def _range_of(name: str, ranges: Mapping[str, Range]) -> Range:
@@ -149,15 +158,26 @@ def _quantized(value: Value, known: Range | None) -> Value:
     )
 
 
-def _with_integers(node: Node, x: Value) -> Node:
-    """A conv2d or linear node with the tensors that it needs where its input ``x`` is uint8."""
+def _with_integers(node: Node, x: Value, mean: Tensor | None) -> Node:
+    """A conv2d or linear node with the tensors that it needs where its input ``x``, of such a mean, is uint8."""
     tensors = dict(node.tensors)
+    columns = None if mean is None else _mean_columns(node, mean)
     if "codes" in tensors:
-        levels = tensors.pop("levels")
-        counts = count_codes(tensors["codes"], levels.shape[1], columns_of(node, x.shape))
-        tensors["integers"], steps = integer_levels(levels, counts)
+        weights = CodedWeights(tensors["codes"], tensors.pop("levels"), columns_of(node, x.shape), columns)
+        tensors["integers"], steps, shift = weights.integers()
     else:
-        tensors["weight"], steps = integer_rows(tensors["weight"])
-    steps = steps * x.scale
-    tensors["scale"] = (steps * tensors["scale"].double() if "scale" in tensors else steps).float()
+        tensors["weight"], steps, shift = integer_rows(tensors["weight"], columns)
+    scale = tensors["scale"].double() if "scale" in tensors else 1.0
+    tensors["scale"] = (steps * x.scale * scale).float()
+    if mean is not None:
+        tensors["bias"] = (tensors.get("bias", torch.zeros(())).double() + shift * scale).float()
     return dataclasses.replace(node, tensors=tensors)
+
+
+def _mean_columns(node: Node, mean: Tensor) -> Tensor:
+    """The mean of what a layer's columns are multiplied with, [groups, columns]; a convolution's border counts as any
+    other place."""
+    if node.op == "linear":
+        return mean.reshape(1, -1)
+    groups, taps = node.attributes["groups"], math.prod(node.attributes["kernel"])
+    return mean.mean((1, 2)).view(groups, -1).repeat_interleave(taps, 1)

@@ -192,7 +192,13 @@ class Planner {
       }
       for (const int32_t x : graph_.steps[each.step].inputs) use(plan_.places[x].buffer);
     }
-    for (Buffer& b : plan_.buffers) b.shared = b.first >= 0 && stage_of(b.first) != stage_of(b.last);
+    for (Buffer& b : plan_.buffers) {
+      if (b.first < 0) continue;
+      const int from = stage_of(b.first), to = stage_of(b.last);
+      b.shared = from != to || plan_.stages[from].wide;
+      // Images go through a stage at their own pace: what one still needs another must not overwrite.
+      if (b.shared) b.first = plan_.stages[from].begin, b.last = plan_.stages[to].end - 1;
+    }
   }
 
   // Each buffer, the largest first, lies at the lowest place that no other has while it lives.
