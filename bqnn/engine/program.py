@@ -67,18 +67,21 @@ class Program:
 
     Args:
         graph: a sound one (:meth:`Graph.check`).
+        limits: what the plan is made by, for who measures or tests it: ``cache``, bytes of images that a thread takes
+            through all steps together; ``kept_panels``, bytes of decoded weights that are kept between calls;
+            ``wide_layer``, weights from which on threads share a fully connected layer.
 
     Raises:
         ValueError: the extension refuses the graph.
         RuntimeError: there are no CPU kernels.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, **limits: int) -> None:
         if cpu_isa() == "none":
             raise RuntimeError("the engine's kernels are in the compiled extension, which is not there")
         words, numbers, tensors = describe(graph)
         self._handle = torch.ops.bqnn_cpu.engine_program(
-            torch.tensor(words, dtype=torch.int64), torch.tensor(numbers, dtype=torch.float32), tensors
+            torch.tensor(words, dtype=torch.int64), torch.tensor(numbers, dtype=torch.float32), tensors, **limits
         )
         self._run = torch.ops.bqnn_cpu.engine_run.default
         weakref.finalize(self, torch.ops.bqnn_cpu.engine_free, self._handle)

@@ -170,8 +170,11 @@ engine::Graph read_graph(const Tensor& words, const Tensor& numbers, const std::
   return graph;
 }
 
-int64_t engine_program_op(Tensor words, Tensor numbers, std::vector<Tensor> tensors) {
-  auto program = std::make_shared<const Program>(read_graph(words, numbers, tensors), isa());
+int64_t engine_program_op(Tensor words, Tensor numbers, std::vector<Tensor> tensors, int64_t cache,
+                          int64_t kept_panels, int64_t wide_layer) {
+  engine::Graph graph = read_graph(words, numbers, tensors);
+  const engine::Limits limits{cache, kept_panels, wide_layer};
+  auto program = std::make_shared<const Program>(std::move(graph), isa(), limits);
   Programs& all = programs();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.by_handle.emplace(all.next, std::move(program));
@@ -286,7 +289,9 @@ std::string engine_describe_op(int64_t handle) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bqnn_cpu, m) {
-  m.def("engine_program(Tensor words, Tensor numbers, Tensor[] tensors) -> int");
+  m.def(
+      "engine_program(Tensor words, Tensor numbers, Tensor[] tensors, int cache=524288, int kept_panels=1048576,"
+      " int wide_layer=131072) -> int");
   m.def("engine_free(int program) -> ()");
   m.def("engine_run(int program, Tensor[] inputs) -> Tensor[]");
   m.def("engine_times(int program, Tensor[] inputs) -> Tensor");

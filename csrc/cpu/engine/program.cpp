@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <numeric>
 
 #include "cpu/base/scratch.h"
@@ -33,24 +31,9 @@ const Kernels& kernels_of(Isa isa) {
 
 namespace {
 
-constexpr int64_t kPadding = kSlack / 4;  // numbers that kernels may read beyond the last channel
-constexpr int64_t kCache = 1 << 19;       // bytes of images that a thread takes through all steps together
-constexpr int64_t kKeptPanels = 1 << 20;  // bytes of panels that are kept; more are made in every call
-constexpr int64_t kWideLayer = 1 << 17;   // weights from which on a layer of one position is a stage of its own
 constexpr int64_t kWorthAThread = 1 << 18;  // products that repay waking a thread
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The codes of a channel, one a weight.
-void unpack(const Weight& weight, int64_t columns, int64_t channel, std::vector<uint8_t>* codes) {
-  const int digits = digits_of_byte(weight.num_levels);
-  const int64_t width = ceil_div(columns, digits);
-  codes->resize(static_cast<size_t>(width * digits));
-  for (int64_t i = 0; i < width; ++i) {
-    unsigned byte = weight.codes[channel * width + i];
-    for (int d = 0; d < digits; ++d, byte /= weight.num_levels) (*codes)[i * digits + d] = byte % weight.num_levels;
-  }
-}
 
 }  // namespace
 
@@ -63,165 +46,24 @@ struct Program::Frame {
   int64_t room;           // images that local memory is for
 };
 
-char* Program::keep(int64_t bytes) {
-  void* memory = std::aligned_alloc(64, static_cast<size_t>((bytes + kSlack + 63) / 64 * 64));
-  if (memory == nullptr) throw std::bad_alloc();
-  memory_.emplace_back(static_cast<char*>(memory), &std::free);
-  return static_cast<char*>(memory);
-}
-
-// A copy of so many numbers, or of none `otherwise`, and zeros beyond.
-const float* Program::keep_floats(const float* values, int64_t count, float otherwise) {
-  std::vector<float> copy(static_cast<size_t>(count + kPadding), 0.0f);
-  for (int64_t i = 0; i < count; ++i) copy[i] = values != nullptr ? values[i] : otherwise;
-  floats_.push_back(std::move(copy));
-  return floats_.back().data();
-}
-
-Program::Program(Graph graph, Isa isa) : graph_(std::move(graph)), kernels_(&kernels_of(isa)) {
+Program::Program(Graph graph, Isa isa, const Limits& limits)
+    : graph_(std::move(graph)), limits_(limits), kernels_(&kernels_of(isa)), weights_(graph_, *kernels_) {
   check(graph_);
   const size_t steps = graph_.steps.size();
-  std::vector<char> wide(steps, 0);
   int64_t panels = 0;
-  const auto weights_of = [&](const Step& step) {
-    const Shape &x = graph_.values[step.inputs[0]].shape, &y = graph_.values[step.output].shape;
-    const Window& w = step.window;
-    return y.channels * (step.op == Op::linear ? x.count() : x.channels / step.groups * w.kernel_h * w.kernel_w);
-  };
   for (const Step& step : graph_.steps)
-    if (step.op == Op::conv2d || step.op == Op::linear)
-      panels += weights_of(step) * size_of(graph_.values[step.inputs[0]].dtype);
-  const bool kept = panels <= kKeptPanels;
+    panels += count_weights(graph_, step) * size_of(graph_.values[step.inputs[0]].dtype);
+  const bool kept = panels <= limits.kept_panels;
+  std::vector<char> wide(steps, 0);
   for (size_t i = 0; i < steps; ++i) {
-    const Step& step = graph_.steps[i];
-    const Shape& y = graph_.values[step.output].shape;
-    const bool layer = step.op == Op::conv2d || step.op == Op::linear;
-    wide[i] = layer && !kept && y.height * y.width == 1 && weights_of(step) >= kWideLayer;
+    const Shape& y = graph_.values[graph_.steps[i].output].shape;
+    wide[i] = !kept && y.height * y.width == 1 && count_weights(graph_, graph_.steps[i]) >= limits.wide_layer;
   }
   plan_ = make_plan(graph_, wide);
-  convs_.resize(steps);
-  for (size_t i = 0; i < steps; ++i) {
-    Step& step = graph_.steps[i];
-    const int64_t channels = graph_.values[step.output].shape.channels;
-    if (step.op == Op::conv2d || step.op == Op::linear) {
-      prepare(step, &convs_[i]);
-      if (!convs_[i].depthwise && (kept || convs_[i].layout == nullptr)) keep_panels(&convs_[i]);
-    } else if (step.op == Op::affine) {
-      convs_[i].scale = keep_floats(step.weight.scale, channels, 1.0f);
-      convs_[i].bias = keep_floats(step.weight.bias, channels, 0.0f);
-    }
+  for (Step& step : graph_.steps) {
+    convs_.push_back(weights_.prepare(step, plan_.buffers[plan_.places[step.inputs[0]].buffer], kept));
     step.weight = Weight{};
   }
-}
-
-void Program::prepare(const Step& step, Conv* conv) {
-  const Value &x = graph_.values[step.inputs[0]], &y = graph_.values[step.output];
-  conv->window = step.window;
-  conv->groups = step.groups;
-  conv->inputs = x.shape.channels / step.groups;
-  if (step.op == Op::linear) {
-    conv->window = Window{};
-    conv->window.kernel_h = x.shape.height, conv->window.kernel_w = x.shape.width;
-  }
-  conv->group_channels = y.shape.channels / step.groups;
-  conv->activation = step.activation;
-  conv->integers = x.dtype == Dtype::uint8;
-  conv->depthwise = is_depthwise(graph_, step);
-  const Window& w = conv->window;
-  const Buffer& buffer = plan_.buffers[plan_.places[step.inputs[0]].buffer];
-  const bool dense = conv->inputs == buffer.pixel() && w.dilation_w == 1;
-  // Pixels of a row follow each other in memory where nothing lies between them.
-  conv->segments = dense || w.kernel_w == 1 ? w.kernel_h : w.kernel_h * w.kernel_w;
-  conv->segment = conv->inputs * w.kernel_h * w.kernel_w / conv->segments;
-  make_weight(step, conv);
-  conv->scale = keep_floats(step.weight.scale, y.shape.channels, 1.0f);
-  conv->bias = keep_floats(step.weight.bias, y.shape.channels, 0.0f);
-}
-
-// The weight in the order that its kernel reads: taps, a layout, or numbers of which panels are made.
-void Program::make_weight(const Step& step, Conv* conv) {
-  const Weight& weight = step.weight;
-  const Window& w = conv->window;
-  const int64_t channels = conv->channels(), taps = w.kernel_h * w.kernel_w, columns = conv->inputs * taps;
-  std::vector<int32_t> shift(static_cast<size_t>(channels + kPadding), 0);
-  const int zero = graph_.values[step.inputs[0]].zero;
-  std::vector<uint8_t> codes;
-  conv->most_integer = 0;
-  // Calls f(channel, column, number) for the whole weight, columns as [input][tap].
-  const auto each = [&](const auto& f) {
-    for (int64_t n = 0; n < channels; ++n) {
-      if (weight.codes != nullptr) unpack(weight, columns, n, &codes);
-      const int64_t book = weight.codebooks == 1 ? 0 : n * weight.num_levels;
-      for (int64_t k = 0; k < columns; ++k) {
-        float number;
-        if (weight.codes != nullptr)
-          number = conv->integers ? static_cast<float>(weight.integers[book + codes[k]]) : weight.levels[book + codes[k]];
-        else
-          number = conv->integers ? static_cast<float>(weight.integer_numbers[n * columns + k])
-                                  : weight.numbers[n * columns + k];
-        f(n, k, number);
-      }
-    }
-  };
-  if (conv->integers) {
-    each([&](int64_t n, int64_t, float number) {
-      shift[n] += zero * static_cast<int32_t>(number);
-      conv->most_integer = std::max(conv->most_integer, std::abs(static_cast<int>(number)));
-    });
-  }
-  integers_.push_back(std::move(shift));
-  conv->shift = integers_.back().data();
-
-  if (conv->depthwise) {
-    const int64_t padded = channels + kPadding;
-    std::vector<float> of_taps(static_cast<size_t>(taps * padded), 0.0f);
-    each([&](int64_t n, int64_t tap, float number) { of_taps[tap * padded + n] = number; });
-    conv->taps = keep_floats(of_taps.data(), taps * padded, 0.0f);
-    return;
-  }
-  if (weight.codes == nullptr) {
-    auto* numbers = keep(channels * columns * 4);
-    each([&](int64_t n, int64_t k, float number) {
-      const int64_t at = n * columns + k % taps * conv->inputs + k / taps;
-      if (conv->integers)
-        reinterpret_cast<int8_t*>(numbers)[at] = static_cast<int8_t>(number);
-      else
-        reinterpret_cast<float*>(numbers)[at] = number;
-    });
-    conv->integer_numbers = conv->integers ? reinterpret_cast<const int8_t*>(numbers) : nullptr;
-    conv->numbers = conv->integers ? nullptr : reinterpret_cast<const float*>(numbers);
-    return;
-  }
-  const int64_t count = int64_t{weight.codebooks} * weight.num_levels;
-  const std::vector<float> levels(static_cast<size_t>(count), 0.0f), ones(static_cast<size_t>(weight.codebooks), 1.0f);
-  PackedWeight packed{weight.codes,
-                      conv->integers ? levels.data() : weight.levels,
-                      weight.integers,
-                      ones.data(),
-                      channels,
-                      columns,
-                      conv->groups,
-                      weight.num_levels,
-                      weight.codebooks,
-                      static_cast<int>(w.kernel_h),
-                      static_cast<int>(w.kernel_w),
-                      conv->segments == w.kernel_h ? 1 : 2,  // what sets the columns of a kernel apart
-                      conv->integers ? Precision::int8 : Precision::fp32,
-                      LayoutForm::words};
-  char* layout = keep(plan_layout(packed).bytes);
-  make_layout(packed, layout);
-  conv->layout = reinterpret_cast<const PackedLayout*>(layout);
-}
-
-void Program::keep_panels(Conv* conv) {
-  const int64_t strips = ceil_div(conv->group_channels, kernels_->strip), words = kernels_->panel_words(*conv);
-  auto* panels = reinterpret_cast<uint32_t*>(keep(conv->groups * strips * words * 4));
-  for (int64_t i = 0; i < conv->groups * strips; ++i)
-    kernels_->make_panel(*conv, i / strips, i % strips, panels + i * words);
-  conv->panels = panels;
-  // What they were made of is not needed any more; it was kept last.
-  memory_.erase(memory_.end() - 2);
-  conv->layout = nullptr, conv->numbers = nullptr, conv->integer_numbers = nullptr;
 }
 
 View Program::view(const Frame& frame, int value) const {
@@ -343,7 +185,7 @@ void Program::run(const Outside* inputs, const Outside* outputs, int64_t images,
   const auto local = [&](int64_t room) { return scratch(Scratch::arena, plan_.local * room + kSlack); };
   // A few images that threads can not share evenly are divided within each step.
   const bool divided = images < threads || (images % threads != 0 && images < 4 * threads);
-  int64_t block = std::max<int64_t>(1, kCache / std::max<int64_t>(1, plan_.local));
+  int64_t block = std::max<int64_t>(1, limits_.cache / std::max<int64_t>(1, plan_.local));
   if (!divided) {
     const int64_t rounds = ceil_div(images, threads * block);
     block = ceil_div(images, threads * rounds);

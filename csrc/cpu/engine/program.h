@@ -1,20 +1,29 @@
 // A network that is ready to run: a plan, and the weights as its kernels read them.
 #pragma once
 
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "cpu/base/parallel.h"
 #include "cpu/engine/kernels.h"
 #include "cpu/engine/plan.h"
+#include "cpu/engine/weights.h"
 
 namespace bqnn::engine {
+
+// How a program is planned: the measure of what machines have.
+struct Limits {
+  int64_t cache = 1 << 19;        // bytes of images that a thread takes through all steps together
+  int64_t kept_panels = 1 << 20;  // bytes of panels that are kept; more are made in every call
+  int64_t wide_layer = 1 << 17;   // weights from which on a layer of one position is a stage of its own
+};
 
 class Program {
  public:
   // Throws std::invalid_argument where the graph is unsound. Nothing of the caller's memory is used afterwards.
-  Program(Graph graph, Isa isa);
+  Program(Graph graph, Isa isa, const Limits& limits = {});
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
 
   const Graph& graph() const { return graph_; }
   const Plan& plan() const { return plan_; }
@@ -33,18 +42,12 @@ class Program {
   struct Frame;
 
   Graph graph_;
-  Plan plan_;
+  Limits limits_;
   const Kernels* kernels_;
+  Weights weights_;
+  Plan plan_;
   std::vector<Conv> convs_;  // by step
-  std::vector<std::vector<float>> floats_;
-  std::vector<std::vector<int32_t>> integers_;
-  std::vector<std::unique_ptr<char[], void (*)(void*)>> memory_;
 
-  char* keep(int64_t bytes);
-  const float* keep_floats(const float* values, int64_t count, float otherwise);
-  void prepare(const Step& step, Conv* conv);
-  void make_weight(const Step& step, Conv* conv);
-  void keep_panels(Conv* conv);
   View view(const Frame& frame, int value) const;
   void run_instruction(const Frame& frame, const Instruction& instruction, const Parallel& parallel) const;
   void run_stage(const Frame& frame, const Stage& stage, const Parallel& parallel, double* seconds) const;

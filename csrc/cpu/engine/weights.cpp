@@ -1,0 +1,165 @@
+#include "cpu/engine/weights.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace bqnn::engine {
+namespace {
+
+constexpr int64_t kPadding = kSlack / 4;  // numbers that kernels may read beyond the last channel
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The codes of a channel, one a weight.
+void unpack(const Weight& weight, int64_t columns, int64_t channel, std::vector<uint8_t>* codes) {
+  const int digits = digits_of_byte(weight.num_levels);
+  const int64_t width = ceil_div(columns, digits);
+  codes->resize(static_cast<size_t>(width * digits));
+  for (int64_t i = 0; i < width; ++i) {
+    unsigned byte = weight.codes[channel * width + i];
+    for (int d = 0; d < digits; ++d, byte /= weight.num_levels) (*codes)[i * digits + d] = byte % weight.num_levels;
+  }
+}
+
+}  // namespace
+
+char* Weights::keep(int64_t bytes) {
+  void* memory = std::aligned_alloc(64, static_cast<size_t>((bytes + kSlack + 63) / 64 * 64));
+  if (memory == nullptr) throw std::bad_alloc();
+  memory_.emplace_back(static_cast<char*>(memory), &std::free);
+  return static_cast<char*>(memory);
+}
+
+// A copy of so many numbers, or of none `otherwise`, and zeros beyond.
+const float* Weights::keep_floats(const float* values, int64_t count, float otherwise) {
+  std::vector<float> copy(static_cast<size_t>(count + kPadding), 0.0f);
+  for (int64_t i = 0; i < count; ++i) copy[i] = values != nullptr ? values[i] : otherwise;
+  floats_.push_back(std::move(copy));
+  return floats_.back().data();
+}
+
+int64_t count_weights(const Graph& graph, const Step& step) {
+  const Shape &x = graph.values[step.inputs[0]].shape, &y = graph.values[step.output].shape;
+  const Window& w = step.window;
+  if (step.op == Op::linear) return y.channels * x.count();
+  return step.op == Op::conv2d ? y.channels * (x.channels / step.groups * w.kernel_h * w.kernel_w) : 0;
+}
+
+Conv Weights::prepare(const Step& step, const Buffer& buffer, bool keep_panels) {
+  const Value &x = graph_.values[step.inputs[0]], &y = graph_.values[step.output];
+  Conv conv{};
+  if (step.op == Op::affine || step.op == Op::conv2d || step.op == Op::linear) {
+    conv.scale = keep_floats(step.weight.scale, y.shape.channels, 1.0f);
+    conv.bias = keep_floats(step.weight.bias, y.shape.channels, 0.0f);
+  }
+  if (step.op != Op::conv2d && step.op != Op::linear) return conv;
+  conv.window = step.window;
+  if (step.op == Op::linear) {
+    conv.window = Window{};
+    conv.window.kernel_h = x.shape.height, conv.window.kernel_w = x.shape.width;
+  }
+  conv.activation = step.activation;
+  conv.groups = step.groups;
+  conv.inputs = x.shape.channels / step.groups;
+  conv.group_channels = y.shape.channels / step.groups;
+  conv.integers = x.dtype == Dtype::uint8;
+  conv.depthwise = is_depthwise(graph_, step);
+  const Window& w = conv.window;
+  // Pixels of a row follow each other in memory where nothing lies between them.
+  const bool dense = conv.inputs == buffer.pixel() && w.dilation_w == 1;
+  conv.segments = dense || w.kernel_w == 1 ? w.kernel_h : w.kernel_h * w.kernel_w;
+  conv.segment = conv.inputs * w.kernel_h * w.kernel_w / conv.segments;
+  keep_weight(step, &conv);
+  if (!conv.depthwise && (keep_panels || conv.layout == nullptr)) this->keep_panels(&conv);
+  return conv;
+}
+
+// The weight in the order that its kernel reads: taps, a layout, or numbers of which panels are made.
+void Weights::keep_weight(const Step& step, Conv* conv) {
+  const Weight& weight = step.weight;
+  const Window& w = conv->window;
+  const int64_t channels = conv->channels(), taps = w.kernel_h * w.kernel_w, columns = conv->inputs * taps;
+  std::vector<int32_t> shift(static_cast<size_t>(channels + kPadding), 0);
+  const int zero = graph_.values[step.inputs[0]].zero;
+  std::vector<uint8_t> codes;
+  conv->most_integer = 0;
+  // Calls f(channel, column, number) for the whole weight, columns as [input][tap].
+  const auto each = [&](const auto& f) {
+    for (int64_t n = 0; n < channels; ++n) {
+      if (weight.codes != nullptr) unpack(weight, columns, n, &codes);
+      const int64_t book = weight.codebooks == 1 ? 0 : n * weight.num_levels;
+      for (int64_t k = 0; k < columns; ++k) {
+        float number;
+        if (weight.codes != nullptr)
+          number = conv->integers ? static_cast<float>(weight.integers[book + codes[k]]) : weight.levels[book + codes[k]];
+        else
+          number = conv->integers ? static_cast<float>(weight.integer_numbers[n * columns + k])
+                                  : weight.numbers[n * columns + k];
+        f(n, k, number);
+      }
+    }
+  };
+  if (conv->integers) {
+    each([&](int64_t n, int64_t, float number) {
+      shift[n] += zero * static_cast<int32_t>(number);
+      conv->most_integer = std::max(conv->most_integer, std::abs(static_cast<int>(number)));
+    });
+  }
+  integers_.push_back(std::move(shift));
+  conv->shift = integers_.back().data();
+
+  if (conv->depthwise) {
+    const int64_t padded = channels + kPadding;
+    std::vector<float> of_taps(static_cast<size_t>(taps * padded), 0.0f);
+    each([&](int64_t n, int64_t tap, float number) { of_taps[tap * padded + n] = number; });
+    conv->taps = keep_floats(of_taps.data(), taps * padded, 0.0f);
+    return;
+  }
+  if (weight.codes == nullptr) {
+    auto* numbers = keep(channels * columns * 4);
+    each([&](int64_t n, int64_t k, float number) {
+      const int64_t at = n * columns + k % taps * conv->inputs + k / taps;
+      if (conv->integers)
+        reinterpret_cast<int8_t*>(numbers)[at] = static_cast<int8_t>(number);
+      else
+        reinterpret_cast<float*>(numbers)[at] = number;
+    });
+    conv->integer_numbers = conv->integers ? reinterpret_cast<const int8_t*>(numbers) : nullptr;
+    conv->numbers = conv->integers ? nullptr : reinterpret_cast<const float*>(numbers);
+    return;
+  }
+  const int64_t count = int64_t{weight.codebooks} * weight.num_levels;
+  const std::vector<float> levels(static_cast<size_t>(count), 0.0f), ones(static_cast<size_t>(weight.codebooks), 1.0f);
+  PackedWeight packed{weight.codes,
+                      conv->integers ? levels.data() : weight.levels,
+                      weight.integers,
+                      ones.data(),
+                      channels,
+                      columns,
+                      conv->groups,
+                      weight.num_levels,
+                      weight.codebooks,
+                      static_cast<int>(w.kernel_h),
+                      static_cast<int>(w.kernel_w),
+                      conv->segments == w.kernel_h ? 1 : 2,  // what sets the columns of a kernel apart
+                      conv->integers ? Precision::int8 : Precision::fp32,
+                      LayoutForm::words};
+  char* layout = keep(plan_layout(packed).bytes);
+  make_layout(packed, layout);
+  conv->layout = reinterpret_cast<const PackedLayout*>(layout);
+}
+
+void Weights::keep_panels(Conv* conv) {
+  const int64_t strips = ceil_div(conv->group_channels, kernels_.strip), words = kernels_.panel_words(*conv);
+  auto* panels = reinterpret_cast<uint32_t*>(keep(conv->groups * strips * words * 4));
+  for (int64_t i = 0; i < conv->groups * strips; ++i)
+    kernels_.make_panel(*conv, i / strips, i % strips, panels + i * words);
+  conv->panels = panels;
+  // What they were made of is not needed any more; it was kept last.
+  memory_.erase(memory_.end() - 2);
+  conv->layout = nullptr, conv->numbers = nullptr, conv->integer_numbers = nullptr;
+}
+
+}  // namespace bqnn::engine

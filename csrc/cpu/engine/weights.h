@@ -1,0 +1,37 @@
+// The weights of a program's steps, in the order in which kernels read them.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cpu/engine/kernels.h"
+#include "cpu/engine/plan.h"
+
+namespace bqnn::engine {
+
+// Weights of a convolution or linear layer; 0 of any other step.
+int64_t count_weights(const Graph& graph, const Step& step);
+
+// Owns what the Conv of a step points to.
+class Weights {
+ public:
+  Weights(const Graph& graph, const Kernels& kernels) : graph_(graph), kernels_(kernels) {}
+
+  // What the kernels of a step want: all of a convolution, or scale and shift of an affine step. x is the buffer of its
+  // first input. Panels are made once and kept, or, of a weight that is codes, in every call.
+  Conv prepare(const Step& step, const Buffer& x, bool keep_panels);
+
+ private:
+  const Graph& graph_;
+  const Kernels& kernels_;
+  std::vector<std::vector<float>> floats_;
+  std::vector<std::vector<int32_t>> integers_;
+  std::vector<std::unique_ptr<char, void (*)(void*)>> memory_;
+
+  char* keep(int64_t bytes);
+  const float* keep_floats(const float* values, int64_t count, float otherwise);
+  void keep_weight(const Step& step, Conv* conv);
+  void keep_panels(Conv* conv);
+};
+
+}  // namespace bqnn::engine

@@ -1,0 +1,257 @@
+"""Programs of the extension against the reference: drawn graphs, every way to plan them, threads and instruction sets."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import bqnn
+from bqnn.engine.graph import NO_ACTIVATION, Graph, Node
+from bqnn.engine.program import Program, describe
+from bqnn.engine.reference import run
+from tests.support.draw_graphs import draw_graph
+from tests.support.helpers import digest, lower_isas, run_on_isa
+
+pytestmark = pytest.mark.skipif(bqnn.cpu_isa() == "none", reason="no CPU kernels")
+
+PLANS = {"kept": {}, "made": {"kept_panels": 0, "wide_layer": 1 << 40}, "wide": {"kept_panels": 0, "wide_layer": 1}}
+SMOOTH = ("sigmoid", "silu", "gelu", "gelu_tanh", "tanh")
+"""Activations whose float32 value may be a few units in the last place off."""
+
+
+@pytest.fixture(params=(1, 2, 3), ids="threads-{}".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def of_batch(inputs: tuple[Tensor, ...], batch: int) -> list[Tensor]:
+    return [x.repeat(-(-batch // len(x)), *[1] * (x.dim() - 1))[:batch] for x in inputs]
+
+
+def check_near(found: list[Tensor], expected: tuple[Tensor, ...]) -> None:
+    assert len(found) == len(expected)
+    for y, reference in zip(found, expected):
+        assert y.dtype == torch.float32 and y.shape == reference.shape
+        distance = (y.double() - reference).norm()
+        assert distance <= 1e-5 * reference.norm() + 1e-6 * reference.numel() ** 0.5
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("first", range(0, 240, 40))
+def test_drawn_graphs(first: int, plan: str) -> None:
+    for seed in range(first, first + 40):
+        graph, inputs = draw_graph(seed)
+        batch = (1, 2, 3, 7)[seed % 4]
+        given = of_batch(inputs, batch)
+        check_near(Program(graph, **PLANS[plan])(given), run(graph, given))
+
+
+def alone(graph: Graph, node: Node) -> Graph:
+    """A graph of one node of a quantized one: its inputs are made uint8 of float32, and its output float32 of uint8."""
+    values, nodes, inputs = {}, [], []
+    for name in dict.fromkeys(node.inputs):
+        value = graph.values[name]
+        values[name], wide = value, f"{name}.float32"
+        if value.dtype == "float32":
+            inputs.append(name)
+            continue
+        values[wide] = dataclasses.replace(value, name=wide, dtype="float32", scale=1.0, zero=0)
+        nodes.append(Node("activation", (wide,), name))
+        inputs.append(wide)
+    output = values[node.output] = graph.values[node.output]
+    nodes.append(node)
+    last = node.output
+    if output.dtype == "uint8":
+        last = f"{last}.float32"
+        values[last] = dataclasses.replace(output, name=last, dtype="float32", scale=1.0, zero=0)
+        nodes.append(Node("activation", (node.output,), last, {}, {}, NO_ACTIVATION))
+    return Graph(tuple(inputs), (last,), values, tuple(nodes))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("first", range(0, 90, 30))
+def test_quantized_nodes_have_the_bits_of_the_integer_model(first: int, plan: str) -> None:
+    checked = 0
+    for seed in range(first, first + 30):
+        graph, inputs = draw_graph(seed, quantized=True)
+        found = run(graph, inputs, torch.float32, keep=True)
+        for node in graph.nodes:
+            dtypes = [graph.values[name].dtype for name in (*node.inputs, node.output)]
+            sums = node.op in ("conv2d", "linear", "avg_pool2d", "adaptive_avg_pool2d")
+            if "uint8" not in dtypes or node.op.endswith("softmax") or (sums and dtypes[0] == "float32"):
+                continue
+            single = alone(graph, node)
+            values = [graph.values[name.removesuffix(".float32")] for name in single.inputs]
+            given = [
+                (found[value.name].float() - value.zero) * value.scale if value.dtype == "uint8" else found[value.name]
+                for value in values
+            ]
+            y, expected = Program(single, **PLANS[plan])(given)[0], run(single, given, torch.float32)[0]
+            if node.activation.name in SMOOTH:
+                step = graph.values[node.output].scale if dtypes[-1] == "uint8" else 1e-5 * float(expected.abs().max())
+                assert (y - expected).abs().max() <= step * 1.001
+            else:
+                assert torch.equal(y, expected), (seed, node.op, node.activation.name)
+            checked += 1
+    assert checked > 60
+
+
+def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
+    for seed in range(300, 330):
+        graph, inputs = draw_graph(seed, quantized=seed % 2 == 0)
+        program = Program(graph, **list(PLANS.values())[seed % 3], cache=1 << (seed % 20))
+        for batch in (1, 2, 5, 16):
+            given = of_batch(inputs, batch)
+            torch.set_num_threads(1)
+            expected = program(given)
+            torch.set_num_threads(threads)
+            for _ in range(3):
+                assert all(map(torch.equal, program(given), expected))
+
+
+def test_a_batch_has_the_bits_of_its_images() -> None:
+    for seed in range(340, 360):
+        graph, inputs = draw_graph(seed)
+        program = Program(graph)
+        given = of_batch(inputs, 6)
+        whole = program(given)
+        for i in range(6):
+            for y, one in zip(whole, program([x[i : i + 1] for x in given])):
+                assert torch.equal(y[i : i + 1], one)
+
+
+def test_an_empty_batch() -> None:
+    graph, inputs = draw_graph(1)
+    for y, name in zip(Program(graph)([x[:0] for x in inputs]), graph.outputs):
+        assert y.shape == (0, *graph.values[name].shape)
+
+
+def test_inputs_of_any_strides_and_of_bytes() -> None:
+    for seed in range(360, 380):
+        graph, inputs = draw_graph(seed)
+        program = Program(graph)
+        expected = program(list(inputs))
+        strided = [torch.stack([x, x], -1)[..., 0] for x in inputs]
+        last = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs]
+        for given in (strided, last, [x.flip(0) for x in inputs]):
+            found = program(given)
+            for y, z in zip(found, expected):
+                assert torch.equal(y.flip(0) if given is not strided and given is not last else y, z)
+        bytes_ = [(x * 20 + 100).clamp(0, 255).byte() for x in inputs]
+        assert all(map(torch.equal, program(bytes_), program([x.float() for x in bytes_])))
+
+
+def test_eight_callers_at_once_get_what_one_gets() -> None:
+    graph, inputs = draw_graph(7, quantized=True)
+    program = Program(graph, kept_panels=0)
+    given = [of_batch(inputs, batch) for batch in range(1, 9)]
+    expected = [program(x) for x in given]
+    wrong: list[int] = []
+
+    def call(index: int) -> None:
+        for _ in range(50):
+            if not all(map(torch.equal, program(given[index]), expected[index])):
+                wrong.append(index)
+
+    callers = [threading.Thread(target=call, args=(index,)) for index in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def outputs_of_quantized_graphs() -> str:
+    """A checksum of what integers alone decide."""
+    found: list[Tensor] = []
+    for seed in range(40):
+        graph, inputs = draw_graph(seed, quantized=True)
+        values = run(graph, inputs, torch.float32, keep=True)
+        for node in graph.nodes:
+            dtypes = {graph.values[name].dtype for name in (*node.inputs, node.output)}
+            if dtypes != {"uint8"} or node.activation.name in SMOOTH:
+                continue
+            single = alone(graph, node)
+            read = [graph.values[name.removesuffix(".float32")] for name in single.inputs]
+            found += Program(single)([(values[value.name].float() - value.zero) * value.scale for value in read])
+    assert len(found) > 20
+    return digest(found)
+
+
+@pytest.mark.parametrize("isa", lower_isas())
+def test_integers_are_equal_on_every_instruction_set(isa: str) -> None:
+    assert run_on_isa(isa, "tests.test_program", "outputs_of_quantized_graphs") == outputs_of_quantized_graphs()
+
+
+def drawn_graphs() -> str:
+    test_drawn_graphs(400, "made")
+    return "near"
+
+
+@pytest.mark.parametrize("isa", lower_isas())
+def test_drawn_graphs_on_every_instruction_set(isa: str) -> None:
+    assert run_on_isa(isa, "tests.test_program", "drawn_graphs") == "near"
+
+
+def test_times_name_the_nodes() -> None:
+    graph, inputs = draw_graph(3)
+    rows = Program(graph).instructions(list(inputs))
+    assert {row.node for row in rows} - {-1} <= set(range(len(graph.nodes)))
+    assert all(row.seconds >= 0 for row in rows) and any(row.products > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: [x[0], x[0]], r"inputs must be as many tensors as the program has, got 2"),
+        (lambda x: [x[0].double()], r"inputs must be float32 or uint8 on the CPU"),
+        (lambda x: [x[0][:, :-1]], r"inputs must be float32 or uint8 on the CPU of one batch, \[any"),
+        (lambda x: [x[0][0]], r"inputs must be float32 or uint8"),
+    ],
+)
+def test_inputs_that_do_not_fit(change: object, message: str) -> None:
+    seed = next(seed for seed in range(99) if len(draw_graph(seed)[0].inputs) == 1)
+    graph, inputs = draw_graph(seed)
+    with pytest.raises(ValueError, match=message):
+        Program(graph)(change(inputs))  # type: ignore[operator]
+
+
+def test_descriptions_that_are_damaged_are_refused_or_run() -> None:
+    """Whatever stands in a description, the extension reads and writes within the memory of its tensors."""
+    generator = torch.Generator().manual_seed(0)
+    refused = ran = 0
+    for seed in range(150):
+        graph, inputs = draw_graph(seed % 30, quantized=seed % 2 == 0)
+        words, numbers, tensors = describe(graph)
+        for _ in range(8):
+            damaged = copy.copy(words)
+            for _ in range(int(torch.randint(1, 3, (), generator=generator))):
+                at = int(torch.randint(len(words), (), generator=generator))
+                choices = (-1, 0, 1, 2, 3, 5, 255, 2**31, 2**62, -(2**63), damaged[at] + 1, damaged[at] - 1)
+                damaged[at] = choices[int(torch.randint(len(choices), (), generator=generator))]
+            try:
+                handle = torch.ops.bqnn_cpu.engine_program(torch.tensor(damaged), torch.tensor(numbers), tensors)
+            except ValueError:
+                refused += 1
+                continue
+            try:
+                torch.ops.bqnn_cpu.engine_run(handle, list(inputs))
+                ran += 1
+            except ValueError:
+                refused += 1
+            torch.ops.bqnn_cpu.engine_free(handle)
+    assert refused > 100 and ran > 20
+
+
+def test_a_program_that_is_gone() -> None:
+    with pytest.raises(ValueError, match="program must be what engine_program made, got 0"):
+        torch.ops.bqnn_cpu.engine_run(0, [torch.zeros(1)])
