@@ -1,4 +1,4 @@
-"""Programs of the extension against the reference: drawn graphs, every way to plan them, threads and instruction sets."""
+"""Programs of the extension against the reference: drawn graphs, every plan, threads and instruction sets."""
 
 from __future__ import annotations
 
