@@ -8,8 +8,8 @@ from torch import Tensor
 from bqnn.core.codes import unpack_codes
 from bqnn.engine.operators import MAX_WEIGHT
 
-LIMITS = (16, 32, MAX_WEIGHT)
-"""What a layer's integers are kept within, the first that serves: of smaller ones, 16 bits hold more products."""
+LIMITS = (8, 16, 32)
+"""What integers of levels are kept within, the first that serves: of smaller ones, 16 bits hold more products."""
 TOLERANCE = 0.008
 """The error of a layer's weights, as a share of their size, that serves. 8 bits of activations make about as much."""
 
@@ -55,7 +55,7 @@ class CodedWeights:
         exact, counts = self.levels, self.counts
         largest = exact.abs().amax(1, keepdim=True)
         largest = torch.where(largest > 0, largest, 1.0)  # [G, 1]
-        fractions = torch.arange(1, MAX_WEIGHT + 1, dtype=torch.float64)[:, None, None]
+        fractions = torch.arange(1, LIMITS[-1] + 1, dtype=torch.float64)[:, None, None]
         integers = (exact / largest * fractions).round()  # [l, G, M]
         squares = (counts * integers**2).sum(2)
         steps = (counts * integers * exact).sum(2) / squares.clamp(min=1)

@@ -97,7 +97,7 @@ struct ByteSums {
   template <int kLanesOfK>
   BQNN_INLINE void add(const char* const* row, int64_t at, const uint32_t* weight) {
 #if BQNN_LANES == 16
-    BQNN_UNROLL(4) for (int t = 0; t < kLanesOfK; ++t) {
+    BQNN_UNROLL(8) for (int t = 0; t < kLanesOfK; ++t) {
       UInt w[kCount];
       BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) w[v] = load_lanes(weight + t * kWidth + v * kLanes);
       BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r) {
@@ -107,7 +107,7 @@ struct ByteSums {
     }
 #elif BQNN_LANES == 8
     __m256i part[kRows][kCount];
-    BQNN_UNROLL(4) for (int t = 0; t < kLanesOfK; ++t) {
+    BQNN_UNROLL(8) for (int t = 0; t < kLanesOfK; ++t) {
       __m256i w[kCount];
       BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) w[v] = (__m256i)load_lanes(weight + t * kWidth + v * kLanes);
       BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r) {
@@ -123,7 +123,7 @@ struct ByteSums {
     BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r)
       BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) sum[r][v] += (UInt)_mm256_madd_epi16(part[r][v], ones);
 #else
-    BQNN_UNROLL(4) for (int t = 0; t < kLanesOfK; ++t)
+    BQNN_UNROLL(8) for (int t = 0; t < kLanesOfK; ++t)
       BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r) {
         const UInt x = broadcast_lane(row[r] + at + 4 * t);
         BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) {
@@ -198,6 +198,8 @@ inline Tiles tiles_of(const Conv& conv, int vectors) {
   return vectors == 1 ? tiles<FloatSums, 12, 4, 1, 1>() : tiles<FloatSums, 12, 4, 2, 1>();
 #elif BQNN_LANES == 8
   // A sum of 2 * chain products of 255 and the largest integer fits 16 bits.
+  if (conv.integers && conv.most_integer <= 8)
+    return vectors == 1 ? tiles<ByteSums, 6, 2, 1, 8>() : tiles<ByteSums, 3, 2, 2, 8>();
   if (conv.integers && conv.most_integer <= 16)
     return vectors == 1 ? tiles<ByteSums, 6, 2, 1, 4>() : tiles<ByteSums, 3, 2, 2, 4>();
   if (conv.integers && conv.most_integer <= 32)

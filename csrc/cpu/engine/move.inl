@@ -70,10 +70,11 @@ inline void move_rows(const MoveCall& call, int64_t begin, int64_t end) {
         }
       continue;
     }
-    if (call.fill)
-      for (int64_t w = 0; w < shape.width; ++w)
-        for (int64_t c = 0; c < shape.channels; ++c) elements<X>(y, image, h, w)[c] = number;
     const int64_t row = h - call.to.height;
+    const bool all = count.channels == shape.channels && count.width == shape.width && count.height == shape.height;
+    if (call.fill && !all)
+      for (int64_t w = 0; w < shape.width; ++w)
+        for (X *at = elements<X>(y, image, h, w), *last = at + shape.channels; at < last; ++at) *at = number;
     if (row < 0 || row >= count.height) continue;
     for (int64_t w = 0; w < count.width; ++w) {
       const X* at = elements<X>(x, image, call.from.height + row * call.step.height,

@@ -18,11 +18,11 @@ inline void each_pair(const PointCall& call, int64_t begin, int64_t end, const F
       if (one_channel) {
         const Float value = broadcast(bs.read(b)[0]);
         for_channels(shape.channels, [&](int64_t c, int lanes) {
-          ys.write(y + c, activate(call.activation, f(as.read(a + c), value)), lanes);
+          ys.write(y + c, f(as.read(a + c), value), lanes);
         });
       } else {
         for_channels(shape.channels, [&](int64_t c, int lanes) {
-          ys.write(y + c, activate(call.activation, f(as.read(a + c), bs.read(b + c))), lanes);
+          ys.write(y + c, f(as.read(a + c), bs.read(b + c)), lanes);
         });
       }
     }
@@ -43,27 +43,40 @@ inline void each_one(const PointCall& call, int64_t begin, int64_t end, bool by_
     Y* y = elements<Y>(call.y, image, h);
     for (int64_t w = 0; w < pixels; ++w, a += call.a.pixel, y += call.y.pixel)
       for_channels(channels, [&](int64_t c, int lanes) {
-        ys.write(y + c, activate(call.activation, f(as.read(a + c), c)), lanes);
+        ys.write(y + c, f(as.read(a + c), c), lanes);
       });
   }
 }
 
+// Calls f with what an activation does to a vector. Clamping, which is nearly all there is, asks nothing in between.
+template <class F>
+BQNN_INLINE void with_activation(const Activation& act, const F& f) {
+  if (act.function == Function::clamp)
+    return f([low = broadcast(act.low), high = broadcast(act.high)](Float x) __attribute__((always_inline)) {
+      return min(high, max(low, x));
+    });
+  f([&](Float x) __attribute__((always_inline)) { return activate(act, x); });
+}
+
 template <class A, class Y>
 inline void point_rows(const PointCall& call, int64_t begin, int64_t end) {
-  if (call.op == Op::affine)
-    return each_one<A, Y>(call, begin, end, true, [&](Float a, int64_t c) __attribute__((always_inline)) {
-      return a * load(call.scale + c) + load(call.shift + c);
+  with_activation(call.activation, [&](const auto& act) __attribute__((always_inline)) {
+    if (call.op == Op::affine)
+      return each_one<A, Y>(call, begin, end, true, [&](Float a, int64_t c) __attribute__((always_inline)) {
+        return act(a * load(call.scale + c) + load(call.shift + c));
+      });
+    if (call.op == Op::activation)
+      return each_one<A, Y>(call, begin, end, false,
+                            [&](Float a, int64_t) __attribute__((always_inline)) { return act(a); });
+    with_element(call.b.dtype, [&](auto* null) {
+      using B = std::remove_pointer_t<decltype(null)>;
+      if (call.op == Op::add)
+        each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) __attribute__((always_inline)) { return act(a + b); });
+      else if (call.op == Op::sub)
+        each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) __attribute__((always_inline)) { return act(a - b); });
+      else
+        each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) __attribute__((always_inline)) { return act(a * b); });
     });
-  if (call.op == Op::activation)
-    return each_one<A, Y>(call, begin, end, false, [&](Float a, int64_t) __attribute__((always_inline)) { return a; });
-  with_element(call.b.dtype, [&](auto* null) {
-    using B = std::remove_pointer_t<decltype(null)>;
-    if (call.op == Op::add)
-      each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) __attribute__((always_inline)) { return a + b; });
-    else if (call.op == Op::sub)
-      each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) __attribute__((always_inline)) { return a - b; });
-    else
-      each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) __attribute__((always_inline)) { return a * b; });
   });
 }
 

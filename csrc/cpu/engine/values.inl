@@ -72,7 +72,14 @@ struct Numbers<uint8_t> {
   BQNN_INLINE Float read(const uint8_t* p) const { return (to_float(load_bytes(p)) - zero) * scale; }
   // The nearest, ties to even; a NaN becomes the least.
   BQNN_INLINE Int quantize(Float x) const {
-    return to_int(round(min(max(x * inverse, broadcast(-zero)), broadcast(255.0f - zero))) + zero);
+    const Float q = min(max(x * inverse, broadcast(-zero)), broadcast(255.0f - zero));
+#if BQNN_LANES == 8
+    return (Int)_mm256_cvtps_epi32((__m256)q) + static_cast<int>(zero);
+#elif BQNN_LANES == 16
+    return (Int)_mm512_maskz_cvtps_epi32(0xFFFF, (__m512)q) + static_cast<int>(zero);
+#else
+    return to_int(round(q) + zero);
+#endif
   }
   BQNN_INLINE void write(uint8_t* p, Float x, int count) const { store_bytes(p, quantize(x), count); }
 };
