@@ -263,8 +263,9 @@ def _checked(net: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Tens
 def _finished(part: Part) -> Part:
     if isinstance(part, TorchPart):
         return part
-    part.graph.check()
-    return EnginePart(optimize(part.graph))
+    graph = optimize(part.graph)
+    graph.check()
+    return EnginePart(graph)
 
 
 def _rows(part: Part) -> list[tuple[str, ...]]:
