@@ -100,7 +100,10 @@ def test_networks_with_other_operators_run_in_parts(
     build: Callable[[], nn.Module], size: int, torchs: set[str]
 ) -> None:
     torch.manual_seed(0)
-    fast = compiled(packed(build()), images(3, size))
+    net = build()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, 0.0, 0.2)  # some heads are made of zeros
+    fast = compiled(packed(net), images(3, size))
     assert torchs <= set(reasons(fast))
     assert "conv2d" in ops(fast)
 
