@@ -195,6 +195,13 @@ def test_it_stays_where_it_is(fast: CompiledNetwork) -> None:
     assert torch.equal(fast(X), before)
 
 
+def test_autocast_does_not_reach_inside(small: nn.Module, fast: CompiledNetwork) -> None:
+    expected = fast(X)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fast(X), expected)
+        assert torch.equal(bqnn.compile(small, X)(X), expected)
+
+
 def test_copies_and_pickles(fast: CompiledNetwork) -> None:
     expected = fast(X)
     for twin in (copy.deepcopy(fast), copy.copy(fast), pickle.loads(pickle.dumps(fast))):

@@ -67,7 +67,7 @@ class CompiledNetwork(nn.Module):
     ``forward`` takes the inputs that the network took, each [batch, ...] with any size of the batch, 0 included, in any
     strides: float32, float64, float16, bfloat16 or uint8. All are computed in float32, float64 too; outputs that are
     float32 get the dtype of the first floating point input. An input that requires a gradient, where gradients are
-    recorded, is an error. Several threads may call it at once.
+    recorded, is an error. Autocast does not reach inside. Several threads may call it at once.
 
     ``print`` shows the parts that run in turn, a line a node.
 
@@ -104,6 +104,9 @@ class CompiledNetwork(nn.Module):
             TypeError, ValueError: an input has a wrong dtype, shape or device; the message names it.
             RuntimeError: an input requires a gradient, and gradients are recorded.
         """
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self.forward(*inputs)
         if self._only is not None and len(inputs) == 1:
             # The checks below for the usual case: on a small network they would take as long as all of the work.
             (x,), (shape, run) = inputs, self._only
@@ -196,7 +199,7 @@ def compile(
     The network is captured by torch.export in evaluation mode, with any size of the batch, and rewritten for the
     engine. What the engine has no operator for stays torch's; ``print`` of the result says what, and why. ``net`` stays
     as it is; what changes in it later, the compiled network does not see. The precision that packed layers were made
-    with does not matter, but where torch runs them.
+    with does not matter, but where torch runs them. An input that the network changes in place is left alone.
 
     Args:
         net: on the CPU; Bayes layers in it are packed first, and plain layers are taken with their dense weights.
@@ -221,8 +224,9 @@ def compile(
         )
     if isinstance(calibration, Tensor):
         raise TypeError("calibration must be batches of inputs, a list for example, got a single tensor")
-    compiled = compile_captured(capture(net, inputs), inputs, precision)
-    return compiled if calibration is None else _quantized(compiled, calibration)
+    with torch.autocast("cpu", enabled=False):
+        compiled = compile_captured(capture(net, inputs), inputs, precision)
+        return compiled if calibration is None else _quantized(compiled, calibration)
 
 
 def compile_captured(captured: Captured, example: tuple[Tensor, ...], precision: str) -> CompiledNetwork:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from bqnn.engine.graph import Graph, Node
-from bqnn.engine.lowering.call import Lowering
+from bqnn.engine.lowering.call import Lowering, name_of
 
 WORK = ("conv2d", "linear")
 """Operators that make an engine part worth a change from torch and back."""
@@ -185,9 +185,13 @@ def _torch_part(lowered: Lowering, members: list[fx.Node], wanted: set[str], by_
         _complete_shape(copies[node], node.meta.get("val"))
     outputs = tuple(node.name for node in members if node.name in wanted)
     graph.output(tuple(copies[node] for node in members if node.name in wanted))
-    calls = tuple(TorchCall(node.name, str(node.target), by_torch[node]) for node in members)
+    calls = tuple(TorchCall(node.name, _shown(node), by_torch[node]) for node in members)
     module = fx.GraphModule(root, graph, "TorchPart")
     return TorchPart(tuple(inputs), outputs, module, calls)
+
+
+def _shown(node: fx.Node) -> str:
+    return str(node.target) if name_of(node) else getattr(node.target, "__name__", str(node.target))
 
 
 def _complete_shape(call: fx.Node, value: Any) -> None:
