@@ -176,6 +176,7 @@ def _torch_part(lowered: Lowering, members: list[fx.Node], wanted: set[str], by_
             copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (placeholder(captured.inputs[0].name), 0))
         elif node in captured.sizes:
             copies[node] = graph.node_copy(node, copied)
+            copies[node].meta.clear()
         else:
             return placeholder(_name(lowered, node, by_torch))
         return copies[node]
@@ -183,6 +184,7 @@ def _torch_part(lowered: Lowering, members: list[fx.Node], wanted: set[str], by_
     for node in members:
         copies[node] = graph.node_copy(node, copied)
         _complete_shape(copies[node], node.meta.get("val"))
+        copies[node].meta.clear()  # tensors without data, and all that export knew of sizes
     outputs = tuple(node.name for node in members if node.name in wanted)
     graph.output(tuple(copies[node] for node in members if node.name in wanted))
     calls = tuple(TorchCall(node.name, _shown(node), by_torch[node]) for node in members)
