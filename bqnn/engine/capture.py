@@ -113,11 +113,14 @@ def _name_inputs(inputs: Sequence[fx.Node], net: nn.Module) -> None:
 
 
 def _export(net: nn.Module, inputs: tuple[Tensor, ...], strict: tuple[bool, ...]) -> ExportedProgram:
+    import torch._dynamo.config  # export imports it too, and it takes seconds
+
     batch = Dim("batch")
     shapes = (tuple({0: batch} for _ in inputs),)
     failed: Exception | None = None
     for each in strict:
-        with torch.no_grad():
+        # Most calls come with shapes of their own: filling a cache of them takes a fifth of the time.
+        with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             try:
                 return torch.export.export(_Called(net), (inputs,), dynamic_shapes=shapes, strict=each)
             except Exception as error:  # of any kind: what the network's own code raises comes through as well
