@@ -62,6 +62,9 @@ def case(function: Callable[..., Any], *expected: str, id: str, x: Tensor = X) -
         case(lambda x: F.max_pool2d(x, 3, 2, 1), "max_pool2d", id="max-pool"),
         case(lambda x: F.max_pool2d(x, (2, 3), ceil_mode=True), "max_pool2d", id="max-pool-ceil"),
         case(lambda x: F.max_pool2d(x, 2, 1, dilation=2), "max_pool2d", id="max-pool-dilated"),
+        case(lambda x: F.adaptive_max_pool2d(x, (2, 1)), "max_pool2d", id="adaptive-max"),
+        case(lambda x: x.amax((3, 2)), "max_pool2d", "reshape", id="amax"),
+        case(lambda x: x.amax((2, 3), True), "max_pool2d", id="amax-keepdim"),
         case(lambda x: F.avg_pool2d(x, 3, 2, 1), "avg_pool2d", id="avg-pool"),
         case(lambda x: F.avg_pool2d(x, (3, 2), count_include_pad=False, padding=1), "avg_pool2d", id="avg-pool-counts"),
         case(lambda x: F.avg_pool2d(x, 2, divisor_override=3), "avg_pool2d", id="avg-pool-divisor"),
@@ -190,6 +193,8 @@ WEIGHT = torch.randn(4, 4, 3, 3)
             lambda x: F.leaky_relu(x, float("inf")), X, "aten.leaky_relu", "low must be finite", id="infinite"
         ),
         pytest.param(lambda x: torch.addmm(x, x, torch.eye(7)), ROW, "aten.addmm", "depends on an input", id="addmm"),
+        pytest.param(lambda x: F.adaptive_max_pool2d(x, 4), X, "aten.adaptive_max_pool2d", "not alike", id="unlike"),
+        pytest.param(lambda x: x.amax(1), X, "aten.amax", "maxima over height and width", id="amax-channels"),
         pytest.param(lambda x: x[:2], X, "aten.slice.Tensor", "must be the batch", id="slice-batch"),
         pytest.param(lambda x: x[1:], X, "aten.slice.Tensor", "a part of the batch", id="slice-batch-from"),
         pytest.param(lambda x: x + torch.ones(6, 5), X, "aten.add.Tensor", "not one number a channel", id="a-pixel"),
