@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import bqnn
 from bqnn.engine.capture import Captured, capture, nested
@@ -65,6 +66,13 @@ def assigned(x: Tensor) -> Tensor:
     return y
 
 
+def constant_changed_after_it_was_read(x: Tensor) -> Tensor:
+    mask = torch.zeros(5, 5)
+    y = x * mask
+    mask += 1
+    return y + x * mask
+
+
 def constant_changed(x: Tensor) -> Tensor:
     mask = x.new_zeros(5, 5)
     mask[1:, 1:] = 1
@@ -73,7 +81,15 @@ def constant_changed(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [changed_through_a_view, read_after_a_change, changed_in_another_place, changed_input, assigned, constant_changed],
+    [
+        changed_through_a_view,
+        read_after_a_change,
+        changed_in_another_place,
+        changed_input,
+        assigned,
+        constant_changed,
+        constant_changed_after_it_was_read,
+    ],
 )
 def test_what_is_changed_in_place_is_seen_where_torch_sees_it(function: Any) -> None:
     x = X.clone()
@@ -81,6 +97,12 @@ def test_what_is_changed_in_place_is_seen_where_torch_sees_it(function: Any) -> 
     expected = function(X.clone())
     torch.testing.assert_close(fast(x), expected)
     assert torch.equal(x, X), "an input is left alone"
+
+
+def test_changes_that_can_be_told_are_told_without_a_second_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", None)
+    net = Function(lambda x: constant_changed(x * 2).relu_().add_(x).flatten(1))
+    torch.testing.assert_close(bqnn.compile(net, X)(X), net(X))
 
 
 def test_a_state_that_changes_is_refused() -> None:

@@ -27,6 +27,7 @@ def images(*shape: int) -> Tensor:
 
 X = images(4, 6, 5)
 ROW = images(7)
+WIDE = torch.linspace(-1, 1, 14).view(7, 2)
 OF_CHANNELS = torch.linspace(-2, 3, 4).view(4, 1, 1)
 
 
@@ -61,6 +62,9 @@ def case(function: Callable[..., Any], *expected: str, id: str, x: Tensor = X) -
         case(lambda x: F.max_pool2d(x, 3, 2, 1), "max_pool2d", id="max-pool"),
         case(lambda x: F.max_pool2d(x, (2, 3), ceil_mode=True), "max_pool2d", id="max-pool-ceil"),
         case(lambda x: F.max_pool2d(x, 2, 1, dilation=2), "max_pool2d", id="max-pool-dilated"),
+        case(lambda x: F.adaptive_max_pool2d(x, (2, 1)), "max_pool2d", id="adaptive-max"),
+        case(lambda x: x.amax((3, 2)), "max_pool2d", "reshape", id="amax"),
+        case(lambda x: x.amax((2, 3), True), "max_pool2d", id="amax-keepdim"),
         case(lambda x: F.avg_pool2d(x, 3, 2, 1), "avg_pool2d", id="avg-pool"),
         case(lambda x: F.avg_pool2d(x, (3, 2), count_include_pad=False, padding=1), "avg_pool2d", id="avg-pool-counts"),
         case(lambda x: F.avg_pool2d(x, 2, divisor_override=3), "avg_pool2d", id="avg-pool-divisor"),
@@ -85,6 +89,9 @@ def case(function: Callable[..., Any], *expected: str, id: str, x: Tensor = X) -
         case(lambda x: x.softmax(1), "softmax", id="softmax"),
         case(lambda x: F.log_softmax(x, -1), "log_softmax", id="log-softmax", x=ROW),
         case(lambda x: F.dropout(x, training=False).contiguous().clone().detach().float(), id="nothing"),
+        case(lambda x: x * x.mean((2, 3), True).expand_as(x), "adaptive_avg_pool2d", "mul", id="expand-as"),
+        case(lambda x: x @ WIDE.to(x.dtype), "linear", id="matmul", x=ROW),
+        case(lambda x: torch.addmm(torch.arange(2.0).to(x), x, WIDE.to(x)), "linear", id="addmm", x=ROW),
         case(lambda x: x.mean((2, 3), True).expand(-1, 4, 1, 1), "adaptive_avg_pool2d", id="expand-nothing"),
     ],
 )
@@ -174,6 +181,20 @@ WEIGHT = torch.randn(4, 4, 3, 3)
         pytest.param(lambda x: F.pad(x, (0, 0) * 3 + (1, 0)), X, "aten.pad", "pads the batch", id="pad-batch"),
         pytest.param(lambda x: x.flip(0) + x, X, "aten.flip", "no such operator", id="flip"),
         pytest.param(lambda x: x.view(-1, 5), X, "aten.view", "first dimension alone must be the batch", id="mixes"),
+        pytest.param(lambda x: x.mean((2, 3), True).expand_as(x).relu(), X, "aten.expand_as", "spreads", id="expand"),
+        pytest.param(
+            lambda x: x.mean((2, 3), True).expand_as(x) + x.mean((2, 3), True).expand_as(x),
+            X,
+            "aten.expand_as",
+            "spreads out what is added",
+            id="expand-both",
+        ),
+        pytest.param(
+            lambda x: F.leaky_relu(x, float("inf")), X, "aten.leaky_relu", "low must be finite", id="infinite"
+        ),
+        pytest.param(lambda x: torch.addmm(x, x, torch.eye(7)), ROW, "aten.addmm", "depends on an input", id="addmm"),
+        pytest.param(lambda x: F.adaptive_max_pool2d(x, 4), X, "aten.adaptive_max_pool2d", "not alike", id="unlike"),
+        pytest.param(lambda x: x.amax(1), X, "aten.amax", "maxima over height and width", id="amax-channels"),
         pytest.param(lambda x: x[:2], X, "aten.slice.Tensor", "must be the batch", id="slice-batch"),
         pytest.param(lambda x: x[1:], X, "aten.slice.Tensor", "a part of the batch", id="slice-batch-from"),
         pytest.param(lambda x: x + torch.ones(6, 5), X, "aten.add.Tensor", "not one number a channel", id="a-pixel"),

@@ -26,15 +26,13 @@ from bqnn.core.references import copy_network
 from bqnn.core.text import shown
 from bqnn.core.wrappers import unwrapped
 from bqnn.engine.pack import pack
+from bqnn.engine.writes import is_constant, without_writes
 
 _USUAL = (torch.float32, torch.uint8, torch.int64, torch.bool)  # dtypes of states that can stay as they are
 
 BATCH = 8
 """Images in the batch that a network is captured with. Export takes sizes of 0 and 1 for ones that stay, and with a few
 images those may be what is left of a batch."""
-
-# Of ops that give their input itself, or a part of it, and whose schemas do not say so.
-_PASSES_ON = ("dropout", "dropout_", "feature_dropout", "alpha_dropout")
 
 Structure = Any
 """Of what a network returns: the number of an output, None, or {"tuple": [...]}, {"list": [...]}, {"dict": {...}}."""
@@ -90,7 +88,7 @@ def capture_as_is(net: nn.Module, example: tuple[Tensor, ...], strict: tuple[boo
             takes several times as long, and reads the network's Python: it knows what ``len(x)`` is.
     """
     inputs = tuple(each.new_empty((BATCH, *each.shape[1:])) for each in example)
-    return _captured(*_without_writes(_export(net, inputs, strict)))
+    return _captured(*without_writes(_export(net, inputs, strict)))
 
 
 def _copied(net: nn.Module) -> nn.Module:
@@ -115,11 +113,14 @@ def _name_inputs(inputs: Sequence[fx.Node], net: nn.Module) -> None:
 
 
 def _export(net: nn.Module, inputs: tuple[Tensor, ...], strict: tuple[bool, ...]) -> ExportedProgram:
+    import torch._dynamo.config  # export imports it too, and it takes seconds
+
     batch = Dim("batch")
     shapes = (tuple({0: batch} for _ in inputs),)
     failed: Exception | None = None
     for each in strict:
-        with torch.no_grad():
+        # Most calls come with shapes of their own: filling a cache of them takes a fifth of the time.
+        with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             try:
                 return torch.export.export(_Called(net), (inputs,), dynamic_shapes=shapes, strict=each)
             except Exception as error:  # of any kind: what the network's own code raises comes through as well
@@ -139,68 +140,6 @@ class _Called(nn.Module):
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Any:
         return self.net(*inputs)
-
-
-def _without_writes(program: ExportedProgram) -> tuple[ExportedProgram, bool]:
-    """The program without calls that write to what they read, and whether one wrote to an input of the network.
-
-    Raises:
-        ValueError: a parameter or buffer of the network is written to.
-    """
-    plain = _plain_calls(program)
-    if plain is None:
-        program = program.run_decompositions({})
-        return program, bool(program.graph_signature.user_inputs_to_mutate)
-    inputs = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
-    for node, (target, _) in plain.items():
-        node.target = target
-    return program, any(source.name in inputs for _, source in plain.values())
-
-
-def _plain_calls(program: ExportedProgram) -> dict[fx.Node, tuple[Any, fx.Node]] | None:
-    """Of calls that write to what they read, as ``x.add_(y)``, the plain operator, as ``x.add(y)``, and what made x.
-
-    None where that is not the same: where somebody looks at what was written, and not through the result.
-    """
-    owner: dict[fx.Node, fx.Node] = {}
-    """Of calls that give a tensor, or a view of one, that was there before: what made it."""
-    written: set[fx.Node] = set()
-    plain: dict[fx.Node, tuple[Any, fx.Node]] = {}
-    specs = dict(zip(program.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs))
-    for node in list(program.graph.nodes):
-        read = {owner.get(source, source) for source in node.all_input_nodes}
-        if read & written:
-            return None
-        if node.op != "call_function":
-            continue
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not node.all_input_nodes:  # getitem
-            source = next(iter(node.all_input_nodes), node)
-            owner[node] = owner.get(source, source)
-            continue
-        source = owner.get(node.all_input_nodes[0], node.all_input_nodes[0])
-        if schema.is_mutable:
-            spec = specs.get(source)
-            if spec is not None and spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-                raise ValueError(f"net must not change its own state, but it writes to {spec.target!r}")
-            target = _plain(node.target)
-            if target is None:
-                return None
-            plain[node] = target, source
-            written.add(source)
-        elif any(each.alias_info for each in schema.returns) or node.target.__name__.split(".")[0] in _PASSES_ON:
-            owner[node] = source
-    return plain
-
-
-def _plain(target: Any) -> Any:
-    """The operator that gives what ``target`` writes to its first argument; None where there is none."""
-    name = target._schema.name.split("::")[-1]
-    packet = getattr(getattr(torch.ops, target.namespace), name.removesuffix("_"), None)
-    plain = getattr(packet, target._overloadname, None) if name.endswith("_") else None
-    # The first argument, which is written to, may have another name.
-    arguments = [[each.name for each in one._schema.arguments[1:]] for one in (plain, target) if one is not None]
-    return plain if len(arguments) == 2 and arguments[0] == arguments[1] else None
 
 
 def _captured(program: ExportedProgram, writes: bool) -> Captured:
@@ -228,7 +167,7 @@ def _captured(program: ExportedProgram, writes: bool) -> Captured:
             sizes.add(node)
         elif value is None:  # what export has written down of sizes, to be checked
             continue
-        elif set(node.all_input_nodes) <= constants.keys() and not _is_random(node):
+        elif is_constant(node, constants):
             constants[node] = _computed(node, constants)
         else:
             nodes.append(node)
@@ -241,14 +180,16 @@ def _all_in(nodes: Sequence[fx.Node], known: set[fx.Node]) -> bool:
     return bool(nodes) and known.issuperset(nodes)
 
 
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
 def _computed(node: fx.Node, constants: dict[fx.Node, Any]) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), constants.__getitem__)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: constants.get(source, _like(source)))
     with torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _like(source: fx.Node) -> Tensor | None:
+    """What stands for an input where its dtype counts alone."""
+    value = source.meta.get("val")
+    return torch.empty(0, dtype=value.dtype) if isinstance(value, Tensor) else None
 
 
 def _needed(nodes: list[fx.Node], outputs: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:

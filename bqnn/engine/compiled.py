@@ -71,7 +71,7 @@ class CompiledNetwork(nn.Module):
     ``forward`` takes the inputs that the network took, each [batch, ...] with any size of the batch, 0 included, in any
     strides: float32, float64, float16, bfloat16 or uint8. All are computed in float32, float64 too; outputs that are
     float32 get the dtype of the first floating point input. An input that requires a gradient, where gradients are
-    recorded, is an error. Several threads may call it at once.
+    recorded, is an error. Autocast does not reach inside. Several threads may call it at once.
 
     ``print`` shows the parts that run in turn, a line a node.
 
@@ -98,6 +98,8 @@ class CompiledNetwork(nn.Module):
         self.constants, self.precision = constants, precision
         self.training = False
         self._runs: tuple[Run, ...] | None = None
+        self._only: tuple[tuple[int, ...], Run] | None = None
+        """Of a network that is one part, with one input and one output: the input's shape, and what runs the part."""
 
     def forward(self, *inputs: Tensor) -> Any:
         """The network's outputs, nested as the network nests them.
@@ -106,6 +108,15 @@ class CompiledNetwork(nn.Module):
             TypeError, ValueError: an input has a wrong dtype, shape or device; the message names it.
             RuntimeError: an input requires a gradient, and gradients are recorded.
         """
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self.forward(*inputs)
+        if self._only is not None and len(inputs) == 1:
+            # The checks below for the usual case: on a small network they would take as long as all of the work.
+            (x,), (shape, run) = inputs, self._only
+            if type(x) is Tensor and x.dtype is torch.float32 and x.is_cpu and x.shape[1:] == shape:
+                if not x.requires_grad:
+                    return run(inputs)[0]
         found = self.values(inputs)
         dtype = next((x.dtype for x in inputs if x.is_floating_point()), torch.float32)
         outputs = [found[name] for name in self.outputs]
@@ -136,7 +147,7 @@ class CompiledNetwork(nn.Module):
         return "\n".join(lines)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runs": None}
+        return {**self.__dict__, "_runs": None, "_only": None}
 
     def _check(self, inputs: Sequence[Any]) -> None:
         if len(inputs) != len(self.inputs):
@@ -154,6 +165,11 @@ class CompiledNetwork(nn.Module):
                     executor(part.graph, self.precision) if isinstance(part, EnginePart) else partial(_run_torch, part)
                     for part in self.parts
                 )
+                names = tuple(each.name for each in self.inputs)
+                ends = [(part.inputs, part.outputs) for part in self.parts if isinstance(part, EnginePart)]
+                single = len(self.parts) == len(names) == len(self.outputs) == 1 and self.structure == 0
+                if single and ends == [(names, self.outputs)]:
+                    self._only = self.inputs[0].shape, self._runs[0]
             return self._runs
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledNetwork:
@@ -187,12 +203,12 @@ def compile(
     The network is captured by torch.export in evaluation mode, with any size of the batch, and rewritten for the
     engine. What the engine has no operator for stays torch's; ``print`` of the result says what, and why. ``net`` stays
     as it is; what changes in it later, the compiled network does not see. The precision that packed layers were made
-    with does not matter, but where torch runs them.
+    with does not matter, but where torch runs them. An input that the network changes in place is left alone.
 
     Args:
         net: on the CPU; Bayes layers in it are packed first, and plain layers are taken with their dense weights.
         example: an input [batch, ...], or a tuple of the inputs; their shapes count, but for the batch's size, which
-            has to be 1 or more.
+            has to be 1 or more. To the network, inputs that are floating point or uint8 are float32.
         precision: "fp32"; "bf16", products of bfloat16 numbers; or "int8", quantized activations and weights.
         calibration: for "int8", batches of inputs like ``example``, whose ranges the scales are made of.
 
@@ -212,8 +228,9 @@ def compile(
         )
     if isinstance(calibration, Tensor):
         raise TypeError("calibration must be batches of inputs, a list for example, got a single tensor")
-    compiled = compile_captured(capture(net, inputs), inputs, precision)
-    return compiled if calibration is None else _quantized(compiled, calibration)
+    with torch.autocast("cpu", enabled=False):
+        compiled = compile_captured(capture(net, inputs), inputs, precision)
+        return compiled if calibration is None else _quantized(compiled, calibration)
 
 
 def compile_captured(captured: Captured, example: tuple[Tensor, ...], precision: str) -> CompiledNetwork:
@@ -267,8 +284,9 @@ def _checked(net: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Tens
 def _finished(part: Part) -> Part:
     if isinstance(part, TorchPart):
         return part
-    part.graph.check()
-    return EnginePart(optimize(part.graph))
+    graph = optimize(part.graph)
+    graph.check()
+    return EnginePart(graph)
 
 
 def _rows(part: Part) -> list[tuple[str, ...]]:

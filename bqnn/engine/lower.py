@@ -9,7 +9,7 @@ from torch import fx
 
 from bqnn.engine.capture import Captured
 from bqnn.engine.lowering import elementwise, layers, shapes
-from bqnn.engine.lowering.call import Call, Lowering, Unlowered
+from bqnn.engine.lowering.call import Call, Lowering, Unlowered, name_of
 
 TABLE: Mapping[str, Callable[[Call], str | None]] = layers.TABLE | elementwise.TABLE | shapes.TABLE
 """By the name of an ATen operator, whatever its overload: a function that makes nodes of a call and returns the name of
@@ -37,8 +37,7 @@ def lower(captured: Captured) -> Lowering:
 def _function(node: fx.Node) -> Callable[[Call], str | None]:
     if node.target is operator.getitem:
         return shapes.element
-    schema = getattr(node.target, "_schema", None)
-    function = None if schema is None else TABLE.get(schema.name)
+    function = TABLE.get(name_of(node))
     if function is None:
         raise Unlowered("the engine has no such operator")
     return function

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from bqnn.engine.graph import Graph, Node
-from bqnn.engine.lowering.call import Lowering
+from bqnn.engine.lowering.call import Lowering, name_of
 
 WORK = ("conv2d", "linear")
 """Operators that make an engine part worth a change from torch and back."""
@@ -176,6 +176,7 @@ def _torch_part(lowered: Lowering, members: list[fx.Node], wanted: set[str], by_
             copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (placeholder(captured.inputs[0].name), 0))
         elif node in captured.sizes:
             copies[node] = graph.node_copy(node, copied)
+            copies[node].meta.clear()
         else:
             return placeholder(_name(lowered, node, by_torch))
         return copies[node]
@@ -183,11 +184,16 @@ def _torch_part(lowered: Lowering, members: list[fx.Node], wanted: set[str], by_
     for node in members:
         copies[node] = graph.node_copy(node, copied)
         _complete_shape(copies[node], node.meta.get("val"))
+        copies[node].meta.clear()  # tensors without data, and all that export knew of sizes
     outputs = tuple(node.name for node in members if node.name in wanted)
     graph.output(tuple(copies[node] for node in members if node.name in wanted))
-    calls = tuple(TorchCall(node.name, str(node.target), by_torch[node]) for node in members)
+    calls = tuple(TorchCall(node.name, _shown(node), by_torch[node]) for node in members)
     module = fx.GraphModule(root, graph, "TorchPart")
     return TorchPart(tuple(inputs), outputs, module, calls)
+
+
+def _shown(node: fx.Node) -> str:
+    return str(node.target) if name_of(node) else getattr(node.target, "__name__", str(node.target))
 
 
 def _complete_shape(call: fx.Node, value: Any) -> None:

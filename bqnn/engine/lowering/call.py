@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from bqnn.engine.capture import Captured
-from bqnn.engine.graph import NO_ACTIVATION, Activation, Node, Shape, Value
+from bqnn.engine.graph import NO_ACTIVATION, Activation, Graph, Node, Shape, Value
 
 
 class Unlowered(Exception):
@@ -105,6 +105,13 @@ class Call:
         """Of what the call gives."""
         return self._lowering.shape_of(self.node)
 
+    def is_whole(self, node: fx.Node, shape: Shape) -> bool:
+        """Whether another call gives, for each image, the given shape."""
+        try:
+            return self._lowering.shape_of(node) == shape
+        except Unlowered:
+            return False
+
     def is_value(self, name: str) -> bool:
         argument = self._arguments[name]
         return isinstance(argument, fx.Node) and argument not in self._lowering.captured.constants
@@ -164,10 +171,25 @@ class Call:
     def done(self, name: str | None) -> None:
         """Enters the call as the value ``name``, or as one that gives several."""
         lowering = self._lowering
+        values = {**self._values}
+        for node in self.made:
+            inputs = tuple(dict.fromkeys(node.inputs))
+            values |= {each: lowering.values[each] for each in inputs if each not in values}
+            try:
+                known = {each: values[each] for each in (*inputs, node.output)}
+                Graph(inputs, (node.output,), known, (node,)).check()
+            except ValueError as error:
+                raise Unlowered(f"the engine has no such {node.op}: {str(error).partition(': ')[2]}") from error
         lowering.nodes[self.node] = self.made
         lowering.values |= self._values
         if name is not None:
             lowering.names[self.node] = name
+
+
+def name_of(node: fx.Node) -> str:
+    """The operator of a call, as "aten::add", whatever its overload; empty where it is none of torch's."""
+    schema = getattr(node.target, "_schema", None)
+    return "" if schema is None else schema.name
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

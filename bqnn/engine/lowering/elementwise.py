@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bqnn.engine.graph import RELU, Activation, Shape, Value
-from bqnn.engine.lowering.call import Call, Unlowered
+from bqnn.engine.lowering.call import Call, Unlowered, name_of
 from bqnn.engine.lowering.layers import affine
 
 INFINITY = math.inf
+_EXPANSIONS = ("aten::expand", "aten::expand_as")
 
 
 def activate(call: Call, activation: Activation) -> str:
@@ -153,13 +155,26 @@ def unchanged(call: Call) -> str:
     return x.name
 
 
+def expand(call: Call) -> str:
+    """A value that is spread out for sums and products alone: these spread it out themselves."""
+    x, shape = call.value(), call.shape()
+    if shape == x.shape:
+        return x.name
+    for user in call.node.users:
+        others = [each for each in user.all_input_nodes if each is not call.node]
+        whole = [each for each in others if call.is_whole(each, shape) and name_of(each) not in _EXPANSIONS]
+        if TABLE.get(name_of(user)) not in (add, subtract, multiply) or len(whole) != 1:
+            raise Unlowered("the engine spreads out what is added to another value or multiplied with it alone")
+    return x.name
+
+
 def dropout(call: Call) -> str:
     if call["train"] and call["p"]:
         raise Unlowered("it drops at random")
     return unchanged(call)
 
 
-TABLE = {
+TABLE: dict[str, Callable[[Call], str]] = {
     "aten::relu": relu,
     "aten::relu6": relu6,
     "aten::hardtanh": hardtanh,
@@ -195,6 +210,6 @@ TABLE = {
     "aten::to": unchanged,
     "aten::_to_copy": unchanged,
     "aten::type_as": unchanged,
-    "aten::expand": unchanged,
-    "aten::expand_as": unchanged,
+    "aten::expand": expand,
+    "aten::expand_as": expand,
 }

@@ -46,6 +46,21 @@ def linear(call: Call) -> str:
     return _linear(call, "input", {"weight": _floats(call.constant("weight"))} | _bias(call), False)
 
 
+def matmul(call: Call) -> str:
+    """x @ weight, and bias + x @ weight of addmm, with a constant matrix."""
+    x, matrix = "mat1" if call.has("mat1") else "self", "other" if call.has("other") else "mat2"
+    bias = {}
+    if call.has("mat1"):
+        if call["beta"] != 1 or call["alpha"] != 1:
+            raise Unlowered("it scales what it adds")
+        channels = call.shape()[0]
+        bias = {"bias": _floats(call.constant("self").expand(1, channels).reshape(-1))}
+    weight = call.constant(matrix)
+    if weight.dim() != 2:
+        raise Unlowered("its weight is no matrix")
+    return _linear(call, x, {"weight": _floats(weight.t())} | bias, False)
+
+
 def packed_linear(call: Call) -> str:
     return _linear(call, "x", _coded(call), call["relu"])
 
@@ -135,6 +150,9 @@ TABLE = {
     "aten::convolution": conv2d,
     "bqnn::packed_conv2d": packed_conv2d,
     "aten::linear": linear,
+    "aten::matmul": matmul,
+    "aten::mm": matmul,
+    "aten::addmm": matmul,
     "bqnn::packed_linear": packed_linear,
     "aten::batch_norm": batch_norm,
     "aten::_native_batch_norm_legit_no_training": batch_norm_with_statistics,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from bqnn.engine.graph import Value
+from bqnn.engine.graph import Shape, Value
 from bqnn.engine.lowering.call import Call, Unlowered
 from bqnn.engine.lowering.layers import pair
 
@@ -24,11 +24,42 @@ def max_pool2d(call: Call) -> str:
 
 
 def max_pool2d_with_indices(call: Call) -> None:
-    def indices(_: Call) -> str:
-        raise Unlowered("the engine has no indices of maxima")
-
     _image(call)
-    call.gives([lambda taker: max_pool2d(taker.of(call)), indices])
+    call.gives([lambda taker: max_pool2d(taker.of(call)), _no_indices])
+
+
+def _no_indices(_: Call) -> str:
+    raise Unlowered("the engine has no indices of maxima")
+
+
+def adaptive_max_pool2d(call: Call) -> None:
+    size = pair(call["output_size"])
+    _windows_of(call, size)
+    call.gives([lambda taker: _largest(taker.of(call), size), _no_indices])
+
+
+def largest(call: Call) -> str:
+    """amax over height and width."""
+    x = _image(call)
+    if sorted(each % 4 for each in call["dim"]) != [2, 3]:
+        raise Unlowered("the engine has maxima over height and width alone")
+    if call["keepdim"]:
+        return _largest(call, (1, 1))
+    return _reshaped(call, _largest(call, (1, 1), (x.shape[0], 1, 1)))
+
+
+def _largest(call: Call, size: tuple[int, int], shape: Shape | None = None) -> str:
+    kernel = _windows_of(call, size)
+    attributes = {"kernel": kernel, "stride": kernel, "padding": (0, 0), "dilation": (1, 1), "ceil_mode": 0}
+    return call.emit("max_pool2d", [call.value().name], shape, attributes)
+
+
+def _windows_of(call: Call, size: tuple[int, int]) -> tuple[int, int]:
+    """The windows, alike and side by side, of an adaptive pool."""
+    _, height, width = _image(call).shape
+    if height % size[0] or width % size[1]:
+        raise Unlowered("its windows are not alike")
+    return height // size[0], width // size[1]
 
 
 def avg_pool2d(call: Call) -> str:
@@ -173,6 +204,8 @@ def _reshaped(call: Call, x: str) -> str:
 TABLE = {
     "aten::max_pool2d": max_pool2d,
     "aten::max_pool2d_with_indices": max_pool2d_with_indices,
+    "aten::adaptive_max_pool2d": adaptive_max_pool2d,
+    "aten::amax": largest,
     "aten::avg_pool2d": avg_pool2d,
     "aten::adaptive_avg_pool2d": adaptive_avg_pool2d,
     "aten::_adaptive_avg_pool2d": adaptive_avg_pool2d,
