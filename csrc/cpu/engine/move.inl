@@ -1,5 +1,19 @@
 // What moves numbers: into the arena and out of it, and from one place of it to another.
 
+// Numbers that are `step` apart, in somebody else's memory, which ends after the last of them.
+BQNN_INLINE Float read_lanes(const float* at, int64_t step, int lanes) {
+  if (step == 1) return load_first(at, lanes);
+  float values[kLanes] = {};
+  for (int j = 0; j < lanes; ++j) values[j] = at[j * step];
+  return load(values);
+}
+BQNN_INLINE Float read_lanes(const uint8_t* at, int64_t step, int lanes) {
+  if (step == 1 && lanes == kLanes) return to_float(load_bytes(at));
+  float values[kLanes] = {};
+  for (int j = 0; j < lanes; ++j) values[j] = static_cast<float>(at[j * step]);
+  return load(values);
+}
+
 // Reads rows of an image that is somebody else's. A few pixels of a channel are converted together.
 template <class X, class Y>
 inline void read_rows(const Outside& from, const View& to, int64_t begin, int64_t end) {
@@ -17,11 +31,18 @@ inline void read_rows(const Outside& from, const View& to, int64_t begin, int64_
       for (int64_t i = 0; i < inner; i += kLanes) {
         const int lanes = lanes_left(inner - i);
         const X* at = x + o * outer_x + i * inner_x;
-        float values[kLanes] = {};
-        for (int j = 0; j < lanes; ++j) values[j] = static_cast<float>(at[j * inner_x]);
+        Y* to = y + o * outer_y + i * inner_y;
+        const Float value = read_lanes(at, inner_x, lanes);
+        if (inner_y == 1) {
+          numbers.write(to, value, lanes);
+          continue;
+        }
         Y stored[kLanes];
-        numbers.write(stored, load(values), kLanes);
-        for (int j = 0; j < lanes; ++j) y[o * outer_y + (i + j) * inner_y] = stored[j];
+        numbers.write(stored, value, kLanes);
+        if (lanes == kLanes)
+          BQNN_UNROLL(16) for (int j = 0; j < kLanes; ++j) to[j * inner_y] = stored[j];
+        else
+          for (int j = 0; j < lanes; ++j) to[j * inner_y] = stored[j];
       }
   }
 }
