@@ -1,73 +1,125 @@
-// Depthwise convolutions: sums of taps, with channels in the lanes. Integers are multiplied as floats, which hold their
-// sums exactly.
+// Depthwise convolutions: sums of taps, with channels in the lanes. Integers are multiplied in 16 bits, in which a few
+// products are added up before they are widened.
 
 constexpr int kDepthwisePixels = 4;  // pixels of a row that share the loads of their taps
 
-// Sums of kPixels pixels, for the channels of a vector.
-template <class X, int kPixels>
-BQNN_INLINE void sum_taps(const X* x, const Conv& conv, int64_t row, int64_t pixel, const float* taps, int64_t channels,
-                          Float* sum) {
-  const Window& w = conv.window;
-  const int64_t step = w.stride_w * pixel;
-  BQNN_UNROLL(4) for (int p = 0; p < kPixels; ++p) sum[p] = Float{};
-  for (int64_t r = 0; r < w.kernel_h; ++r)
-    for (int64_t s = 0; s < w.kernel_w; ++s, taps += channels) {
-      const Float tap = load(taps);
-      const X* from = x + r * w.dilation_h * row + s * w.dilation_w * pixel;
-      BQNN_UNROLL(4) for (int p = 0; p < kPixels; ++p) {
-        Float value;
-        if constexpr (sizeof(X) == 1) {
-          value = to_float(load_bytes(from + p * step));
-        } else {
-          value = load(from + p * step);
-        }
-        sum[p] = multiply_add(value, tap, sum[p]);
-      }
-    }
+typedef int16_t Short __attribute__((vector_size(4 * BQNN_LANES)));  // of twice as many channels as there are lanes
+
+BQNN_INLINE Short load_bytes_as_shorts(const uint8_t* p) {
+#if BQNN_LANES == 16
+  return (Short)_mm512_maskz_cvtepu8_epi16(~0u, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif BQNN_LANES == 8
+  return (Short)_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Short x = {};
+  for (int i = 0; i < 2 * kLanes; ++i) x[i] = p[i];
+  return x;
+#endif
 }
 
-template <class X, class Y>
+// Adds the two halves of a vector to sums of 32 bits.
+BQNN_INLINE void add_halves(Short x, Int* low, Int* high) {
+#if BQNN_LANES == 16
+  const auto all = (__m512i)x;
+  *low += (Int)_mm512_maskz_cvtepi16_epi32(0xFFFF, _mm512_castsi512_si256(all));
+  *high += (Int)_mm512_maskz_cvtepi16_epi32(0xFFFF, _mm512_maskz_extracti64x4_epi64(0xFF, all, 1));
+#elif BQNN_LANES == 8
+  const auto all = (__m256i)x;
+  *low += (Int)_mm256_cvtepi16_epi32(_mm256_castsi256_si128(all));
+  *high += (Int)_mm256_cvtepi16_epi32(_mm256_extracti128_si256(all, 1));
+#else
+  for (int i = 0; i < kLanes; ++i) (*low)[i] += x[i], (*high)[i] += x[i + kLanes];
+#endif
+}
+
+// Sums of kPixels pixels for the channels of two vectors, [kPixels][2].
+template <int kPixels>
+BQNN_INLINE void sum_taps(const uint8_t* x, const Conv& conv, int64_t row, int64_t pixel, int64_t channel, UInt* sum) {
+  const Window& w = conv.window;
+  const int64_t step = w.stride_w * pixel, channels = conv.channels() + kSlack / 2;
+  const int together = 32767 / (255 * (conv.most_integer > 0 ? conv.most_integer : 1));
+  const int16_t* tap = conv.integer_taps + channel;
+  Short part[kPixels] = {};
+  Int total[kPixels][2] = {};
+  int left = together;
+  for (int64_t r = 0; r < w.kernel_h; ++r)
+    for (int64_t s = 0; s < w.kernel_w; ++s, tap += channels) {
+      Short weight;
+      __builtin_memcpy(&weight, tap, sizeof weight);
+      const uint8_t* from = x + r * w.dilation_h * row + s * w.dilation_w * pixel;
+      BQNN_UNROLL(4) for (int p = 0; p < kPixels; ++p) part[p] += load_bytes_as_shorts(from + p * step) * weight;
+      if (--left > 0) continue;
+      BQNN_UNROLL(4) for (int p = 0; p < kPixels; ++p) add_halves(part[p], &total[p][0], &total[p][1]), part[p] = Short{};
+      left = together;
+    }
+  BQNN_UNROLL(4) for (int p = 0; p < kPixels; ++p) {
+    add_halves(part[p], &total[p][0], &total[p][1]);
+    sum[2 * p] = (UInt)total[p][0], sum[2 * p + 1] = (UInt)total[p][1];
+  }
+}
+
+// The same for floats.
+template <int kPixels>
+BQNN_INLINE void sum_taps(const float* x, const Conv& conv, int64_t row, int64_t pixel, int64_t channel, UInt* sum) {
+  const Window& w = conv.window;
+  const int64_t step = w.stride_w * pixel, channels = conv.channels() + kSlack / 2;
+  const float* tap = conv.taps + channel;
+  Float total[kPixels][2] = {};
+  for (int64_t r = 0; r < w.kernel_h; ++r)
+    for (int64_t s = 0; s < w.kernel_w; ++s, tap += channels) {
+      const Float low = load(tap), high = load(tap + kLanes);
+      const float* from = x + r * w.dilation_h * row + s * w.dilation_w * pixel;
+      BQNN_UNROLL(4) for (int p = 0; p < kPixels; ++p) {
+        total[p][0] = multiply_add(load(from + p * step), low, total[p][0]);
+        total[p][1] = multiply_add(load(from + p * step + kLanes), high, total[p][1]);
+      }
+    }
+  BQNN_UNROLL(4) for (int p = 0; p < kPixels; ++p) sum[2 * p] = (UInt)total[p][0], sum[2 * p + 1] = (UInt)total[p][1];
+}
+
+template <class X, class Y, class R>
 inline void depthwise_rows(const ConvCall& call, int64_t begin, int64_t end) {
   const Conv& conv = *call.conv;
   const Window& window = conv.window;
   const Shape& shape = call.y.shape;
-  const int64_t padded = shape.channels + kSlack / 4;
-  const Numbers<Y> out(call.y);
-  const bool residual = call.residual.data != nullptr;
+  const int64_t step = window.stride_w * call.x.pixel;
+  const Finish<Y, R> finish(call);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / shape.height, h = unit % shape.height;
-    const X* x = elements<X>(call.x, image, h * window.stride_h - window.top, -window.left);
-    for_channels(shape.channels, [&](int64_t c, int lanes) {
-      const Float scale = load(conv.scale + c), bias = load(conv.bias + c);
-      const Float shift = to_float((Int)load_lanes(conv.shift + c));
-      const auto finish = [&](Float sum, int64_t w) __attribute__((always_inline)) {
-        Float y = (sizeof(X) == 1 ? sum - shift : sum) * scale + bias;
-        if (residual)
-          with_element(call.residual.dtype, [&](auto* r) __attribute__((always_inline)) {
-            using R = std::remove_pointer_t<decltype(r)>;
-            y += Numbers<R>(call.residual).read(elements<R>(call.residual, image, h, w) + c);
-          });
-        out.write(elements<Y>(call.y, image, h, w) + c, activate(conv.activation, y), lanes);
+    const X* row = elements<X>(call.x, image, h * window.stride_h - window.top, -window.left);
+    for (int64_t c = 0; c < shape.channels; c += 2 * kLanes) {
+      const int first = lanes_left(shape.channels - c);
+      const int second = shape.channels - c > kLanes ? lanes_left(shape.channels - c - kLanes) : 0;
+      const auto of_first = finish.channels(c), of_second = finish.channels(c + kLanes);
+      const auto write = [&](const UInt* sum, int64_t w) __attribute__((always_inline)) {
+        const char* residual = call.residual.data == nullptr ? nullptr : call.residual.at(image, h, w);
+        Y* y = elements<Y>(call.y, image, h, w) + c;
+        uint32_t products[2 * kLanes];
+        __builtin_memcpy(products, sum, sizeof products);
+        finish.store(y, finish.value(products, of_first, residual, c), first);
+        if (second > 0) finish.store(y + kLanes, finish.value(products + kLanes, of_second, residual, c + kLanes), second);
       };
-      const int64_t step = window.stride_w * call.x.pixel;
+      UInt sum[2 * kDepthwisePixels];
       int64_t w = 0;
-      Float sum[kDepthwisePixels];
       for (; w + kDepthwisePixels <= shape.width; w += kDepthwisePixels) {
-        sum_taps<X, kDepthwisePixels>(x + w * step + c, conv, call.x.row, call.x.pixel, conv.taps + c, padded, sum);
-        BQNN_UNROLL(4) for (int p = 0; p < kDepthwisePixels; ++p) finish(sum[p], w + p);
+        sum_taps<kDepthwisePixels>(row + w * step + c, conv, call.x.row, call.x.pixel, c, sum);
+        BQNN_UNROLL(4) for (int p = 0; p < kDepthwisePixels; ++p) write(sum + 2 * p, w + p);
       }
       for (; w < shape.width; ++w) {
-        sum_taps<X, 1>(x + w * step + c, conv, call.x.row, call.x.pixel, conv.taps + c, padded, sum);
-        finish(sum[0], w);
+        sum_taps<1>(row + w * step + c, conv, call.x.row, call.x.pixel, c, sum);
+        write(sum, w);
       }
-    });
+    }
   }
 }
 
 inline void run_depthwise(const ConvCall& call, int64_t begin, int64_t end) {
   with_element(call.x.dtype, [&](auto* x) {
     with_element(call.y.dtype, [&](auto* y) {
-      depthwise_rows<std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(y)>>(call, begin, end);
+      with_element(call.residual.dtype, [&](auto* r) {
+        depthwise_rows<std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(y)>,
+                       std::remove_pointer_t<decltype(r)>>(call, begin, end);
+      });
     });
   });
 }

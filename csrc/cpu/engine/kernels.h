@@ -27,7 +27,7 @@ struct View {
   }
 };
 
-constexpr int64_t kSlack = 64;
+constexpr int64_t kSlack = 128;
 
 // The weights of a convolution, as its kernels read them.
 struct Conv {
@@ -42,8 +42,10 @@ struct Conv {
   const float* numbers = nullptr;          // [channels, columns], columns in the order of the segments
   const int8_t* integer_numbers = nullptr;
   const uint32_t* panels = nullptr;        // all of them, where they are kept
-  const float* taps = nullptr;             // depthwise: [taps][channels and kSlack / 4 more]
-  // A number a channel, and kSlack / 4 more: y = sum * scale + bias; shift is what the zero of x adds to a sum.
+  // Depthwise, [taps][channels and kSlack / 2 more]: one of the two.
+  const float* taps = nullptr;
+  const int16_t* integer_taps = nullptr;
+  // A number a channel, and kSlack / 2 more: y = sum * scale + bias; shift is what the zero of x adds to a sum.
   const float *scale, *bias;
   const int32_t* shift;
 

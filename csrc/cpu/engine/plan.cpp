@@ -7,9 +7,7 @@ namespace bqnn::engine {
 
 bool is_depthwise(const Graph& graph, const Step& step) {
   const int64_t channels = graph.values[step.inputs[0]].shape.channels;
-  // The sums of integers are exact as floats.
-  const bool exact = step.window.kernel_h * step.window.kernel_w * 255 * 64 < (1 << 24);
-  return step.op == Op::conv2d && step.groups > 1 && step.groups == channels && exact &&
+  return step.op == Op::conv2d && step.groups > 1 && step.groups == channels &&
          graph.values[step.output].shape.channels == channels;
 }
 

@@ -34,6 +34,19 @@ BQNN_INLINE void store_bytes(uint8_t* p, Int x, int count) {
 #endif
 }
 
+// The low bytes of two vectors, one after the other.
+BQNN_INLINE void store_bytes_of_two(uint8_t* p, Int x, Int y) {
+#if BQNN_LANES == 8
+  // Packing goes by halves of a vector: quarters come out in the order x0 y0 x1 y1.
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x, (__m256i)y), 0xD8);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+#else
+  store_bytes(p, x, kLanes);
+  store_bytes(p + kLanes, y, kLanes);
+#endif
+}
+
 BQNN_INLINE void store_floats(float* p, Float x, int count) {
 #if BQNN_LANES == 8
   if (count == kLanes) return store(p, x);
@@ -71,8 +84,10 @@ struct Numbers<uint8_t> {
       : scale(view.scale), inverse(1.0f / view.scale), zero(static_cast<float>(view.zero)) {}
   BQNN_INLINE Float read(const uint8_t* p) const { return (to_float(load_bytes(p)) - zero) * scale; }
   // The nearest, ties to even; a NaN becomes the least.
-  BQNN_INLINE Int quantize(Float x) const {
-    const Float q = min(max(x * inverse, broadcast(-zero)), broadcast(255.0f - zero));
+  BQNN_INLINE Int quantize(Float x) const { return quantize(x, broadcast(-zero), broadcast(255.0f - zero)); }
+  // The same where x / scale is clamped to a narrower range, which is what clamping x before comes to.
+  BQNN_INLINE Int quantize(Float x, Float least, Float most) const {
+    const Float q = min(max(x * inverse, least), most);
 #if BQNN_LANES == 8
     return (Int)_mm256_cvtps_epi32((__m256)q) + static_cast<int>(zero);
 #elif BQNN_LANES == 16

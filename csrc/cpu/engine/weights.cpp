@@ -8,7 +8,7 @@
 namespace bqnn::engine {
 namespace {
 
-constexpr int64_t kPadding = kSlack / 4;  // numbers that kernels may read beyond the last channel
+constexpr int64_t kPadding = kSlack / 2;  // numbers that kernels may read beyond the last channel
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -112,9 +112,16 @@ void Weights::keep_weight(const Step& step, Conv* conv) {
 
   if (conv->depthwise) {
     const int64_t padded = channels + kPadding;
-    std::vector<float> of_taps(static_cast<size_t>(taps * padded), 0.0f);
-    each([&](int64_t n, int64_t tap, float number) { of_taps[tap * padded + n] = number; });
-    conv->taps = keep_floats(of_taps.data(), taps * padded, 0.0f);
+    auto* memory = keep(taps * padded * 4);
+    std::memset(memory, 0, static_cast<size_t>(taps * padded * 4));
+    each([&](int64_t n, int64_t tap, float number) {
+      if (conv->integers)
+        reinterpret_cast<int16_t*>(memory)[tap * padded + n] = static_cast<int16_t>(number);
+      else
+        reinterpret_cast<float*>(memory)[tap * padded + n] = number;
+    });
+    conv->taps = conv->integers ? nullptr : reinterpret_cast<const float*>(memory);
+    conv->integer_taps = conv->integers ? reinterpret_cast<const int16_t*>(memory) : nullptr;
     return;
   }
   if (weight.codes == nullptr) {
