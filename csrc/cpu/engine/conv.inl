@@ -27,13 +27,15 @@ inline int64_t panel_words_of(const Conv& conv) {
   return (conv.segments * segment_lanes<Op>(conv) + kWordLanes) * kWidth;
 }
 
+// The weights [first, first + count) of every segment, `first` at the beginning of a word.
 template <class Op>
-inline void decode_panel(const Conv& conv, int64_t group, int64_t strip, uint32_t* panel) {
+inline void decode_part(const Conv& conv, int64_t group, int64_t strip, int64_t first, int64_t count, uint32_t* panel) {
   const PackedLayout& layout = *conv.layout;
+  const int64_t lanes = ceil_div(count, Op::kUnit);
   for (int b = 0; b < kStripBlocks; ++b) {
     const int64_t block = strip * kStripBlocks + b;
     if (block >= layout.blocks) {
-      for (int64_t lane = 0; lane < conv.segments * segment_lanes<Op>(conv); ++lane)
+      for (int64_t lane = 0; lane < conv.segments * lanes; ++lane)
         __builtin_memset(panel + lane * kWidth + b * kBlock, 0, kBlock * sizeof *panel);
       continue;
     }
@@ -41,9 +43,14 @@ inline void decode_panel(const Conv& conv, int64_t group, int64_t strip, uint32_
     read_codebook<Op>(layout, {layout.level_table()}, group, block, &book);
     const uint32_t* words = layout.block(group, block);
     for (int64_t s = 0; s < conv.segments; ++s)
-      decode<Op>(layout, book, words + s * layout.padded / layout.word_weights() * kBlock, conv.segment,
-                 panel + s * segment_lanes<Op>(conv) * kWidth + b * kBlock, kWidth);
+      decode<Op>(layout, book, words + (s * layout.padded + first) / layout.word_weights() * kBlock, count,
+                 panel + s * lanes * kWidth + b * kBlock, kWidth);
   }
+}
+
+template <class Op>
+inline void decode_panel(const Conv& conv, int64_t group, int64_t strip, uint32_t* panel) {
+  decode_part<Op>(conv, group, strip, 0, conv.segment, panel);
 }
 
 // A panel of a weight that is numbers.
@@ -71,6 +78,14 @@ inline void make_panel(const Conv& conv, int64_t group, int64_t strip, uint32_t*
                          : decode_panel<FloatOperand>(conv, group, strip, panel);
   if (conv.integers) return copy_panel<ByteOperand>(conv, conv.integer_numbers, group, strip, panel);
   copy_panel<FloatOperand>(conv, conv.numbers, group, strip, panel);
+}
+
+// The lanes [first, first + count) of a panel of codes of one segment.
+inline void make_part(const Conv& conv, int64_t group, int64_t strip, int64_t first, int64_t count, uint32_t* panel) {
+  const int64_t unit = conv.integers ? ByteOperand::kUnit : FloatOperand::kUnit;
+  const int64_t weights = smaller(conv.segment - first * unit, count * unit);
+  if (conv.integers) return decode_part<ByteOperand>(conv, group, strip, first * unit, weights, panel);
+  decode_part<FloatOperand>(conv, group, strip, first * unit, weights, panel);
 }
 
 // --- products -----------------------------------------------------------------------------------------------------
@@ -328,14 +343,12 @@ inline void place(const ConvCall& call, int64_t group, int64_t first, int64_t co
   for (int64_t i = count; i < count + kMostTile; ++i) at->x[i] = at->x[count - 1];
 }
 
-// The pieces of K in chunks of kChunkLanes lanes at most; returns how many chunks there are.
-inline int64_t plan_chunks(const ConvCall& call, Piece* pieces, Chunk* chunks) {
+// The pieces of K in chunks of `most` lanes at most; returns how many chunks there are.
+inline int64_t plan_chunks(const ConvCall& call, int64_t most, Piece* pieces, Chunk* chunks) {
   const Conv& conv = *call.conv;
   const Window& window = conv.window;
   const int64_t lanes = conv.integers ? segment_lanes<ByteOperand>(conv) : segment_lanes<FloatOperand>(conv);
   const int64_t across = conv.segments / window.kernel_h;  // 1, or kernel_w
-  // Floats are loaded slower than they can be from the L2 cache, and gain nothing from chunks that fit the L1 cache.
-  const int64_t most = conv.integers ? kChunkLanes : 8 * kChunkLanes;
   int64_t count = 0, used = most, panel = 0;
   Piece* next = pieces;
   for (int64_t s = 0; s < conv.segments; ++s) {
@@ -357,25 +370,38 @@ inline int64_t plan_chunks(const ConvCall& call, Piece* pieces, Chunk* chunks) {
   return count;
 }
 
+// Multiplies a batch of positions by a chunk of a panel.
+inline void multiply_batch(const Tiles& tile, const Positions& at, int64_t count, const Chunk& chunk,
+                           const uint32_t* weight, uint32_t* products, bool first) {
+  for (int64_t i = 0; i < count;) {
+    const int64_t left = count - i;
+    const int rows = left == 1 ? 1 : left <= tile.few_rows ? tile.few_rows : tile.rows;
+    const auto multiply = rows == 1 ? tile.one : rows == tile.few_rows ? tile.few : tile.whole;
+    multiply(at.x + i, chunk, weight, products + i * kWidth, first);
+    i += rows;
+  }
+}
+
 inline void run_conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64_t end) {
   const Conv& conv = *call.conv;
   const int64_t strips = ceil_div(conv.group_channels, kWidth), words = panel_words(conv);
   const int64_t positions = call.images * call.y.shape.height * call.y.shape.width;
+  // Where a batch is all that a panel is made for, each chunk is decoded when it is multiplied, and stays in the cache.
+  const bool chunked = conv.panels == nullptr && conv.segments == 1 && ceil_div(positions, parts) <= kBatch;
+  // Floats are loaded slower than they can be from the L2 cache, and gain nothing from chunks that fit the L1 cache.
+  const int64_t chunk_lanes = conv.integers || chunked ? kChunkLanes : 8 * kChunkLanes;
   const int64_t most = 2 * (conv.segments + words / kWidth / 16);
   auto* pieces = room<Piece>(Scratch::offsets, most);
   auto* chunks = room<Chunk>(Scratch::tables, most);
-  const int64_t num_chunks = plan_chunks(call, pieces, chunks);
+  const int64_t num_chunks = plan_chunks(call, chunk_lanes, pieces, chunks);
   uint32_t* made = conv.panels == nullptr ? room<uint32_t>(Scratch::panel, words) : nullptr;
   alignas(64) uint32_t products[(kBatch + kMostTile) * kWidth];
   int64_t decoded = -1;
   Positions at;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t index = unit / parts, group = index / strips, strip = index % strips, part = unit % parts;
-    const uint32_t* panel = conv.panels + index * words;
-    if (conv.panels == nullptr) {
-      if (index != decoded) make_panel(conv, group, strip, made);
-      decoded = index, panel = made;
-    }
+    const uint32_t* panel = conv.panels == nullptr ? made : conv.panels + index * words;
+    if (conv.panels == nullptr && !chunked && index != decoded) make_panel(conv, group, strip, made), decoded = index;
     const int64_t width = smaller(conv.group_channels - strip * kWidth, kWidth);
     const Tiles tile = tiles_of(conv, static_cast<int>(ceil_div(width, kLanes)));
     const int64_t last = positions * (part + 1) / parts;
@@ -383,14 +409,9 @@ inline void run_conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64
       const int64_t count = smaller(last - first, kBatch);
       place(call, group, first, count, &at);
       for (int64_t c = 0; c < num_chunks; ++c) {
-        const uint32_t* weight = panel + chunks[c].panel;
-        for (int64_t i = 0; i < count;) {
-          const int64_t left = count - i;
-          const int rows = left == 1 ? 1 : left <= tile.few_rows ? tile.few_rows : tile.rows;
-          (rows == 1 ? tile.one : rows == tile.few_rows ? tile.few : tile.whole)(at.x + i, chunks[c], weight,
-                                                                                 products + i * kWidth, c == 0);
-          i += rows;
-        }
+        const Chunk& chunk = chunks[c];
+        if (chunked) make_part(conv, group, strip, chunk.panel / kWidth, chunk.pieces->lanes, made);
+        multiply_batch(tile, at, count, chunk, chunked ? made : panel + chunk.panel, products, c == 0);
       }
       finish_batch(call, products, at, count, group * conv.group_channels + strip * kWidth, width);
     }
