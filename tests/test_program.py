@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import bqnn
-from bqnn.engine.graph import NO_ACTIVATION, Graph, Node
+from bqnn.core.codes import pack_codes
+from bqnn.engine.graph import NO_ACTIVATION, Graph, Node, Value
 from bqnn.engine.program import Program, describe
 from bqnn.engine.reference import run
 from tests.support.draw_graphs import draw_graph
@@ -103,6 +104,40 @@ def test_quantized_nodes_have_the_bits_of_the_integer_model(first: int, plan: st
                 assert torch.equal(y, expected), (seed, node.op, node.activation.name)
             checked += 1
     assert checked > 60
+
+
+@pytest.mark.parametrize("channels", (1, 16, 40, 100, 129))
+@pytest.mark.parametrize("columns", (32, 96, 544, 41))
+@pytest.mark.parametrize("largest", (None, 1, 13, 32, 64))
+def test_fully_connected_layers(largest: int | None, columns: int, channels: int) -> None:
+    """Of one image and of a few, with codes of every width, from panels that are kept and straight from the codes."""
+    generator = torch.Generator().manual_seed(columns + channels)
+    x = torch.rand(5, columns, generator=generator)
+    for num_levels in (2, 3, 16):
+        codes = torch.randint(num_levels, (channels, columns), dtype=torch.uint8, generator=generator)
+        tensors = {"codes": pack_codes(codes, num_levels), "scale": torch.rand(channels, generator=generator)}
+        values = {"x": Value("x", (columns,)), "y": Value("y", (channels,))}
+        nodes = []
+        if largest is None:
+            tensors["levels"] = torch.randn(1, num_levels, generator=generator).sort().values
+        else:
+            integers = torch.randint(-largest, largest + 1, (1, num_levels), dtype=torch.int8, generator=generator)
+            integers[0, 0] = largest
+            tensors["integers"] = integers
+            values["q"] = Value("q", (columns,), "uint8", float(torch.tensor(1 / 255)))
+            nodes.append(Node("activation", ("x",), "q"))
+        nodes.append(Node("linear", ("x" if largest is None else "q",), "y", {}, tensors))
+        graph = Graph(("x",), ("y",), values, tuple(nodes))
+        graph.check()
+        expected = run(graph, (x,), torch.float64 if largest is None else torch.float32)[0]
+        for options in PLANS.values():
+            program = Program(graph, **options)
+            whole, alone = program([x])[0], torch.cat([program([x[i : i + 1]])[0] for i in range(len(x))])
+            assert torch.equal(whole, alone)
+            if largest is None:
+                check_near([whole], (expected,))
+            else:
+                assert torch.equal(whole, expected)
 
 
 def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:

@@ -7,6 +7,7 @@
 // Included once in a translation unit, so there is no guard. Needs <cstdint> and, on x86, <immintrin.h>.
 
 #define BQNN_INLINE inline __attribute__((always_inline))
+#define BQNN_LAMBDA __attribute__((always_inline))  // after a lambda's parameters
 
 // BQNN_UNROLL(n) before a loop unrolls it.
 #define BQNN_PRAGMA(text) _Pragma(#text)
