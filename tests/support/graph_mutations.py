@@ -79,7 +79,7 @@ class Branches(nn.Module):
 
 
 def seeds() -> list[bytes]:
-    """Files of compiled networks: one of every kind of node, and a few of layers alone."""
+    """Files of compiled networks: one of every kind of node, a few of layers alone, an ensemble."""
     torch.manual_seed(0)
     image = torch.randn(1, 2, 4, 4)
     nets = [
@@ -88,6 +88,7 @@ def seeds() -> list[bytes]:
         bqnn.compile(
             packed(nn.Sequential(nn.Linear(7, 3), nn.ReLU(), nn.Linear(3, 2)), num_levels=4), torch.randn(1, 7)
         ),
+        bqnn.compile([nn.Linear(3, 2), nn.Linear(3, 2)], torch.randn(1, 3)),
     ]
     with tempfile.TemporaryDirectory() as folder:
         path, result = Path(folder) / "net", []
@@ -177,6 +178,8 @@ def change_structure(draw: random.Random, header: Any, metadata: dict[str, Any],
             ["dict", ["a", "a"]],
             ["none"],
             ["list", 1],
+            ["stack", 1],
+            ["stack", 2],
         ]
         index = draw.randrange(len(tokens))
         if draw.random() < 0.5:
