@@ -121,6 +121,29 @@ def test_layers_that_differ_in_one_number_are_not_alike() -> None:
     found = ensemble_of(members)
     assert ops(found).count("conv2d") == 5
     assert torch.equal(found(X), alone(members, X))
+    pools = [nn.AvgPool2d(3, padding=1, count_include_pad=counted) for counted in (True, False)]
+    assert torch.equal(ensemble_of(pools)(X), alone(pools, X))
+
+
+def test_layers_whose_outputs_have_other_scales_are_not_alike() -> None:
+    first, wide, narrow = nn.Conv2d(2, 3, 1), nn.Conv2d(6, 2, 8), nn.Conv2d(3, 2, 8)
+
+    class Wide(nn.Module):
+        """Puts what the first layer gives beside larger numbers, in whose scale it is then."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = first, wide
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.last(torch.cat([y, y * 9], 1))
+
+    members = [nn.Sequential(first, narrow), Wide()]
+    for precision, layers in (("fp32", 3), ("int8", 4)):
+        found = ensemble_of(members, **OPTIONS[precision])
+        assert ops(found).count("conv2d") == layers
+        assert torch.equal(found(X), alone(members, X, **OPTIONS[precision]))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -154,10 +177,14 @@ def test_several_inputs_whatever_their_names() -> None:
         def forward(self, right: Tensor, left: Tensor) -> Tensor:
             return self.head((right + left * 2).flatten(1))
 
+    class First(Named):
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            return self.head(one.flatten(1))
+
     y = images(9, 3)
-    members = [Named(0), Swapped(0), Named(1)]
+    members = [First(0), Named(0), Swapped(0), Named(1)]
     found = ensemble_of(members, X, y)
-    assert [each.name for each in found.inputs] == ["left", "right"]
+    assert [each.name for each in found.inputs] == ["one", "other"]
     assert torch.equal(found(X, y), torch.stack([bqnn.compile(net, (X, y))(X, y) for net in members]))
     with pytest.raises(TypeError, match="the network takes 2 inputs"):
         found(X)

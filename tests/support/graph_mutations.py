@@ -147,7 +147,9 @@ def change_node(draw: random.Random, header: Any, metadata: dict[str, Any], data
 def change_names(draw: random.Random, header: Any, metadata: dict[str, Any], data: Any) -> None:
     """Lets a node read or write another value, itself among them; or a part, or the network, give another one."""
     part = _part(draw, metadata)
-    names = [row[0] for row in part.get("values", []) if isinstance(row, list) and row] + ["new"]
+    rows = part.get("values")
+    names = [row[0] for row in rows if isinstance(row, list) and row] if isinstance(rows, list) else []
+    names.append("new")
     holder = draw.choice([*part.get("nodes", [part]), part, metadata.get("compiled")])
     if isinstance(holder, dict):
         key = draw.choice(["inputs", "output", "outputs"])
