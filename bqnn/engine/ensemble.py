@@ -62,6 +62,7 @@ def join(members: Sequence[CompiledNetwork]) -> CompiledEnsemble:
     graphs = [part.graph for part in parts if isinstance(part, EnginePart)]
     if graphs and len(graphs) == len(parts):
         graph, twins = _joined(graphs)
+        graph.check()
         parts, outputs = [EnginePart(graph)], [twins.get(name, name) for name in outputs]
     structure = {"stack": list(range(len(outputs)))}
     return CompiledEnsemble(first.inputs, tuple(parts), tuple(outputs), structure, {}, first.precision)
