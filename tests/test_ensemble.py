@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 import bqnn
 from bqnn import CompiledEnsemble
-from bqnn.core.files import FormatError
 from bqnn.engine import compiled as module
 from tests.support.compiled import Function, check_outputs, ops, randomized, reasons
-from tests.support.mutations import put_together, taken_apart
 
 
 def make(seed: int, classes: int = 5, **options: Any) -> nn.Module:
@@ -331,38 +329,3 @@ def test_what_is_loaded_gives_the_same_bits(nets: list[nn.Module], precision: st
     assert torch.equal(again(X), ensemble(X))
     assert torch.equal(bqnn.predict(again, X).mutual_information, bqnn.predict(ensemble, X).mutual_information)
     assert len(bqnn.info(tmp_path / "net")["layers"]) == 9
-
-
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        pytest.param([["stack", 0]], "structure can not have", id="none"),
-        pytest.param([["stack", True], ["output", 0]], "structure can not have", id="bool"),
-        pytest.param([["stack", 2**62]], "structure can not have", id="huge"),
-        pytest.param([["stack", 2], ["output", 0]], "structure must be whole", id="short"),
-        pytest.param([["stack", 1], ["output", 0], ["output", 1]], "goes on behind its end", id="long"),
-        pytest.param([["tuple", 1], ["stack", 1], ["output", 0]], "structure can not have", id="inside"),
-        pytest.param([["stack", 1], ["none"]], "must have an output of each network", id="not-an-output"),
-        pytest.param([["stack", 1], ["tuple", 1], ["output", 0]], "must have an output of each", id="nested"),
-        pytest.param([["stack", 2], ["output", 0], ["output", 3]], "structure can not have", id="no-such-output"),
-    ],
-)
-def test_a_changed_structure_is_refused(
-    tokens: list[Any], message: str, ensemble: CompiledEnsemble, tmp_path: Path
-) -> None:
-    check_refused(ensemble, {"structure": tokens}, message, tmp_path / "net")
-
-
-def test_outputs_of_several_shapes_are_refused(ensemble: CompiledEnsemble, tmp_path: Path) -> None:
-    outputs = [*ensemble.outputs[:2], ensemble.inputs[0].name]
-    check_refused(ensemble, {"outputs": outputs}, "the outputs of an ensemble must have one shape", tmp_path / "net")
-
-
-def check_refused(ensemble: CompiledEnsemble, changes: dict[str, Any], message: str, path: Path) -> None:
-    bqnn.save(ensemble, path)
-    header, metadata, data = taken_apart(path.read_bytes())
-    metadata["compiled"] |= changes
-    path.write_bytes(put_together(header, metadata, data))
-    for read in (bqnn.load, bqnn.info):
-        with pytest.raises(FormatError, match=message):
-            read(path)
