@@ -8,7 +8,9 @@ from bqnn.bayes.layers import BayesConv2d, BayesLinear, sampling
 from bqnn.bayes.predict import Prediction, predict
 from bqnn.core.files import FormatError
 from bqnn.core.native import cpu_isa
-from bqnn.engine.compiled import CompiledNetwork, compile
+from bqnn.engine.compile import compile
+from bqnn.engine.compiled import CompiledNetwork
+from bqnn.engine.ensemble import CompiledEnsemble
 from bqnn.engine.pack import pack, pack_
 from bqnn.files.network import info, load, save
 from bqnn.ops.dispatch import BackendError, backends
@@ -20,6 +22,7 @@ __all__ = [
     "BackendError",
     "BayesConv2d",
     "BayesLinear",
+    "CompiledEnsemble",
     "CompiledNetwork",
     "Elbo",
     "FormatError",

@@ -136,6 +136,26 @@ NODE = ("parts", 0, "nodes", 0)
         pytest.param(set_("structure", to=[["tuple", 2], ["none"]]), "structure must be whole", id="structure-short"),
         pytest.param(set_("structure", to=[["tuple", 1]] * 100), "structure must be whole and at most", id="deep"),
         pytest.param(set_("structure", to=[["output", 9]]), "structure can not have", id="structure-number"),
+        pytest.param(set_("structure", to=[["stack", 0]]), "structure can not have", id="stack-of-none"),
+        pytest.param(set_("structure", to=[["stack", True], ["output", 0]]), "structure can not have", id="stack-bool"),
+        pytest.param(set_("structure", to=[["stack", 2**62]]), "structure can not have", id="stack-huge"),
+        pytest.param(set_("structure", to=[["stack", 2], ["output", 0]]), "structure must be whole", id="stack-short"),
+        pytest.param(
+            set_("structure", to=[["tuple", 1], ["stack", 1], ["output", 0]]),
+            "structure can not have",
+            id="stack-inside",
+        ),
+        pytest.param(
+            set_("structure", to=[["stack", 1], ["none"]]), "an output of each network", id="stack-of-nothing"
+        ),
+        pytest.param(
+            set_("structure", to=[["stack", 1], ["list", 1], ["output", 0]]),
+            "an output of each network",
+            id="stack-of-lists",
+        ),
+        pytest.param(
+            set_("structure", to=[["stack", 2], ["output", 0], ["output", 1]]), "must have one shape", id="stack-shapes"
+        ),
     ],
 )
 def test_a_changed_graph_is_refused(change: Any, message: str, blobs: list[bytes], tmp_path: Path) -> None:

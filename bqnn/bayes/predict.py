@@ -1,4 +1,4 @@
-"""predict: class probabilities with uncertainty, by sampling the posterior."""
+"""predict: class probabilities with uncertainty, by sampling the posterior or by an ensemble."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.bayes.layers import bayes_layers, sampling
+from bqnn.core.ensemble import Ensemble
 from bqnn.core.modes import in_evaluation
 from bqnn.core.precision import wide
 
 
 class Prediction(NamedTuple):
-    """What the posterior says of a batch: float32, or float64 where the logits are."""
+    """What the posterior, or an ensemble, says of a batch: float32, or float64 where the logits are."""
 
-    probs: Tensor  # [B, classes], the mean over the samples
+    probs: Tensor  # [B, classes], the mean over the samples, or networks
     entropy: Tensor  # [B], nats: the total uncertainty of probs
     mutual_information: Tensor  # [B], nats: the part of it that is uncertainty about the weights
 
@@ -26,7 +27,7 @@ def _entropy(probs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def predict(net: nn.Module, x: Tensor, samples: int = 1) -> Prediction:
+def predict(net: nn.Module, x: Tensor, samples: int | None = None) -> Prediction:
     """The predictive distribution of a classifier in evaluation mode.
 
     Nothing of ``net`` is changed, so that threads may call this at once, and others use the network meanwhile, in
@@ -34,14 +35,21 @@ def predict(net: nn.Module, x: Tensor, samples: int = 1) -> Prediction:
     the replica sets on itself is then not to be seen on the network, and a compiled network runs uncompiled.
 
     Args:
-        net: a network that returns logits [B, classes].
-        x: inputs, as the network takes them.
-        samples: posterior samples to average over, drawn as the layers' estimator draws them; 1 is the quantized
-            network itself, without sampling and with a mutual information of 0.
+        net: a network that returns logits [B, classes]; or an ensemble, what :func:`bqnn.compile` makes of several,
+            whose networks stand for samples.
+        x: inputs, as the network takes them; half precision ones are float32 to an ensemble.
+        samples: posterior samples to average over, drawn as the layers' estimator draws them; 1, or None, is the
+            quantized network itself, without sampling and with a mutual information of 0. None for an ensemble.
 
     Raises:
-        ValueError: samples < 1, or more than 1 of a network that has no posterior (a packed or full-precision one).
+        ValueError: samples < 1, more than 1 of a network that has no posterior (a packed or full-precision one), or of
+            an ensemble another number than that of its networks.
     """
+    if isinstance(net, Ensemble):
+        if samples not in (None, net.num_networks):
+            raise ValueError(f"samples must be None, or the {net.num_networks} networks of the ensemble, got {samples}")
+        return _prediction(wide(net(wide(x))).softmax(-1))
+    samples = 1 if samples is None else samples
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if samples > 1 and all(layer.estimator == "deterministic" for layer in bayes_layers(net).values()):
@@ -51,7 +59,11 @@ def predict(net: nn.Module, x: Tensor, samples: int = 1) -> Prediction:
         probs = wide(net(x)).softmax(-1)
         return Prediction(probs, _entropy(probs).to(probs), torch.zeros_like(probs[..., 0]))
     with sampling(net):
-        draws = torch.stack([wide(net(x)).softmax(-1) for _ in range(samples)])
+        return _prediction(torch.stack([wide(net(x)).softmax(-1) for _ in range(samples)]))
+
+
+def _prediction(draws: Tensor) -> Prediction:
+    """Of probabilities [samples, B, classes]."""
     mean = draws.mean(0, dtype=torch.float64)
     entropy = _entropy(mean)
     information = (entropy - _entropy(draws).mean(0)).clamp(min=0.0)

@@ -35,7 +35,8 @@ BATCH = 8
 images those may be what is left of a batch."""
 
 Structure = Any
-"""Of what a network returns: the number of an output, None, or {"tuple": [...]}, {"list": [...]}, {"dict": {...}}."""
+"""Of what a network returns: the number of an output, None, or {"tuple": [...]}, {"list": [...]}, {"dict": {...}}. Of
+what an ensemble returns: {"stack": [...]}, numbers of outputs, one of each network."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,8 @@ def nested(structure: Structure, outputs: Sequence[Tensor]) -> Any:
     if isinstance(structure, int):
         return outputs[structure]
     ((kind, parts),) = structure.items()
+    if kind == "stack":
+        return torch.stack([outputs[number] for number in parts])
     if kind == "dict":
         return {name: nested(part, outputs) for name, part in parts.items()}
     return (tuple if kind == "tuple" else list)(nested(part, outputs) for part in parts)

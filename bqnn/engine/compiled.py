@@ -1,9 +1,9 @@
-"""compile: a network for the engine; and CompiledNetwork, the module that it becomes."""
+"""CompiledNetwork: a network as parts that run in turn, the engine's and torch's."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,17 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bqnn.core.check import check_precision
 from bqnn.core.native import cpu_isa
 from bqnn.engine import reference
-from bqnn.engine.calibrate import calibrate
-from bqnn.engine.capture import Captured, Structure, capture, nested
+from bqnn.engine.capture import Captured, Structure, nested
 from bqnn.engine.graph import RELU, Activation, Graph
 from bqnn.engine.lower import lower
 from bqnn.engine.partition import EnginePart, Part, TorchPart, partition
 from bqnn.engine.passes import optimize
 from bqnn.engine.program import Program
-from bqnn.engine.quantize import quantize
 
 _making = threading.Lock()
 
@@ -66,7 +63,7 @@ class Input:
 
 
 class CompiledNetwork(nn.Module):
-    """A network that :func:`compile` made. It has no parameters and no gradients, and runs on the CPU.
+    """A network that :func:`bqnn.compile` made. It has no parameters and no gradients, and runs on the CPU.
 
     ``forward`` takes the inputs that the network took, each [batch, ...] with any size of the batch, 0 included, in any
     strides: float32, float64, float16, bfloat16 or uint8. All are computed in float32, float64 too; outputs that are
@@ -139,12 +136,15 @@ class CompiledNetwork(nn.Module):
         return self
 
     def __repr__(self) -> str:
-        lines = [f"CompiledNetwork, {self.precision}"]
+        lines = [f"{self._title()}, {self.precision}"]
         lines += [f"  input {each.name} [{', '.join(['batch', *map(str, each.shape)])}]" for each in self.inputs]
         for index, part in enumerate(self.parts):
             lines.append(f"part {index}, {'the engine' if isinstance(part, EnginePart) else 'torch'}")
             lines += _table(_rows(part))
         return "\n".join(lines)
+
+    def _title(self) -> str:
+        return type(self).__name__
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_runs": None, "_only": None}
@@ -191,48 +191,6 @@ def _run_torch(part: TorchPart, inputs: Sequence[Any]) -> Sequence[Any]:
     return part.module(*(x.contiguous() if isinstance(x, Tensor) else x for x in inputs))
 
 
-def compile(
-    net: nn.Module,
-    example: Tensor | tuple[Tensor, ...],
-    *,
-    precision: str = "fp32",
-    calibration: Iterable[Tensor | tuple[Tensor, ...]] | None = None,
-) -> CompiledNetwork:
-    """A network for inference on the CPU in one call: its packed layers, what lies between them and all else.
-
-    The network is captured by torch.export in evaluation mode, with any size of the batch, and rewritten for the
-    engine. What the engine has no operator for stays torch's; ``print`` of the result says what, and why. ``net`` stays
-    as it is; what changes in it later, the compiled network does not see. The precision that packed layers were made
-    with does not matter, but where torch runs them. An input that the network changes in place is left alone.
-
-    Args:
-        net: on the CPU; Bayes layers in it are packed first, and plain layers are taken with their dense weights.
-        example: an input [batch, ...], or a tuple of the inputs; their shapes count, but for the batch's size, which
-            has to be 1 or more. To the network, inputs that are floating point or uint8 are float32.
-        precision: "fp32"; "bf16", products of bfloat16 numbers; or "int8", quantized activations and weights.
-        calibration: for "int8", batches of inputs like ``example``, whose ranges the scales are made of.
-
-    Returns:
-        a module that takes inputs as ``net`` does, positional ones alone, and returns what it returns.
-
-    Raises:
-        TypeError, ValueError: an argument is wrong, or torch.export can not capture the network with a batch of any
-            size; the message says why.
-    """
-    check_precision(precision)
-    inputs = _checked(net, example)
-    if (precision == "int8") != (calibration is not None):
-        raise ValueError(
-            "calibration must be batches of inputs where precision is 'int8', and None elsewhere, got "
-            f"{'None' if calibration is None else 'some'} with {precision!r}"
-        )
-    if isinstance(calibration, Tensor):
-        raise TypeError("calibration must be batches of inputs, a list for example, got a single tensor")
-    with torch.autocast("cpu", enabled=False):
-        compiled = compile_captured(capture(net, inputs), inputs, precision)
-        return compiled if calibration is None else _quantized(compiled, calibration)
-
-
 def compile_captured(captured: Captured, example: tuple[Tensor, ...], precision: str) -> CompiledNetwork:
     """The compiled network of a captured one, whose inputs are like ``example``."""
     split = partition(lower(captured))
@@ -242,43 +200,6 @@ def compile_captured(captured: Captured, example: tuple[Tensor, ...], precision:
         for node, x in zip(captured.inputs, example)
     )
     return CompiledNetwork(described, parts, split.outputs, captured.structure, split.constants, precision)
-
-
-def _quantized(net: CompiledNetwork, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> CompiledNetwork:
-    """``net`` with the engine's parts in 8 bits, each calibrated on what it gets where ``net`` runs the batches."""
-    parts = [part for part in net.parts if isinstance(part, EnginePart)]
-    given: list[list[tuple[Tensor, ...]]] = [[] for _ in parts]
-    for index, batch in enumerate(batches):
-        try:
-            found = net.values((batch,) if isinstance(batch, Tensor) else tuple(batch))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"calibration batch {index}: {error}") from error
-        for part, inputs in zip(parts, given):
-            inputs.append(tuple(found[name] for name in part.inputs))
-    quantized = {
-        id(part): EnginePart(quantize(part.graph, *calibrate(part.graph, inputs))) for part, inputs in zip(parts, given)
-    }
-    for part in quantized.values():
-        part.graph.check()
-    parts_now = tuple(quantized.get(id(part), part) for part in net.parts)
-    return CompiledNetwork(net.inputs, parts_now, net.outputs, net.structure, net.constants, net.precision)
-
-
-def _checked(net: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The inputs that the network is captured with."""
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-    inputs = (example,) if isinstance(example, Tensor) else example
-    if not isinstance(inputs, (tuple, list)) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
-        raise TypeError(f"example must be a tensor or a tuple of tensors, got {type(example).__name__}")
-    for x in inputs:
-        if not x.dim() or len(x) != len(inputs[0]) or not len(x):
-            shapes = ", ".join(str(list(x.shape)) for x in inputs)
-            raise ValueError(f"example must have one batch of 1 or more as the first dimension, got {shapes}")
-    for tensor in (*inputs, *net.parameters(), *net.buffers()):
-        if tensor.device.type != "cpu":
-            raise ValueError(f"net and example must be on the CPU, got a tensor on {tensor.device}")
-    return tuple(x.float() if x.is_floating_point() or x.dtype == torch.uint8 else x for x in inputs)
 
 
 def _finished(part: Part) -> Part:

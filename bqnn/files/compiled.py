@@ -7,7 +7,8 @@ The metadata has ``version`` and ``compiled``, an object of
     parts        of each part: inputs, outputs, values (name, shape, dtype, scale, zero) and nodes
     outputs      names of the network's outputs
     structure    how they are nested, outermost first, and after each what it holds: ["output", number], ["none"],
-                 ["tuple", count], ["list", count] or ["dict", names]
+                 ["tuple", count], ["list", count] or ["dict", names]; of an ensemble, ["stack", count] and an output
+                 of each network
 
 A node has ``op``, ``inputs``, ``output``, and where it has any, ``attributes``, ``activation`` (name, low, high) and
 ``tensors``, by their names in the node those in the file. Infinite numbers are the texts "inf" and "-inf".
@@ -26,6 +27,7 @@ from bqnn.core.files import FormatError
 from bqnn.core.text import shown
 from bqnn.engine.capture import Structure
 from bqnn.engine.compiled import CompiledNetwork, Input
+from bqnn.engine.ensemble import CompiledEnsemble
 from bqnn.engine.graph import NO_ACTIVATION, Activation, Graph, Node, Value
 from bqnn.engine.operators import columns_of
 from bqnn.engine.partition import WORK, EnginePart, TorchPart
@@ -118,7 +120,12 @@ def build(contents: Contents) -> CompiledNetwork:
     structure = _nested(tokens, len(outputs), 0)
     if next(tokens, None) is not None:
         raise FormatError("structure goes on behind its end")
-    return CompiledNetwork(inputs, tuple(parts), outputs, structure, {}, data["precision"])
+    kind = CompiledNetwork
+    if isinstance(structure, dict) and "stack" in structure:
+        kind = CompiledEnsemble
+        if len({shapes[outputs[number]] for number in structure["stack"]}) != 1:
+            raise FormatError("the outputs of an ensemble must have one shape")
+    return kind(inputs, tuple(parts), outputs, structure, {}, data["precision"])
 
 
 def layers(net: CompiledNetwork) -> dict[str, dict[str, Any]]:
@@ -185,6 +192,11 @@ def _nested(tokens: Iterator[Any], outputs: int, depth: int) -> Structure:
             while len(parts) < count:
                 parts.append(_nested(tokens, outputs, depth + 1))
             return {kind: parts}
+        case ["stack", int(count)] if is_count(count, 1) and count <= outputs and not depth:
+            parts = [_nested(tokens, outputs, depth + 1) for _ in range(count)]
+            if not all(isinstance(part, int) for part in parts):
+                raise FormatError("an ensemble must have an output of each network")
+            return {"stack": parts}
         case ["dict", list(names)] if all(isinstance(name, str) for name in names) and len(set(names)) == len(names):
             return {"dict": {name: _nested(tokens, outputs, depth + 1) for name in names}}
     raise FormatError(f"structure can not have {token!r:.80}")

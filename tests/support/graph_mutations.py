@@ -79,7 +79,7 @@ class Branches(nn.Module):
 
 
 def seeds() -> list[bytes]:
-    """Files of compiled networks: one of every kind of node, and a few of layers alone."""
+    """Files of compiled networks: one of every kind of node, a few of layers alone, an ensemble."""
     torch.manual_seed(0)
     image = torch.randn(1, 2, 4, 4)
     nets = [
@@ -88,6 +88,7 @@ def seeds() -> list[bytes]:
         bqnn.compile(
             packed(nn.Sequential(nn.Linear(7, 3), nn.ReLU(), nn.Linear(3, 2)), num_levels=4), torch.randn(1, 7)
         ),
+        bqnn.compile([nn.Linear(3, 2), nn.Linear(3, 2)], torch.randn(1, 3)),
     ]
     with tempfile.TemporaryDirectory() as folder:
         path, result = Path(folder) / "net", []
@@ -146,7 +147,9 @@ def change_node(draw: random.Random, header: Any, metadata: dict[str, Any], data
 def change_names(draw: random.Random, header: Any, metadata: dict[str, Any], data: Any) -> None:
     """Lets a node read or write another value, itself among them; or a part, or the network, give another one."""
     part = _part(draw, metadata)
-    names = [row[0] for row in part.get("values", []) if isinstance(row, list) and row] + ["new"]
+    rows = part.get("values")
+    names = [row[0] for row in rows if isinstance(row, list) and row] if isinstance(rows, list) else []
+    names.append("new")
     holder = draw.choice([*part.get("nodes", [part]), part, metadata.get("compiled")])
     if isinstance(holder, dict):
         key = draw.choice(["inputs", "output", "outputs"])
@@ -177,6 +180,8 @@ def change_structure(draw: random.Random, header: Any, metadata: dict[str, Any],
             ["dict", ["a", "a"]],
             ["none"],
             ["list", 1],
+            ["stack", 1],
+            ["stack", 2],
         ]
         index = draw.randrange(len(tokens))
         if draw.random() < 0.5:

@@ -1,0 +1,138 @@
+"""compile: a network, or several, for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bqnn.core.check import check_precision
+from bqnn.engine.calibrate import calibrate
+from bqnn.engine.capture import Captured, capture
+from bqnn.engine.compiled import CompiledNetwork, compile_captured
+from bqnn.engine.ensemble import check_members, join
+from bqnn.engine.partition import EnginePart
+from bqnn.engine.quantize import quantize
+
+Batches = Iterable[Tensor | tuple[Tensor, ...]]
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+def compile(
+    net: nn.Module | Sequence[nn.Module],
+    example: Tensor | tuple[Tensor, ...],
+    *,
+    precision: str = "fp32",
+    calibration: Batches | None = None,
+) -> CompiledNetwork:
+    """A network for inference on the CPU in one call: its packed layers, what lies between them and all else.
+
+    The network is captured by torch.export in evaluation mode, with any size of the batch, and rewritten for the
+    engine. What the engine has no operator for stays torch's; ``print`` of the result says what, and why. ``net`` stays
+    as it is; what changes in it later, the compiled network does not see. The precision that packed layers were made
+    with does not matter, but where torch runs them. An input that the network changes in place is left alone.
+
+    Args:
+        net: on the CPU; Bayes layers in it are packed first, and plain layers are taken with their dense weights. A
+            list or tuple of networks that take the same inputs becomes an ensemble; each has to return one tensor, all
+            of the same shape.
+        example: an input [batch, ...], or a tuple of the inputs; their shapes count, but for the batch's size, which
+            has to be 1 or more. To the network, inputs that are floating point or uint8 are float32.
+        precision: "fp32"; "bf16", which at present computes as "fp32" does; or "int8", quantized activations and
+            weights.
+        calibration: for "int8", batches of inputs like ``example``, whose ranges the scales are made of.
+
+    Returns:
+        a module that takes inputs as ``net`` does, positional ones alone, and returns what it returns; of a list or
+        tuple a :class:`CompiledEnsemble`, which returns what each network returns, stacked: [networks, batch, classes].
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or torch.export can not capture the network with a batch of any
+            size; the message says why, and which network of an ensemble it is about.
+    """
+    check_precision(precision)
+    inputs = _checked_inputs(example)
+    if (precision == "int8") != (calibration is not None):
+        raise ValueError(
+            "calibration must be batches of inputs where precision is 'int8', and None elsewhere, got "
+            f"{'None' if calibration is None else 'some'} with {precision!r}"
+        )
+    if isinstance(calibration, Tensor):
+        raise TypeError("calibration must be batches of inputs, a list for example, got a single tensor")
+
+    def captured(net: Any) -> Captured:
+        return capture(_checked_network(net), inputs)
+
+    def finished(captured: Captured) -> CompiledNetwork:
+        compiled = compile_captured(captured, inputs, precision)
+        return compiled if calibration is None else _quantized(compiled, calibration)
+
+    with torch.autocast("cpu", enabled=False):
+        if not isinstance(net, (list, tuple)):
+            return finished(captured(net))
+        if not net:
+            raise ValueError("net must be a network, or one or more in a list, got none")
+        calibration = None if calibration is None else list(calibration)
+        captures = _each(captured, net)
+        check_members(captures)
+        return join(_each(finished, captures))
+
+
+def _each(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """What ``function`` gives for each of the networks of an ensemble; errors say which one they are about."""
+    found = []
+    for index, each in enumerate(items):
+        try:
+            found.append(function(each))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"network {index}: {error}") from error
+    return found
+
+
+def _quantized(net: CompiledNetwork, batches: Batches) -> CompiledNetwork:
+    """``net`` with the engine's parts in 8 bits, each calibrated on what it gets where ``net`` runs the batches."""
+    parts = [part for part in net.parts if isinstance(part, EnginePart)]
+    given: list[list[tuple[Tensor, ...]]] = [[] for _ in parts]
+    for index, batch in enumerate(batches):
+        try:
+            found = net.values((batch,) if isinstance(batch, Tensor) else tuple(batch))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"calibration batch {index}: {error}") from error
+        for part, inputs in zip(parts, given):
+            inputs.append(tuple(found[name] for name in part.inputs))
+    quantized = {
+        id(part): EnginePart(quantize(part.graph, *calibrate(part.graph, inputs))) for part, inputs in zip(parts, given)
+    }
+    for part in quantized.values():
+        part.graph.check()
+    parts_now = tuple(quantized.get(id(part), part) for part in net.parts)
+    return CompiledNetwork(net.inputs, parts_now, net.outputs, net.structure, net.constants, net.precision)
+
+
+def _checked_network(net: Any) -> nn.Module:
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    _check_device(*net.parameters(), *net.buffers())
+    return net
+
+
+def _checked_inputs(example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs that networks are captured with."""
+    inputs = (example,) if isinstance(example, Tensor) else example
+    if not isinstance(inputs, (tuple, list)) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        raise TypeError(f"example must be a tensor or a tuple of tensors, got {type(example).__name__}")
+    for x in inputs:
+        if not x.dim() or len(x) != len(inputs[0]) or not len(x):
+            shapes = ", ".join(str(list(x.shape)) for x in inputs)
+            raise ValueError(f"example must have one batch of 1 or more as the first dimension, got {shapes}")
+    _check_device(*inputs)
+    return tuple(x.float() if x.is_floating_point() or x.dtype == torch.uint8 else x for x in inputs)
+
+
+def _check_device(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise ValueError(f"net and example must be on the CPU, got a tensor on {tensor.device}")
