@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.bayes.layers import bayes_layers, sampling
+from bqnn.core.check import check_integer, check_module
 from bqnn.core.modes import in_evaluation
 from bqnn.core.precision import wide
 
@@ -40,8 +41,11 @@ def predict(net: nn.Module, x: Tensor, samples: int = 1) -> Prediction:
             network itself, without sampling and with a mutual information of 0.
 
     Raises:
+        TypeError: ``net`` is no module, or ``samples`` no integer.
         ValueError: samples < 1, or more than 1 of a network that has no posterior (a packed or full-precision one).
     """
+    check_integer("samples", samples)
+    check_module("net", net)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if samples > 1 and all(layer.estimator == "deterministic" for layer in bayes_layers(net).values()):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bqnn.core.check import MOST_NUMBERS, named
+
 MOST = 2**31 - 1
 
 
@@ -30,12 +32,19 @@ def explicit_padding(x: Tensor, conv: Any) -> tuple[Tensor, tuple[int, int]]:
     Args:
         x: [B, C, H, W].
         conv: as for :func:`symmetric_padding`.
+
+    Raises:
+        ValueError: of padding that repeats or mirrors x there is more than x.
     """
     padding = symmetric_padding(conv)
     if padding is not None:
         return x, padding
     before, after = _sides(conv)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    if mode in ("circular", "reflect"):
+        most = [each - int(mode == "reflect") for each in x.shape[2:]]
+        if any(max(a, b) > each for a, b, each in zip(before, after, most, strict=True)):
+            raise ValueError(f"padding must be at most {most} with padding_mode={mode!r}, got {before} and {after}")
     return F.pad(x, (before[1], after[1], before[0], after[0]), mode=mode), (0, 0)
 
 
@@ -173,9 +182,34 @@ def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """``value``, one integer or two, as two.
 
     Raises:
+        TypeError: it is neither an integer nor integers.
         ValueError: one is below ``least``, or beyond what the kernels count with, 32 bits.
     """
-    first, second = (value, value) if isinstance(value, int) else value if len(value) == 2 else (least - 1, 0)
-    if min(first, second) < least or max(first, second) > MOST:
-        raise ValueError(f"{name} must be one integer or two, each {least} or more and at most {MOST}, got {value}")
-    return first, second
+    values = (value, value) if isinstance(value, int) else value
+    if not isinstance(values, (tuple, list)) or not all(isinstance(each, int) for each in values):
+        raise TypeError(f"{name} must be one integer or two, got {named(value)}")
+    if len(values) != 2 or min(values) < least or max(values) > MOST:
+        raise ValueError(
+            f"{name} must be one integer or two, each {least} or more and at most {MOST}, got {named(value)}"
+        )
+    return values[0], values[1]
+
+
+def check_window(
+    x: Tensor,
+    channels: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """Raises ValueError where a kernel's reach is more than ``x`` [B, C, H, W] with its padding, or the output has more
+    numbers than memory has addresses; sizes of 0 count as 1."""
+    size = output_size(x.shape[2:], kernel, stride, [2 * p for p in padding], dilation)
+    if min(*size, *x.shape[2:]) < 1:
+        raise ValueError(
+            f"x must be large enough for a kernel of {tuple(kernel)} with padding {tuple(padding)} and dilation "
+            f"{tuple(dilation)}, got {list(x.shape)}"
+        )
+    if max(x.shape[0], 1) * channels * math.prod(size) > MOST_NUMBERS:
+        raise ValueError(f"padding must be less than what makes {MOST_NUMBERS} outputs or more, got {tuple(padding)}")
