@@ -39,7 +39,8 @@ def check_floating(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless ``tensor`` is a dense floating-point tensor, of 16 to 64 bits."""
     check_tensor(name, tensor)
     if tensor.dtype not in FLOATING:
-        raise TypeError(f"{name} must be floating point, of 16 to 64 bits, got {tensor.dtype}")
+        bits = " of 16 to 64 bits" if tensor.is_floating_point() else ""
+        raise TypeError(f"{name} must be floating point{bits}, got {tensor.dtype}")
 
 
 def check_flag(name: str, value: bool) -> None:

@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from tests.support.public_contracts import public
 
 VALID = 0.15  # the share of calls that nothing is wrong with
 SECONDS = 5.0  # that a call may take at most
+MOST_TOLD = 10  # faults of one op that are printed
 ORDINARY = {"tau": (0.01, 10.0), "scale": (0.01, 10.0), "log_sigma2": (-12.0, 6.0), "int8_scale": (1e-3, 10.0)}
 """Numbers between which float32 is near to float64; others may be up to 100 in size."""
 INCREASING = ("levels", "thresholds")
@@ -224,29 +226,37 @@ def run(
         for number in range(first, first + calls):
             if journal:
                 journal.note(f"--ops {name} --seed {seed} --first {number} --calls 1")
-            call = draw(name, table[name], seed, number)
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    counts[judge(table[name], call)] += 1
-            except Fault as fault:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                call = draw(name, table[name], seed, number)
+                fate = _fate(table[name], call)
+            if isinstance(fate, Fault):
                 counts["fault"] += 1
-                if counts["fault"] <= 10:
+                if counts["fault"] <= MOST_TOLD:
                     where = f"--ops {name} --seed {seed} --first {number} --calls 1"
-                    print(f"{where}: broken {', '.join(sorted(call.changed)) or 'nothing'}: {fault}", flush=True)
+                    print(f"{where}: broken {', '.join(sorted(call.changed)) or 'nothing'}: {fate}", flush=True)
+            else:
+                counts[fate] += 1
         found[name] = counts
     return found
+
+
+def _fate(contract: Contract, call: Call) -> str | Fault:
+    try:
+        return judge(contract, call)
+    except Fault as fault:
+        return fault
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.support.hostile", description=__doc__.split("\n")[0])
     parser.add_argument("--calls", type=int, default=500, help="of each op")
-    parser.add_argument("--ops", nargs="*", help="names, or parts of names; all of them without it")
+    parser.add_argument("--ops", nargs="*", default=["*"], help="names, or patterns such as 'bqnn_cpu::*'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--journal", help="a file that says which call is being made")
     options = parser.parse_args(arguments)
-    names = [name for name in contracts() if not options.ops or any(each in name for each in options.ops)]
+    names = [name for name in contracts() if any(fnmatchcase(name, each) for each in options.ops)]
     journal, faults = Journal(options.journal), 0
     print(f"{'':32}{'calls':>8}{'refused':>9}{'right':>8}{'answered':>9}{'faults':>8}{'seconds':>9}")
     for name in names:
