@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn import BackendError
+from bqnn.core.product import Conv2dProduct
 from bqnn.ops import sample_conv2d, sample_linear
 from tests.support import formulas
 from tests.support.helpers import (
@@ -349,3 +350,16 @@ def test_bad_input(changes: dict[str, Any], error: type[Exception], message: str
     arguments = dict(zip(names, SMALL.tensors())) | {"seed": torch.tensor(SEED)} | SMALL.geometry
     with pytest.raises(error, match=message):
         sample_conv2d(**arguments | changes)
+
+
+def test_pointwise_strides_of_a_channels_last_input() -> None:
+    """torch's own gradient of the weight writes past its memory here."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 3, 8, 8, generator=generator)
+    weight, grad = torch.randn(2, 3, 1, 1, generator=generator), torch.randn(3, 2, 4, 4, generator=generator)
+    product = Conv2dProduct((2, 2), (0, 0), (1, 1), 1)
+    _, expected = product.backward(grad.double(), x.double(), weight.double(), False)
+    for _ in range(100):
+        images = x.contiguous(memory_format=torch.channels_last)
+        _, found = product.backward(grad, images, weight, False)
+        torch.testing.assert_close(found, expected.float())

@@ -69,14 +69,14 @@ def elbo(
     """
     check_number("dataset_size", dataset_size)
     check_number("kl_weight", kl_weight)
-    if dataset_size < 1:
+    if not dataset_size >= 1:
         raise ValueError(f"dataset_size must be at least 1, got {dataset_size}")
     if not kl_weight >= 0.0:
         raise ValueError(f"kl_weight must be at least 0, got {kl_weight}")
     # What an `nll` of the user's own takes may be no tensor.
     output, target = (wide(each) if isinstance(each, Tensor) else each for each in (output, target))
     likelihood, kl = nll(output, target), kl_divergence(net)
-    return Elbo(likelihood + kl_weight * kl / dataset_size, likelihood, kl)
+    return Elbo(likelihood + kl_weight * kl / float(dataset_size), likelihood, kl)
 
 
 def kl_warmup(progress: float, length: float) -> float:

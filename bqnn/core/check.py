@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -49,9 +50,14 @@ def check_flag(name: str, value: bool) -> None:
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer of Python or NumPy, and no bool."""
+    return not isinstance(value, bool) and isinstance(value, (int, Integral))
+
+
 def check_integer(name: str, value: int) -> None:
-    """Raises TypeError unless ``value`` is an int."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    """Raises TypeError unless ``value`` is an integer."""
+    if not is_integer(value):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
@@ -63,8 +69,8 @@ def check_int(name: str, value: int, least: int, most: int) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    """Raises TypeError unless ``value`` is an int or a float."""
-    if not isinstance(value, (int, float)):
+    """Raises TypeError unless ``value`` is a number of Python or NumPy."""
+    if not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
@@ -165,14 +171,15 @@ def check_linear_input(x: Tensor, in_features: int) -> None:
 
 
 def check_conv2d_input(x: Tensor, in_channels: int, out_channels: int, groups: int) -> None:
-    """Raises unless ``x`` is a floating-point [B, in_channels, H, W] tensor and groups divides both channel counts."""
+    """Raises unless ``x`` is a floating-point [B, in_channels, H, W] tensor of a pixel or more, and groups divides both
+    channel counts."""
     check_floating("x", x)
     check_integer("groups", groups)
     if groups < 1 or in_channels % groups or out_channels % groups:
         raise ValueError(
             f"groups must divide in_channels and out_channels, got {groups} for {in_channels} and {out_channels}"
         )
-    if x.dim() != 4 or x.shape[1] != in_channels:
+    if x.dim() != 4 or x.shape[1] != in_channels or x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"x must have the shape [batch, {in_channels}, height, width], got {list(x.shape)}")
 
 

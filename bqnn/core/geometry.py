@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bqnn.core.check import MOST_NUMBERS, named
+from bqnn.core.check import MOST_NUMBERS, is_integer, named
 
 MOST = 2**31 - 1
 
@@ -185,8 +185,8 @@ def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
         TypeError: it is neither an integer nor integers.
         ValueError: one is below ``least``, or beyond what the kernels count with, 32 bits.
     """
-    values = (value, value) if isinstance(value, int) else value
-    if not isinstance(values, (tuple, list)) or not all(isinstance(each, int) for each in values):
+    values: Any = (value, value) if is_integer(value) else value
+    if not isinstance(values, (tuple, list)) or not all(is_integer(each) for each in values):
         raise TypeError(f"{name} must be one integer or two, got {named(value)}")
     if len(values) != 2 or min(values) < least or max(values) > MOST:
         raise ValueError(
@@ -206,10 +206,12 @@ def check_window(
     """Raises ValueError where a kernel's reach is more than ``x`` [B, C, H, W] with its padding, or the output has more
     numbers than memory has addresses; sizes of 0 count as 1."""
     size = output_size(x.shape[2:], kernel, stride, [2 * p for p in padding], dilation)
-    if min(*size, *x.shape[2:]) < 1:
+    if min(size) < 1:
         raise ValueError(
             f"x must be large enough for a kernel of {tuple(kernel)} with padding {tuple(padding)} and dilation "
             f"{tuple(dilation)}, got {list(x.shape)}"
         )
-    if max(x.shape[0], 1) * channels * math.prod(size) > MOST_NUMBERS:
-        raise ValueError(f"padding must be less than what makes {MOST_NUMBERS} outputs or more, got {tuple(padding)}")
+    if max(size) > MOST or max(x.shape[0], 1) * channels * math.prod(size) > MOST_NUMBERS:
+        raise ValueError(
+            f"padding must make at most {MOST} rows and columns and {MOST_NUMBERS} outputs, got {tuple(padding)}"
+        )

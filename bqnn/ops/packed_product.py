@@ -199,11 +199,11 @@ def register(name: str, geometry: Callable[..., Geometry], schema: str = "") -> 
 
 
 def check_codes(codes: Tensor) -> None:
-    """Raises TypeError or ValueError unless ``codes`` is a matrix of bytes."""
+    """Raises TypeError or ValueError unless ``codes`` is a matrix of bytes, with a row or more."""
     check_tensor("codes", codes)
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes must be torch.uint8, got {codes.dtype}")
-    if codes.dim() != 2:
+    if codes.dim() != 2 or codes.shape[0] == 0:
         raise ValueError(f"codes must have the shape [channels, bytes], got {list(codes.shape)}")
 
 

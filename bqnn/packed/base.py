@@ -85,6 +85,7 @@ class PackedLayer(nn.Module):
     ) -> None:
         super().__init__()
         check_precision(precision)
+        check_execution(execution)  # before nn.Module sees it, which keeps a module as one of its own
         check_flag("relu", relu)
         columns = math.prod(shape[1:])
         check_weight(codes, levels, bias, columns)

@@ -176,7 +176,8 @@ def moments_backward(draw: Draw, given: Arguments, changed: set[str]) -> Answers
 
 def _raw(given: Arguments) -> RawCodebook:
     levels = exact(given["raw_levels"])
-    cuts = None if given["raw_thresholds"] is None else exact(given["raw_thresholds"]).reshape(len(levels), -1)
+    shape = len(levels), levels.shape[1] - 1
+    cuts = None if given["raw_thresholds"] is None else exact(given["raw_thresholds"]).reshape(shape)
     return RawCodebook(levels, exact(given["scale"]).reshape(len(levels), 1), cuts)
 
 

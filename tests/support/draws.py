@@ -18,11 +18,12 @@ LARGE = 0.05  # the share of calls of more than a vector's, or a block's, number
 class Draw(random.Random):
     """The random choices of one call, and the sizes that its arguments share."""
 
-    def __init__(self, seed: str) -> None:
+    def __init__(self, seed: str, odd: bool = False) -> None:
+        """``odd``: one of the sizes is one that a weight, or a codebook, does not have."""
         super().__init__(seed)
         self.torch = torch.Generator().manual_seed(self.getrandbits(62))
         self.large = self.random() < LARGE
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[str, int] = {self.choice("NKM"): self.choice((0, 0, 1, 17, 64))} if odd else {}
         self.facts: dict[str, Any] = {}
         """What is known of the valid arguments, for the answer: the weight in a layout."""
 
@@ -160,8 +161,8 @@ def words(draw: Draw) -> Tensor:
 
 
 def codes_out(draw: Draw) -> Tensor:
-    digits = 1
-    while draw.facts.get("packed") and draw.size("M") ** (digits + 1) <= 256:
+    digits, values = 1, max(draw.size("M"), 2)
+    while draw.facts.get("packed") and values ** (digits + 1) <= 256:
         digits += 1
     return torch.full([draw.size("N"), -(-draw.size("K") // digits)], 255, dtype=torch.uint8)
 

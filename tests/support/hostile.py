@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from tests.support.contracts import extension
 from tests.support.draws import Contract, Draw
 from tests.support.public_contracts import public
 
+ODD = 0.05  # the share of calls whose sizes agree, and are odd ones
 VALID = 0.15  # the share of calls that nothing is wrong with
 SECONDS = 5.0  # that a call may take at most
 MOST_TOLD = 10  # faults of one op that are printed
@@ -44,7 +46,7 @@ OF_TORCH = (
     r"\w+::\w+: attempted to run this operator with Meta tensors",
     r".*can't allocate memory: you tried to allocate",
     r"There were no tensor arguments to this function",
-    r"array is too big",
+    r"array is too big|(Storage size|Stride) calculation overflowed",
     r"Tensor on device \w+ is not on the expected device",
     r"Inference tensors cannot be saved for backward",
     r"Calculated padded input size per channel",
@@ -62,7 +64,7 @@ class Call(NamedTuple):
     draw: Draw
     arguments: dict[str, Any]
     changed: set[str]
-    """The names of those that are broken; of a valid call, none."""
+    """The names of those that are broken, or "sizes" for those that agree and are odd; of a valid call, none."""
 
 
 class Fault(Exception):
@@ -71,9 +73,13 @@ class Fault(Exception):
 
 def draw(name: str, contract: Contract, seed: int, number: int) -> Call:
     """The call of this number: always the same."""
-    choices = Draw(f"{seed} {name} {number}")
+    choices, changed = Draw(f"{seed} {name} {number}"), set[str]()
     arguments = {each: make(choices) for each, make in contract.arguments.items()}
-    changed: set[str] = set()
+    if arguments and choices.random() < ODD:
+        odd = Draw(f"{seed} {name} {number}", odd=True)
+        with suppress(ArithmeticError, IndexError, RuntimeError, ValueError):  # there are no such arguments
+            arguments = {each: make(odd) for each, make in contract.arguments.items()}
+            return Call(odd, arguments, {"sizes"})
     if arguments and choices.random() >= VALID:
         names = choices.sample(list(arguments), min(len(arguments), choices.choice((1, 1, 1, 2, 3))))
         for each in names:

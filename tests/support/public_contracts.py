@@ -219,6 +219,16 @@ def layer_called(make: Callable[..., nn.Module]) -> Callable[..., Any]:
     return run
 
 
+def layer_padding(draw: Draw) -> tuple[int, ...]:
+    draw.facts["padding"] = tuple(draws.paddings(draw))
+    return draw.facts["padding"]
+
+
+def padding_mode(draw: Draw) -> str:
+    """What repeats or mirrors x needs as much of it: an image has one pixel or more."""
+    return draw.choice(("zeros", "zeros", "replicate", *["circular"] * (max(draw.facts["padding"]) < 2)))
+
+
 BAYES_LINEAR = {"x": linear_input, "in_features": sized("K"), "out_features": sized("N")}
 BAYES_CONV2D = {
     "x": conv2d_input,
@@ -226,10 +236,10 @@ BAYES_CONV2D = {
     "out_channels": lambda draw: draw.size("N"),
     "kernel_size": lambda draw: tuple(kernel_size(draw)),
     "stride": lambda draw: tuple(draws.strides(draw)),
-    "padding": lambda draw: tuple(draws.paddings(draw)),
+    "padding": layer_padding,
     "dilation": lambda draw: tuple(draws.dilations(draw)),
     "groups": groups,
-    "padding_mode": one_of("zeros", "zeros", "circular", "replicate"),
+    "padding_mode": padding_mode,
 }
 PACKED_LAYER = {"codes": draws.codes, "levels": draws.levels, "bias": optional(numbers("N"))}
 RUN = {"execution": one_of("auto", "packed", "dense"), "relu": flag}
