@@ -363,3 +363,14 @@ def test_pointwise_strides_of_a_channels_last_input() -> None:
         images = x.contiguous(memory_format=torch.channels_last)
         _, found = product.backward(grad, images, weight, False)
         torch.testing.assert_close(found, expected.float())
+
+
+def test_windows_that_see_padding_alone() -> None:
+    """Channels-last, with a bias: torch's own convolution reads past its memory here."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 2, 8, 2, generator=generator), torch.randn(1, 2, 2, 1, generator=generator)
+    product, bias = Conv2dProduct((1, 3), (0, 1), (1, 3), 1), torch.ones(1)
+    for _ in range(20):
+        y = product.forward(x.contiguous(memory_format=torch.channels_last), weight, bias)
+        torch.testing.assert_close(y, torch.ones(3, 1, 7, 2))
+    assert y.is_contiguous(memory_format=torch.channels_last)

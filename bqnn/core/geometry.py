@@ -71,6 +71,29 @@ def output_size(
     return [(size[i] + total_padding[i] - reach[i]) // stride[i] + 1 for i in range(2)]
 
 
+def may_see_padding_alone(x: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether there may be windows of nothing but padding, on the CPU: of channels-last images that have them, torch 2.14
+    reads past the end on processors with AVX2 alone."""
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
+    return x.device.type == "cpu" and any(p >= r for p, r in zip(padding, reach))
+
+
+def convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """F.conv2d, but for what torch does not survive: see :func:`may_see_padding_alone`."""
+    if may_see_padding_alone(x, weight, padding, dilation):
+        y = F.conv2d(x.contiguous(), weight.contiguous(), bias, stride, padding, dilation, groups)
+        return y.contiguous(memory_format=memory_format_of(x))
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
 class LinearGeometry(NamedTuple):
     """A linear layer's: x [..., K] -> [..., N]. It has the methods of :class:`Conv2dGeometry`."""
 
@@ -147,7 +170,7 @@ class Conv2dGeometry(NamedTuple):
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution with a dense weight."""
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return convolved(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient for x of :meth:`product`."""

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bqnn.core.geometry import convolved, may_see_padding_alone
+
 
 def matrix(tensor: Tensor) -> Tensor:
     """[..., K] -> [rows, K]; K may be 0."""
@@ -57,16 +59,17 @@ class Conv2dProduct(NamedTuple):
     groups: int
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(
+        return convolved(
             x, weight, None if bias is None else bias.to(x.dtype), self.stride, self.padding, self.dilation, self.groups
         )
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, input_gradient: bool) -> tuple[Tensor, Tensor]:
         stride, padding, dilation, groups = self
         mask = [input_gradient, True, False]
-        if x.device.type == "cpu" and tuple(weight.shape[2:]) == (1, 1) and max(stride) > 1:
+        pointwise = x.device.type == "cpu" and tuple(weight.shape[2:]) == (1, 1) and max(stride) > 1
+        if pointwise or may_see_padding_alone(x, weight, padding, dilation):
             # Of a channels-last x with few channels torch 2.14 writes past the weight's gradient (with AVX2).
-            x = x.contiguous()
+            grad, x = grad.contiguous(), x.contiguous()
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
         )
