@@ -18,12 +18,11 @@ from tests.support import hostile
 from tests.support.answers import RETURNED, Answer
 from tests.support.contracts import extension
 from tests.support.draws import Contract, Draw
-from tests.support.public_contracts import public
+from tests.support.public_contracts import SLOW, public
 
 needs_extension = pytest.mark.skipif(bool(native.MISSING), reason="no CPU kernels")
-EXTENSION = sorted(extension()) if not native.MISSING else []
+EXTENSION = sorted(extension())
 PUBLIC = sorted(public())
-SLOW = ("predict", "elbo", "kl_divergence", "parameter_groups", "convert", "pack")  # they make networks
 
 
 def schemas() -> dict[str, Any]:

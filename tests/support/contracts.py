@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from bqnn.core import native
 from tests.support import answers
 from tests.support.draws import (
     Contract,
@@ -127,7 +128,9 @@ _READ = {"add_noise": ("mean", "variance"), "add_square_gradient": ("grad",), "m
 
 
 def extension() -> dict[str, Contract]:
-    """The contracts of ``torch.ops.bqnn_cpu``, by name."""
+    """The contracts of ``torch.ops.bqnn_cpu``, by name; none where it is not built."""
+    if native.MISSING:
+        return {}
     return {
         name: Contract(
             getattr(torch.ops.bqnn_cpu, name),

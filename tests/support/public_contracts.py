@@ -1,6 +1,6 @@
 """What the public functions of bqnn and bqnn.ops take: declared as the ops of the extension are, see contracts.py.
 
-The right answer of one that computes is what the backend "reference" makes of the same arguments in float64.
+Their answers are those of public_answers.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from bqnn import ops
 from bqnn.core import codebook, codes
 from bqnn.ops.codebook_from_raw import codebook_from_raw
 from tests.support import contracts, draws
-from tests.support.answers import NEAR, RETURNED, Answer, Answers, Arguments
+from tests.support.answers import Answers
 from tests.support.draws import Contract, Draw, Maker, flag, numbers, optional, variances
+from tests.support.public_answers import by_reference, exactly, unknown, unless_a_cell_is_close
 
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -82,66 +83,6 @@ MOMENT = {**NOISE, "mode": modes, "coarse_variance": flag}
 STEPS = {**contracts.STEPS, "groups": groups}
 PACKED = {"codes": draws.codes, "levels": draws.levels, **{"bias": optional(numbers("N"))}}
 BACKEND = {"backend": backend}
-
-
-def _has_half(given: Arguments) -> bool:
-    return any(isinstance(each, Tensor) and each.dtype in (torch.bfloat16, torch.float16) for each in given.values())
-
-
-def doubled(value: Any) -> Any:
-    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def by_reference(run: Callable[..., Any], kept: tuple[str, ...] = ()) -> Callable[..., Answers]:
-    """The answer of the backend "reference" in float64; those of ``kept`` keep their dtype."""
-
-    def answer(draw: Draw, given: Arguments, changed: set[str]) -> Answers:
-        if any(isinstance(each, Tensor) and each.requires_grad and each.is_leaf for each in given.values()):
-            return {}
-        exact = {name: each if name in kept else doubled(each) for name, each in given.items()}
-        rounds = _has_half(given) or given.get("coarse_variance") or given.get("precision", "fp32") != "fp32"
-        found = run(**{**exact, "backend": "reference"})
-        results = found if isinstance(found, tuple) else (found,)
-        names = [f"{RETURNED} {i}" for i in range(len(results))] if isinstance(found, tuple) else [RETURNED]
-        # A sum that cancels is as far off as its terms.
-        return {
-            name: Answer(each, (3e-2 if rounds else 2e-4) * max(1.0, 3.0 / (float(each.abs().amax()) + 1e-3)))
-            for name, each in zip(names, results)
-            if each.numel() and each.is_floating_point()
-        }
-
-    return answer
-
-
-def unless_a_cell_is_close(run: Callable[..., Any]) -> Callable[..., Answers]:
-    """:func:`by_reference`, but for weights so near to a threshold, or samples, that rounding may decide their cell."""
-    compute = by_reference(run)
-
-    def answer(draw: Draw, given: Arguments, changed: set[str]) -> Answers:
-        if given.get("mode") == "gaussian":
-            return compute(draw, given, changed)
-        exact = {name: doubled(each) for name, each in given.items()}
-        near = 2e-2 if _has_half(given) else NEAR
-        results = []
-        for shift in (-near, near):
-            moved = {**exact, "thresholds": exact["thresholds"] + shift, "backend": "reference"}
-            results.append(run(**moved))
-        expected = compute(draw, given, changed)
-        same = given.get("mode") == "categorical" or torch.allclose(*results, rtol=1e-9, atol=1e-9, equal_nan=True)
-        return expected if same else {}
-
-    return answer
-
-
-def exactly(run: Callable[..., Any]) -> Callable[..., Answers]:
-    def answer(draw: Draw, given: Arguments, changed: set[str]) -> Answers:
-        return {RETURNED: Answer(run(**{**given, "backend": "reference"}), 0.0)}
-
-    return answer
-
-
-def unknown(draw: Draw, given: Arguments, changed: set[str]) -> Answers:
-    return {}
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -348,6 +289,8 @@ def public() -> dict[str, Contract]:
     }
 
 
+SLOW = frozenset({"predict", "elbo", "kl_divergence", "parameter_groups", "convert", "pack"})
+"""They make networks."""
 COSTLY = frozenset({"samples"})
 MADE = frozenset({"weight", "weights", "layer"})
 """What an error may name beside the arguments: what is made of them."""
