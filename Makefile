@@ -55,7 +55,7 @@ ifeq ($(shell grep -wc amx_int8 /proc/cpuinfo 2>/dev/null),0)
 CASE_FLAGS += -DBQNN_EMULATE_TILES  # csrc/tests/tiles.h
 endif
 PLAIN_FLAGS := -O3
-SANITIZE_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE_FLAGS := -O1 -g -fPIC -fsanitize=address,undefined -fno-sanitize-recover=all
 KERNELS := $(patsubst csrc/%.cpp,%.o,$(shell find csrc/cpu -name '*.cpp'))
 
 build/plain/%.o: csrc/%.cpp Makefile
@@ -72,11 +72,33 @@ $(CASES:%=build/plain/%): build/plain/%: build/plain/tests/%.o $(KERNELS:%=build
 $(CASES:%=build/sanitize/%): build/sanitize/%: build/sanitize/tests/%.o $(KERNELS:%=build/sanitize/%)
 	$(CXX) -pthread $(SANITIZE_FLAGS) $^ -o $@
 
+# The extension with sanitizers, of the same objects; what setup.py builds it with.
+TORCH_ABI := $(shell sed -n 's/^TORCH_ABI = "\([^"]*\)".*/\1/p' setup.py)
+PYTHON_ABI := $(shell sed -n 's/^PYTHON_ABI = "\([^"]*\)".*/\1/p' setup.py)
+BINDINGS := $(filter-out cuda,$(patsubst csrc/bindings/%.cpp,%,$(wildcard csrc/bindings/*.cpp)))
+TORCH = $(shell $(VENV)/bin/python -c "import torch; print(torch.__path__[0])")
+PYTHON_INCLUDE = $(shell $(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['include'])")
+# Python is not built with sanitizers: their library, and the one whose exceptions it watches, have to come first.
+FIRST = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+HOSTILE = LD_PRELOAD="$(FIRST)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=1 \
+	UBSAN_OPTIONS=print_stacktrace=1 $(VENV)/bin/python -m tests.support.sanitized build/sanitize/_C.abi3.so
+
+$(BINDINGS:%=build/sanitize/bindings/%.o): build/sanitize/bindings/%.o: csrc/bindings/%.cpp Makefile setup.py
+	@mkdir -p $(@D)
+	$(CXX) $(CASE_FLAGS) $(SANITIZE_FLAGS) -isystem $(TORCH)/include -isystem $(TORCH)/include/torch/csrc/api/include \
+		-isystem $(PYTHON_INCLUDE) -DTORCH_TARGET_VERSION=$(TORCH_ABI) -DPy_LIMITED_API=$(PYTHON_ABI) -c $< -o $@
+
+build/sanitize/_C.abi3.so: $(BINDINGS:%=build/sanitize/bindings/%.o) $(KERNELS:%=build/sanitize/%)
+	$(CXX) -shared -pthread $(SANITIZE_FLAGS) $^ -L$(TORCH)/lib -ltorch_cpu -lc10 -o $@
+
 -include $(shell find build/plain build/sanitize -name '*.d' 2>/dev/null)
 
-sanitize:  ## kernels under AddressSanitizer and UBSan, on every instruction set; 2 minutes, and 1 to build
-	@$(MAKE) --no-print-directory -j "$$(nproc)" $(CASES:%=build/sanitize/%)
+sanitize: setup  ## kernels, and hostile calls, under AddressSanitizer and UBSan; 3 minutes, and 2 to build
+	@$(MAKE) --no-print-directory -j "$$(nproc)" $(CASES:%=build/sanitize/%) build/sanitize/_C.abi3.so
 	@set -e; for program in $(CASES); do echo "$$program, with sanitizers"; build/sanitize/$$program; done
+	@echo "hostile calls, with sanitizers"
+	@$(HOSTILE) --planted 2>&1 | grep -q heap-buffer-overflow || { echo "a planted overflow is not seen"; exit 1; }
+	@$(HOSTILE) --calls 500 --journal build/sanitize/call || { echo "in this call:"; cat build/sanitize/call; exit 1; }
 
 bench: $(RIVALS)  ## pytest-benchmark, to bench/results/<cpu>.json; about an hour, ARGS="-k lenet5" for a part
 	$(VENV)/bin/pytest bench -q --benchmark-quiet --save $(ARGS)

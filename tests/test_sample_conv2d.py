@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bqnn import BackendError
+from bqnn.core.product import Conv2dProduct
 from bqnn.ops import sample_conv2d, sample_linear
 from tests.support import formulas
 from tests.support.helpers import (
@@ -338,11 +339,10 @@ SMALL = make_case(SMALL_CONV2D, 3, "tensor")
         pytest.param({"seed": None}, ValueError, "seed is needed with log_sigma2", id="seed"),
         pytest.param({"groups": 0}, ValueError, "groups must divide.*got 0", id="groups-0"),
         pytest.param({"groups": 4}, ValueError, "groups must divide.*got 4 for 8 and 6", id="groups-4"),
-        # What a convolution of PyTorch refuses is refused with its message.
-        pytest.param({"stride": (0, 1)}, RuntimeError, "stride", id="stride"),
-        pytest.param({"padding": (-1, 0)}, RuntimeError, "padding", id="padding"),
-        pytest.param({"dilation": (1, 0)}, RuntimeError, "dilation", id="dilation"),
-        pytest.param({"dilation": (9, 1)}, RuntimeError, "Kernel size can't be greater", id="kernel-past-the-image"),
+        pytest.param({"stride": (0, 1)}, ValueError, "stride must be one integer or two", id="stride"),
+        pytest.param({"padding": (-1, 0)}, ValueError, "padding must be one integer or two", id="padding"),
+        pytest.param({"dilation": (1, 0)}, ValueError, "dilation must be one integer or two", id="dilation"),
+        pytest.param({"dilation": (9, 1)}, ValueError, "x must be large enough", id="kernel-past-the-image"),
     ],
 )
 def test_bad_input(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -350,3 +350,27 @@ def test_bad_input(changes: dict[str, Any], error: type[Exception], message: str
     arguments = dict(zip(names, SMALL.tensors())) | {"seed": torch.tensor(SEED)} | SMALL.geometry
     with pytest.raises(error, match=message):
         sample_conv2d(**arguments | changes)
+
+
+def test_pointwise_strides_of_a_channels_last_input() -> None:
+    """torch's own gradient of the weight writes past its memory here."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 3, 8, 8, generator=generator)
+    weight, grad = torch.randn(2, 3, 1, 1, generator=generator), torch.randn(3, 2, 4, 4, generator=generator)
+    product = Conv2dProduct((2, 2), (0, 0), (1, 1), 1)
+    _, expected = product.backward(grad.double(), x.double(), weight.double(), False)
+    for _ in range(100):
+        images = x.contiguous(memory_format=torch.channels_last)
+        _, found = product.backward(grad, images, weight, False)
+        torch.testing.assert_close(found, expected.float())
+
+
+def test_windows_that_see_padding_alone() -> None:
+    """Channels-last, with a bias: torch's own convolution reads past its memory here."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 2, 8, 2, generator=generator), torch.randn(1, 2, 2, 1, generator=generator)
+    product, bias = Conv2dProduct((1, 3), (0, 1), (1, 3), 1), torch.ones(1)
+    for _ in range(20):
+        y = product.forward(x.contiguous(memory_format=torch.channels_last), weight, bias)
+        torch.testing.assert_close(y, torch.ones(3, 1, 7, 2))
+    assert y.is_contiguous(memory_format=torch.channels_last)

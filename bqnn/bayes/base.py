@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bqnn import ops
-from bqnn.bayes.estimator import EstimatedWeight, check_choice
+from bqnn.bayes.estimator import EstimatedWeight
 from bqnn.core import codebook, quantizer
-from bqnn.core.check import check_floating, check_num_levels
+from bqnn.core.check import check_choice, check_flag, check_floating, check_num_levels
 from bqnn.core.philox import Noise, fresh_seed
 from bqnn.core.precision import is_autocasting, wide, wide_dtype
 from bqnn.ops.codebook_from_raw import codebook_from_raw
@@ -54,6 +54,8 @@ class BayesLayer(EstimatedWeight):
         check_choice("granularity", granularity, GRANULARITIES)
         check_choice("partition", partition, PARTITIONS)
         check_choice("prior", prior, PRIORS)
+        check_flag("quantize_mean", quantize_mean)
+        check_flag("coarse_variance", coarse_variance)
         self.num_levels, self.granularity, self.partition = num_levels, granularity, partition
         self.prior = prior
         self.quantize_mean, self.coarse_variance = quantize_mean, coarse_variance
@@ -93,8 +95,10 @@ class BayesLayer(EstimatedWeight):
         at zero, for the deviation sqrt(2 / inputs of an output) that weights can be expected to train to.
 
         Raises:
-            ValueError: a weight is NaN or infinite.
+            ValueError: a weight is NaN or infinite, or there is none.
         """
+        if self.mean.numel() == 0:
+            raise ValueError(f"weight must have elements, got the shape {list(self.mean.shape)}")
         if not torch.isfinite(self.mean).all():
             raise ValueError("weight must be finite, got NaN or infinity")
         size = torch.linalg.vector_norm(self.mean, dtype=torch.float64).item()

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from bqnn.bayes.base import BayesLayer
 from bqnn.bayes.layers import BayesConv2d, BayesLinear
 from bqnn.bayes.ties import Ties, find_ties
+from bqnn.core.check import check_module
 from bqnn.core.references import copy_network
 from bqnn.core.replace import become, bound_methods, check_own_forward, rebind
 
@@ -71,6 +72,7 @@ def convert(
         TypeError, ValueError: as :func:`convert_`; also for a closure, a default argument, a weak reference or a class
             that refers to a module of ``net``, since it would still do so in the copy.
     """
+    check_module("net", net)
     return convert_(copy_network(net), num_levels, skip=_by_name(net, skip), overrides=overrides, **options)
 
 
@@ -113,6 +115,7 @@ def convert_(
             as a tensor, in a list or as a view; tied layers of which one is skipped, or with different options. The
             network is then as it was.
     """
+    check_module("net", net)
     overrides = dict(overrides or {})
     names = _names(net)
     skipped = _skipped(names, skip)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bqnn.bayes.base import BayesLayer
 from bqnn.bayes.layers import bayes_layers
+from bqnn.core.check import check_number
 from bqnn.core.precision import wide, wide_dtype
 
 
@@ -66,18 +67,22 @@ def elbo(
     Raises:
         ValueError: dataset_size < 1, kl_weight < 0, or a network without Bayes layers.
     """
-    if dataset_size < 1:
+    check_number("dataset_size", dataset_size)
+    check_number("kl_weight", kl_weight)
+    if not dataset_size >= 1:
         raise ValueError(f"dataset_size must be at least 1, got {dataset_size}")
     if not kl_weight >= 0.0:
         raise ValueError(f"kl_weight must be at least 0, got {kl_weight}")
     # What an `nll` of the user's own takes may be no tensor.
     output, target = (wide(each) if isinstance(each, Tensor) else each for each in (output, target))
     likelihood, kl = nll(output, target), kl_divergence(net)
-    return Elbo(likelihood + kl_weight * kl / dataset_size, likelihood, kl)
+    return Elbo(likelihood + kl_weight * kl / float(dataset_size), likelihood, kl)
 
 
 def kl_warmup(progress: float, length: float) -> float:
     """The weight of the divergence: 0 to 1, linear, over ``length`` (both in epochs, or both in steps)."""
+    check_number("progress", progress)
+    check_number("length", length)
     return 1.0 if length <= 0 else min(1.0, max(0.0, progress / length))
 
 
@@ -94,7 +99,13 @@ def parameter_groups(
 
     Returns:
         groups for any torch optimizer, each with a ``name``, lr and weight_decay.
+
+    Raises:
+        TypeError: ``net`` is no module, or a rate no number.
     """
+    rates = {"lr": lr, "codebook_lr": codebook_lr, "variance_lr": variance_lr, "weight_decay": weight_decay}
+    for name, rate in rates.items():
+        check_number(name, rate)
     bayes = list(bayes_layers(net).values())
     # Each once: layers may be tied.
     means = _distinct(layer.mean for layer in bayes)

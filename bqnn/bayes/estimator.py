@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 
 from bqnn.bayes.weight import PosteriorWeight
+from bqnn.core.check import check_choice
 
 ESTIMATORS = ("moment", "sample", "local", "deterministic")
 
@@ -64,9 +65,3 @@ class EstimatedWeight(PosteriorWeight):
         replica = super()._replicate_for_data_parallel()
         replica._replica_of_sampling = self.sampling
         return replica
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError where ``value`` of the argument ``name`` is none of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

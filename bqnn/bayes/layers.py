@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bqnn import ops
 from bqnn.bayes.base import BayesLayer
 from bqnn.bayes.estimator import sampled_layers
-from bqnn.core.check import check_conv2d_input, check_linear_input
+from bqnn.core.check import check_conv2d_input, check_linear_input, check_module
 from bqnn.core.geometry import explicit_padding
 
 
@@ -116,7 +116,12 @@ class BayesConv2d(BayesLayer, nn.Conv2d):  # type: ignore[override]
 
 
 def bayes_layers(net: nn.Module) -> dict[str, BayesLayer]:
-    """Every Bayes layer of a network by its name, a shared one once."""
+    """Every Bayes layer of a network by its name, a shared one once.
+
+    Raises:
+        TypeError: ``net`` is no module.
+    """
+    check_module("net", net)
     return {name: module for name, module in net.named_modules() if isinstance(module, BayesLayer)}
 
 

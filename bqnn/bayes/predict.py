@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.bayes.layers import bayes_layers, sampling
+from bqnn.core.check import check_integer, check_module
 from bqnn.core.ensemble import Ensemble
 from bqnn.core.modes import in_evaluation
 from bqnn.core.precision import wide
@@ -42,9 +43,13 @@ def predict(net: nn.Module, x: Tensor, samples: int | None = None) -> Prediction
             quantized network itself, without sampling and with a mutual information of 0. None for an ensemble.
 
     Raises:
+        TypeError: ``net`` is no module, or ``samples`` no integer.
         ValueError: samples < 1, more than 1 of a network that has no posterior (a packed or full-precision one), or of
             an ensemble another number than that of its networks.
     """
+    check_module("net", net)
+    if samples is not None:
+        check_integer("samples", samples)
     if isinstance(net, Ensemble):
         if samples not in (None, net.num_networks):
             raise ValueError(f"samples must be None, or the {net.num_networks} networks of the ensemble, got {samples}")

@@ -2,27 +2,94 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from numbers import Integral, Real
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from bqnn.core.text import shown
+
+MOST_CALLS = 2**62  # of Philox, that an offset leaves out: what follows it can be counted in 63 bits
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MOST_NUMBERS = 2**45  # that an address space holds
 MIN_LEVELS, MAX_LEVELS = 2, 16
 _WEIGHT_SHAPES = {None: "[channels, ...]", 2: "[out, in]", 4: "[out, in / groups, height, width]"}
 
 
 def check_num_levels(num_levels: int) -> None:
     """Raises ValueError unless 2 <= num_levels <= 16, TypeError unless it is an int."""
-    if not isinstance(num_levels, int) or isinstance(num_levels, bool):
-        raise TypeError(f"num_levels must be an int, got {type(num_levels).__name__}")
-    if not MIN_LEVELS <= num_levels <= MAX_LEVELS:
-        raise ValueError(f"num_levels must be from {MIN_LEVELS} to {MAX_LEVELS}, got {num_levels}")
+    check_int("num_levels", num_levels, MIN_LEVELS, MAX_LEVELS)
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless ``tensor`` is a dense tensor: not a sparse one, nor in a format of some library."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}")
+
+
+def check_data(name: str, tensor: Tensor) -> None:
+    """Raises ValueError where ``tensor`` is on the device meta, and has no numbers."""
+    if tensor.is_meta:
+        raise ValueError(f"{name} must have numbers, got a tensor on the device meta")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raises TypeError unless ``tensor`` is a floating-point tensor."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    """Raises TypeError unless ``tensor`` is a dense floating-point tensor, of 16 to 64 bits."""
+    check_tensor(name, tensor)
+    if tensor.dtype not in FLOATING:
+        bits = " of 16 to 64 bits" if tensor.is_floating_point() else ""
+        raise TypeError(f"{name} must be floating point{bits}, got {tensor.dtype}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raises TypeError unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer of Python or NumPy, and no bool."""
+    return not isinstance(value, bool) and isinstance(value, (int, Integral))
+
+
+def check_integer(name: str, value: int) -> None:
+    """Raises TypeError unless ``value`` is an integer."""
+    if not is_integer(value):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def check_int(name: str, value: int, least: int, most: int) -> None:
+    """Raises TypeError unless ``value`` is an int, ValueError unless it is from ``least`` to ``most``."""
+    check_integer(name, value)
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be from {least} to {most}, got {value}")
+
+
+def check_number(name: str, value: float) -> None:
+    """Raises TypeError unless ``value`` is a number of Python or NumPy."""
+    if not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError where ``value`` of the argument ``name`` is none of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {named(value)}")
+
+
+def check_module(name: str, net: nn.Module) -> None:
+    """Raises TypeError unless ``net`` is a module."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"{name} must be an nn.Module, got {named(net)}")
+
+
+def named(value: Any) -> str:
+    """``value`` in a message: a number, a string or a sequence of them as it is, of all else the type."""
+    plain = value is None or isinstance(value, (bool, int, float, str, list, tuple))
+    return shown(repr(value), 80) if plain else type(value).__name__
 
 
 def check_weight(weight: Tensor, dimensions: int | None = None) -> None:
@@ -56,10 +123,20 @@ def check_seed(seed: Tensor) -> None:
     """Raises unless ``seed`` is an int64 scalar tensor."""
     if not isinstance(seed, Tensor):
         raise TypeError(f"seed must be an int64 scalar tensor, got {type(seed).__name__}")
+    check_tensor("seed", seed)
     if seed.dtype != torch.int64:
         raise TypeError(f"seed must be an int64 scalar tensor, got {seed.dtype}")
     if seed.dim() != 0:
         raise ValueError(f"seed must be an int64 scalar tensor, got the shape {list(seed.shape)}")
+
+
+def check_noise(seed: Tensor, offset: int, weight: Tensor) -> None:
+    """Raises unless ``seed`` is an int64 scalar tensor that has a number where the weight has some, and ``offset`` is a
+    number of calls."""
+    check_seed(seed)
+    if not weight.is_meta:
+        check_data("seed", seed)
+    check_int("offset", offset, 0, MOST_CALLS)
 
 
 def check_same_shape(name: str, tensor: Tensor, weight: Tensor) -> None:
@@ -94,13 +171,15 @@ def check_linear_input(x: Tensor, in_features: int) -> None:
 
 
 def check_conv2d_input(x: Tensor, in_channels: int, out_channels: int, groups: int) -> None:
-    """Raises unless ``x`` is a floating-point [B, in_channels, H, W] tensor and groups divides both channel counts."""
+    """Raises unless ``x`` is a floating-point [B, in_channels, H, W] tensor of a pixel or more, and groups divides both
+    channel counts."""
     check_floating("x", x)
+    check_integer("groups", groups)
     if groups < 1 or in_channels % groups or out_channels % groups:
         raise ValueError(
             f"groups must divide in_channels and out_channels, got {groups} for {in_channels} and {out_channels}"
         )
-    if x.dim() != 4 or x.shape[1] != in_channels:
+    if x.dim() != 4 or x.shape[1] != in_channels or x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"x must have the shape [batch, {in_channels}, height, width], got {list(x.shape)}")
 
 
@@ -109,5 +188,4 @@ PRECISIONS = ("fp32", "bf16", "int8")
 
 def check_precision(precision: str) -> None:
     """Raises ValueError where ``precision`` is not one of :data:`PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_choice("precision", precision, PRECISIONS)

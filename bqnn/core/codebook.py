@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bqnn.core.check import check_floating, check_num_levels
+from bqnn.core.check import check_data, check_floating, check_num_levels, check_number
 from bqnn.core.level_spacing import Array, SmallestGap
 from bqnn.core.scalar_quantizer import best_levels
 
@@ -34,21 +34,26 @@ def lloyd_max(values: Tensor, num_levels: int, spread: float = 1.0) -> Tensor:
         uniform distribution with the deviation ``spread``.
 
     Raises:
-        TypeError, ValueError: values not floating point, not [G, K] with K >= 1, or not finite; M out of range; a
-            spread that is not positive.
+        TypeError, ValueError: values not floating point, not [G, K] with G, K >= 1, not finite; M out of range; a
+            spread that is not positive, or so large that levels would not be finite.
     """
     check_num_levels(num_levels)
     check_floating("values", values)
-    if values.dim() != 2 or values.shape[1] == 0:
-        raise ValueError(f"values must have the shape [groups, at least 1], got {list(values.shape)}")
+    if values.dim() != 2 or values.numel() == 0:
+        raise ValueError(f"values must have the shape [at least 1, at least 1], got {list(values.shape)}")
+    check_data("values", values)
     if not torch.isfinite(values).all():
         raise ValueError("values must be finite, got NaN or infinity")
+    check_number("spread", spread)
     if not 0.0 < spread < math.inf:
         raise ValueError(f"spread must be positive and finite, got {spread}")
-    rows = values.detach().cpu()
+    rows = values.detach().cpu().resolve_neg()
     ordered = np.sort((rows if rows.dtype == torch.float64 else rows.float()).numpy(), axis=1)
     levels = best_levels(ordered, num_levels, _gap_for(values.dtype), spread)
-    return torch.from_numpy(levels).to(values)
+    found = torch.from_numpy(levels).to(values)
+    if not torch.isfinite(found).all():
+        raise ValueError(f"spread must be small enough for levels that {values.dtype} has, got {spread}")
+    return found
 
 
 def _gap_for(dtype: torch.dtype) -> SmallestGap:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bqnn.core.check import check_num_levels
+from bqnn.core.check import MOST_NUMBERS, check_data, check_int, check_num_levels, check_tensor
 
 
 def digits_per_byte(num_levels: int) -> int:
@@ -44,6 +44,7 @@ def pack_codes(codes: Tensor, num_levels: int) -> Tensor:
     """
     digits = digits_per_byte(num_levels)
     _check_matrix("codes", codes)
+    check_data("codes", codes)
     if codes.numel() and int(codes.max()) >= num_levels:
         raise ValueError(f"codes must be below num_levels, {num_levels}, got {int(codes.max())}")
     rows, columns = codes.shape
@@ -62,6 +63,7 @@ def unpack_codes(packed: Tensor, num_levels: int, columns: int) -> Tensor:
         ValueError: ``packed`` has another width than ``columns`` codes take; ``num_levels`` is outside 2..16.
     """
     _check_matrix("packed", packed)
+    check_int("columns", columns, 0, MOST_NUMBERS)
     width = packed_width(columns, num_levels)
     if packed.shape[1] != width:
         raise ValueError(
@@ -96,6 +98,7 @@ def _digit_weights(num_levels: int, device: torch.device) -> Tensor:
 
 
 def _check_matrix(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.dtype != torch.uint8:
         raise TypeError(f"{name} must be torch.uint8, got {tensor.dtype}")
     if tensor.dim() != 2:

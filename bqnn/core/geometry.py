@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bqnn.core.check import MOST_NUMBERS, is_integer, named
+
 MOST = 2**31 - 1
 
 
@@ -30,12 +32,19 @@ def explicit_padding(x: Tensor, conv: Any) -> tuple[Tensor, tuple[int, int]]:
     Args:
         x: [B, C, H, W].
         conv: as for :func:`symmetric_padding`.
+
+    Raises:
+        ValueError: of padding that repeats or mirrors x there is more than x.
     """
     padding = symmetric_padding(conv)
     if padding is not None:
         return x, padding
     before, after = _sides(conv)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    if mode in ("circular", "reflect"):
+        most = [each - int(mode == "reflect") for each in x.shape[2:]]
+        if any(max(a, b) > each for a, b, each in zip(before, after, most, strict=True)):
+            raise ValueError(f"padding must be at most {most} with padding_mode={mode!r}, got {before} and {after}")
     return F.pad(x, (before[1], after[1], before[0], after[0]), mode=mode), (0, 0)
 
 
@@ -60,6 +69,29 @@ def output_size(
     """Height and width of the output for an input of ``size``; ``total_padding`` counts both sides together."""
     reach = [dilation[i] * (kernel_size[i] - 1) + 1 for i in range(2)]
     return [(size[i] + total_padding[i] - reach[i]) // stride[i] + 1 for i in range(2)]
+
+
+def may_see_padding_alone(x: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether there may be windows of nothing but padding, on the CPU: past the end of channels-last images that have
+    them torch 2.14 reads, on processors with AVX2 alone."""
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
+    return x.device.type == "cpu" and any(p >= r for p, r in zip(padding, reach))
+
+
+def convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """F.conv2d, but for what torch does not survive: see :func:`may_see_padding_alone`."""
+    if may_see_padding_alone(x, weight, padding, dilation):
+        y = F.conv2d(x.contiguous(), weight.contiguous(), bias, stride, padding, dilation, groups)
+        return y.contiguous(memory_format=memory_format_of(x))
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 class LinearGeometry(NamedTuple):
@@ -138,7 +170,7 @@ class Conv2dGeometry(NamedTuple):
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution with a dense weight."""
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return convolved(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient for x of :meth:`product`."""
@@ -173,9 +205,36 @@ def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """``value``, one integer or two, as two.
 
     Raises:
+        TypeError: it is neither an integer nor integers.
         ValueError: one is below ``least``, or beyond what the kernels count with, 32 bits.
     """
-    first, second = (value, value) if isinstance(value, int) else value if len(value) == 2 else (least - 1, 0)
-    if min(first, second) < least or max(first, second) > MOST:
-        raise ValueError(f"{name} must be one integer or two, each {least} or more and at most {MOST}, got {value}")
-    return first, second
+    values: Any = (value, value) if is_integer(value) else value
+    if not isinstance(values, (tuple, list)) or not all(is_integer(each) for each in values):
+        raise TypeError(f"{name} must be one integer or two, got {named(value)}")
+    if len(values) != 2 or min(values) < least or max(values) > MOST:
+        raise ValueError(
+            f"{name} must be one integer or two, each {least} or more and at most {MOST}, got {named(value)}"
+        )
+    return values[0], values[1]
+
+
+def check_window(
+    x: Tensor,
+    channels: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """Raises ValueError where a kernel's reach is more than ``x`` [B, C, H, W] with its padding, or the output has more
+    numbers than memory has addresses; sizes of 0 count as 1."""
+    size = output_size(x.shape[2:], kernel, stride, [2 * p for p in padding], dilation)
+    if min(size) < 1:
+        raise ValueError(
+            f"x must be large enough for a kernel of {tuple(kernel)} with padding {tuple(padding)} and dilation "
+            f"{tuple(dilation)}, got {list(x.shape)}"
+        )
+    if max(size) > MOST or max(x.shape[0], 1) * channels * math.prod(size) > MOST_NUMBERS:
+        raise ValueError(
+            f"padding must make at most {MOST} rows and columns and {MOST_NUMBERS} outputs, got {tuple(padding)}"
+        )

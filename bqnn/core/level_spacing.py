@@ -47,7 +47,7 @@ def spaced_levels(
         if not keeps_gap:
             complete = _alternate(values, weights, complete, smallest_gap)
         error = _squared_error(values, weights, complete)
-        if error < least:
+        if error < least or len(best) == 0:  # squares of the largest numbers are infinite
             best, least = complete, error
         if keeps_gap:
             break
@@ -64,7 +64,8 @@ def with_spare_levels(levels: Array, num_levels: int, smallest_gap: SmallestGap,
     """
     spare = num_levels - len(levels)
     if len(levels) == 1:
-        step = spread * 12.0**0.5 / num_levels
+        # A step of 0 would never reach the gap.
+        step = max(spread * 12.0**0.5 / num_levels, float(np.finfo(np.float64).smallest_normal))
         while step <= smallest_gap(_extended(levels, spare, step)):
             step *= 2.0
         return _extended(levels, spare, step)

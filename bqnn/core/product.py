@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bqnn.core.geometry import convolved, may_see_padding_alone
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """[..., K] -> [rows, K]; K may be 0."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 class Product(Protocol):
@@ -35,11 +43,11 @@ class LinearProduct(NamedTuple):
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, input_gradient: bool) -> tuple[Tensor, Tensor]:
-        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        rows, inputs = matrix(grad), matrix(x)
         return grad @ weight if input_gradient else x.new_empty(0), rows.t() @ inputs
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
-        return grad.reshape(-1, grad.shape[-1]).sum(0)
+        return matrix(grad).sum(0)
 
 
 class Conv2dProduct(NamedTuple):
@@ -51,13 +59,17 @@ class Conv2dProduct(NamedTuple):
     groups: int
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(
+        return convolved(
             x, weight, None if bias is None else bias.to(x.dtype), self.stride, self.padding, self.dilation, self.groups
         )
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, input_gradient: bool) -> tuple[Tensor, Tensor]:
         stride, padding, dilation, groups = self
         mask = [input_gradient, True, False]
+        pointwise = x.device.type == "cpu" and tuple(weight.shape[2:]) == (1, 1) and max(stride) > 1
+        if pointwise or may_see_padding_alone(x, weight, padding, dilation):
+            # Of a channels-last x with few channels torch 2.14 writes past the weight's gradient (with AVX2).
+            grad, x = grad.contiguous(), x.contiguous()
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bqnn.bayes.base import BayesLayer
 from bqnn.bayes.layers import BayesConv2d, BayesLinear, bayes_layers
-from bqnn.core.check import check_precision
+from bqnn.core.check import check_flag, check_module, check_precision
 from bqnn.core.codes import pack_codes
 from bqnn.core.readers import drop_parameter, readers
 from bqnn.core.references import copy_network
@@ -65,8 +65,10 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
             its own (the message names the layer); ``precision`` or ``execution`` is none of those. The network is then
             as it was.
     """
+    check_module("net", net)
     check_precision(precision)
     check_execution(execution)
+    check_flag("fuse_relu", fuse_relu)
     layers: dict[str, Any] = dict(bayes_layers(net))
     if not layers:
         raise ValueError("net must have a Bayes layer, as bqnn.convert makes them, got none")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bqnn.core import quantizer
-from bqnn.core.check import check_thresholds, check_weight
+from bqnn.core.check import check_flag, check_thresholds, check_weight
 from bqnn.core.codes import pack_codes, packed_width
 from bqnn.core.structure import Structure
 from bqnn.ops import dispatch
@@ -36,7 +36,10 @@ class AssignCall(NamedTuple):
 
 def assign_codes_reference(call: AssignCall) -> Tensor:
     codes = quantizer.assign(call.weight, call.thresholds)
-    return pack_codes(codes.flatten(1), int(call.thresholds.shape[1]) + 1) if call.packed else codes
+    if not call.packed:
+        return codes
+    shape = codes.shape[0], math.prod(codes.shape[1:])
+    return pack_codes(codes.reshape(shape), int(call.thresholds.shape[1]) + 1)
 
 
 def _cpu(call: AssignCall) -> Tensor:
@@ -90,4 +93,5 @@ def assign_codes(weight: Tensor, thresholds: Tensor, packed: bool = False, backe
     """
     check_weight(weight)
     check_thresholds(thresholds, weight)
+    check_flag("packed", packed)
     return call("assign_codes", AssignCall(weight, thresholds, packed), backend)

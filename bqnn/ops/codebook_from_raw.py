@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bqnn.core.check import MAX_LEVELS, MIN_LEVELS, check_device, check_floating
 from bqnn.core.codebook import MARGIN, MIN_GAP, TAU_PER_GAP, gaps, levels_from_raw, thresholds_from_raw
 from bqnn.core.precision import narrowed, wide, wide_dtype
 from bqnn.core.product import contiguous
@@ -130,6 +131,13 @@ dispatch.register("codebook_from_raw", "triton", codebook_from_raw_reference)
 dispatch.register("codebook_from_raw_backward", "triton", codebook_from_raw_backward_reference)
 
 
+def _check_like(raw_levels: Tensor, name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+    check_floating(name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape {list(shape)}, got {list(tensor.shape)}")
+    check_device(name, tensor, raw_levels)
+
+
 def codebook_from_raw(
     raw_levels: Tensor, scale: Tensor, raw_thresholds: Tensor | None, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,5 +151,17 @@ def codebook_from_raw(
     Returns:
         levels [G, M], strictly increasing; thresholds [G, M - 1], between them; tau [G, M], a share of each level's
         distance to its nearest neighbour. All in the dtype of ``raw_levels``, but float32 for float16 and bfloat16.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or device.
     """
+    check_floating("raw_levels", raw_levels)
+    if raw_levels.dim() != 2 or not MIN_LEVELS <= raw_levels.shape[1] <= MAX_LEVELS:
+        raise ValueError(
+            f"raw_levels must have the shape [groups, {MIN_LEVELS} to {MAX_LEVELS}], got {list(raw_levels.shape)}"
+        )
+    groups, num_levels = raw_levels.shape
+    _check_like(raw_levels, "scale", scale, (groups, 1))
+    if raw_thresholds is not None:
+        _check_like(raw_levels, "raw_thresholds", raw_thresholds, (groups, num_levels - 1))
     return call("codebook_from_raw", RawCodebook(raw_levels, scale, raw_thresholds), backend)

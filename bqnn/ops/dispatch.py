@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bqnn.core import native
+from bqnn.core.check import named
 from bqnn.core.precision import is_autocasting
 
 ORDER = ("cuda", "triton", "cpu", "reference")
@@ -111,7 +112,10 @@ def choose(op: str, call: Any, forced: str | None = None) -> Backend:
 
     Raises:
         BackendError: ``forced``, or else ``BQNN_BACKEND``, names one that can not run it.
+        TypeError: ``forced`` is neither a string nor None.
     """
+    if forced is not None and not isinstance(forced, str):
+        raise TypeError(f"backend must be a string or None, got {type(forced).__name__}")
     forced = forced or os.environ.get("BQNN_BACKEND") or None
     device_type = call[0].device.type
     for candidate in _candidates(op, device_type, forced):
@@ -156,7 +160,7 @@ def _candidates(op: str, device_type: str, forced: str | None) -> tuple[Backend,
     if forced is not None:
         usable, reason = status(op, forced, device_type)
         if not usable:
-            raise BackendError(f"backend {forced!r} can not run bqnn::{op}: {reason}")
+            raise BackendError(f"backend {named(forced)} can not run bqnn::{op}: {reason}")
         return (_backends[op][forced],)
     return tuple(_backends[op][name] for name in ORDER if status(op, name, device_type).usable)
 

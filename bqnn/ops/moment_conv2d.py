@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bqnn.core.check import check_bias, check_conv2d_input
+from bqnn.core.check import check_bias, check_conv2d_input, check_device, check_integer
+from bqnn.core.geometry import check_window, pair
 from bqnn.core.philox import Noise
 from bqnn.core.product import CONV2D_GEOMETRY, Conv2dProduct
 from bqnn.core.quantizer import Posterior
@@ -54,17 +55,22 @@ def moment_conv2d(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
     """
-    posterior = Posterior(weight, log_sigma2, levels, thresholds)
-    moment_product.check_moment(posterior, 4, seed, mode)
+    posterior, noise = Posterior(weight, log_sigma2, levels, thresholds), Noise(seed, offset)
+    moment_product.check_moment(posterior, 4, noise, mode, coarse_variance)
+    check_integer("groups", groups)
     check_conv2d_input(x, weight.shape[1] * groups, weight.shape[0], groups)
+    check_device("x", x, weight)
     check_bias(bias, weight.shape[0], x)
+    stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    padding = pair("padding", padding, 0)
+    check_window(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
     y, _ = call(
         "moment_conv2d",
         moment_product.MomentCall(
             x,
             posterior,
             bias,
-            Noise(seed, offset),
+            noise,
             mode,
             coarse_variance,
             Conv2dProduct(stride, padding, dilation, groups),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bqnn.core.check import check_bias, check_linear_input
+from bqnn.core.check import check_bias, check_device, check_linear_input
 from bqnn.core.philox import Noise
 from bqnn.core.product import LinearProduct
 from bqnn.core.quantizer import Posterior
@@ -55,13 +55,14 @@ def moment_linear(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
     """
-    posterior = Posterior(weight, log_sigma2, levels, thresholds)
-    moment_product.check_moment(posterior, 2, seed, mode)
+    posterior, noise = Posterior(weight, log_sigma2, levels, thresholds), Noise(seed, offset)
+    moment_product.check_moment(posterior, 2, noise, mode, coarse_variance)
     check_linear_input(x, weight.shape[1])
+    check_device("x", x, weight)
     check_bias(bias, weight.shape[0], x)
     y, _ = call(
         "moment_linear",
-        moment_product.MomentCall(x, posterior, bias, Noise(seed, offset), mode, coarse_variance, LinearProduct()),
+        moment_product.MomentCall(x, posterior, bias, noise, mode, coarse_variance, LinearProduct()),
         backend,
     )
     return y

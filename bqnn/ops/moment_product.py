@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from bqnn.core import quantizer
-from bqnn.core.check import check_levels, check_same_shape, check_seed, check_thresholds, check_weight
+from bqnn.core.check import (
+    check_choice,
+    check_flag,
+    check_levels,
+    check_noise,
+    check_same_shape,
+    check_thresholds,
+    check_weight,
+)
 from bqnn.core.philox import Noise
 from bqnn.core.precision import is_half, wide, wide_dtype
 from bqnn.core.product import Product, coarse_order
@@ -197,13 +205,13 @@ def register(name: str, product: Callable[..., Product], geometry: str = "") -> 
     )
 
 
-def check_moment(posterior: Posterior, dimensions: int, seed: Tensor, mode: str) -> None:
+def check_moment(posterior: Posterior, dimensions: int, noise: Noise, mode: str, coarse_variance: bool) -> None:
     """Checks what both ops take alike; the weight has ``dimensions`` dimensions."""
     weight, log_sigma2, levels, thresholds = posterior
     check_weight(weight, dimensions)
     check_levels("levels", levels, weight)
     check_thresholds(thresholds, weight, levels)
     check_same_shape("log_sigma2", log_sigma2, weight)  # type: ignore[arg-type]
-    check_seed(seed)
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    check_noise(noise.seed, noise.offset, weight)  # type: ignore[arg-type]
+    check_choice("mode", mode, MODES)
+    check_flag("coarse_variance", coarse_variance)

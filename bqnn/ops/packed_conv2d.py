@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bqnn.core.check import check_conv2d_input
-from bqnn.core.geometry import Conv2dGeometry, output_size, pair
+from bqnn.core.check import check_conv2d_input, check_floating
+from bqnn.core.geometry import Conv2dGeometry, check_window, pair
 from bqnn.ops import packed_product
 from bqnn.ops.backends import cpu_packed, dense_packed, triton_packed
-from bqnn.ops.packed_product import PackedCall, check_packed
+from bqnn.ops.packed_product import PackedCall, check_codes, check_packed
 from bqnn.ops.register import call
 
 packed_product.register(
@@ -67,18 +67,16 @@ def packed_conv2d(
         TypeError, ValueError: an argument is wrong; the message names it.
         bqnn.BackendError: ``backend`` can not run this.
     """
+    check_floating("x", x)
+    check_codes(codes)
     if x.dim() != 4:
         raise ValueError(f"x must have the shape [batch, channels, height, width], got {list(x.shape)}")
     kernel = pair("kernel_size", kernel_size, 1)
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     padding = pair("padding", padding, 0)
     check_conv2d_input(x, x.shape[1], codes.shape[0], groups)
-    check_packed(x, codes, levels, bias, x.shape[1] // groups * kernel[0] * kernel[1], precision)
-    if min(output_size(x.shape[2:], kernel, stride, [2 * p for p in padding], dilation)) < 1:
-        raise ValueError(
-            f"x must be large enough for a kernel of {kernel} with padding {padding} and dilation {dilation}, "
-            f"got {list(x.shape)}"
-        )
     geometry = Conv2dGeometry(kernel, stride, padding, dilation, groups)
     arguments = PackedCall(x, codes, levels, bias, geometry, precision, layout, relu)
+    check_packed(arguments, geometry.columns(x))
+    check_window(x, codes.shape[0], kernel, stride, padding, dilation)
     return call("packed_conv2d", arguments, backend)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bqnn.core.check import check_linear_input
+from bqnn.core.check import check_floating, check_linear_input
 from bqnn.core.geometry import LinearGeometry
 from bqnn.ops import packed_product
 from bqnn.ops.backends import cpu_packed, cuda_packed, dense_packed, triton_packed
@@ -60,7 +60,8 @@ def packed_linear(
         TypeError, ValueError: an argument is wrong; the message names it.
         bqnn.BackendError: ``backend`` can not run this.
     """
+    check_floating("x", x)
     check_linear_input(x, x.shape[-1] if x.dim() else 1)
-    check_packed(x, codes, levels, bias, x.shape[-1], precision)
     arguments = PackedCall(x, codes, levels, bias, LinearGeometry(), precision, layout, relu)
+    check_packed(arguments, x.shape[-1])
     return call("packed_linear", arguments, backend)

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bqnn.core.check import check_bias, check_device, check_floating, check_levels, check_precision
+from bqnn.core.check import (
+    check_bias,
+    check_device,
+    check_flag,
+    check_floating,
+    check_levels,
+    check_precision,
+    check_tensor,
+)
 from bqnn.core.codes import packed_width, unpack_codes
 from bqnn.core.derived import Derived
 from bqnn.core.geometry import Geometry
@@ -190,6 +198,15 @@ def register(name: str, geometry: Callable[..., Geometry], schema: str = "") -> 
     )
 
 
+def check_codes(codes: Tensor) -> None:
+    """Raises TypeError or ValueError unless ``codes`` is a matrix of bytes, with a row or more."""
+    check_tensor("codes", codes)
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes must be torch.uint8, got {codes.dtype}")
+    if codes.dim() != 2 or codes.shape[0] == 0:
+        raise ValueError(f"codes must have the shape [channels, bytes], got {list(codes.shape)}")
+
+
 def check_weight(codes: Tensor, levels: Tensor, bias: Tensor | None, columns: int) -> None:
     """Checks dtypes and shapes of a packed weight with ``columns`` weights an output channel, not its values.
 
@@ -198,12 +215,10 @@ def check_weight(codes: Tensor, levels: Tensor, bias: Tensor | None, columns: in
     """
     if columns < 1:
         raise ValueError(f"weights an output channel must be 1 or more, got {columns}")
-    if codes.dtype != torch.uint8:
-        raise TypeError(f"codes must be torch.uint8, got {codes.dtype}")
+    check_codes(codes)
+    check_tensor("levels", levels)
     if levels.dtype != torch.float32:
         raise TypeError(f"levels must be torch.float32, got {levels.dtype}")
-    if codes.dim() != 2:
-        raise ValueError(f"codes must have the shape [channels, bytes], got {list(codes.shape)}")
     check_levels("levels", levels, codes)
     width = packed_width(columns, levels.shape[1])
     if codes.shape[1] != width:
@@ -214,16 +229,19 @@ def check_weight(codes: Tensor, levels: Tensor, bias: Tensor | None, columns: in
     check_bias(bias, codes.shape[0], codes)
 
 
-def check_packed(x: Tensor, codes: Tensor, levels: Tensor, bias: Tensor | None, columns: int, precision: str) -> None:
+def check_packed(call: PackedCall, columns: int) -> None:
     """Checks what both ops take, for ``columns`` weights an output channel; the message names the argument.
 
     Raises:
         TypeError: a dtype is wrong.
         ValueError: a shape, a device or the precision is wrong; "int8" with so many columns that sums could overflow.
     """
-    check_precision(precision)
-    check_floating("x", x)
-    check_weight(codes, levels, bias, columns)
-    check_device("x", x, codes)
-    if precision == "int8":
-        integer_limit(columns, levels.shape[1])
+    check_precision(call.precision)
+    check_flag("relu", call.relu)
+    check_floating("x", call.x)
+    check_weight(call.codes, call.levels, call.bias, columns)
+    check_device("x", call.x, call.codes)
+    if call.layout is not None:
+        check_tensor("layout", call.layout)
+    if call.precision == "int8":
+        integer_limit(columns, call.levels.shape[1])

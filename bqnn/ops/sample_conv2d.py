@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bqnn.core.check import check_bias, check_conv2d_input
+from bqnn.core.check import check_bias, check_conv2d_input, check_device, check_integer
+from bqnn.core.geometry import check_window, pair
 from bqnn.core.philox import Noise
 from bqnn.core.product import CONV2D_GEOMETRY, Conv2dProduct
 from bqnn.core.quantizer import Posterior
@@ -51,14 +52,17 @@ def sample_conv2d(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or no seed where one is needed.
     """
-    posterior = Posterior(weight, log_sigma2, levels, thresholds)
-    sampled_product.check_sampled(posterior, 4, seed)
+    posterior, noise = Posterior(weight, log_sigma2, levels, thresholds), Noise(seed, offset)
+    sampled_product.check_sampled(posterior, 4, noise)
+    check_integer("groups", groups)
     check_conv2d_input(x, weight.shape[1] * groups, weight.shape[0], groups)
+    check_device("x", x, weight)
     check_bias(bias, weight.shape[0], x)
+    stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    padding = pair("padding", padding, 0)
+    check_window(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
     return call(
         "sample_conv2d",
-        sampled_product.SampledCall(
-            x, posterior, bias, Noise(seed, offset), Conv2dProduct(stride, padding, dilation, groups)
-        ),
+        sampled_product.SampledCall(x, posterior, bias, noise, Conv2dProduct(stride, padding, dilation, groups)),
         backend,
     )

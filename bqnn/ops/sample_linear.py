@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bqnn.core.check import check_bias, check_linear_input
+from bqnn.core.check import check_bias, check_device, check_linear_input
 from bqnn.core.philox import Noise
 from bqnn.core.product import LinearProduct
 from bqnn.core.quantizer import Posterior
@@ -49,10 +49,9 @@ def sample_linear(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or no seed where one is needed.
     """
-    posterior = Posterior(weight, log_sigma2, levels, thresholds)
-    sampled_product.check_sampled(posterior, 2, seed)
+    posterior, noise = Posterior(weight, log_sigma2, levels, thresholds), Noise(seed, offset)
+    sampled_product.check_sampled(posterior, 2, noise)
     check_linear_input(x, weight.shape[1])
+    check_device("x", x, weight)
     check_bias(bias, weight.shape[0], x)
-    return call(
-        "sample_linear", sampled_product.SampledCall(x, posterior, bias, Noise(seed, offset), LinearProduct()), backend
-    )
+    return call("sample_linear", sampled_product.SampledCall(x, posterior, bias, noise, LinearProduct()), backend)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bqnn.core import quantizer
-from bqnn.core.check import check_levels, check_same_shape, check_seed, check_thresholds, check_weight
+from bqnn.core.check import check_levels, check_noise, check_same_shape, check_thresholds, check_weight
 from bqnn.core.philox import Noise
 from bqnn.core.product import Product
 from bqnn.core.quantizer import Posterior
@@ -132,7 +132,7 @@ def register(name: str, product: Callable[..., Product], geometry: str = "") -> 
     )
 
 
-def check_sampled(posterior: Posterior, dimensions: int, seed: Tensor | None) -> None:
+def check_sampled(posterior: Posterior, dimensions: int, noise: Noise) -> None:
     """Checks what both ops take alike; the weight has ``dimensions`` dimensions."""
     weight, log_sigma2, levels, thresholds = posterior
     check_weight(weight, dimensions)
@@ -140,7 +140,7 @@ def check_sampled(posterior: Posterior, dimensions: int, seed: Tensor | None) ->
     check_thresholds(thresholds, weight, levels)
     if log_sigma2 is not None:
         check_same_shape("log_sigma2", log_sigma2, weight)
-        if seed is None:
+        if noise.seed is None:
             raise ValueError("seed is needed with log_sigma2, got None; pass an int64 scalar tensor")
-    if seed is not None:
-        check_seed(seed)
+    if noise.seed is not None:
+        check_noise(noise.seed, noise.offset, weight)

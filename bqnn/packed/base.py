@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bqnn.core.check import check_precision
+from bqnn.core.check import check_choice, check_flag, check_precision
 from bqnn.core.codes import find_bad_byte
 from bqnn.core.computed_weight import weight_of
 from bqnn.core.derived import version_of
@@ -85,8 +85,8 @@ class PackedLayer(nn.Module):
     ) -> None:
         super().__init__()
         check_precision(precision)
-        if not isinstance(relu, bool):
-            raise TypeError(f"relu must be a bool, got {type(relu).__name__}")
+        check_execution(execution)  # before nn.Module sees it, which keeps a module as one of its own
+        check_flag("relu", relu)
         columns = math.prod(shape[1:])
         check_weight(codes, levels, bias, columns)
         if precision == "int8":
@@ -325,8 +325,7 @@ def _counted(tensor: Tensor) -> Tensor:
 
 def check_execution(execution: str) -> None:
     """Raises ValueError where ``execution`` is not one of :data:`EXECUTIONS`."""
-    if execution not in EXECUTIONS:
-        raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
+    check_choice("execution", execution, EXECUTIONS)
 
 
 def _check_values(codes: Tensor, levels: Tensor, columns: int) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from bqnn.core.check import check_conv2d_input, check_linear_input
+from bqnn.core.check import check_choice, check_conv2d_input, check_integer, check_linear_input
 from bqnn.core.geometry import Conv2dGeometry, LinearGeometry, explicit_padding, output_size, pair, symmetric_padding
+from bqnn.ops.packed_product import check_codes
 from bqnn.packed.base import PackedLayer
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class PackedLinear(PackedLayer):
         execution: str = "auto",
         relu: bool = False,
     ) -> None:
+        check_integer("in_features", in_features)
+        check_codes(codes)
         super().__init__((len(codes), in_features), codes, levels, bias, precision, execution, relu)
         self.in_features, self.out_features = in_features, len(codes)
 
@@ -98,6 +101,9 @@ class PackedConv2d(PackedLayer):
         execution: str = "auto",
         relu: bool = False,
     ) -> None:
+        check_integer("in_channels", in_channels)
+        check_integer("groups", groups)
+        check_codes(codes)
         channels = len(codes)
         if groups < 1 or in_channels % groups or channels % groups:
             raise ValueError(
@@ -110,8 +116,7 @@ class PackedConv2d(PackedLayer):
         self.stride, self.dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
         self.padding = padding if isinstance(padding, str) else pair("padding", padding, 0)
         self.padding_mode = padding_mode
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+        check_choice("padding_mode", padding_mode, PADDING_MODES)
         if isinstance(padding, str) and padding not in ("same", "valid"):
             raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
         if padding == "same" and self.stride != (1, 1):

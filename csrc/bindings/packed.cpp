@@ -1,5 +1,7 @@
 // torch.ops.bqnn_cpu: packed_layout, packed_linear and packed_conv2d, and which kernel runs them.
+#include <algorithm>
 #include <climits>
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <utility>
@@ -16,7 +18,16 @@ Precision precision_of(const std::string& precision) {
   if (precision == "fp32") return Precision::fp32;
   if (precision == "bf16") return Precision::bf16;
   if (precision == "int8") return Precision::int8;
-  refuse("precision", "\"fp32\", \"bf16\" or \"int8\"", "\"" + precision + "\"");
+  refuse("precision", "\"fp32\", \"bf16\" or \"int8\"", quoted(precision));
+}
+
+// Refuses integers of which a channel's products with activations, 127 at most, might not fit 32 bits.
+void check_sums(const PackedWeight& weight) {
+  constexpr int64_t kMostActivation = 127;
+  int64_t most = 1;
+  for (int64_t i = 0; i < int64_t{weight.codebooks} * weight.num_levels; ++i)
+    most = std::max(most, std::abs(int64_t{weight.int8_levels[i]}));
+  require(weight.columns <= INT32_MAX / (kMostActivation * most), "int8_levels", "of sums that 32 bits hold", most);
 }
 
 Tensor packed_layout_op(Tensor codes, Tensor levels, Tensor int8_levels, Tensor int8_scale, int64_t columns,
@@ -52,6 +63,7 @@ Tensor packed_layout_op(Tensor codes, Tensor levels, Tensor int8_levels, Tensor 
                       static_cast<int>(dilation_w),
                       precision_of(precision),
                       LayoutForm::words};
+  if (weight.precision == Precision::int8) check_sums(weight);
   weight.form = form_read(linear ? PackedOp::linear : PackedOp::conv2d, isa(), weight);
   Tensor layout = torch::stable::new_empty(codes, {plan_layout(weight).bytes});
   make_layout(weight, layout.mutable_data_ptr());
@@ -60,25 +72,30 @@ Tensor packed_layout_op(Tensor codes, Tensor levels, Tensor int8_levels, Tensor 
 
 const PackedLayout& layout_of(const Tensor& tensor) {
   const PackedLayout* layout = nullptr;
-  if (tensor.scalar_type() == ScalarType::Byte && tensor.is_contiguous() && tensor.is_cpu())
-    layout = view_layout(tensor.const_data_ptr(), static_cast<size_t>(tensor.numel()));
+  if (dtype_of(tensor) == ScalarType::Byte && tensor.is_contiguous() && tensor.is_cpu())
+    layout = view_layout(data_of(tensor, "layout"), static_cast<size_t>(tensor.numel()));
   if (layout == nullptr) refuse("layout", "what packed_layout made", describe(tensor));
   return *layout;
 }
 
-Dtype dtype_of(const Tensor& x) {
-  const ScalarType type = x.scalar_type();
+Dtype kernel_dtype(const Tensor& x) {
+  const ScalarType type = dtype_of(x);
   if ((type != ScalarType::Float && type != ScalarType::BFloat16) || !x.is_cpu())
     refuse("x", "float32 or bfloat16 on the CPU", describe(x));
+  data_of(x, "x");
   return type == ScalarType::Float ? Dtype::float32 : Dtype::bfloat16;
 }
 
 // The bias as contiguous float32, or nothing.
 std::optional<Tensor> float_bias(const std::optional<Tensor>& bias, const PackedLayout& layout) {
   if (!bias) return std::nullopt;
-  if (bias->numel() != layout.channels || !bias->is_cpu())
-    refuse("bias", std::to_string(layout.channels) + " numbers on the CPU", describe(*bias));
-  if (bias->scalar_type() == ScalarType::Float && bias->is_contiguous()) return bias;
+  const ScalarType type = dtype_of(*bias);
+  const bool floating = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+                        type == ScalarType::Double;
+  if (!floating || bias->numel() != layout.channels || !bias->is_cpu())
+    refuse("bias", std::to_string(layout.channels) + " floating-point numbers on the CPU", describe(*bias));
+  data_of(*bias, "bias");
+  if (type == ScalarType::Float && bias->is_contiguous()) return bias;
   return torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
 }
 
@@ -93,6 +110,14 @@ Tensor new_output(Dtype dtype, const int64_t* size, const int64_t* stride, int64
   return out;
 }
 
+// Refuses sizes of more numbers than an address space holds; a tensor without elements, or with the same ones again and
+// again, may have any. Their products do not overflow then.
+void check_countable(const int64_t* size, int64_t dims, const char* what, const Tensor& x) {
+  double count = 1.0;
+  for (int64_t d = 0; d < dims; ++d) count *= static_cast<double>(std::max<int64_t>(size[d], 1));
+  if (count > 0x1p45) refuse("x", std::string("of fewer than 2^45 ") + what, describe(x));
+}
+
 // An output, and the kernel that made it.
 struct Result {
   Tensor y;
@@ -103,16 +128,16 @@ Result run_linear(Tensor x, const Tensor& layout_tensor, const std::optional<Ten
   constexpr int64_t kMostDims = 64;
   const PackedLayout& layout = layout_of(layout_tensor);
   if (layout.taps() != 1 || layout.groups != 1) refuse("layout", "a linear layer's", "a convolution's");
-  const Dtype dtype = dtype_of(x);
+  const Dtype dtype = kernel_dtype(x);
   const int64_t dims = x.dim();
   if (dims < 1 || dims > kMostDims || x.size(dims - 1) != layout.columns)
     refuse("x", "[..., " + std::to_string(layout.columns) + "]", describe(x));
+  check_countable(x.sizes().data(), dims, "numbers", x);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   int64_t size[kMostDims], stride[kMostDims], next = 1;
-  for (int64_t d = dims - 1; d >= 0; next *= size[d--]) {
-    size[d] = d == dims - 1 ? layout.channels : x.size(d);
-    stride[d] = next;
-  }
+  for (int64_t d = 0; d < dims; ++d) size[d] = d == dims - 1 ? layout.channels : x.size(d);
+  check_countable(size, dims, "outputs", x);
+  for (int64_t d = dims - 1; d >= 0; next *= size[d--]) stride[d] = next;
   const std::optional<Tensor> floats = float_bias(bias, layout);
   Tensor y = new_output(dtype, size, stride, dims);
   const PackedCall call = linear_call(
@@ -150,17 +175,14 @@ int64_t output_size(int64_t size, int64_t padding, int64_t kernel, int64_t* dila
 }
 
 // Refuses a padding that makes so much of a small image that a copy of it would not fit the memory.
-void check_padded(const Tensor& x, const Pair& padding, const int64_t* out, int64_t channels) {
+void check_padded(const Tensor& x, const Pair& padding) {
   constexpr double kMost = 1 << 30;  // numbers of an image, unless it has a 64th of them
   const double image = static_cast<double>(x.size(1)) * static_cast<double>(x.size(2)) * static_cast<double>(x.size(3));
   const double padded = static_cast<double>(x.size(1)) * static_cast<double>(x.size(2) + 2 * padding.h) *
                         static_cast<double>(x.size(3) + 2 * padding.w);
-  const double outputs = static_cast<double>(x.size(0)) * static_cast<double>(channels) * static_cast<double>(out[0]) *
-                         static_cast<double>(out[1]);
   if (padded > kMost && padded > 64.0 * image)
     refuse("padding", "less than what makes 2^30 numbers of an image",
            "[" + std::to_string(padding.h) + ", " + std::to_string(padding.w) + "]");
-  if (outputs > 0x1p60) refuse("x", "of fewer than 2^60 outputs", describe(x));
 }
 
 Result run_conv2d(Tensor x, const Tensor& layout_tensor, const std::optional<Tensor>& bias,
@@ -168,7 +190,7 @@ Result run_conv2d(Tensor x, const Tensor& layout_tensor, const std::optional<Ten
                   const std::vector<int64_t>& dilations, bool relu) {
   const PackedLayout& layout = layout_of(layout_tensor);
   const int64_t inputs = layout.inputs * layout.groups;
-  const Dtype dtype = dtype_of(x);
+  const Dtype dtype = kernel_dtype(x);
   if (x.dim() != 4 || x.size(1) != inputs)
     refuse("x", "[batch, " + std::to_string(inputs) + ", height, width]", describe(x));
   Pair stride(strides, "stride", 1), dilation(dilations, "dilation", 1);
@@ -176,14 +198,17 @@ Result run_conv2d(Tensor x, const Tensor& layout_tensor, const std::optional<Ten
   require(layout.kernel_w == 1 || dilation.w == layout.dilation_w, "dilation", "the layout's along the width",
           dilation.w);
   const int64_t images = x.size(0), height = x.size(2), width = x.size(3);
+  check_countable(x.sizes().data(), 4, "numbers", x);
   const bool contiguous = x.is_contiguous();
   const bool channels_last = !contiguous && x.stride(1) == 1 && x.stride(3) == inputs &&
                              x.stride(2) == inputs * width && x.stride(0) == inputs * width * height;
   if (!contiguous && !channels_last) x = torch::stable::contiguous(x);
   const int64_t out[2] = {output_size(height, padding.h, layout.kernel_h, &dilation.h, &stride.h),
                           output_size(width, padding.w, layout.kernel_w, &dilation.w, &stride.w)};
-  check_padded(x, padding, out, layout.channels);
-  const int64_t channels = layout.channels, pixels = out[0] * out[1], size[4] = {images, channels, out[0], out[1]};
+  check_padded(x, padding);
+  const int64_t channels = layout.channels, size[4] = {images, channels, out[0], out[1]};
+  check_countable(size, 4, "outputs", x);
+  const int64_t pixels = out[0] * out[1];
   const int64_t planar[4] = {channels * pixels, pixels, out[1], 1};
   const int64_t last[4] = {channels * pixels, 1, channels * out[1], channels};
   const std::optional<Tensor> floats = float_bias(bias, layout);

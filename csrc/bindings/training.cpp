@@ -21,7 +21,7 @@ int64_t cpu_isa() { return static_cast<int64_t>(isa()); }
 
 // A linear layer's tensor is one row; an image's is [batch, channels, pixels].
 PlaneShape plane_shape(const Tensor& tensor) {
-  if (tensor.dim() != 4) return {1, 1, tensor.numel()};
+  if (tensor.dim() != 4 || tensor.numel() == 0) return {1, 1, tensor.numel()};
   return {tensor.size(0), tensor.size(1), tensor.size(2) * tensor.size(3)};
 }
 
@@ -38,18 +38,18 @@ bool is_channels_last(const Tensor& tensor) {
 
 // float32 or bfloat16 elements that lie side by side, of the shape of `like`, in whatever order.
 Plane plane(const Tensor& tensor, const char* name, const Tensor& like) {
-  const bool planar = tensor.is_contiguous(), bfloat16 = tensor.scalar_type() == ScalarType::BFloat16;
+  const bool planar = tensor.is_contiguous(), bfloat16 = dtype_of(tensor) == ScalarType::BFloat16;
   bool same_shape = tensor.dim() == like.dim();
   for (int64_t d = 0; same_shape && d < like.dim(); ++d) same_shape = tensor.size(d) == like.size(d);
-  if ((!bfloat16 && tensor.scalar_type() != ScalarType::Float) || !tensor.is_cpu() || !same_shape ||
+  if ((!bfloat16 && dtype_of(tensor) != ScalarType::Float) || !tensor.is_cpu() || !same_shape ||
       (!planar && !is_channels_last(tensor)))
     refuse(name, "contiguous or channels-last float32 or bfloat16 " + shape_text(like.sizes()) + " on the CPU",
            describe(tensor));
-  return {{tensor.data_ptr(), bfloat16}, !planar};
+  return {{data_of(tensor, name), bfloat16}, !planar};
 }
 
 Elements elements(const Tensor& tensor, const char* name, int64_t count) {
-  const bool bfloat16 = tensor.scalar_type() == ScalarType::BFloat16;
+  const bool bfloat16 = dtype_of(tensor) == ScalarType::BFloat16;
   return {counted<void>(tensor, name, bfloat16 ? ScalarType::BFloat16 : ScalarType::Float, count), bfloat16};
 }
 
@@ -114,25 +114,30 @@ void random_words_op(int64_t seed, int64_t first, Tensor out) {
 }
 
 void add_noise_op(Tensor mean, Tensor variance, Tensor seed, int64_t offset, bool keep_slope) {
+  require_apart({{"mean", mean}, {"variance", variance}}, {seed});
   add_noise(torch_threads(), isa(), plane_shape(mean), plane(mean, "mean", mean), plane(variance, "variance", mean),
             noise(seed, offset), keep_slope);
 }
 
 void multiply_op(Tensor grad, Tensor slope, Tensor out) {
+  require_apart({{"out", out}}, {grad, slope});
   multiply(torch_threads(), isa(), plane_shape(grad), plane(grad, "grad", grad), plane(slope, "slope", grad),
            plane(out, "out", grad));
 }
 
 void noise_gradient_op(Tensor grad, Tensor variance, Tensor seed, int64_t offset, Tensor out) {
+  require_apart({{"out", out}}, {grad, variance, seed});
   noise_gradient(torch_threads(), isa(), plane_shape(grad), plane(grad, "grad", grad),
                  plane(variance, "variance", grad), noise(seed, offset), plane(out, "out", grad));
 }
 
 void square_op(Tensor x, Tensor out) {
+  require_apart({{"out", out}}, {x});
   square(torch_threads(), isa(), plane_shape(x), plane(x, "x", x), plane(out, "out", x));
 }
 
 void add_square_gradient_op(Tensor grad, Tensor x, Tensor grad_square) {
+  require_apart({{"grad", grad}}, {x, grad_square});
   add_square_gradient(torch_threads(), isa(), plane_shape(grad), plane(grad, "grad", grad), plane(x, "x", grad),
                       plane(grad_square, "grad_square", grad));
 }
@@ -148,6 +153,7 @@ Noise sample_noise(const std::optional<Tensor>& log_sigma2, const std::optional<
 
 void sample_op(Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
                std::optional<Tensor> seed, int64_t offset, Tensor quantized) {
+  require_apart({{"quantized", quantized}}, {weight, log_sigma2, levels, thresholds, seed});
   const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
   sample(torch_threads(), isa(), q, sample_noise(log_sigma2, seed, offset), floats(quantized, "quantized", q.weights));
 }
@@ -155,6 +161,8 @@ void sample_op(Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, T
 void sample_backward_op(Tensor grad, Tensor weight, std::optional<Tensor> log_sigma2, Tensor levels, Tensor thresholds,
                         std::optional<Tensor> seed, int64_t offset, std::optional<Tensor> grad_log_sigma2,
                         Tensor grad_levels) {
+  require_apart({{"grad_log_sigma2", grad_log_sigma2}, {"grad_levels", grad_levels}},
+                {grad, weight, log_sigma2, levels, thresholds, seed});
   const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
   if (log_sigma2 && !grad_log_sigma2) refuse("grad_log_sigma2", "given where log_sigma2 is", "none");
   float* by_log_sigma2 = log_sigma2 ? floats(*grad_log_sigma2, "grad_log_sigma2", q.weights) : nullptr;
@@ -164,6 +172,7 @@ void sample_backward_op(Tensor grad, Tensor weight, std::optional<Tensor> log_si
 
 void moments_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor thresholds, int64_t mode,
                 std::optional<Tensor> mean, Tensor variance) {
+  require_apart({{"mean", mean}, {"variance", variance}}, {weight, log_sigma2, levels, thresholds});
   const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
   const Moments kind = moments_mode(mode);
   if (!mean && kind != Moments::gaussian) refuse("mean", "given where it is not the weight", "none");
@@ -174,6 +183,11 @@ void moments_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor threshol
 void moments_backward_op(Tensor grad_mean, Tensor grad_variance, Tensor weight, Tensor log_sigma2, Tensor levels,
                          Tensor thresholds, int64_t mode, Tensor grad_log_sigma2, Tensor grad_levels,
                          Tensor grad_thresholds) {
+  require_apart({{"grad_mean", grad_mean},
+                 {"grad_log_sigma2", grad_log_sigma2},
+                 {"grad_levels", grad_levels},
+                 {"grad_thresholds", grad_thresholds}},
+                {grad_variance, weight, log_sigma2, levels, thresholds});
   const Posterior q = posterior(weight, log_sigma2, levels, thresholds);
   float* by_mean = floats(grad_mean, "grad_mean", q.weights);
   moments_backward(torch_threads(), isa(), q, moments_mode(mode), by_mean,
@@ -193,6 +207,7 @@ RawCodebook raw_codebook(const Tensor& levels, const Tensor& scale, const std::o
 
 void codebook_from_raw_op(Tensor raw_levels, Tensor scale, std::optional<Tensor> raw_thresholds, Tensor levels,
                           Tensor thresholds, Tensor tau) {
+  require_apart({{"levels", levels}, {"thresholds", thresholds}, {"tau", tau}}, {raw_levels, scale, raw_thresholds});
   const RawCodebook raw = raw_codebook(raw_levels, scale, raw_thresholds);
   const int64_t count = raw_levels.numel();
   codebook_from_raw(raw, floats(levels, "levels", count), floats(thresholds, "thresholds", count - raw.groups),
@@ -202,6 +217,8 @@ void codebook_from_raw_op(Tensor raw_levels, Tensor scale, std::optional<Tensor>
 void codebook_from_raw_backward_op(Tensor grad_levels, Tensor grad_thresholds, Tensor raw_levels, Tensor scale,
                                    std::optional<Tensor> raw_thresholds, Tensor grad_raw_levels,
                                    Tensor grad_raw_thresholds) {
+  require_apart({{"grad_raw_levels", grad_raw_levels}, {"grad_raw_thresholds", grad_raw_thresholds}},
+                {grad_levels, grad_thresholds, raw_levels, scale, raw_thresholds});
   const RawCodebook raw = raw_codebook(raw_levels, scale, raw_thresholds);
   const int64_t count = raw_levels.numel(), cuts = count - raw.groups;
   codebook_from_raw_backward(raw, floats(grad_levels, "grad_levels", count),
@@ -213,6 +230,7 @@ void codebook_from_raw_backward_op(Tensor grad_levels, Tensor grad_thresholds, T
 // --- assign_codes and spike_slab_kl -------------------------------------------------------------------------------
 
 void assign_codes_op(Tensor weight, Tensor thresholds, bool packed, Tensor out) {
+  require_apart({{"out", out}}, {weight, thresholds});
   const WeightShape shape(weight);
   const CodebookShape codebook(thresholds, "thresholds", 1, shape.channels);
   int64_t digits = 1;
@@ -242,12 +260,16 @@ SpikeSlabKl make_prior(const Tensor& weight, const Tensor& log_sigma2, const Ten
 }
 
 void spike_slab_kl_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau, Tensor out) {
+  require_apart({{"out", out}}, {weight, log_sigma2, levels, tau});
   const SpikeSlabKl prior = make_prior(weight, log_sigma2, levels, tau);
   *floats(out, "out", 1) = spike_slab_kl(torch_threads(), isa(), prior);
 }
 
 void spike_slab_kl_backward_op(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau,
                                Tensor grad_weight, Tensor grad_log_sigma2, Tensor grad_levels) {
+  require_apart(
+      {{"grad_weight", grad_weight}, {"grad_log_sigma2", grad_log_sigma2}, {"grad_levels", grad_levels}},
+      {grad, weight, log_sigma2, levels, tau});
   const SpikeSlabKl prior = make_prior(weight, log_sigma2, levels, tau);
   const SpikeSlabKlGradients gradients{floats(grad_weight, "grad_weight", weight.numel()),
                                        floats(grad_log_sigma2, "grad_log_sigma2", weight.numel()),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bqnn.core.product import LinearProduct, Product, dense
+from bqnn.core.product import LinearProduct, Product, dense, matrix
 
 WEIGHTS = 1 << 21  # of a linear layer that are made at once: 12 MiB of moments
 CHANNELS = 256  # that are made at once at least: products of fewer take longer
@@ -37,9 +37,9 @@ def outputs(product: Product, inputs: Sequence[Tensor], channels: int, make: Mak
         made = make(some, made)
         for x, weight, added, y in zip(inputs, made[-len(inputs) :], biases, results, strict=True):
             if added is None:
-                torch.mm(_matrix(x), weight.t(), out=_matrix(y)[:, some])
+                torch.mm(matrix(x), weight.t(), out=matrix(y)[:, some])
             else:
-                torch.addmm(added[some], _matrix(x), weight.t(), out=_matrix(y)[:, some])
+                torch.addmm(added[some], matrix(x), weight.t(), out=matrix(y)[:, some])
     return results
 
 
@@ -73,11 +73,11 @@ def gradients(
             made = make(some, made)
             for grad, weight, by_input in zip(grads, made, by_inputs, strict=True):
                 added = int(some.start > 0)
-                torch.addmm(_matrix(by_input), _matrix(grad)[:, some], weight, beta=added, out=_matrix(by_input))
+                torch.addmm(matrix(by_input), matrix(grad)[:, some], weight, beta=added, out=matrix(by_input))
         first = grad_weight[some]
         by_weights = [first, *(reuse(memory, first, x.dtype) for memory, x in zip(others, inputs[1:], strict=True))]
         for grad, x, by_weight in zip(grads, inputs, by_weights, strict=True):
-            torch.mm(_matrix(grad)[:, some].t(), _matrix(x), out=by_weight)
+            torch.mm(matrix(grad)[:, some].t(), matrix(x), out=by_weight)
         finish(some, *by_weights)
         others[:] = by_weights[1:]
     return by_inputs, grad_weight
@@ -86,10 +86,6 @@ def gradients(
 def reuse(memory: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The first rows of ``memory``, as many as ``like`` has; without it, new memory."""
     return torch.empty_like(like, dtype=dtype) if memory is None else memory[: like.shape[0]]
-
-
-def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _blocks(channels: int, columns: int) -> Iterator[slice]:
