@@ -290,7 +290,7 @@ std::string engine_describe_op(int64_t handle) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bqnn_cpu, m) {
   m.def(
-      "engine_program(Tensor words, Tensor numbers, Tensor[] tensors, int cache=524288, int kept_panels=1048576,"
+      "engine_program(Tensor words, Tensor numbers, Tensor[] tensors, int cache=1048576, int kept_panels=1048576,"
       " int wide_layer=131072) -> int");
   m.def("engine_free(int program) -> ()");
   m.def("engine_run(int program, Tensor[] inputs) -> Tensor[]");

@@ -13,7 +13,7 @@ namespace bqnn::engine {
 
 // How a program is planned: the measure of what machines have.
 struct Limits {
-  int64_t cache = 1 << 19;        // bytes of images that a thread takes through all steps together
+  int64_t cache = 1 << 20;        // bytes of images that a thread takes through all steps together
   int64_t kept_panels = 1 << 20;  // bytes of panels that are kept; more are made in every call
   int64_t wide_layer = 1 << 17;   // weights from which on a layer of one position is a stage of its own
 };
