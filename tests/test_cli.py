@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import bqnn
 from bqnn.cli import main as cli
 from bqnn.core.timing import measure_side_by_side
 from bqnn.data.splits import normalise
 from bqnn.lab import runs
+from bqnn.lab.compile_run import calibration, compiled_path, save_compiled
 from bqnn.lab.evaluate import find_split
 from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
 from bqnn.lab.recipe import Recipe
@@ -159,7 +161,8 @@ def test_force_leaves_no_weights_of_the_run_before(run: Any, folder: Path, monke
     result = run("train", "--out", folder / "bayes", "--force", *SHORT, "--seed", 1)
     assert result.status == 130
     assert "--force" not in result.err, "to go on must not begin again"
-    assert sorted(path.name for path in (folder / "bayes").iterdir()) == [CHECKPOINT, METRICS, "packed.safetensors"]
+    names = {path.name for path in (folder / "bayes").iterdir() if not path.name.startswith("packed.")}
+    assert names == {CHECKPOINT, METRICS}
 
 
 def test_force_with_a_mistake_keeps_the_run(run: Any, folder: Path) -> None:
@@ -275,7 +278,7 @@ def test_eval_of_a_packed_file_is_that_of_its_run(run: Any, folder: Path) -> Non
     assert numbers(packed.out.splitlines()[1]) == pytest.approx(numbers(unpacked.out.splitlines()[1]), abs=2e-4)
     alone = folder / "alone.safetensors"
     file.rename(alone)
-    assert numbers(run("eval", alone, "--dataset", "digits").out) == numbers(packed.out)
+    assert numbers(run("eval", alone, "--dataset", "digits").out.splitlines()[1]) == numbers(packed.out.splitlines()[1])
     assert run("eval", alone, "--dataset", "digits", "--precision", "int8").status == 0
 
 
@@ -291,6 +294,93 @@ def test_pack(run: Any, folder: Path, tmp_path: Path) -> None:
     assert len(layers) == 5
     for name, layer in layers.items():
         assert torch.equal(net.get_submodule(name).decode(), layer.quantized_weight())
+
+
+def lines_of(out: str) -> list[str]:
+    """The names in front of the scores."""
+    return [line.split("error")[0].strip() for line in out.splitlines()[1:-1]]
+
+
+def test_eval_of_a_packed_file_tests_what_is_compiled_of_it(run: Any, folder: Path) -> None:
+    file = folder / "bayes" / "packed.safetensors"
+    result = run("eval", file)
+    assert lines_of(result.out) == ["packed", "compiled, fp32", "compiled, int8"]
+    packed, fp32, int8 = (numbers(line) for line in result.out.splitlines()[1:4])
+    assert fp32 == pytest.approx(packed, abs=0.3)
+    assert int8 == pytest.approx(packed, abs=3) and int8 != packed
+    times = result.out.splitlines()[-1]
+    assert times.startswith("median time of 256 images on the CPU: packed ")
+    assert len(numbers(times)) == 3
+    alone = run("eval", folder / "bayes" / "packed.compiled-int8.safetensors")
+    assert lines_of(alone.out) == ["compiled, int8"]
+    assert numbers(alone.out.splitlines()[1]) == int8
+    assert json.loads((folder / "bayes" / METRICS).read_text()).get("test") is None, "scores are of the run alone"
+
+
+def test_eval_of_a_compiled_file_anywhere(run: Any, folder: Path) -> None:
+    alone = folder / "alone.safetensors"
+    (folder / "bayes" / "packed.compiled-fp32.safetensors").rename(alone)
+    assert lines_of(run("eval", alone, "--dataset", "digits").out) == ["compiled, fp32"]
+    result = run("eval", alone, "--dataset", "digits", "--precision", "int8")
+    assert (result.status, result.out) == (2, "") and "a compiled network" in result.err
+
+
+def test_pack_compiles_with_the_training_images(run: Any, folder: Path, tmp_path: Path) -> None:
+    result = run("pack", folder / "bayes", "-o", tmp_path / "net.safetensors")
+    data = runs.load_data(Recipe(), "data")
+    x = normalise(data.test.images[:20], data.mean, data.std)
+    packed = bqnn.load(tmp_path / "net.safetensors")
+    images = calibration(data)
+    assert [tuple(batch.shape) for batch in images] == [(128, 1, 8, 8)] * 4
+    for line, precision in zip(result.out.splitlines()[2:], ("fp32", "int8"), strict=True):
+        file = tmp_path / f"net.compiled-{precision}.safetensors"
+        assert line == f"{file}: {file.stat().st_size:,} bytes, compiled for {precision}"
+        given = images if precision == "int8" else None
+        assert torch.equal(bqnn.load(file)(x), bqnn.compile(packed, x, precision=precision, calibration=given)(x))
+
+
+def test_pack_without_compiled_networks(run: Any, folder: Path) -> None:
+    result = run("pack", folder / "bayes", "--no-compile")
+    assert result.status == 0 and len(result.out.splitlines()) == 2
+    assert [path.name for path in (folder / "bayes").glob("*compiled*")] == [], "those of another packed file"
+    assert lines_of(run("eval", folder / "bayes" / "packed.safetensors").out) == ["packed"]
+
+
+def test_pack_without_the_training_images(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_data(*_: object) -> None:
+        raise FileNotFoundError("the images are elsewhere")
+
+    monkeypatch.setattr(runs, "load_data", no_data)
+    result = run("pack", folder / "bayes")
+    assert result.status == 0
+    assert result.out.splitlines()[-1] == ("not compiled for int8: no images to calibrate on: the images are elsewhere")
+    assert [path.name for path in (folder / "bayes").glob("*compiled*")] == ["packed.compiled-fp32.safetensors"]
+
+
+class Looks(nn.Module):
+    """It can not be captured with a batch of any size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+
+class Sums(nn.Module):
+    """Torch runs a part of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cumsum(x, 1)
+
+
+@pytest.mark.parametrize(("net", "why"), [(Looks(), "torch.export"), (Sums(), "cumsum")], ids=["captured", "torch"])
+def test_what_can_not_be_compiled_into_a_file_says_why_in_a_line(net: nn.Module, why: str, tmp_path: Path) -> None:
+    left = compiled_path(tmp_path / "net.safetensors", "fp32")
+    left.write_bytes(b"of an earlier network")
+    x = torch.ones(2, 3, 4, 4)
+    found = save_compiled(net.eval(), tmp_path / "net.safetensors", x, lambda: [x])
+    assert list(found) == ["fp32", "int8"]
+    for line in found.values():
+        assert isinstance(line, str) and why in line and "\n" not in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pack_notices_a_file_that_decodes_to_other_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
