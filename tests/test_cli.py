@@ -406,6 +406,16 @@ def test_info_adds_up(run: Any, folder: Path) -> None:
     assert rows[2].split()[1:7] == ["linear", "120x256", "3", "1", "1.62", "6,252"]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_info_of_a_compiled_file_adds_up(run: Any, folder: Path, precision: str) -> None:
+    file = folder / "bayes" / f"packed.compiled-{precision}.safetensors"
+    rows = [line.split() for line in run("info", file).out.splitlines()[2:]]
+    assert [row[1] for row in rows[:-3]] == ["conv2d", "conv2d", "linear", "linear", "linear"]
+    sizes = [int(row[-1].replace(",", "")) for row in rows]
+    assert sizes[-3] == 0, "all tensors are those of layers"
+    assert sum(sizes[:-1]) == sizes[-1] == file.stat().st_size
+
+
 def test_report_writes_a_page(run: Any, folder: Path, tmp_path: Path) -> None:
     result = run("report", folder / "fpnn", folder / "bayes", "-o", tmp_path / "page.html", "--no-time", "--linear")
     assert result.status == 0

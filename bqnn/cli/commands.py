@@ -188,8 +188,8 @@ def info(options: Namespace) -> None:
             f"{names[name]:<{width}}{layer['kind']:<14}{shape:<20}{layer['num_levels']:>3}{codebooks:>11}"
             f"{layer['bits_per_weight']:>15.2f}{layer['bytes']:>10,}"
         )
-    parts = {f"{name}.{part}".removeprefix(".") for name in layers for part in ("codes", "levels", "bias")}
-    others = sum(tensor["bytes"] for name, tensor in content["tensors"].items() if name not in parts)
+    others = sum(tensor["bytes"] for tensor in content["tensors"].values())
+    others -= sum(layer["bytes"] for layer in layers.values())
     header = content["header_bytes"]
     for text, size in (("other tensors", others), ("header", header), ("file", content["bytes"])):
         print(f"{text:<{width + 63}}{size:>10,}")
