@@ -16,14 +16,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 import bqnn
 from bqnn.cli import main as cli
 from bqnn.core.timing import measure_side_by_side
 from bqnn.data.splits import normalise
 from bqnn.lab import runs
-from bqnn.lab.compile_run import calibration, compiled_path, save_compiled
+from bqnn.lab.compile_run import calibration
 from bqnn.lab.evaluate import find_split
 from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
 from bqnn.lab.recipe import Recipe
@@ -355,32 +354,6 @@ def test_pack_without_the_training_images(run: Any, folder: Path, monkeypatch: p
     assert result.status == 0
     assert result.out.splitlines()[-1] == ("not compiled for int8: no images to calibrate on: the images are elsewhere")
     assert [path.name for path in (folder / "bayes").glob("*compiled*")] == ["packed.compiled-fp32.safetensors"]
-
-
-class Looks(nn.Module):
-    """It can not be captured with a batch of any size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if float(x.sum()) > 0 else -x
-
-
-class Sums(nn.Module):
-    """Torch runs a part of it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cumsum(x, 1)
-
-
-@pytest.mark.parametrize(("net", "why"), [(Looks(), "torch.export"), (Sums(), "cumsum")], ids=["captured", "torch"])
-def test_what_can_not_be_compiled_into_a_file_says_why_in_a_line(net: nn.Module, why: str, tmp_path: Path) -> None:
-    left = compiled_path(tmp_path / "net.safetensors", "fp32")
-    left.write_bytes(b"of an earlier network")
-    x = torch.ones(2, 3, 4, 4)
-    found = save_compiled(net.eval(), tmp_path / "net.safetensors", x, lambda: [x])
-    assert list(found) == ["fp32", "int8"]
-    for line in found.values():
-        assert isinstance(line, str) and why in line and "\n" not in line
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_pack_notices_a_file_that_decodes_to_other_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
