@@ -210,8 +210,7 @@ def compile(
         net: on the CPU; Bayes layers in it are packed first, and plain layers are taken with their dense weights.
         example: an input [batch, ...], or a tuple of the inputs; their shapes count, but for the batch's size, which
             has to be 1 or more. To the network, inputs that are floating point or uint8 are float32.
-        precision: "fp32"; "bf16", which at present computes as "fp32" does; or "int8", quantized activations and
-            weights.
+        precision: "fp32"; "bf16", products of bfloat16 numbers; or "int8", quantized activations and weights.
         calibration: for "int8", batches of inputs like ``example``, whose ranges the scales are made of.
 
     Returns:
