@@ -57,7 +57,9 @@ def test_a_line_a_step(precision: str) -> None:
     lines = str(speed).splitlines()
     assert lines[0].split() == ["node", "operator", "shape", "kernel", "ms", "share", "G", "products/s"]
     assert [line.split()[0] for line in lines[1:7]] == names
-    assert lines[-2].startswith("Python, dispatch, allocation") and lines[-1].startswith("the call, 3 images")
+    assert lines[-2].startswith("Python, dispatch, allocation, waiting threads") and lines[-1].startswith(
+        "the call, 3 images"
+    )
     assert len(lines) == 1 + len(speed) + 2
 
 
@@ -112,7 +114,7 @@ def test_the_table() -> None:
     assert cells[0] == ["conv", "conv2d", "[6,", "8,", "8]", "AVX2", "fp32", "panel", "2.0000", "50.0%", "15.0"]
     assert cells[1] == ["read", "0.5000", "12.5%"]
     assert cells[2] == ["part", "1", "2", "calls", "torch", "1.0000", "25.0%"]
-    assert cells[3] == ["Python,", "dispatch,", "allocation", "0.5000", "12.5%"]
+    assert cells[3] == ["Python,", "dispatch,", "allocation,", "waiting", "threads", "0.5000", "12.5%"]
     assert cells[4] == ["the", "call,", "7", "images", "4.0000", "100.0%"]
     ends = [line.index("%") for line in str(speed).splitlines()[1:]]
     assert len(set(ends)) == 1, "columns stand below each other"

@@ -49,13 +49,13 @@ class CompiledSpeed(list[StepSpeed]):
 
     @property
     def unexplained(self) -> float:
-        """Seconds of the call beyond its steps: Python, the dispatcher, outputs that are allocated."""
+        """Seconds of the call beyond its steps: Python, the dispatcher, outputs that are allocated, threads that wait."""
         return self.seconds - sum(step.seconds for step in self)
 
     def __str__(self) -> str:
         head = ("node", "operator", "shape", "kernel", "ms", "share", "G products/s")
         rows = [head, *map(self._row, self)]
-        rest = "Python, dispatch, allocation"
+        rest = "Python, dispatch, allocation, waiting threads"
         if not self.with_kernels:
             rest = "the engine's parts on the reference, as there is no extension"
         shown = [(rest, self.unexplained), (f"the call, {self.images} images", self.seconds)]
