@@ -49,7 +49,7 @@ class CompiledSpeed(list[StepSpeed]):
 
     @property
     def unexplained(self) -> float:
-        """Seconds of the call beyond its steps: Python, the dispatcher, outputs that are allocated, threads that wait."""
+        """Seconds of the call beyond its steps: Python, the dispatcher, allocation, threads that wait."""
         return self.seconds - sum(step.seconds for step in self)
 
     def __str__(self) -> str:
