@@ -22,6 +22,7 @@ from bqnn.cli import main as cli
 from bqnn.core.timing import measure_side_by_side
 from bqnn.data.splits import normalise
 from bqnn.lab import runs
+from bqnn.lab.compile_run import calibration
 from bqnn.lab.evaluate import find_split
 from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
 from bqnn.lab.recipe import Recipe
@@ -159,7 +160,8 @@ def test_force_leaves_no_weights_of_the_run_before(run: Any, folder: Path, monke
     result = run("train", "--out", folder / "bayes", "--force", *SHORT, "--seed", 1)
     assert result.status == 130
     assert "--force" not in result.err, "to go on must not begin again"
-    assert sorted(path.name for path in (folder / "bayes").iterdir()) == [CHECKPOINT, METRICS, "packed.safetensors"]
+    names = {path.name for path in (folder / "bayes").iterdir() if not path.name.startswith("packed.")}
+    assert names == {CHECKPOINT, METRICS}
 
 
 def test_force_with_a_mistake_keeps_the_run(run: Any, folder: Path) -> None:
@@ -275,7 +277,7 @@ def test_eval_of_a_packed_file_is_that_of_its_run(run: Any, folder: Path) -> Non
     assert numbers(packed.out.splitlines()[1]) == pytest.approx(numbers(unpacked.out.splitlines()[1]), abs=2e-4)
     alone = folder / "alone.safetensors"
     file.rename(alone)
-    assert numbers(run("eval", alone, "--dataset", "digits").out) == numbers(packed.out)
+    assert numbers(run("eval", alone, "--dataset", "digits").out.splitlines()[1]) == numbers(packed.out.splitlines()[1])
     assert run("eval", alone, "--dataset", "digits", "--precision", "int8").status == 0
 
 
@@ -291,6 +293,67 @@ def test_pack(run: Any, folder: Path, tmp_path: Path) -> None:
     assert len(layers) == 5
     for name, layer in layers.items():
         assert torch.equal(net.get_submodule(name).decode(), layer.quantized_weight())
+
+
+def lines_of(out: str) -> list[str]:
+    """The names in front of the scores."""
+    return [line.split("error")[0].strip() for line in out.splitlines()[1:-1]]
+
+
+def test_eval_of_a_packed_file_tests_what_is_compiled_of_it(run: Any, folder: Path) -> None:
+    file = folder / "bayes" / "packed.safetensors"
+    result = run("eval", file)
+    assert lines_of(result.out) == ["packed", "compiled, fp32", "compiled, int8"]
+    packed, fp32, int8 = (numbers(line) for line in result.out.splitlines()[1:4])
+    assert fp32 == pytest.approx(packed, abs=0.3)
+    assert int8 == pytest.approx(packed, abs=3) and int8 != packed
+    times = result.out.splitlines()[-1]
+    assert times.startswith("median time of 256 images on the CPU: packed ")
+    assert len(numbers(times)) == 3
+    alone = run("eval", folder / "bayes" / "packed.compiled-int8.safetensors")
+    assert lines_of(alone.out) == ["compiled, int8"]
+    assert numbers(alone.out.splitlines()[1]) == int8
+    assert json.loads((folder / "bayes" / METRICS).read_text()).get("test") is None, "scores are of the run alone"
+
+
+def test_eval_of_a_compiled_file_anywhere(run: Any, folder: Path) -> None:
+    alone = folder / "alone.safetensors"
+    (folder / "bayes" / "packed.compiled-fp32.safetensors").rename(alone)
+    assert lines_of(run("eval", alone, "--dataset", "digits").out) == ["compiled, fp32"]
+    result = run("eval", alone, "--dataset", "digits", "--precision", "int8")
+    assert (result.status, result.out) == (2, "") and "a compiled network" in result.err
+
+
+def test_pack_compiles_with_the_training_images(run: Any, folder: Path, tmp_path: Path) -> None:
+    result = run("pack", folder / "bayes", "-o", tmp_path / "net.safetensors")
+    data = runs.load_data(Recipe(), "data")
+    x = normalise(data.test.images[:20], data.mean, data.std)
+    packed = bqnn.load(tmp_path / "net.safetensors")
+    images = calibration(data)
+    assert [tuple(batch.shape) for batch in images] == [(128, 1, 8, 8)] * 4
+    for line, precision in zip(result.out.splitlines()[2:], ("fp32", "int8"), strict=True):
+        file = tmp_path / f"net.compiled-{precision}.safetensors"
+        assert line == f"{file}: {file.stat().st_size:,} bytes, compiled for {precision}"
+        given = images if precision == "int8" else None
+        assert torch.equal(bqnn.load(file)(x), bqnn.compile(packed, x, precision=precision, calibration=given)(x))
+
+
+def test_pack_without_compiled_networks(run: Any, folder: Path) -> None:
+    result = run("pack", folder / "bayes", "--no-compile")
+    assert result.status == 0 and len(result.out.splitlines()) == 2
+    assert [path.name for path in (folder / "bayes").glob("*compiled*")] == [], "those of another packed file"
+    assert lines_of(run("eval", folder / "bayes" / "packed.safetensors").out) == ["packed"]
+
+
+def test_pack_without_the_training_images(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_data(*_: object) -> None:
+        raise FileNotFoundError("the images are elsewhere")
+
+    monkeypatch.setattr(runs, "load_data", no_data)
+    result = run("pack", folder / "bayes")
+    assert result.status == 0
+    assert result.out.splitlines()[-1] == ("not compiled for int8: no images to calibrate on: the images are elsewhere")
+    assert [path.name for path in (folder / "bayes").glob("*compiled*")] == ["packed.compiled-fp32.safetensors"]
 
 
 def test_pack_notices_a_file_that_decodes_to_other_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +377,16 @@ def test_info_adds_up(run: Any, folder: Path) -> None:
     sizes = [int(row.split()[-1].replace(",", "")) for row in rows]
     assert sum(sizes[:-1]) == sizes[-1] == file.stat().st_size
     assert rows[2].split()[1:7] == ["linear", "120x256", "3", "1", "1.62", "6,252"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_info_of_a_compiled_file_adds_up(run: Any, folder: Path, precision: str) -> None:
+    file = folder / "bayes" / f"packed.compiled-{precision}.safetensors"
+    rows = [line.split() for line in run("info", file).out.splitlines()[2:]]
+    assert [row[1] for row in rows[:-3]] == ["conv2d", "conv2d", "linear", "linear", "linear"]
+    sizes = [int(row[-1].replace(",", "")) for row in rows]
+    assert sizes[-3] == 0, "all tensors are those of layers"
+    assert sum(sizes[:-1]) == sizes[-1] == file.stat().st_size
 
 
 def test_report_writes_a_page(run: Any, folder: Path, tmp_path: Path) -> None:

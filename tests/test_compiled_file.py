@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 import bqnn
 from bqnn.core.files import FormatError
 from bqnn.engine.compiled import CompiledNetwork
+from bqnn.engine.partition import EnginePart
 from tests.support.compiled import Function, packed
 from tests.support.graph_mutations import Branches, judge, mutated, seeds
 from tests.support.mutations import put_together, taken_apart
@@ -61,6 +63,18 @@ def test_dense_layers_and_shared_tensors(tmp_path: Path) -> None:
     (layer,) = bqnn.info(tmp_path / "net")["layers"].values()
     assert layer["num_levels"] == 0 and layer["bits_per_weight"] == 32
     assert torch.equal(bqnn.load(tmp_path / "net")(torch.ones(1, 4)), net(torch.ones(1, 4)))
+
+
+def test_info_counts_a_tensor_that_two_layers_have_once(tmp_path: Path) -> None:
+    net = bqnn.compile(packed(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))), torch.randn(2, 4))
+    (part,) = net.parts
+    first, second = part.graph.nodes
+    graph = dataclasses.replace(part.graph, nodes=(first, dataclasses.replace(second, tensors=first.tensors)))
+    shared = CompiledNetwork(net.inputs, (EnginePart(graph),), net.outputs, net.structure, {}, "fp32")
+    bqnn.save(shared, tmp_path / "net")
+    content = bqnn.info(tmp_path / "net")
+    sizes = [layer["bytes"] for layer in content["layers"].values()]
+    assert sizes == [sum(tensor["bytes"] for tensor in content["tensors"].values()), 0]
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,18 @@ SHORT = replace(LENET5_DIGITS, pretrain_epochs=2, deterministic_epochs=1, epochs
 def test_short_demo(tmp_path: Path) -> None:
     lines: list[str] = []
     result = run_demo(tmp_path, SHORT, log=lines.append)
-    assert list(result) == ["fpnn", "packed"]
+    assert list(result) == ["fpnn", "packed", "compiled-fp32", "compiled-int8"]
     file = tmp_path / "packed.safetensors"
     assert result["packed"]["bytes"] == file.stat().st_size
     assert result["fpnn"]["bytes"] > 10 * result["packed"]["bytes"]
     assert result["fpnn"]["bits"] == 32 and 1.6 <= result["packed"]["bits"] < 1.63
     assert all(row["seconds"] > 0 for row in result.values())
+    assert result["compiled-fp32"]["accuracy"] == pytest.approx(result["packed"]["accuracy"], abs=0.3)
+    assert result["compiled-int8"]["accuracy"] == pytest.approx(result["packed"]["accuracy"], abs=3)
+    for precision in ("fp32", "int8"):
+        path, row = tmp_path / f"packed.compiled-{precision}.safetensors", result[f"compiled-{precision}"]
+        assert row["bytes"] == path.stat().st_size and row["bits"] == pytest.approx(result["packed"]["bits"])
+        assert isinstance(bqnn.load(path), bqnn.CompiledNetwork)
     assert "<svg" in (tmp_path / "report.html").read_text()
     bayes, fpnn = load_run(tmp_path / "bayes"), load_run(tmp_path / "fpnn")
     assert bayes.recipe == SHORT and fpnn.recipe == replace(SHORT, method="fpnn")
@@ -67,10 +73,12 @@ def test_table() -> None:
     result = {
         "fpnn": {"accuracy": 98.0, "bits": 32.0, "bytes": 1000, "seconds": 0.002},
         "packed": {"accuracy": 97.5, "bits": 1.6, "bytes": 100, "seconds": 0.001},
+        "compiled-int8": {"accuracy": 97.0, "bits": 1.6, "bytes": 125, "seconds": 0.0002},
     }
-    _, dense, packed, note = format_table(result, 3, 360, 256).splitlines()
+    _, dense, packed, compiled, note = format_table(result, 3, 360, 256).splitlines()
     assert dense.split() == ["FPNN", "98.00", "%", "32.00", "1,000", "1.0", "x", "2.00", "1.00"]
     assert packed.split() == ["M", "=", "3,", "packed", "97.50", "%", "1.60", "100", "10.0", "x", "1.00", "0.50"]
+    assert compiled.split() == ["compiled,", "int8", "97.00", "%", "1.60", "125", "8.0", "x", "0.20", "0.10"]
     assert "360" in note and "256" in note
 
 
@@ -81,6 +89,8 @@ def test_the_demo_itself_is_within_a_point_of_full_precision(
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     dense = next(row for row in rows if row[:1] == ["FPNN"])
     packed = next(row for row in rows if row[:4] == ["M", "=", "3,", "packed"])
+    integers = next(row for row in rows if row[:2] == ["compiled,", "int8"])
     accuracies = float(dense[1]), float(packed[4])
     assert accuracies[0] > 96.0
     assert accuracies[1] >= accuracies[0] - 1.0
+    assert float(integers[2]) >= accuracies[1] - 1.0

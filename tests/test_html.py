@@ -142,17 +142,19 @@ def test_table_of_the_layers(source: str) -> None:
 def test_times_are_measured_against_the_full_precision_network(
     runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(html, "measure_side_by_side", lambda nets, x: [0.002, 0.003])
+    monkeypatch.setattr(html, "measure_side_by_side", lambda nets, x: [0.002, 0.003, 0.001, 0.0005][: len(nets)])
     write_html(runs[:2], tmp_path / "page.html")
     rows = Page((tmp_path / "page.html").read_text()).rows
     assert rows[1][-2:] == ["3.00 ms", "1"]
     assert rows[2][-2:] == ["3.00 ms", "1.50"]
+    assert rows[3] == ["the same, compiled for fp32", *"–––––", "1.00 ms", "0.50"]
+    assert rows[4] == ["the same, compiled for int8", *"–––––", "0.50 ms", "0.25"]
 
 
 def test_measured_times_are_positive(runs: list[Run], tmp_path: Path) -> None:
     write_html(runs[1:2], tmp_path / "page.html")
-    row = Page((tmp_path / "page.html").read_text()).rows[1]
-    assert float(row[-2].removesuffix(" ms")) > 0 and float(row[-1]) > 0
+    for row in Page((tmp_path / "page.html").read_text()).rows[1:4]:
+        assert float(row[-2].removesuffix(" ms")) > 0 and float(row[-1]) > 0
 
 
 EVIL = '<script>alert("x")</script>&amp;$\\frac$'

@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bqnn import models
 from bqnn.core.text import shown
-from bqnn.data.splits import load_dataset
+from bqnn.core.timing import measure_side_by_side
+from bqnn.data.splits import Split, Splits, load_dataset, normalise
+from bqnn.engine.compiled import CompiledNetwork
 from bqnn.files import network
 from bqnn.lab import runs
+from bqnn.lab.compile_run import calibration, compiled_path, load_compiled, remove_compiled, save_compiled
 from bqnn.lab.evaluate import find_split, score_network
 from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS, print_now
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import Trainer
 from bqnn.reports.report import report
-from bqnn.view.html import write_html
+from bqnn.view.html import BATCH, write_html
 
 PACKED = "packed.safetensors"
 LONGEST_NAME = 60  # characters of a layer's name in a table
@@ -82,20 +86,28 @@ def evaluate(options: Namespace) -> None:
         net, data = runs.load_network(run), runs.load_data(run.recipe, options.data_root)
     else:
         net = network.load(path, precision=options.precision)
+        if isinstance(net, CompiledNetwork) and (device != "cpu" or options.precision != "fp32"):
+            raise ValueError(f"--device and --precision are not for {path}, a compiled network with its own")
         if options.dataset is not None:
-            size = net.factory[1]["image_size"] if isinstance(net, models.Network) else None
-            data = load_dataset(options.dataset, options.data_root, image_size=size)
+            data = load_dataset(options.dataset, options.data_root, image_size=_image_size(net))
         elif beside.exists():
             data = runs.load_data(runs.load_run(path.parent).recipe, options.data_root)
         else:
             raise ValueError(f"--dataset must say what to test {path} on: there is no {METRICS} beside it")
     torch.manual_seed(options.seed)
     split = find_split(data, options.split)
+    if run is not None:
+        name = "quantized" if run.recipe.method == "bayes" else "full precision"
+    else:
+        name = f"compiled, {net.precision}" if isinstance(net, CompiledNetwork) else "packed"
+    nets = {name: net}
+    if name == "packed":
+        nets |= {f"compiled, {precision}": fast for precision, fast in load_compiled(path).items()}
+    times = None if run is not None else _times(nets, split, data)
     scores = score_network(net.to(device), split, data, options.samples)
     print(f"{path}: {options.split} split of {data.name}, {scores['images']} images")
-    _print_scores(
-        "packed" if run is None else "quantized" if run.recipe.method == "bayes" else "full precision", scores
-    )
+    for each, fast in nets.items():
+        _print_scores(each, scores if fast is net else score_network(fast, split, data))
     if "sampled" in scores:
         sampled = scores["sampled"]
         _print_scores(f"mean of {sampled['samples']} samples", sampled)
@@ -103,6 +115,23 @@ def evaluate(options: Namespace) -> None:
         print(f"{'':<22}entropy {sampled['entropy']:.4f} nats  {information}")
     if run is not None:
         runs.add_scores(run, options.split, scores)
+    if times is not None:
+        print(times)
+
+
+def _image_size(net: nn.Module) -> int | None:
+    """The side in pixels of the images that a network of a file takes; None where the file does not say."""
+    if isinstance(net, CompiledNetwork):
+        return net.inputs[0].shape[-1]
+    return net.factory[1]["image_size"] if isinstance(net, models.Network) else None
+
+
+def _times(nets: dict[str, nn.Module], split: Split, data: Splits) -> str:
+    """A line of what a batch of the split takes in each of ``nets``, which are on the CPU."""
+    x = normalise(split.images[:BATCH], data.mean, data.std)
+    seconds = measure_side_by_side(list(nets.values()), x)
+    times = "; ".join(f"{name} {1e3 * each:.2f} ms" for name, each in zip(nets, seconds, strict=True))
+    return f"median time of {len(x)} images on the CPU: {times}"
 
 
 def _print_scores(name: str, scores: dict[str, Any]) -> None:
@@ -114,11 +143,23 @@ def pack(options: Namespace) -> None:
     run = runs.load_run(options.run)
     if run.recipe.method == "fpnn":
         raise ValueError(f"{options.run} is a full-precision run; only a run with --method bayes can be packed")
-    output = options.output or options.run / PACKED
-    runs.save_packed(runs.load_network(run), output)
-    dense, packed = runs.fpnn_bytes(*runs.load_factory(run)), output.stat().st_size
+    output: Path = options.output or options.run / PACKED
+    net = runs.save_packed(runs.load_network(run), output)
+    name, arguments = runs.load_factory(run)
+    dense, packed = runs.fpnn_bytes(name, arguments), output.stat().st_size
     print(f"{output}: {packed:,} bytes; full precision: {dense:,} bytes; {dense / packed:.1f} times smaller")
     print("every layer of the file decodes to the quantized weight of the run")
+    if options.no_compile:
+        remove_compiled(output)
+        return
+    example = torch.zeros(2, arguments["in_channels"], arguments["image_size"], arguments["image_size"])
+    given = save_compiled(net, output, example, lambda: calibration(runs.load_data(run.recipe, options.data_root)))
+    for precision, fast in given.items():
+        if isinstance(fast, str):
+            print(f"not compiled for {precision}: {fast}")
+        else:
+            file = compiled_path(output, precision)
+            print(f"{file}: {file.stat().st_size:,} bytes, compiled for {precision}")
 
 
 def write_report(options: Namespace) -> None:
@@ -147,8 +188,8 @@ def info(options: Namespace) -> None:
             f"{names[name]:<{width}}{layer['kind']:<14}{shape:<20}{layer['num_levels']:>3}{codebooks:>11}"
             f"{layer['bits_per_weight']:>15.2f}{layer['bytes']:>10,}"
         )
-    parts = {f"{name}.{part}".removeprefix(".") for name in layers for part in ("codes", "levels", "bias")}
-    others = sum(tensor["bytes"] for name, tensor in content["tensors"].items() if name not in parts)
+    others = sum(tensor["bytes"] for tensor in content["tensors"].values())
+    others -= sum(layer["bytes"] for layer in layers.values())
     header = content["header_bytes"]
     for text, size in (("other tensors", others), ("header", header), ("file", content["bytes"])):
         print(f"{text:<{width + 63}}{size:>10,}")

@@ -1,7 +1,8 @@
-"""The demonstration: LeNet-5 on the digits at full precision and with three levels a weight, packed and tested."""
+"""The demonstration: LeNet-5 on the digits at full precision and with three levels a weight, packed and compiled."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,9 @@ import torch
 
 from bqnn.core.timing import measure_side_by_side
 from bqnn.data.splits import normalise
+from bqnn.engine.compiled import CompiledNetwork
+from bqnn.files.network import info
+from bqnn.lab.compile_run import COMPILED, calibration, compiled_path, save_compiled
 from bqnn.lab.evaluate import evaluate, find_split, score_network
 from bqnn.lab.folder import WEIGHTS, print_now
 from bqnn.lab.recipe import LENET5_DIGITS, Recipe
@@ -25,11 +29,11 @@ def run_demo(
     progress: bool = False,
     log: Callable[[str], object] = print_now,
 ) -> dict[str, dict[str, float]]:
-    """Trains, packs, saves, loads and tests; prints a table and writes ``out``/report.html.
+    """Trains, packs, compiles, saves, loads and tests; prints a table and writes ``out``/report.html.
 
     Returns:
-        for "fpnn" and "packed": ``accuracy`` (percent of the test images), ``bits`` a weight, ``bytes`` on disk, and
-        ``seconds``, the median test time of a batch.
+        for "fpnn", "packed", "compiled-fp32" and "compiled-int8": ``accuracy`` (percent of the test images), ``bits`` a
+        weight, ``bytes`` on disk, and ``seconds``, the median test time of a batch.
 
     Raises:
         RuntimeError: the packed network decodes to other weights, or predicts another class, than the unpacked one.
@@ -57,7 +61,11 @@ def run_demo(
         raise RuntimeError(f"packed and unpacked network disagree on {count} of {len(test)} images")
 
     x = normalise(test.images[:BATCH], data.mean, data.std)
-    seconds = measure_side_by_side([dense, packed], x)
+    found = save_compiled(packed, file, x, lambda: calibration(data))
+    compiled = {precision: fast for precision, fast in found.items() if isinstance(fast, CompiledNetwork)}
+    for precision in found.keys() - compiled:
+        log(f"not compiled for {precision}: {found[precision]}")
+    seconds = measure_side_by_side([dense, packed, *compiled.values()], x)
     codebooks = report(net)
     runs = [load_run(out / "fpnn"), load_run(out / "bayes")]
     dense_bytes = fpnn_bytes(*load_factory(runs[0]))
@@ -75,6 +83,14 @@ def run_demo(
             "seconds": seconds[1],
         },
     }
+    for (precision, fast), each in zip(compiled.items(), seconds[2:], strict=True):
+        path = compiled_path(file, precision)
+        result[f"compiled-{precision}"] = {
+            "accuracy": 100 - evaluate(fast, test, data).error,
+            "bits": _bits(path),
+            "bytes": path.stat().st_size,
+            "seconds": each,
+        }
     log(f"\n{codebooks}\n")
     log(format_table(result, recipe.num_levels, len(test), len(x)))
     write_html(runs, out / "report.html")
@@ -89,15 +105,24 @@ def _train(recipe: Recipe, folder: Path, init: Path | None, progress: bool, log:
     return trainer
 
 
+def _bits(file: Path) -> float:
+    """Bits a weight of the codes in a file."""
+    layers = info(file)["layers"].values()
+    weights = [math.prod(layer["shape"]) for layer in layers]
+    return sum(layer["bits_per_weight"] * count for layer, count in zip(layers, weights, strict=True)) / sum(weights)
+
+
 def format_table(result: dict[str, dict[str, float]], num_levels: int, images: int, batch: int) -> str:
-    """What :func:`run_demo` returns, as text, the packed network against the full-precision one."""
+    """What :func:`run_demo` returns, as text, each network against the full-precision one."""
+    names = {"fpnn": "FPNN", "packed": f"M = {num_levels}, packed"}
+    names |= {f"compiled-{precision}": f"compiled, {precision}" for precision in COMPILED}
     dense = result["fpnn"]
     lines = [
         f"{'':<16}{'accuracy':>10}{'bits a weight':>15}{'bytes':>10}{'smaller':>10}{'ms a batch':>12}{'of FPNN':>9}"
     ]
-    for name, row in zip(("FPNN", f"M = {num_levels}, packed"), result.values(), strict=True):
+    for name, row in result.items():
         lines.append(
-            f"{name:<16}{row['accuracy']:>8.2f} %{row['bits']:>15.2f}{row['bytes']:>10,.0f}"
+            f"{names[name]:<16}{row['accuracy']:>8.2f} %{row['bits']:>15.2f}{row['bytes']:>10,.0f}"
             f"{dense['bytes'] / row['bytes']:>8.1f} x{1e3 * row['seconds']:>12.2f}"
             f"{row['seconds'] / dense['seconds']:>9.2f}"
         )

@@ -108,8 +108,10 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
     _add_data(sub, download=True)
 
-    sub = add(commands.evaluate, "eval", "test a run, or a packed file: error, NLL, calibration")
-    sub.add_argument("path", type=_path, metavar="DIR|FILE", help="folder of a run (not packed), or a packed file")
+    sub = add(
+        commands.evaluate, "eval", "test a run, or a packed file and those compiled of it: error, NLL, calibration"
+    )
+    sub.add_argument("path", type=_path, metavar="DIR|FILE", help="folder of a run (not packed), or a file")
     sub.add_argument("--split", choices=SPLITS, default="test", help="images to test on (default: %(default)s)")
     sub.add_argument("--samples", type=int, default=1, metavar="N", help="also the mean over N posterior samples")
     sub.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
@@ -117,9 +119,11 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of a packed file (default: %(default)s)")
     _add_data(sub)
 
-    sub = add(commands.pack, "pack", "pack a trained run into a file")
+    sub = add(commands.pack, "pack", "pack a trained run into a file, and compile it")
     sub.add_argument("run", type=_path, metavar="DIR", help="folder of the run")
     sub.add_argument("-o", "--output", type=_path, metavar="FILE", help=f"by default DIR/{commands.PACKED}")
+    sub.add_argument("--no-compile", action="store_true", help="write no compiled networks beside the packed one")
+    _add_data_root(sub)
 
     sub = add(commands.write_report, "report", "show runs in one HTML page")
     sub.add_argument("runs", type=_path, nargs="+", metavar="DIR", help="folders of runs")
@@ -164,11 +168,15 @@ def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
-def _add_data(sub: argparse.ArgumentParser, download: bool = False) -> None:
+def _add_data_root(sub: argparse.ArgumentParser) -> None:
     root = os.environ.get("BQNN_DATA", "data")
     sub.add_argument(
         "--data-root", type=_path, default=_path(root), metavar="DIR", help="data sets (default: %(default)s)"
     )
+
+
+def _add_data(sub: argparse.ArgumentParser, download: bool = False) -> None:
+    _add_data_root(sub)
     sub.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     if download:
         sub.add_argument("--download", action="store_true", help="let torchvision download a data set that is missing")

@@ -162,7 +162,7 @@ class CompiledNetwork(nn.Module):
         with _making:
             if self._runs is None:
                 self._runs = tuple(
-                    executor(part.graph, self.precision) if isinstance(part, EnginePart) else partial(_run_torch, part)
+                    executor(part.graph, self.precision) if isinstance(part, EnginePart) else partial(run_torch, part)
                     for part in self.parts
                 )
                 names = tuple(each.name for each in self.inputs)
@@ -186,7 +186,8 @@ class CompiledNetwork(nn.Module):
         return self
 
 
-def _run_torch(part: TorchPart, inputs: Sequence[Any]) -> Sequence[Any]:
+def run_torch(part: TorchPart, inputs: Sequence[Any]) -> Sequence[Any]:
+    """The outputs of a part of torch's."""
     # Views were captured on contiguous tensors.
     return part.module(*(x.contiguous() if isinstance(x, Tensor) else x for x in inputs))
 

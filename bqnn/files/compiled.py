@@ -129,20 +129,26 @@ def build(contents: Contents) -> CompiledNetwork:
 
 
 def layers(net: CompiledNetwork) -> dict[str, dict[str, Any]]:
-    """What each node that multiplies has for a weight, by the node's name, as descriptions of packed layers say it."""
+    """What each node that multiplies has for a weight, by the node's name, as descriptions of packed layers say it.
+
+    The bytes of a tensor that several nodes have are the first one's.
+    """
     found = {}
+    counted: set[int] = set()
     graphs = [part.graph for part in net.parts if isinstance(part, EnginePart)]
     for node, values in [(node, graph.values) for graph in graphs for node in graph.nodes if node.op in WORK]:
         tensors, kernel = node.tensors, node.attributes.get("kernel", ())
         book = tensors.get("levels", tensors.get("integers"))
         weight = tensors["codes"] if "codes" in tensors else tensors["weight"]
         columns = columns_of(node, values[node.inputs[0]].shape)
+        own = {id(tensor): tensor for tensor in tensors.values() if id(tensor) not in counted}
+        counted |= own.keys()
         found[node.output] = {
             "kind": node.op,
             "shape": [len(weight), columns // math.prod(kernel), *kernel],
             "num_levels": 0 if book is None else book.shape[1],
             "granularity": "channel" if book is not None and len(book) > 1 else "tensor",
-            "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            "bytes": sum(tensor.nbytes for tensor in own.values()),
             "bits_per_weight": 8 * weight.nbytes / (len(weight) * columns),
         }
     return found

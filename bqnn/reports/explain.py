@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from bqnn.core.codes import digits_per_byte
 from bqnn.core.timing import median_seconds
+from bqnn.engine.compiled import CompiledNetwork
 from bqnn.packed.base import PackedLayer
 from bqnn.packed.cost import LayerWork
 from bqnn.packed.probes import expected_seconds
 from bqnn.packed.visit import inputs_of_packed_layers
+from bqnn.reports.explain_compiled import CompiledSpeed, explain_compiled
 
 
 class LayerSpeed(NamedTuple):
@@ -51,20 +53,43 @@ class SpeedReport(list[LayerSpeed]):
         return "\n".join(lines)
 
 
-def explain_speed(net: nn.Module, x: Tensor) -> SpeedReport:
-    """Runs ``net`` on ``x`` and says, for each packed layer, what runs, what was expected and what was measured.
+@overload
+def explain_speed(net: CompiledNetwork, x: Tensor | tuple[Tensor, ...]) -> CompiledSpeed: ...  # type: ignore[overload-overlap]
 
-    Each layer is timed alone on its own input (the first one, where it runs more than once), packed and dense. The
-    layout is how codes lie in memory when the packed op runs: on the reference as in the file; "ReLU" says that the
-    layer's own outputs go through one, which is in all times.
+
+@overload
+def explain_speed(net: nn.Module, x: Tensor) -> SpeedReport: ...
+
+
+def explain_speed(net: nn.Module, x: Tensor | tuple[Tensor, ...]) -> SpeedReport | CompiledSpeed:
+    """Runs ``net`` on ``x`` and says what runs in it and how long that takes.
+
+    Of a packed network, each packed layer is timed alone on its own input (the first one, where it runs more than
+    once), packed and dense, beside what was expected. The layout is how codes lie in memory when the packed op runs: on
+    the reference as in the file; "ReLU" says that the layer's own outputs go through one, which is in all times.
+
+    Of a network that :func:`bqnn.compile` made, each step of a call is timed inside of calls, a median over several:
+    which kernel runs for a node, its share of the whole call and its products a second; each of torch's parts is one
+    step. What steps do not explain is on a line of its own. Without the extension there is the whole call's time, and
+    that of torch's parts.
+
+    Args:
+        net: a network with packed layers, or a compiled one.
+        x: [batch, ...], its input; of a compiled network that takes several, a tuple of them.
 
     Returns:
-        a list of :class:`LayerSpeed`, in the order in which the layers ran; ``print`` it for a table.
+        a list of :class:`LayerSpeed` or :class:`~bqnn.reports.explain_compiled.StepSpeed`, in the order in which they
+        ran; ``print`` it for a table.
 
     Raises:
-        ValueError: ``net`` has no packed layer, or none that ran.
+        ValueError: ``net`` has no packed layer, or none that ran; ``x`` does not fit a compiled network, or is empty.
+        TypeError: ``x`` does not fit a compiled network.
         bqnn.BackendError: the backend that ``BQNN_BACKEND`` names can not run a layer.
     """
+    if isinstance(net, CompiledNetwork):
+        return explain_compiled(net, x if isinstance(x, tuple) else (x,))
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor where net is not compiled, got {type(x).__name__}")
     with torch.inference_mode():
         names = {id(module): name for name, module in net.named_modules()}
         inputs = inputs_of_packed_layers(net, x)

@@ -18,6 +18,8 @@ from bqnn.core import codebook
 from bqnn.core.files import write_atomically
 from bqnn.core.quantizer import look_up
 from bqnn.core.timing import measure_side_by_side
+from bqnn.engine.compiled import compile
+from bqnn.lab.compile_run import COMPILED
 from bqnn.lab.runs import Run, fpnn_bytes, load_factory, load_network, save_packed
 from bqnn.reports.report import LayerReport, Report, report
 from bqnn.view.figures import Curve, draw_curves, draw_means, line_style
@@ -25,6 +27,7 @@ from bqnn.view.figures import Curve, draw_curves, draw_means, line_style
 BATCH = 256  # images of the pass that is timed
 FPNN_BITS = 32.0
 DASH = "–"
+COMPILED_ROW = "the same, compiled for"
 
 STYLE = """
 :root { color-scheme: light dark; --line: light-dark(#d5d5d5, #444); --soft: light-dark(#666, #aaa); }
@@ -127,14 +130,18 @@ def _summary(runs: Sequence[Run], titles: Sequence[str], networks: Sequence[_Net
             continue
         bits = network.codebooks.bits if network.codebooks else FPNN_BITS
         row += [f"{bits:.2f}", f"{network.nbytes:,}", f"{network.fpnn_bytes / network.nbytes:.1f} ×"]
-        rows.append([*row, *(_times(network) if measure else (DASH, DASH))])
+        times, *compiled = _times(network) if measure else [(DASH, DASH)]
+        rows.append([*row, *times])
+        rows += [[f"{COMPILED_ROW} {name}", *[DASH] * 5, *each] for name, each in zip(COMPILED, compiled)]
     head = ["run", "accuracy", "split", "bits a weight", "bytes on disk", "smaller", "test time", "of the FPNN's"]
     time = "not measured."
     if measure:
         threads = torch.get_num_threads()
         time = (
             f"the median forward pass of a batch of {BATCH}, in turns with the full-precision network, on the CPU of "
-            f"the machine that made this page ({threads} thread{'s' * (threads > 1)})."
+            f"the machine that made this page ({threads} thread{'s' * (threads > 1)}). Rows “{COMPILED_ROW}”: "
+            "the packed network of the row above after bqnn.compile; the scales of int8 are made of the random images "
+            "that are timed, which changes no time."
         )
     note = (
         "<p>Bits a weight: codes as packed, without codebooks. Bytes on disk: of the packed file, or of the weights at "
@@ -152,13 +159,19 @@ def _accuracy(run: Run) -> tuple[str, str]:
     return DASH, DASH
 
 
-def _times(network: _Network) -> tuple[str, str]:
+def _times(network: _Network) -> list[tuple[str, str]]:
+    """Time, and share of the full-precision network's: of the run's network, then of those compiled of a packed one."""
     name, arguments = network.factory
-    dense = models.build(name, arguments).eval() if network.packed is not None else network.net
     channels, size = arguments["in_channels"], arguments["image_size"]
     x = torch.randn(BATCH, channels, size, size, generator=torch.Generator().manual_seed(0))
-    times = measure_side_by_side([dense, network.packed or dense], x)
-    return f"{1e3 * times[1]:.2f} ms", f"{times[1] / times[0]:.2f}" if network.packed is not None else "1"
+    if network.packed is None:
+        _, seconds = measure_side_by_side([network.net, network.net], x)
+        return [(f"{1e3 * seconds:.2f} ms", "1")]
+    nets = [network.packed]
+    for precision in COMPILED:
+        nets.append(compile(network.packed, x, precision=precision, calibration=[x] if precision == "int8" else None))
+    dense, *times = measure_side_by_side([models.build(name, arguments).eval(), *nets], x)
+    return [(f"{1e3 * seconds:.2f} ms", f"{seconds / dense:.2f}") for seconds in times]
 
 
 def _curves(runs: Sequence[Run], titles: Sequence[str]) -> list[str]:
