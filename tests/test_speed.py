@@ -206,7 +206,7 @@ def test_explain_speed_of_the_cpu_kernels() -> None:
     for layer in explain_speed(net, torch.zeros(2, 1, 28, 28)):
         assert (layer.backend, layer.execution) == ("cpu", "packed")
         assert layer.layout.startswith("3 levels, 2 bits, ")
-        assert " int8 " in layer.layout
+        assert " int8 " in layer.layout or " int16 " in layer.layout  # AVX2 multiplies bytes as integers of 16 bits
         assert min(layer.expected_packed, layer.expected_dense, layer.measured_packed, layer.measured_dense) > 0
 
 

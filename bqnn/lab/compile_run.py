@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bqnn.core.text import shown
 from bqnn.data.splits import Splits, batches, normalise
-from bqnn.engine.compiled import CompiledNetwork, compile
+from bqnn.engine.compile import compile
+from bqnn.engine.compiled import CompiledNetwork
 from bqnn.files import network
 
 COMPILED = ("fp32", "int8")

@@ -18,7 +18,7 @@ from bqnn.core import codebook
 from bqnn.core.files import write_atomically
 from bqnn.core.quantizer import look_up
 from bqnn.core.timing import measure_side_by_side
-from bqnn.engine.compiled import compile
+from bqnn.engine.compile import compile
 from bqnn.lab.compile_run import COMPILED
 from bqnn.lab.runs import Run, fpnn_bytes, load_factory, load_network, save_packed
 from bqnn.reports.report import LayerReport, Report, report
