@@ -67,6 +67,13 @@ struct FloatSums {
   }
 };
 
+// Adds the lanes from *k on, in chains of kChain, then of half as many, down to single ones.
+template <int kChain, class Sums, class X, class W>
+BQNN_INLINE void add_lanes(Sums& sums, const X& x, const W& w, int64_t lanes, int64_t* k, const uint32_t** weight) {
+  for (; *k + kChain <= lanes; *k += kChain, *weight += kChain * kWidth) sums.template add<kChain>(x, w);
+  if constexpr (kChain > 1) add_lanes<kChain / 2>(sums, x, w, lanes, k, weight);
+}
+
 // Sums from the products [kRows] that are `stride` words apart, unless they are the first ones, and back again.
 template <class Sums, int kRows, int kCount, class F>
 BQNN_INLINE void add_to_products(uint32_t* products, int64_t stride, bool first, const F& f) {
@@ -93,9 +100,7 @@ __attribute__((noinline)) void multiply_tile(const char* const* position, const 
       BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r) row[r] = position[r] + piece->offset;
       int64_t k = 0;
       const auto x = [&](int r, int t) BQNN_LAMBDA { return broadcast_lane(row[r] + 4 * (k + t)); };
-      if constexpr (kChain > 1)
-        for (; k + kChain <= piece->lanes; k += kChain, weight += kChain * kWidth) sums.template add<kChain>(x, w);
-      for (; k < piece->lanes; ++k, weight += kWidth) sums.template add<1>(x, w);
+      add_lanes<kChain>(sums, x, w, piece->lanes, &k, &weight);
     }
   });
 }
@@ -111,9 +116,7 @@ __attribute__((noinline)) void multiply_strips(const char* position, const Chunk
     for (const Piece *piece = chunk.pieces, *end = piece + chunk.count; piece < end; ++piece) {
       int64_t k = 0;
       const auto x = [&](int, int t) BQNN_LAMBDA { return broadcast_lane(position + piece->offset + 4 * (k + t)); };
-      if constexpr (kChain > 1)
-        for (; k + kChain <= piece->lanes; k += kChain, weight += kChain * kWidth) sums.template add<kChain>(x, w);
-      for (; k < piece->lanes; ++k, weight += kWidth) sums.template add<1>(x, w);
+      add_lanes<kChain>(sums, x, w, piece->lanes, &k, &weight);
     }
   });
 }
