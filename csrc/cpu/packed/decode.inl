@@ -127,13 +127,12 @@ BQNN_INLINE UInt look_up_lane(const Codebook& book, UInt word, int first, int pa
     const UInt code = (word >> (first / kUnit * kBits)) & 0x0F0F0F0Fu;
 #if BQNN_LANES == 8
     return (UInt)_mm256_shuffle_epi8((__m256i)load_lanes(book.entries[0]), (__m256i)code);
-#else
+#endif
     const auto* table = reinterpret_cast<const uint8_t*>(book.entries[0]);
     UInt value = {};
-    for (int j = 0; j < 32; j += 8)
-      for (int i = 0; i < kLanes; ++i) value[i] |= static_cast<uint32_t>(table[code[i] >> j & 15]) << j;
+    for (int j = 0; j < 4 * kLanes; ++j)
+      value[j / 4] |= static_cast<uint32_t>(table[code[j / 4] >> j % 4 * 8 & 15]) << j % 4 * 8;
     return value;
-#endif
   }
 #endif
   UInt value = {};
@@ -165,12 +164,10 @@ __attribute__((noinline)) void decode_words(const Codebook& book, const uint32_t
 template <class F>
 inline auto with_codes_of(const PackedLayout& layout, const F& f) {
   const auto with_bits = [&](auto shared) {
-    if (layout.bits == 1) return f(Constant<1>{}, shared);
-    if (layout.bits == 2) return f(Constant<2>{}, shared);
-    return f(Constant<4>{}, shared);
+    if (layout.bits == 4) return f(Constant<4>{}, shared);
+    return layout.bits == 1 ? f(Constant<1>{}, shared) : f(Constant<2>{}, shared);
   };
-  if (layout.codebooks == 1) return with_bits(Constant<1>{});
-  return with_bits(Constant<0>{});
+  return layout.codebooks == 1 ? with_bits(Constant<1>{}) : with_bits(Constant<0>{});
 }
 
 template <class Op>
