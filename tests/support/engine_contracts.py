@@ -89,7 +89,7 @@ def limit(name: str) -> Maker:
 # --- what is wrong with them ------------------------------------------------------------------------------------------
 
 
-def damaged_words(draw: Draw, words: Tensor) -> Tensor:
+def damaged_words(draw: Draw, words: Tensor, alone: bool) -> Tensor:
     """One or a few integers changed, the end cut off, or more added to it."""
     found = words.clone()
     if draw.random() < 0.1:
@@ -102,7 +102,7 @@ def damaged_words(draw: Draw, words: Tensor) -> Tensor:
     return found
 
 
-def damaged_list(draw: Draw, tensors: list[Tensor]) -> list[Any]:
+def damaged_list(draw: Draw, tensors: list[Tensor], alone: bool) -> list[Any]:
     """A tensor broken, or tensors swapped, repeated, left out or added."""
     found: list[Any] = list(tensors)
     if not found or draw.random() < 0.05:
@@ -110,7 +110,7 @@ def damaged_list(draw: Draw, tensors: list[Tensor]) -> list[Any]:
     at, other = draw.randrange(len(found)), draw.randrange(len(found))
     way = draw.random()
     if way < 0.7:
-        found[at] = broken(draw, found[at], [], alone=True)
+        found[at] = broken(draw, found[at], [], alone)
     elif way < 0.8:
         found[at], found[other] = found[other], found[at]
     elif way < 0.9:
@@ -186,7 +186,7 @@ _DESCRIPTION: dict[str, Maker] = {
     **{name: limit(name) for name in LIMITS},
 }
 _CALL: dict[str, Maker] = {"program": program, "inputs": inputs}
-_WAYS: dict[str, Callable[[Draw, Any], Any]] = {
+_WAYS: dict[str, Callable[[Draw, Any, bool], Any]] = {
     "words": damaged_words,
     "tensors": damaged_list,
     "inputs": damaged_list,

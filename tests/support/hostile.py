@@ -88,10 +88,11 @@ def draw(name: str, contract: Contract, seed: int, number: int) -> Call:
             others = [value for other, value in arguments.items() if other != each]
             if each in contract.kept:
                 continue
+            alone = contract.ours and len(names) == 1
             if each in contract.ways and choices.random() < OWN_WAY:
-                arguments[each] = contract.ways[each](choices, arguments[each])
+                arguments[each] = contract.ways[each](choices, arguments[each], alone)
             else:
-                arguments[each] = broken(choices, arguments[each], others, alone=contract.ours and len(names) == 1)
+                arguments[each] = broken(choices, arguments[each], others, alone)
             if each in contract.costly and _largest(arguments[each]) > 1000:
                 arguments[each] = -1
             changed.add(each)
