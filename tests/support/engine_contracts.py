@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,21 @@ def program(draw: Draw) -> int:
 def program_to_free(draw: Draw) -> int:
     """One of its own, so that the others stay."""
     made = description(0)
-    return torch.ops.bqnn_cpu.engine_program(made.words, made.numbers, made.tensors)
+    handle = torch.ops.bqnn_cpu.engine_program(made.words, made.numbers, made.tensors)
+    _TO_FREE.add(handle)
+    return handle
+
+
+_TO_FREE: set[int] = set()
+
+
+def free(program: Any) -> None:
+    """Frees what was made to be freed; what is not there is refused, and what somebody else made stays."""
+    if not (isinstance(program, int) and program in _TO_FREE):
+        with suppress(Exception):
+            torch.ops.bqnn_cpu.engine_describe(program)
+            return
+    torch.ops.bqnn_cpu.engine_free(program)
 
 
 def inputs(draw: Draw) -> list[Tensor]:
@@ -203,5 +218,5 @@ def engine() -> dict[str, Contract]:
         "engine_run": Contract(ops.engine_run, _CALL, answer_of_a_run, ways=_WAYS),
         "engine_times": Contract(ops.engine_times, _CALL, no_answer, ways=_WAYS),
         "engine_describe": Contract(ops.engine_describe, {"program": program}, no_answer),
-        "engine_free": Contract(ops.engine_free, {"program": program_to_free}, no_answer),
+        "engine_free": Contract(free, {"program": program_to_free}, no_answer),
     }

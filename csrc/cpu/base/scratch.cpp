@@ -25,10 +25,10 @@ struct Buffer {
 char* scratch(Scratch purpose, size_t bytes) {
   static thread_local Buffer buffers[static_cast<int>(Scratch::count)];
   Buffer& buffer = buffers[static_cast<int>(purpose)];
-  if (buffer.bytes < bytes || kExact) {
+  const size_t unit = kExact ? 64 : 4096, rounded = (bytes + (kExact ? 0 : bytes / 4) + unit - 1) / unit * unit;
+  if (kExact ? buffer.bytes != rounded : buffer.bytes < bytes) {
     std::free(buffer.data);
     buffer = Buffer{};
-    const size_t unit = kExact ? 64 : 4096, rounded = (bytes + (kExact ? 0 : bytes / 4) + unit - 1) / unit * unit;
     buffer.data = static_cast<char*>(std::aligned_alloc(unit, rounded));
     if (buffer.data == nullptr) throw std::bad_alloc();
     // Kernels read, and multiply by zero, elements beyond the last one: they must be finite from the start.
