@@ -169,7 +169,7 @@ def made_and_run(words: Tensor, numbers: Tensor, tensors: list[Tensor], *limits:
 def _expected(graph: Graph, given: list[Tensor]) -> Answers:
     """Where there are integers, a float32 sum that is rounded the other way is a step at once, and then a few."""
     quantized = any(value.dtype == "uint8" for value in graph.values.values())
-    slack = 0.3 if quantized else 1e-4
+    slack = 0.02 if quantized else 1e-4
     return {f"{RETURNED} {i}": Answer(y, slack) for i, y in enumerate(run(graph, given))}
 
 
