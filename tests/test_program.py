@@ -17,10 +17,10 @@ from bqnn.engine.program import Program
 from bqnn.engine.reference import run
 from tests.support.draw_graphs import draw_graph
 from tests.support.helpers import digest, lower_isas, run_on_isa
+from tests.support.programs import PLANS, check_near, of_batch
 
 pytestmark = pytest.mark.skipif(bqnn.cpu_isa() == "none", reason="no CPU kernels")
 
-PLANS = {"kept": {}, "made": {"kept_panels": 0, "wide_layer": 1 << 40}, "wide": {"kept_panels": 0, "wide_layer": 1}}
 SMOOTH = ("sigmoid", "silu", "gelu", "gelu_tanh", "tanh")
 """Activations whose float32 value may be a few units in the last place off."""
 
@@ -31,18 +31,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-def of_batch(inputs: tuple[Tensor, ...], batch: int) -> list[Tensor]:
-    return [x.repeat(-(-batch // len(x)), *[1] * (x.dim() - 1))[:batch] for x in inputs]
-
-
-def check_near(found: list[Tensor], expected: tuple[Tensor, ...]) -> None:
-    assert len(found) == len(expected)
-    for y, reference in zip(found, expected):
-        assert y.dtype == torch.float32 and y.shape == reference.shape
-        distance = (y.double() - reference).norm()
-        assert distance <= 1e-5 * reference.norm() + 1e-6 * reference.numel() ** 0.5
 
 
 @pytest.mark.parametrize("plan", PLANS)

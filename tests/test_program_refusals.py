@@ -13,7 +13,7 @@ import bqnn
 from bqnn.engine.graph import Graph, Node, Value
 from bqnn.engine.program import Program, describe
 from tests.support.draw_graphs import draw_graph
-from tests.test_program import check_near
+from tests.support.programs import check_near
 
 pytestmark = pytest.mark.skipif(bqnn.cpu_isa() == "none", reason="no CPU kernels")
 

@@ -2,6 +2,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <string>
 #include <utility>
@@ -189,7 +190,7 @@ int64_t engine_program_op(Tensor words, Tensor numbers, std::vector<Tensor> tens
   require(cache >= 0, "cache", "a number of bytes", cache);
   require(kept_panels >= 0, "kept_panels", "a number of bytes", kept_panels);
   require(wide_layer >= 0, "wide_layer", "a number of weights", wide_layer);
-  std::shared_ptr<const Program> program = make_program(read_graph(words, numbers, tensors), {cache, kept_panels, wide_layer});
+  auto program = make_program(read_graph(words, numbers, tensors), {cache, kept_panels, wide_layer});
   Programs& all = programs();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.by_handle.emplace(all.next, std::move(program));

@@ -47,7 +47,7 @@ def run_graphs(count: int) -> None:
     from bqnn.engine.program import Program
     from bqnn.engine.reference import run
     from tests.support.draw_graphs import draw_graph
-    from tests.test_program import PLANS, check_near, of_batch
+    from tests.support.programs import PLANS, check_near, of_batch
 
     for seed in range(count):
         graph, inputs = draw_graph(seed, quantized=seed % 2 == 1)

@@ -9,7 +9,7 @@ namespace bqnn::engine {
 namespace {
 
 constexpr int64_t kMostSize = int64_t{1} << 31, kMostCount = int64_t{1} << 40, kMostProducts = int64_t{1} << 62;
-constexpr int64_t kMostSum = 255 * 64;                       // of one product of integers
+constexpr int64_t kMostSum = 255 * 64;                      // of one product of integers
 constexpr int64_t kMostBytesOfSum = (kMostSize - 1) / 255;  // that are added up in 32 bits
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }

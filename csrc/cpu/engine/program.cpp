@@ -31,7 +31,7 @@ const Kernels& kernels_of(Isa isa) {
 
 namespace {
 
-constexpr int64_t kWorthAThread = 1 << 18;           // products that repay waking a thread
+constexpr int64_t kWorthAThread = 1 << 18;        // products that repay waking a thread
 constexpr int64_t kMostBytes = int64_t{1} << 50;  // of the images of a run
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -20,8 +20,8 @@ struct Limits {
 
 class Program {
  public:
-  // Throws std::invalid_argument where the graph is unsound, or an image too large. Nothing of the caller's memory is used
-  // afterwards.
+  // Throws std::invalid_argument where the graph is unsound, or an image too large. Nothing of the caller's memory is
+  // used afterwards.
   Program(Graph graph, Isa isa, const Limits& limits = {});
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
