@@ -93,7 +93,7 @@ build/sanitize/_C.abi3.so: $(BINDINGS:%=build/sanitize/bindings/%.o) $(KERNELS:%
 
 -include $(shell find build/plain build/sanitize -name '*.d' 2>/dev/null)
 
-sanitize: setup  ## kernels, and hostile calls, under AddressSanitizer and UBSan; 3 minutes, and 4 to build
+sanitize: setup  ## kernels, and hostile calls, under AddressSanitizer and UBSan; 3 minutes, and 2 to build
 	@$(MAKE) --no-print-directory -j "$$(nproc)" $(CASES:%=build/sanitize/%) build/sanitize/_C.abi3.so
 	@set -e; for program in $(CASES); do echo "$$program, with sanitizers"; build/sanitize/$$program; done
 	@echo "hostile calls, with sanitizers"
