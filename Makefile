@@ -98,6 +98,7 @@ sanitize: setup  ## kernels, and hostile calls, under AddressSanitizer and UBSan
 	@set -e; for program in $(CASES); do echo "$$program, with sanitizers"; build/sanitize/$$program; done
 	@echo "hostile calls, with sanitizers"
 	@$(HOSTILE) --planted 2>&1 | grep -q heap-buffer-overflow || { echo "a planted overflow is not seen"; exit 1; }
+	@$(HOSTILE) --graphs 60
 	@$(HOSTILE) --calls 500 --journal build/sanitize/call || { echo "in this call:"; cat build/sanitize/call; exit 1; }
 
 bench: $(RIVALS)  ## pytest-benchmark, to bench/results/<cpu>.json; about an hour, ARGS="-k lenet5" for a part

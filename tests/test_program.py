@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import threading
 from collections.abc import Iterator
@@ -14,14 +13,14 @@ from torch import Tensor
 import bqnn
 from bqnn.core.codes import pack_codes
 from bqnn.engine.graph import NO_ACTIVATION, Graph, Node, Value
-from bqnn.engine.program import Program, describe
+from bqnn.engine.program import Program
 from bqnn.engine.reference import run
 from tests.support.draw_graphs import draw_graph
 from tests.support.helpers import digest, lower_isas, run_on_isa
+from tests.support.programs import PLANS, check_near, of_batch
 
 pytestmark = pytest.mark.skipif(bqnn.cpu_isa() == "none", reason="no CPU kernels")
 
-PLANS = {"kept": {}, "made": {"kept_panels": 0, "wide_layer": 1 << 40}, "wide": {"kept_panels": 0, "wide_layer": 1}}
 SMOOTH = ("sigmoid", "silu", "gelu", "gelu_tanh", "tanh")
 """Activations whose float32 value may be a few units in the last place off."""
 
@@ -32,18 +31,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-def of_batch(inputs: tuple[Tensor, ...], batch: int) -> list[Tensor]:
-    return [x.repeat(-(-batch // len(x)), *[1] * (x.dim() - 1))[:batch] for x in inputs]
-
-
-def check_near(found: list[Tensor], expected: tuple[Tensor, ...]) -> None:
-    assert len(found) == len(expected)
-    for y, reference in zip(found, expected):
-        assert y.dtype == torch.float32 and y.shape == reference.shape
-        distance = (y.double() - reference).norm()
-        assert distance <= 1e-5 * reference.norm() + 1e-6 * reference.numel() ** 0.5
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -242,51 +229,3 @@ def test_times_name_the_nodes() -> None:
     rows = Program(graph).instructions(list(inputs))
     assert {row.node for row in rows} - {-1} <= set(range(len(graph.nodes)))
     assert all(row.seconds >= 0 for row in rows) and any(row.products > 0 for row in rows)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda x: [x[0], x[0]], r"inputs must be as many tensors as the program has, got 2"),
-        (lambda x: [x[0].double()], r"inputs must be float32 or uint8 on the CPU"),
-        (lambda x: [x[0][:, :-1]], r"inputs must be float32 or uint8 on the CPU of one batch, \[any"),
-        (lambda x: [x[0][0]], r"inputs must be float32 or uint8"),
-    ],
-)
-def test_inputs_that_do_not_fit(change: object, message: str) -> None:
-    seed = next(seed for seed in range(99) if len(draw_graph(seed)[0].inputs) == 1)
-    graph, inputs = draw_graph(seed)
-    with pytest.raises(ValueError, match=message):
-        Program(graph)(change(inputs))  # type: ignore[operator]
-
-
-def test_descriptions_that_are_damaged_are_refused_or_run() -> None:
-    """Whatever stands in a description, the extension reads and writes within the memory of its tensors."""
-    generator = torch.Generator().manual_seed(0)
-    refused = ran = 0
-    for seed in range(150):
-        graph, inputs = draw_graph(seed % 30, quantized=seed % 2 == 0)
-        words, numbers, tensors = describe(graph)
-        for _ in range(8):
-            damaged = copy.copy(words)
-            for _ in range(int(torch.randint(1, 3, (), generator=generator))):
-                at = int(torch.randint(len(words), (), generator=generator))
-                choices = (-1, 0, 1, 2, 3, 5, 255, 2**31, 2**62, -(2**63), damaged[at] + 1, damaged[at] - 1)
-                damaged[at] = choices[int(torch.randint(len(choices), (), generator=generator))]
-            try:
-                handle = torch.ops.bqnn_cpu.engine_program(torch.tensor(damaged), torch.tensor(numbers), tensors)
-            except ValueError:
-                refused += 1
-                continue
-            try:
-                torch.ops.bqnn_cpu.engine_run(handle, list(inputs))
-                ran += 1
-            except ValueError:
-                refused += 1
-            torch.ops.bqnn_cpu.engine_free(handle)
-    assert refused > 100 and ran > 20
-
-
-def test_a_program_that_is_gone() -> None:
-    with pytest.raises(ValueError, match="program must be what engine_program made, got 0"):
-        torch.ops.bqnn_cpu.engine_run(0, [torch.zeros(1)])

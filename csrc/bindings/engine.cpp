@@ -2,6 +2,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <string>
 #include <utility>
@@ -30,11 +31,15 @@ Programs& programs() {
   return *all;
 }
 
+[[noreturn]] void refuse_handle(int64_t handle) {
+  refuse("program", "what engine_program made", std::to_string(handle));
+}
+
 std::shared_ptr<const Program> program_of(int64_t handle) {
   Programs& all = programs();
   const std::lock_guard<std::mutex> lock(all.mutex);
   const auto found = all.by_handle.find(handle);
-  if (found == all.by_handle.end()) refuse("program", "what engine_program made", std::to_string(handle));
+  if (found == all.by_handle.end()) refuse_handle(handle);
   return found->second;
 }
 
@@ -170,11 +175,22 @@ engine::Graph read_graph(const Tensor& words, const Tensor& numbers, const std::
   return graph;
 }
 
+std::shared_ptr<const Program> make_program(engine::Graph graph, const engine::Limits& limits) {
+  try {
+    return std::make_shared<const Program>(std::move(graph), isa(), limits);
+  } catch (const std::invalid_argument& error) {
+    refuse("words", "those of a sound graph", std::string("one that is not: ") + error.what());
+  } catch (const std::bad_alloc&) {
+    refuse("words", "those of a graph that memory holds", "a larger one");
+  }
+}
+
 int64_t engine_program_op(Tensor words, Tensor numbers, std::vector<Tensor> tensors, int64_t cache,
                           int64_t kept_panels, int64_t wide_layer) {
-  engine::Graph graph = read_graph(words, numbers, tensors);
-  const engine::Limits limits{cache, kept_panels, wide_layer};
-  auto program = std::make_shared<const Program>(std::move(graph), isa(), limits);
+  require(cache >= 0, "cache", "a number of bytes", cache);
+  require(kept_panels >= 0, "kept_panels", "a number of bytes", kept_panels);
+  require(wide_layer >= 0, "wide_layer", "a number of weights", wide_layer);
+  auto program = make_program(read_graph(words, numbers, tensors), {cache, kept_panels, wide_layer});
   Programs& all = programs();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.by_handle.emplace(all.next, std::move(program));
@@ -186,7 +202,7 @@ void engine_free_op(int64_t handle) {
   Programs& all = programs();
   const std::lock_guard<std::mutex> lock(all.mutex);
   const auto found = all.by_handle.find(handle);
-  if (found == all.by_handle.end()) return;
+  if (found == all.by_handle.end()) refuse_handle(handle);
   last = std::move(found->second);
   all.by_handle.erase(found);
 }
@@ -205,9 +221,9 @@ bool is_shape(const Tensor& x, const engine::Value& value) {
   return x.dim() == 4 && x.size(1) == s.channels && x.size(2) == s.height && x.size(3) == s.width;
 }
 
-engine::Outside outside(const Tensor& x, const engine::Value& value) {
-  const bool bytes = x.scalar_type() == ScalarType::Byte;
-  auto* data = const_cast<char*>(static_cast<const char*>(x.const_data_ptr()));
+engine::Outside outside(const Tensor& x, const char* name, const engine::Value& value) {
+  const bool bytes = dtype_of(x) == ScalarType::Byte;
+  auto* data = static_cast<char*>(data_of(x, name));
   if (value.rank == 1) return {data, bytes, x.stride(0), x.stride(1), 0, 0};
   return {data, bytes, x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
@@ -221,7 +237,7 @@ Tensors prepare(const Program& program, const std::vector<Tensor>& inputs) {
   for (size_t i = 0; i < inputs.size(); ++i) {
     const Tensor& x = inputs[i];
     const engine::Value& value = graph.values[graph.inputs[i]];
-    const bool dtype = x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Byte;
+    const bool dtype = dtype_of(x) == ScalarType::Float || dtype_of(x) == ScalarType::Byte;
     if (!dtype || !x.is_cpu() || !is_shape(x, value) || (all.images >= 0 && x.size(0) != all.images)) {
       const Shape& s = value.shape;
       refuse("inputs", "float32 or uint8 on the CPU of one batch, " +
@@ -230,38 +246,56 @@ Tensors prepare(const Program& program, const std::vector<Tensor>& inputs) {
              describe(x));
     }
     all.images = x.size(0);
-    all.inputs.push_back(outside(x, value));
+    all.inputs.push_back(outside(x, "inputs", value));
   }
+  require(all.images <= program.most_images(), "inputs", "a batch that memory holds", all.images);
   for (const int32_t v : graph.outputs) {
     const engine::Value& value = graph.values[v];
     const Shape& s = value.shape;
     const int64_t size[] = {all.images, s.channels, s.height, s.width};
     const int64_t stride[] = {s.count(), s.height * s.width, s.width, 1};
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(value.rank == 1 ? 2 : 4, size, stride, aoti_torch_dtype_float32(),
-                                                    aoti_torch_device_type_cpu(), 0, &handle));
+    if (aoti_torch_empty_strided(value.rank == 1 ? 2 : 4, size, stride, aoti_torch_dtype_float32(),
+                                 aoti_torch_device_type_cpu(), 0, &handle) != AOTI_TORCH_SUCCESS)
+      throw std::bad_alloc();
     Tensor y(handle);
     prefer_huge_pages(y.mutable_data_ptr(), static_cast<size_t>(y.numel()) * 4);
-    all.outputs.push_back(outside(y, value));
+    all.outputs.push_back(outside(y, "outputs", value));
     all.results.push_back(std::move(y));
   }
   return all;
 }
 
+std::vector<Tensor> run(const Program& program, const std::vector<Tensor>& inputs, double* seconds) {
+  try {
+    Tensors all = prepare(program, inputs);
+    program.run(all.inputs.data(), all.outputs.data(), all.images, torch_threads(), seconds);
+    return std::move(all.results);
+  } catch (const std::bad_alloc&) {
+    refuse("inputs", "a batch that memory holds", inputs.empty() ? "none" : describe(inputs[0]));
+  }
+}
+
 std::vector<Tensor> engine_run_op(int64_t handle, std::vector<Tensor> inputs) {
-  const std::shared_ptr<const Program> program = program_of(handle);
-  Tensors all = prepare(*program, inputs);
-  program->run(all.inputs.data(), all.outputs.data(), all.images, torch_threads());
-  return std::move(all.results);
+  return run(*program_of(handle), inputs, nullptr);
+}
+
+// Where no tensor is on the CPU: torch looks for a kernel by the tensors, and finds no other for an empty list.
+std::vector<Tensor> refuse_run_op(int64_t handle, std::vector<Tensor> inputs) {
+  program_of(handle);
+  refuse("inputs", "tensors on the CPU", inputs.empty() ? "none" : "others");
+}
+Tensor refuse_times_op(int64_t handle, std::vector<Tensor> inputs) {
+  refuse_run_op(handle, std::move(inputs));
+  return {};
 }
 
 // Seconds of each instruction, over all threads, and how many products it takes for an image.
 Tensor engine_times_op(int64_t handle, std::vector<Tensor> inputs) {
   const std::shared_ptr<const Program> program = program_of(handle);
-  Tensors all = prepare(*program, inputs);
   const auto& list = program->plan().instructions;
   std::vector<double> seconds(list.size(), 0.0);
-  program->run(all.inputs.data(), all.outputs.data(), all.images, torch_threads(), seconds.data());
+  run(*program, inputs, seconds.data());
   const int64_t size[] = {static_cast<int64_t>(list.size()), 2}, stride[] = {2, 1};
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, size, stride, aoti_torch_dtype_float64(),
@@ -306,6 +340,8 @@ STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CompositeExplicitAutograd, m) {
   m.impl("engine_free", TORCH_BOX(&engine_free_op));
+  m.impl("engine_run", TORCH_BOX(&refuse_run_op));
+  m.impl("engine_times", TORCH_BOX(&refuse_times_op));
   m.impl("engine_describe", TORCH_BOX(&engine_describe_op));
 }
 

@@ -44,6 +44,7 @@ from tests.support.draws import (
     widths,
     words,
 )
+from tests.support.engine_contracts import engine
 
 POSTERIOR = {"weight": numbers("N", "K"), "log_sigma2": variances("N", "K"), "levels": levels, "thresholds": thresholds}
 PRIOR = {"weight": numbers("N", "K"), "log_sigma2": variances("N", "K"), "levels": levels, "tau": widths}
@@ -131,7 +132,7 @@ def extension() -> dict[str, Contract]:
     """The contracts of ``torch.ops.bqnn_cpu``, by name; none where it is not built."""
     if native.MISSING:
         return {}
-    return {
+    found = {
         name: Contract(
             getattr(torch.ops.bqnn_cpu, name),
             arguments,
@@ -142,3 +143,4 @@ def extension() -> dict[str, Contract]:
         )
         for name, (arguments, written) in _DECLARED.items()
     }
+    return found | engine()

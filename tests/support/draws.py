@@ -82,6 +82,9 @@ class Contract(NamedTuple):
     """Arguments of which large values are right, and take long."""
     also_named: frozenset[str] = frozenset()
     """What an error may name beside the arguments: what they are made of."""
+    ways: Mapping[str, Callable[[Draw, Any, bool], Any]] = {}
+    """By name, what breaks a valid argument as nothing else is broken, mostly in place of the ways for all: of (draw,
+    value, alone), as :func:`tests.support.breaks.broken`."""
 
 
 # --- what draws valid arguments ---------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from tests.support.draws import Contract, Draw
 from tests.support.public_contracts import SLOW, public
 
 ODD = 0.05  # the share of calls whose sizes agree, and are odd ones
+OWN_WAY = 0.8  # the share of broken arguments that are broken as their contract says, if it does
 VALID = 0.15  # the share of calls that nothing is wrong with
 SECONDS = 5.0  # that a call may take at most
 MOST_TOLD = 10  # faults of one op that are printed
@@ -87,7 +88,11 @@ def draw(name: str, contract: Contract, seed: int, number: int) -> Call:
             others = [value for other, value in arguments.items() if other != each]
             if each in contract.kept:
                 continue
-            arguments[each] = broken(choices, arguments[each], others, alone=contract.ours and len(names) == 1)
+            alone = contract.ours and len(names) == 1
+            if each in contract.ways and choices.random() < OWN_WAY:
+                arguments[each] = contract.ways[each](choices, arguments[each], alone)
+            else:
+                arguments[each] = broken(choices, arguments[each], others, alone)
             if each in contract.costly and _largest(arguments[each]) > 1000:
                 arguments[each] = -1
             changed.add(each)
@@ -133,7 +138,8 @@ def _is_clear(error: Exception, contract: Contract) -> bool:
         return True
     if contract.ours:
         found = re.match(r"(\w+) must be .+, got .", message, re.DOTALL)
-        return type(error) is ValueError and found is not None and found[1] in contract.arguments
+        names = contract.also_named | set(contract.arguments)
+        return type(error) is ValueError and found is not None and found[1] in names
     words = set(re.findall(r"\w+", message))
     named = words & (set(contract.arguments) | contract.also_named)
     return isinstance(error, BackendError) or (type(error) in (TypeError, ValueError) and bool(named))

@@ -1,9 +1,11 @@
 """tests.support.hostile with another build of the extension than the installed one; `make sanitize` runs it.
 
     python -m tests.support.sanitized build/sanitize/_C.abi3.so --calls 500
+    python -m tests.support.sanitized build/sanitize/_C.abi3.so --graphs 100
     python -m tests.support.sanitized build/sanitize/_C.abi3.so --planted
 
-The second makes an op read past the end of its memory, of which a sanitizer has to say "heap-buffer-overflow".
+The second runs so many drawn graphs by every plan. The third makes an op read past the end of its memory, of which a
+sanitizer has to say "heap-buffer-overflow".
 """
 
 from __future__ import annotations
@@ -38,11 +40,40 @@ def read_past_the_end() -> None:
     torch.ops.bqnn_cpu.square(x, torch.empty(32))
 
 
+def run_graphs(count: int) -> None:
+    """Programs of drawn graphs, of integers or not, by every plan, for some batches, on one thread and on two."""
+    import torch
+
+    from bqnn.engine.program import Program
+    from bqnn.engine.reference import run
+    from tests.support.draw_graphs import draw_graph
+    from tests.support.programs import PLANS, check_near, of_batch
+
+    for seed in range(count):
+        graph, inputs = draw_graph(seed, quantized=seed % 2 == 1)
+        batches = [of_batch(inputs, batch) for batch in (1, 2, 7)]
+        expected = [run(graph, given) if seed % 2 == 0 else None for given in batches]
+        for plan, options in PLANS.items():
+            program = Program(graph, **options, cache=1 << seed % 20)
+            for given, right in zip(batches, expected):
+                for threads in (1, 2):
+                    torch.set_num_threads(threads)
+                    found = program(given)
+                    torch.set_num_threads(1)
+                    assert all(bool(y.isfinite().all()) for y in found), (seed, plan)
+                    if right is not None:
+                        check_near(found, right)
+    print(f"{count} graphs, {len(PLANS)} plans each")
+
+
 if __name__ == "__main__":
     load(sys.argv[1])
     if sys.argv[2:] == ["--planted"]:
         read_past_the_end()
         sys.exit("no sanitizer has seen the read past the end")
+    if sys.argv[2] == "--graphs":
+        run_graphs(int(sys.argv[3]))
+        sys.exit(0)
     from tests.support import hostile
 
     sys.exit(hostile.main(sys.argv[2:]))

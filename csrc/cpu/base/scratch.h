@@ -7,8 +7,9 @@ namespace bqnn {
 
 enum class Scratch { activations, scales, row_scales, panel, products, tables, positions, offsets, sums, arena, shared, count };
 
-// At least `bytes` of memory aligned to 64, for this thread and purpose; its contents are whatever was there. It stays
-// valid until the same thread asks for the same purpose again.
+// At least `bytes` of memory aligned to 64, for this thread and purpose; its contents are whatever was there: what the
+// thread has left there, if it asked for as many bytes before. It stays valid until the same thread asks for the same
+// purpose again.
 char* scratch(Scratch purpose, size_t bytes);
 
 }  // namespace bqnn

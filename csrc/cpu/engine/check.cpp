@@ -8,8 +8,9 @@
 namespace bqnn::engine {
 namespace {
 
-constexpr int64_t kMostSize = int64_t{1} << 31, kMostCount = int64_t{1} << 40;
-constexpr int64_t kMostSum = 255 * 64;  // of one product of integers
+constexpr int64_t kMostSize = int64_t{1} << 31, kMostCount = int64_t{1} << 40, kMostProducts = int64_t{1} << 62;
+constexpr int64_t kMostSum = 255 * 64;                      // of one product of integers
+constexpr int64_t kMostBytesOfSum = (kMostSize - 1) / 255;  // that are added up in 32 bits
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
@@ -82,6 +83,11 @@ void check_weight(const Step& step, const Value& x, int64_t channels, int64_t co
   }
 }
 
+// The mean of a window of at most so many elements.
+void check_mean(const Value& x, int64_t elements, const std::string& where) {
+  require(x.dtype == Dtype::float32 || elements <= kMostBytesOfSum, where, "have sums that fit 32 bits");
+}
+
 class Checker {
  public:
   explicit Checker(const Graph& graph) : graph_(graph) {}
@@ -137,6 +143,7 @@ class Checker {
     const Shape& s = x.shape;
     Shape expected = s;
     int rank = x.rank;
+    int64_t columns = 0;  // weights of a channel
     bool moves = false;  // whether stored numbers are moved as they are
     switch (step.op) {
       case Op::conv2d:
@@ -146,13 +153,15 @@ class Checker {
                 "have groups that divide its channels");
         expected = windowed(s, w, y.shape.channels);
         require(s.channels / step.groups <= kMostCount / (w.kernel_h * w.kernel_w), where, "have fewer than 2^40 weights");
-        check_weight(step, x, y.shape.channels, s.channels / step.groups * w.kernel_h * w.kernel_w, where);
+        columns = s.channels / step.groups * w.kernel_h * w.kernel_w;
+        check_weight(step, x, y.shape.channels, columns, where);
         break;
       case Op::linear:
         require(step.groups == 1, where, "have one group");
         expected = {y.shape.channels, 1, 1};
         rank = 1;
-        check_weight(step, x, y.shape.channels, s.count(), where);
+        columns = s.count();
+        check_weight(step, x, y.shape.channels, columns, where);
         break;
       case Op::affine:
         require(step.weight.scale != nullptr && step.weight.bias != nullptr, where, "have a scale and a shift");
@@ -176,12 +185,14 @@ class Checker {
                     2 * w.left <= w.kernel_w && w.divisor >= 0 && w.divisor < kMostSize,
                 where, "have a padding of at most half its window");
         require(step.op == Op::max_pool2d || (w.dilation_h == 1 && w.dilation_w == 1), where, "have no dilation");
+        if (step.op == Op::avg_pool2d) check_mean(x, w.kernel_h * w.kernel_w, where);
         expected = windowed(s, w, s.channels);
         moves = step.op == Op::max_pool2d;
         break;
       case Op::adaptive_avg_pool2d:
         require(x.rank == 3, where, "read an image");
         expected = {s.channels, y.shape.height, y.shape.width};
+        check_mean(x, (s.height / y.shape.height + 2) * (s.width / y.shape.width + 2), where);
         break;
       case Op::cat:
         expected.channels = 0;
@@ -227,6 +238,7 @@ class Checker {
         break;
     }
     require(y.shape == expected && y.rank == rank, where, "write a value of the shape that follows from its input's");
+    require(columns <= kMostProducts / y.shape.count(), where, "have fewer than 2^62 products");
     if (moves) require(same_numbers(x, y), where, "write the numbers that it reads");
     if (layer && inputs == 2) {
       const Value& residual = graph_.values[step.inputs[1]];

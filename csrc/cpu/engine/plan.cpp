@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
 
 namespace bqnn::engine {
 
@@ -12,6 +13,13 @@ bool is_depthwise(const Graph& graph, const Step& step) {
 }
 
 namespace {
+
+// What an image may take at most: far more than there is memory for, and so little that no address overflows.
+constexpr int64_t kMostElements = int64_t{1} << 40, kMostBytes = int64_t{1} << 44;
+
+void require_room(bool fits) {
+  if (!fits) throw std::invalid_argument("an image must take less than 2^40 elements a value and 2^44 bytes in all");
+}
 
 class Planner {
  public:
@@ -83,6 +91,10 @@ class Planner {
       const Window& w = step.window;
       b.top = std::max(b.top, w.top), b.bottom = std::max(b.bottom, w.bottom);
       b.left = std::max(b.left, w.left), b.right = std::max(b.right, w.right);
+    }
+    for (const Buffer& b : plan_.buffers) {
+      const int64_t rows = b.top + b.shape.height + b.bottom, width = b.left + b.shape.width + b.right;
+      require_room(rows <= kMostElements / width && rows * width <= kMostElements / b.pixel());
     }
   }
 
@@ -220,6 +232,7 @@ class Planner {
       placed.push_back(index);
       int64_t& end = b.shared ? plan_.shared : plan_.local;
       end = std::max(end, b.offset + b.bytes());
+      require_room(end <= kMostBytes);
     }
   }
 };

@@ -31,7 +31,8 @@ const Kernels& kernels_of(Isa isa) {
 
 namespace {
 
-constexpr int64_t kWorthAThread = 1 << 18;  // products that repay waking a thread
+constexpr int64_t kWorthAThread = 1 << 18;        // products that repay waking a thread
+constexpr int64_t kMostBytes = int64_t{1} << 50;  // of the images of a run
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -132,15 +133,15 @@ void Program::run_instruction(const Frame& frame, const Instruction& of, const P
       if (step.inputs.size() > 1) call.residual = view(frame, step.inputs[1]);
       if (of.kind == Kind::depthwise) {
         const int64_t work = products(of) / y.shape.height;
-        return parallel_for(parallel, rows, 1 + kWorthAThread / (8 * (1 + work)),
+        return parallel_for(parallel, rows, 1 + kWorthAThread / 8 / (1 + work),
                             [&](int64_t begin, int64_t end) { k.depthwise(call, begin, end); });
       }
       const int64_t strips = conv.groups * ceil_div(conv.group_channels, k.strip);
       const int64_t positions = rows * y.shape.width;
       int64_t parts = parallel.threads / std::gcd<int64_t>(parallel.threads, strips);
       if (strips >= 4 * parallel.threads || parts > positions) parts = 1;
-      const int64_t work = products(of) * images / (strips * parts);
-      parallel_for(parallel, strips * parts, 1 + kWorthAThread / (1 + work),
+      const double work = static_cast<double>(products(of)) * images / (strips * parts);
+      parallel_for(parallel, strips * parts, static_cast<int64_t>(1 + kWorthAThread / (1 + work)),
                    [&](int64_t begin, int64_t end) { k.conv2d(call, parts, begin, end); });
       return;
     }
@@ -177,6 +178,8 @@ void Program::run_stage(const Frame& frame, const Stage& stage, const Parallel& 
   }
 }
 
+int64_t Program::most_images() const { return kMostBytes / (1 + plan_.local + plan_.shared); }
+
 void Program::run(const Outside* inputs, const Outside* outputs, int64_t images, const Parallel& parallel,
                   double* seconds) const {
   if (images == 0) return;
@@ -185,7 +188,7 @@ void Program::run(const Outside* inputs, const Outside* outputs, int64_t images,
   const auto local = [&](int64_t room) { return scratch(Scratch::arena, plan_.local * room + kSlack); };
   // A few images that threads can not share evenly are divided within each step.
   const bool divided = images < threads || (images % threads != 0 && images < 4 * threads);
-  int64_t block = std::max<int64_t>(1, limits_.cache / std::max<int64_t>(1, plan_.local));
+  int64_t block = std::clamp<int64_t>(limits_.cache / std::max<int64_t>(1, plan_.local), 1, images);
   if (!divided) {
     const int64_t rounds = ceil_div(images, threads * block);
     block = ceil_div(images, threads * rounds);

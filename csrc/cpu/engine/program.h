@@ -20,7 +20,8 @@ struct Limits {
 
 class Program {
  public:
-  // Throws std::invalid_argument where the graph is unsound. Nothing of the caller's memory is used afterwards.
+  // Throws std::invalid_argument where the graph is unsound, or an image too large. Nothing of the caller's memory is
+  // used afterwards.
   Program(Graph graph, Isa isa, const Limits& limits = {});
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
@@ -28,6 +29,9 @@ class Program {
   const Graph& graph() const { return graph_; }
   const Plan& plan() const { return plan_; }
   const Kernels& kernels() const { return *kernels_; }
+
+  // Images that a run may have at most: more would take more bytes than addresses are for.
+  int64_t most_images() const;
 
   // Runs the network on images; inputs and outputs are in the order of the graph's. Any number of threads may run it at
   // the same time. Where `seconds` is not null, each instruction's time is added to its entry, over all threads.
