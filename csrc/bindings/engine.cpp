@@ -120,7 +120,8 @@ engine::Weight read_weight(Reader* reader, const std::vector<Tensor>& tensors, i
     if (levels != nullptr) w.levels = counted<float>(*levels, "levels", ScalarType::Float, levels->numel());
     if (integers != nullptr) w.integers = counted<int8_t>(*integers, "integers", ScalarType::Char, integers->numel());
     const int64_t digits = digits_of_byte(w.num_levels);
-    w.codes = shaped<uint8_t>(*codes, "codes", ScalarType::Byte, {channels, columns > 0 ? (columns - 1) / digits + 1 : 0});
+    const int64_t bytes = columns > 0 ? (columns - 1) / digits + 1 : 0;
+    w.codes = shaped<uint8_t>(*codes, "codes", ScalarType::Byte, {channels, bytes});
   }
   if (weight != nullptr && weight->scalar_type() == ScalarType::Char)
     w.integer_numbers = counted<int8_t>(*weight, "weight", ScalarType::Char, product({channels, columns}));

@@ -152,7 +152,8 @@ class Checker {
         require(step.groups >= 1 && s.channels % step.groups == 0 && y.shape.channels % step.groups == 0, where,
                 "have groups that divide its channels");
         expected = windowed(s, w, y.shape.channels);
-        require(s.channels / step.groups <= kMostCount / (w.kernel_h * w.kernel_w), where, "have fewer than 2^40 weights");
+        require(s.channels / step.groups <= kMostCount / (w.kernel_h * w.kernel_w), where,
+                "have fewer than 2^40 weights");
         columns = s.channels / step.groups * w.kernel_h * w.kernel_w;
         check_weight(step, x, y.shape.channels, columns, where);
         break;

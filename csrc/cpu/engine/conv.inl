@@ -68,7 +68,8 @@ template <template <int, int> class Sums, class Op, int kBits, int kStripsOfCall
 __attribute__((noinline)) void multiply_codes(const Codebook& book, const char* x_at, const uint32_t* const* words,
                                               int64_t count, uint32_t* products) {
   constexpr int kLanesOfWord = 32 / kBits / Op::kUnit, kChain = kMostChain < kLanesOfWord ? kMostChain : kLanesOfWord;
-  add_to_products<Sums<kStripsOfCall, kVectors>, kStripsOfCall, kVectors>(products, kWidth, true, [&](auto& sums) BQNN_LAMBDA {
+  using All = Sums<kStripsOfCall, kVectors>;
+  add_to_products<All, kStripsOfCall, kVectors>(products, kWidth, true, [&](auto& sums) BQNN_LAMBDA {
     for (int64_t i = 0; i < count; ++i, x_at += 4 * kLanesOfWord) {
       UInt word[kStripsOfCall][kVectors];
       BQNN_UNROLL(4) for (int r = 0; r < kStripsOfCall; ++r)
@@ -133,12 +134,14 @@ inline void multiply_one(const ConvCall& call, const Chunk* chunks, int64_t num_
       const uint32_t* blocks[kStrips * kStripBlocks];
       for (int64_t i = 0; i < count * kStripBlocks; ++i)
         blocks[i] = conv.layout->block(group, strip * kStripBlocks + i);
-      codes_kernel(conv, conv.layout->bits)(book, at.x[0], blocks, conv.segment / conv.layout->word_weights(), products);
+      const int64_t words_of_block = conv.segment / conv.layout->word_weights();
+      codes_kernel(conv, conv.layout->bits)(book, at.x[0], blocks, words_of_block, products);
     } else {
       for (int64_t c = 0; c < num_chunks; ++c) {
         const uint32_t* weight = kept ? conv.panels + index * words + chunks[c].panel : made;
         for (int64_t i = 0; !kept && i < count; ++i)
-          make_part(conv, group, strip + i, chunks[c].panel / kWidth, chunks[c].pieces->lanes, made + i * room_of_chunk);
+          make_part(conv, group, strip + i, chunks[c].panel / kWidth, chunks[c].pieces->lanes,
+                    made + i * room_of_chunk);
         if (together && !codes)
           tile.strips(at.x[0], chunks[c], weight, kept ? words : room_of_chunk, products, c == 0);
         else

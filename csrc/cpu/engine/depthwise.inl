@@ -49,7 +49,8 @@ BQNN_INLINE void sum_taps(const uint8_t* x, const Conv& conv, int64_t row, int64
       const uint8_t* from = x + r * w.dilation_h * row + s * w.dilation_w * pixel;
       BQNN_UNROLL(4) for (int p = 0; p < kPixels; ++p) part[p] += load_bytes_as_shorts(from + p * step) * weight;
       if (--left > 0) continue;
-      BQNN_UNROLL(4) for (int p = 0; p < kPixels; ++p) add_halves(part[p], &total[p][0], &total[p][1]), part[p] = Short{};
+      BQNN_UNROLL(4) for (int p = 0; p < kPixels; ++p)
+        add_halves(part[p], &total[p][0], &total[p][1]), part[p] = Short{};
       left = together;
     }
   BQNN_UNROLL(4) for (int p = 0; p < kPixels; ++p) {
@@ -91,13 +92,14 @@ inline void depthwise_rows(const ConvCall& call, int64_t begin, int64_t end) {
       const int first = lanes_left(shape.channels - c);
       const int second = shape.channels - c > kLanes ? lanes_left(shape.channels - c - kLanes) : 0;
       const auto of_first = finish.channels(c), of_second = finish.channels(c + kLanes);
-      const auto write = [&](const UInt* sum, int64_t w) __attribute__((always_inline)) {
+      const auto write = [&](const UInt* sum, int64_t w) BQNN_LAMBDA {
         const char* residual = call.residual.data == nullptr ? nullptr : call.residual.at(image, h, w);
         Y* y = elements<Y>(call.y, image, h, w) + c;
         uint32_t products[2 * kLanes];
         __builtin_memcpy(products, sum, sizeof products);
         finish.store(y, finish.value(products, of_first, residual, c), first);
-        if (second > 0) finish.store(y + kLanes, finish.value(products + kLanes, of_second, residual, c + kLanes), second);
+        if (second > 0)
+          finish.store(y + kLanes, finish.value(products + kLanes, of_second, residual, c + kLanes), second);
       };
       UInt sum[2 * kDepthwisePixels];
       int64_t w = 0;

@@ -49,7 +49,19 @@ enum class Op : int32_t {
   count
 };
 
-enum class Function : int32_t { none, clamp, leaky_relu, hardswish, hardsigmoid, sigmoid, silu, gelu, gelu_tanh, tanh, count };
+enum class Function : int32_t {
+  none,
+  clamp,
+  leaky_relu,
+  hardswish,
+  hardsigmoid,
+  sigmoid,
+  silu,
+  gelu,
+  gelu_tanh,
+  tanh,
+  count
+};
 
 struct Activation {
   Function function = Function::none;
@@ -97,8 +109,8 @@ struct Graph {
   std::vector<int32_t> inputs, outputs;
 };
 
-// Throws std::invalid_argument, with the step and what is wrong, where a graph is unsound: afterwards every index, shape
-// and number may be relied on. (That tensors are as large as the shapes say is for the caller to check.)
+// Throws std::invalid_argument, with the step and what is wrong, where a graph is unsound: afterwards every index,
+// shape and number may be relied on. (That tensors are as large as the shapes say is for the caller to check.)
 void check(const Graph& graph);
 
 }  // namespace bqnn::engine

@@ -38,7 +38,8 @@ struct Finish {
     return {load(conv.scale + channel), load(conv.bias + channel), load_lanes(conv.shift + channel)};
   }
 
-  BQNN_INLINE Float value(const uint32_t* products, const Channels& of, const char* residual_at, int64_t channel) const {
+  BQNN_INLINE Float value(const uint32_t* products, const Channels& of, const char* residual_at,
+                          int64_t channel) const {
     const UInt product = load_lanes(products);
     Float y = (integers ? to_float((Int)(product - of.shift)) : (Float)product) * of.scale + of.bias;
     if (residual) y += added.read(reinterpret_cast<const R*>(residual_at) + channel);

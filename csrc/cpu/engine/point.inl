@@ -52,30 +52,30 @@ inline void each_one(const PointCall& call, int64_t begin, int64_t end, bool by_
 template <class F>
 BQNN_INLINE void with_activation(const Activation& act, const F& f) {
   if (act.function == Function::clamp)
-    return f([low = broadcast(act.low), high = broadcast(act.high)](Float x) __attribute__((always_inline)) {
+    return f([low = broadcast(act.low), high = broadcast(act.high)](Float x) BQNN_LAMBDA {
       return min(high, max(low, x));
     });
-  f([&](Float x) __attribute__((always_inline)) { return activate(act, x); });
+  f([&](Float x) BQNN_LAMBDA { return activate(act, x); });
 }
 
 template <class A, class Y>
 inline void point_rows(const PointCall& call, int64_t begin, int64_t end) {
-  with_activation(call.activation, [&](const auto& act) __attribute__((always_inline)) {
+  with_activation(call.activation, [&](const auto& act) BQNN_LAMBDA {
     if (call.op == Op::affine)
-      return each_one<A, Y>(call, begin, end, true, [&](Float a, int64_t c) __attribute__((always_inline)) {
+      return each_one<A, Y>(call, begin, end, true, [&](Float a, int64_t c) BQNN_LAMBDA {
         return act(a * load(call.scale + c) + load(call.shift + c));
       });
     if (call.op == Op::activation)
       return each_one<A, Y>(call, begin, end, false,
-                            [&](Float a, int64_t) __attribute__((always_inline)) { return act(a); });
+                            [&](Float a, int64_t) BQNN_LAMBDA { return act(a); });
     with_element(call.b.dtype, [&](auto* null) {
       using B = std::remove_pointer_t<decltype(null)>;
       if (call.op == Op::add)
-        each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) __attribute__((always_inline)) { return act(a + b); });
+        each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) BQNN_LAMBDA { return act(a + b); });
       else if (call.op == Op::sub)
-        each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) __attribute__((always_inline)) { return act(a - b); });
+        each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) BQNN_LAMBDA { return act(a - b); });
       else
-        each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) __attribute__((always_inline)) { return act(a * b); });
+        each_pair<A, B, Y>(call, begin, end, [&](Float a, Float b) BQNN_LAMBDA { return act(a * b); });
     });
   });
 }

@@ -105,6 +105,7 @@ inline void run_pool(const PoolCall& call, int64_t begin, int64_t end) {
   with_element(call.x.dtype, [&](auto* null) {
     using X = std::remove_pointer_t<decltype(null)>;
     if (call.op == Op::max_pool2d) return max_pool_rows<X>(call, begin, end);
-    with_element(call.y.dtype, [&](auto* y) { avg_pool_rows<X, std::remove_pointer_t<decltype(y)>>(call, begin, end); });
+    with_element(call.y.dtype,
+                 [&](auto* y) { avg_pool_rows<X, std::remove_pointer_t<decltype(y)>>(call, begin, end); });
   });
 }

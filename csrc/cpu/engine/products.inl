@@ -14,9 +14,9 @@ struct Chunk {
 constexpr int64_t kChunkLanes = 256;
 
 // Running sums of kRows rows by kCount vectors, to which the products of so many lanes of K are added: of x(row, lane)
-// and w(row, lane, vector). Rows are positions that have one strip's weights, or strips that have one position's inputs:
-// what does not depend on the row is loaded once. A chain is how many lanes are added up in 16 bits first, where there is
-// no instruction that adds up bytes in 32.
+// and w(row, lane, vector). Rows are positions that have one strip's weights, or strips that have one position's
+// inputs: what does not depend on the row is loaded once. A chain is how many lanes are added up in 16 bits first,
+// where there is no instruction that adds up bytes in 32.
 template <int kRows, int kCount>
 struct ByteSums {
   UInt sum[kRows][kCount] = {};
@@ -30,7 +30,8 @@ struct ByteSums {
         BQNN_UNROLL(4) for (int v = 0; v < kCount; ++v) {
           const __m256i product = _mm256_maddubs_epi16((__m256i)x(r, t), (__m256i)w(r, t, v));
           part[r][v] = t == 0 ? product : _mm256_add_epi16(part[r][v], product);
-          __asm__("" : "+x"(part[r][v]));  // else GCC adds up in another order, which takes more registers than there are
+          // Else GCC adds up in another order, which takes more registers than there are.
+          __asm__("" : "+x"(part[r][v]));
         }
     const __m256i ones = _mm256_set1_epi16(1);
     BQNN_UNROLL(12) for (int r = 0; r < kRows; ++r)
@@ -88,8 +89,8 @@ BQNN_INLINE void add_to_products(uint32_t* products, int64_t stride, bool first,
       __builtin_memcpy(products + r * stride + v * kLanes, &sums.sum[r][v], sizeof(UInt));
 }
 
-// Adds to products [kRows][kWidth] those of positions and the first kCount vectors of a strip, over a chunk of K: in the
-// order of K whatever kRows is.
+// Adds to products [kRows][kWidth] those of positions and the first kCount vectors of a strip, over a chunk of K: in
+// the order of K whatever kRows is.
 template <template <int, int> class Sums, int kRows, int kCount, int kChain>
 __attribute__((noinline)) void multiply_tile(const char* const* position, const Chunk& chunk, const uint32_t* weight,
                                              uint32_t* products, bool first) {

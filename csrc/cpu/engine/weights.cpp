@@ -93,7 +93,8 @@ void Weights::keep_weight(const Step& step, Conv* conv) {
       for (int64_t k = 0; k < columns; ++k) {
         float number;
         if (weight.codes != nullptr)
-          number = conv->integers ? static_cast<float>(weight.integers[book + codes[k]]) : weight.levels[book + codes[k]];
+          number = conv->integers ? static_cast<float>(weight.integers[book + codes[k]])
+                                  : weight.levels[book + codes[k]];
         else
           number = conv->integers ? static_cast<float>(weight.integer_numbers[n * columns + k])
                                   : weight.numbers[n * columns + k];
