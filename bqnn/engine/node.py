@@ -25,6 +25,7 @@ ACTIVATIONS = (
     "gelu_tanh",
     "tanh",
 )
+"""In the order in which csrc/cpu/engine/graph.h numbers them."""
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,7 @@ def _reshape(node: Node, inputs: Sequence[Shape]) -> Shape:
 
 _WINDOWS = {"kernel": SIZES, "stride": SIZES, "padding": PAIR, "ceil_mode": FLAG}
 
+# In the order in which csrc/cpu/engine/graph.h numbers them.
 OPERATORS: dict[str, Operator] = {
     "conv2d": Operator(
         _conv2d,

@@ -14,39 +14,10 @@ import torch
 from torch import Tensor
 
 from bqnn.core.native import cpu_isa
-from bqnn.engine.graph import Graph, Node
+from bqnn.engine.check_graph import DTYPES
+from bqnn.engine.graph import ACTIVATIONS, Graph, Node
+from bqnn.engine.operators import OPERATORS
 
-OPERATORS = (
-    "conv2d",
-    "linear",
-    "affine",
-    "activation",
-    "add",
-    "sub",
-    "mul",
-    "max_pool2d",
-    "avg_pool2d",
-    "adaptive_avg_pool2d",
-    "cat",
-    "pad",
-    "slice",
-    "reshape",
-    "softmax",
-    "log_softmax",
-)
-FUNCTIONS = (
-    "none",
-    "clamp",
-    "leaky_relu",
-    "hardswish",
-    "hardsigmoid",
-    "sigmoid",
-    "silu",
-    "gelu",
-    "gelu_tanh",
-    "tanh",
-)
-DTYPES = ("float32", "uint8")
 TENSORS = ("codes", "levels", "integers", "weight", "scale", "bias")
 
 
@@ -114,6 +85,7 @@ class Program:
 def describe(graph: Graph) -> tuple[list[int], list[float], list[Tensor]]:
     """The description of a graph: integers, numbers and tensors."""
     index = {name: i for i, name in enumerate(graph.values)}
+    operators = {name: i for i, name in enumerate(OPERATORS)}
     words: list[int] = [len(index)]
     numbers: list[float] = []
     tensors: list[Tensor] = []
@@ -122,8 +94,8 @@ def describe(graph: Graph) -> tuple[list[int], list[float], list[Tensor]]:
         numbers.append(value.scale)
     words.append(len(graph.nodes))
     for node in graph.nodes:
-        words += [OPERATORS.index(node.op), len(node.inputs), *(index[name] for name in node.inputs)]
-        words += [index[node.output], FUNCTIONS.index(node.activation.name)]
+        words += [operators[node.op], len(node.inputs), *(index[name] for name in node.inputs)]
+        words += [index[node.output], ACTIVATIONS.index(node.activation.name)]
         words += _window(node) + _sizes(node)
         numbers += [node.activation.low, node.activation.high, float(node.attributes.get("value", 0.0))]
         for name in TENSORS:

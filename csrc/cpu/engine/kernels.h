@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "cpu/base/isa.h"
 #include "cpu/engine/graph.h"

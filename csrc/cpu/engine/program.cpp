@@ -45,6 +45,11 @@ struct Program::Frame {
   int64_t first, images;  // of the batch
   int64_t all;            // images of the batch
   int64_t room;           // images that local memory is for
+
+  // Where the frame's first image of a buffer lies.
+  char* memory(const Buffer& b) const {
+    return b.shared ? shared + b.offset * all + first * b.bytes() : local + b.offset * room;
+  }
 };
 
 Program::Program(Graph graph, Isa isa, const Limits& limits)
@@ -72,9 +77,7 @@ View Program::view(const Frame& frame, int value) const {
   const Place& place = plan_.places[value];
   const Buffer& b = plan_.buffers[place.buffer];
   View view{nullptr, v.dtype, v.shape, b.pixel(), b.row(), b.bytes() / size_of(v.dtype), v.scale, v.zero};
-  char* base = b.shared ? frame.shared + b.offset * frame.all + frame.first * b.bytes()
-                        : frame.local + b.offset * frame.room;
-  view.data = base + view.bytes(b.top * view.row + b.left * view.pixel + place.channel);
+  view.data = frame.memory(b) + view.bytes(b.top * view.row + b.left * view.pixel + place.channel);
   return view;
 }
 
@@ -107,9 +110,7 @@ void Program::run_instruction(const Frame& frame, const Instruction& of, const P
   const int64_t images = frame.images;
   if (of.kind == Kind::border) {
     const Buffer& b = plan_.buffers[of.value];
-    fill_border(b, b.shared ? frame.shared + b.offset * frame.all + frame.first * b.bytes()
-                            : frame.local + b.offset * frame.room, images);
-    return;
+    return fill_border(b, frame.memory(b), images);
   }
   const View y = view(frame, of.value);
   const int64_t rows = images * y.shape.height;
