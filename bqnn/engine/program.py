@@ -68,7 +68,7 @@ class Program:
     def instructions(self, inputs: Sequence[Tensor]) -> list[Instruction]:
         """What runs, and how long it takes on these inputs."""
         times = torch.ops.bqnn_cpu.engine_times(self._handle, list(inputs)).tolist()
-        lines = torch.ops.bqnn_cpu.engine_describe(self._handle).splitlines()[1:]
+        lines = torch.ops.bqnn_cpu.engine_describe(self._handle, inputs[0].shape[0]).splitlines()[1:]
         parts = [line.split(" ", 1) for line in lines]
         return [
             Instruction(int(node), kernel, seconds, int(products))

@@ -310,13 +310,14 @@ Tensor engine_times_op(int64_t handle, std::vector<Tensor> inputs) {
   return table;
 }
 
-// A line an instruction: the index of its step, or -1, and what it is; and the bytes of an image in the arenas.
-std::string engine_describe_op(int64_t handle) {
+// A line an instruction: the index of its step, or -1, and what it is for so many images; and the bytes of an image in the arenas.
+std::string engine_describe_op(int64_t handle, int64_t images) {
   const std::shared_ptr<const Program> program = program_of(handle);
+  require(images >= 0 && images <= program->most_images(), "images", "a batch that memory holds", images);
   std::string text = std::to_string(program->plan().local) + " " + std::to_string(program->plan().shared) + "\n";
   for (const engine::Instruction& each : program->plan().instructions) {
     const bool of_step = each.kind != engine::Kind::read && each.kind != engine::Kind::write;
-    text += std::to_string(of_step ? each.step : -1) + " " + program->describe(each) + "\n";
+    text += std::to_string(of_step ? each.step : -1) + " " + program->describe(each, images) + "\n";
   }
   return text;
 }
@@ -330,7 +331,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bqnn_cpu, m) {
   m.def("engine_free(int program) -> ()");
   m.def("engine_run(int program, Tensor[] inputs) -> Tensor[]");
   m.def("engine_times(int program, Tensor[] inputs) -> Tensor");
-  m.def("engine_describe(int program) -> str");
+  m.def("engine_describe(int program, int images=1) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CPU, m) {

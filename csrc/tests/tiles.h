@@ -1,7 +1,7 @@
 // AMX in plain loops, for the programs of csrc/tests on machines that have AVX-512 but no tiles: the kernels' own code
 // runs, and what they ask of the tiles is checked. Tile data is per thread, as it is in hardware.
 //
-// Included by packed/amx/amx.cpp under BQNN_EMULATE_TILES, after immintrin.h.
+// Included by packed/amx/amx.cpp and engine/amx.cpp under BQNN_EMULATE_TILES, after immintrin.h.
 #pragma once
 
 #include <cstdint>
@@ -98,7 +98,8 @@ BQNN_TILE_PRODUCT void dot_bf16(int c, int a, int b) {
   for (int r = 0; r < rows; ++r) std::memcpy(tile[c].data[r], sum[r], sizeof sum[r]);
 }
 
-BQNN_TILE_PRODUCT void dot_s8(int c, int a, int b) {
+template <class X>
+BQNN_TILE_PRODUCT void dot_integers(int c, int a, int b) {
   check_sizes(c, a, b);
   const int rows = tile[c].rows, steps = tile[b].rows, columns = tile[c].bytes / 4;
   uint32_t sum[16][16];  // wraps around
@@ -108,7 +109,7 @@ BQNN_TILE_PRODUCT void dot_s8(int c, int a, int b) {
       int y[16];
       for (int n = 0; n < columns; ++n) y[n] = static_cast<int8_t>(tile[b].data[k][4 * n + i]);
       for (int r = 0; r < rows; ++r) {
-        const int x = static_cast<int8_t>(tile[a].data[r][4 * k + i]);
+        const int x = static_cast<X>(tile[a].data[r][4 * k + i]);
         for (int n = 0; n < columns; ++n) sum[r][n] += static_cast<uint32_t>(x * y[n]);
       }
     }
@@ -126,10 +127,12 @@ BQNN_TILE_PRODUCT void dot_s8(int c, int a, int b) {
 #undef _tile_stored
 #undef _tile_dpbf16ps
 #undef _tile_dpbssd
+#undef _tile_dpbusd
 #define _tile_loadconfig bqnn::tiles::load_config
 #define _tile_release bqnn::tiles::release
 #define _tile_zero bqnn::tiles::zero
 #define _tile_loadd bqnn::tiles::load
 #define _tile_stored bqnn::tiles::store
 #define _tile_dpbf16ps bqnn::tiles::dot_bf16
-#define _tile_dpbssd bqnn::tiles::dot_s8
+#define _tile_dpbssd bqnn::tiles::dot_integers<int8_t>
+#define _tile_dpbusd bqnn::tiles::dot_integers<uint8_t>

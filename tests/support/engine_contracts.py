@@ -217,6 +217,8 @@ def engine() -> dict[str, Contract]:
         ),
         "engine_run": Contract(ops.engine_run, _CALL, answer_of_a_run, ways=_WAYS),
         "engine_times": Contract(ops.engine_times, _CALL, no_answer, ways=_WAYS),
-        "engine_describe": Contract(ops.engine_describe, {"program": program}, no_answer),
+        "engine_describe": Contract(
+            ops.engine_describe, {"program": program, "images": lambda draw: draw.choice((0, 1, 2, 64))}, no_answer
+        ),
         "engine_free": Contract(free, {"program": program_to_free}, no_answer),
     }

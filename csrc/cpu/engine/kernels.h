@@ -11,7 +11,8 @@
 
 namespace bqnn::engine {
 
-// Images of a value in memory: channels of a pixel side by side. Kernels may read kSlack bytes beyond the last one.
+// Images of a value in memory: channels of a pixel side by side. Kernels may read kSlack bytes beyond the last one, and
+// convolutions on tiles as far as slack_of says.
 struct View {
   char* data;  // the first image's first channel of pixel (0, 0)
   Dtype dtype;
@@ -36,6 +37,8 @@ struct Conv {
   bool integers;                           // whether it multiplies integers
   bool depthwise;                          // a channel a group: no product, but a sum of taps
   int64_t segments, segment;               // runs of K that are contiguous in x, and weights in one
+  int64_t lanes;                           // of a panel that a segment takes: its weights, and zeros to whole tiles
+  bool tiled;                              // whether AMX multiplies it
   int most_integer = 64;                   // the largest magnitude of the integers
   const PackedLayout* layout = nullptr;    // null where the weight is no codes
   const float* numbers = nullptr;          // [channels, columns], columns in the order of the segments
@@ -50,6 +53,18 @@ struct Conv {
 
   int64_t channels() const { return groups * group_channels; }
 };
+
+constexpr int64_t kTileRows = 16, kTileLanes = 16;  // positions of a tile of AMX, and lanes of K
+
+// Whether tiles multiply so many positions of a convolution: fewer leave most of a tile unused.
+inline bool on_tiles(const Conv& conv, int64_t positions) { return conv.tiled && positions >= kTileRows / 4; }
+
+// Bytes beyond the last image of x, `image` elements each, that a convolution may read: tiles take their positions
+// sixteen at a time, whether there are as many or not.
+inline int64_t slack_of(const Conv& conv, int64_t pixel, int64_t image) {
+  const int64_t step = conv.window.stride_w * pixel;
+  return kSlack + (conv.tiled ? kTileRows * (step > image ? step : image) : 0);
+}
 
 struct ConvCall {
   const Conv* conv;
@@ -92,6 +107,8 @@ struct Kernels {
   void (*make_panel)(const Conv& conv, int64_t group, int64_t strip, uint32_t* panel);
   // Units: [group][strip][part], so many parts of the positions of all images.
   void (*conv2d)(const ConvCall& call, int64_t parts, int64_t begin, int64_t end);
+  // The same of convolutions that are tiled; null where there are no tiles.
+  void (*tiled_conv2d)(const ConvCall& call, int64_t parts, int64_t begin, int64_t end);
   // Units: rows of y.
   void (*depthwise)(const ConvCall& call, int64_t begin, int64_t end);
   void (*point)(const PointCall& call, int64_t begin, int64_t end);

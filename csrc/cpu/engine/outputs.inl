@@ -1,11 +1,4 @@
-// What becomes of products: scaled, shifted, added to a residual, activated, and stored.
-
-// Where the outputs of some positions go, and their residuals are.
-struct Positions {
-  const char* x[kBatch + kMostTile];
-  char* y[kBatch];
-  const char* residual[kBatch];
-};
+// What becomes of products, a row a position: scaled, shifted, added to a residual, activated, and stored.
 
 // What turns the products of some channels into outputs.
 template <class Y, class R>
@@ -68,7 +61,7 @@ inline void finish(const ConvCall& call, const uint32_t* products, const Positio
       const int64_t first = channel + c, second = first + kLanes;
       const auto of_first = finish.channels(first), of_second = finish.channels(second);
       for (int64_t i = 0; i < count; ++i) {
-        const uint32_t* from = products + i * kWidth + c;
+        const uint32_t* from = products + at.row[i] * kWidth + c;
         const Int x = finish.bytes(finish.value(from, of_first, at.residual[i], first));
         const Int y = finish.bytes(finish.value(from + kLanes, of_second, at.residual[i], second));
         store_bytes_of_two(reinterpret_cast<uint8_t*>(at.y[i]) + first, x, y);
@@ -79,7 +72,7 @@ inline void finish(const ConvCall& call, const uint32_t* products, const Positio
     const auto of = finish.channels(channel + c);
     for (int64_t i = 0; i < count; ++i)
       finish.store(reinterpret_cast<Y*>(at.y[i]) + channel + c,
-                   finish.value(products + i * kWidth + c, of, at.residual[i], channel + c), lanes);
+                   finish.value(products + at.row[i] * kWidth + c, of, at.residual[i], channel + c), lanes);
   }
 }
 

@@ -10,25 +10,21 @@ struct ByteOperand {
 constexpr int kStripBlocks = BQNN_LANES == 16 ? 2 : 1;
 constexpr int kWidth = kStripBlocks * kBlock;
 constexpr int kVectors = kWidth / kLanes;  // of a strip
-constexpr int kBatch = 48;                 // positions whose products are finished together
-constexpr int kMostTile = 12;              // positions that are multiplied together at most
-
-template <class Op>
-inline int64_t segment_lanes(const Conv& conv) { return ceil_div(conv.segment, Op::kUnit); }
 
 // Codes are decoded word by word: so many lanes a panel may be written beyond its end.
 constexpr int64_t kWordLanes = 32;
 
-template <class Op>
-inline int64_t panel_words_of(const Conv& conv) {
-  return (conv.segments * segment_lanes<Op>(conv) + kWordLanes) * kWidth;
+inline int64_t panel_words(const Conv& conv) {
+  return (conv.segments * conv.lanes + kWordLanes) * kWidth;
 }
 
-// The weights [first, first + count) of every segment, `first` at the beginning of a word.
+// The lanes [first, first + lanes) of every segment, `first` at the beginning of a word. Beyond a segment's weights they
+// are zeros.
 template <class Op>
-inline void decode_part(const Conv& conv, int64_t group, int64_t strip, int64_t first, int64_t count, uint32_t* panel) {
+inline void decode_part(const Conv& conv, int64_t group, int64_t strip, int64_t first, int64_t lanes, uint32_t* panel) {
   const PackedLayout& layout = *conv.layout;
-  const int64_t lanes = ceil_div(count, Op::kUnit);
+  const int64_t weights = smaller(conv.segment - first * Op::kUnit, lanes * Op::kUnit);
+  const int64_t used = ceil_div(weights, Op::kUnit);
   for (int b = 0; b < kStripBlocks; ++b) {
     const int64_t block = strip * kStripBlocks + b;
     if (block >= layout.blocks) {
@@ -39,15 +35,18 @@ inline void decode_part(const Conv& conv, int64_t group, int64_t strip, int64_t 
     Codebook book;
     read_codebook<Op>(layout, {layout.level_table()}, group, block, &book);
     const uint32_t* words = layout.block(group, block);
-    for (int64_t s = 0; s < conv.segments; ++s)
-      decode<Op>(layout, book, words + (s * layout.padded + first) / layout.word_weights() * kBlock, count,
-                 panel + s * lanes * kWidth + b * kBlock, kWidth);
+    for (int64_t s = 0; s < conv.segments; ++s) {
+      uint32_t* to = panel + s * lanes * kWidth + b * kBlock;
+      decode<Op>(layout, book, words + (s * layout.padded + first * Op::kUnit) / layout.word_weights() * kBlock,
+                 weights, to, kWidth);
+      for (int64_t lane = used; lane < lanes; ++lane) __builtin_memset(to + lane * kWidth, 0, kBlock * sizeof *to);
+    }
   }
 }
 
 template <class Op>
 inline void decode_panel(const Conv& conv, int64_t group, int64_t strip, uint32_t* panel) {
-  decode_part<Op>(conv, group, strip, 0, conv.segment, panel);
+  decode_part<Op>(conv, group, strip, 0, conv.lanes, panel);
 }
 
 // A panel of a weight that is numbers.
@@ -55,18 +54,14 @@ template <class Op, class Number>
 inline void copy_panel(const Conv& conv, const Number* numbers, int64_t group, int64_t strip, uint32_t* panel) {
   const int64_t columns = conv.segments * conv.segment, first = strip * kWidth;
   const int64_t count = smaller(conv.group_channels - first, kWidth);
-  __builtin_memset(panel, 0, static_cast<size_t>(panel_words_of<Op>(conv)) * sizeof *panel);
+  __builtin_memset(panel, 0, static_cast<size_t>(panel_words(conv)) * sizeof *panel);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t k = 0; k < columns; ++k) {
-      const int64_t at = k % conv.segment, lane = k / conv.segment * segment_lanes<Op>(conv) + at / Op::kUnit;
+      const int64_t at = k % conv.segment, lane = k / conv.segment * conv.lanes + at / Op::kUnit;
       const Number number = numbers[(group * conv.group_channels + first + i) * columns + k];
       __builtin_memcpy(reinterpret_cast<char*>(panel + lane * kWidth + i) + at % Op::kUnit * sizeof number, &number,
                        sizeof number);
     }
-}
-
-inline int64_t panel_words(const Conv& conv) {
-  return conv.integers ? panel_words_of<ByteOperand>(conv) : panel_words_of<FloatOperand>(conv);
 }
 
 inline void make_panel(const Conv& conv, int64_t group, int64_t strip, uint32_t* panel) {
@@ -79,8 +74,6 @@ inline void make_panel(const Conv& conv, int64_t group, int64_t strip, uint32_t*
 
 // The lanes [first, first + count) of a panel of codes of one segment.
 inline void make_part(const Conv& conv, int64_t group, int64_t strip, int64_t first, int64_t count, uint32_t* panel) {
-  const int64_t unit = conv.integers ? ByteOperand::kUnit : FloatOperand::kUnit;
-  const int64_t weights = smaller(conv.segment - first * unit, count * unit);
-  if (conv.integers) return decode_part<ByteOperand>(conv, group, strip, first * unit, weights, panel);
-  decode_part<FloatOperand>(conv, group, strip, first * unit, weights, panel);
+  if (conv.integers) return decode_part<ByteOperand>(conv, group, strip, first, count, panel);
+  decode_part<FloatOperand>(conv, group, strip, first, count, panel);
 }

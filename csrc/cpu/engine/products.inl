@@ -1,18 +1,5 @@
 // The product of a few positions and a strip of channels: activations straight from the arena, weights from a panel.
 
-// A run of K that is contiguous in x: where it is, in bytes from a position on, and how many lanes it has.
-struct Piece {
-  int64_t offset, lanes;
-};
-
-// Pieces whose part of a panel stays in the L1 cache while a batch of positions is multiplied by it.
-struct Chunk {
-  const Piece* pieces;
-  int64_t count, panel;  // pieces, and the first word of the panel
-};
-
-constexpr int64_t kChunkLanes = 256;
-
 // Running sums of kRows rows by kCount vectors, to which the products of so many lanes of K are added: of x(row, lane)
 // and w(row, lane, vector). Rows are positions that have one strip's weights, or strips that have one position's
 // inputs: what does not depend on the row is loaded once. A chain is how many lanes are added up in 16 bits first,

@@ -17,13 +17,24 @@ BQNN_KERNELS(scalar)
 #if defined(__x86_64__)
 BQNN_KERNELS(avx2)
 BQNN_KERNELS(avx512)
+namespace amx {
+void conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64_t end);
+}
 #endif
 #undef BQNN_KERNELS
 
 const Kernels& kernels_of(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::avx2) return avx2::kernels;
-  if (isa == Isa::avx512 || isa == Isa::amx) return avx512::kernels;
+  if (isa == Isa::avx512) return avx512::kernels;
+  if (isa == Isa::amx) {
+    static const Kernels kernels = [] {
+      Kernels all = avx512::kernels;
+      all.tiled_conv2d = &amx::conv2d;
+      return all;
+    }();
+    return kernels;
+  }
 #endif
   (void)isa;
   return scalar::kernels;
@@ -67,7 +78,9 @@ Program::Program(Graph graph, Isa isa, const Limits& limits)
   }
   plan_ = make_plan(graph_, wide);
   for (Step& step : graph_.steps) {
-    convs_.push_back(weights_.prepare(step, plan_.buffers[plan_.places[step.inputs[0]].buffer], kept));
+    const Buffer& x = plan_.buffers[plan_.places[step.inputs[0]].buffer];
+    convs_.push_back(weights_.prepare(step, x, kept));
+    slack_ = std::max(slack_, slack_of(convs_.back(), x.pixel() * size_of(x.dtype), x.bytes()));
     step.weight = Weight{};
   }
 }
@@ -140,10 +153,11 @@ void Program::run_instruction(const Frame& frame, const Instruction& of, const P
       const int64_t strips = conv.groups * ceil_div(conv.group_channels, k.strip);
       const int64_t positions = rows * y.shape.width;
       int64_t parts = parallel.threads / std::gcd<int64_t>(parallel.threads, strips);
+      const auto conv2d = on_tiles(conv, positions) ? k.tiled_conv2d : k.conv2d;
       if (strips >= 4 * parallel.threads || parts > positions) parts = 1;
       const double work = static_cast<double>(products(of)) * images / (strips * parts);
       parallel_for(parallel, strips * parts, static_cast<int64_t>(1 + kWorthAThread / (1 + work)),
-                   [&](int64_t begin, int64_t end) { k.conv2d(call, parts, begin, end); });
+                   [&](int64_t begin, int64_t end) { conv2d(call, parts, begin, end); });
       return;
     }
     case Kind::point:
@@ -185,8 +199,8 @@ void Program::run(const Outside* inputs, const Outside* outputs, int64_t images,
                   double* seconds) const {
   if (images == 0) return;
   const int64_t threads = parallel.threads;
-  char* shared = plan_.shared > 0 ? scratch(Scratch::shared, plan_.shared * images + kSlack) : nullptr;
-  const auto local = [&](int64_t room) { return scratch(Scratch::arena, plan_.local * room + kSlack); };
+  char* shared = plan_.shared > 0 ? scratch(Scratch::shared, plan_.shared * images + slack_) : nullptr;
+  const auto local = [&](int64_t room) { return scratch(Scratch::arena, plan_.local * room + slack_); };
   // A few images that threads can not share evenly are divided within each step.
   const bool divided = images < threads || (images % threads != 0 && images < 4 * threads);
   int64_t block = std::clamp<int64_t>(limits_.cache / std::max<int64_t>(1, plan_.local), 1, images);
@@ -225,14 +239,16 @@ int64_t Program::products(const Instruction& of) const {
   return y.count() * conv.inputs * conv.window.kernel_h * conv.window.kernel_w;
 }
 
-std::string Program::describe(const Instruction& of) const {
+std::string Program::describe(const Instruction& of, int64_t images) const {
   switch (of.kind) {
     case Kind::read: return "read";
     case Kind::write: return "write";
     case Kind::border: return "border";
     case Kind::conv2d: {
       const Conv& conv = convs_[of.step];
-      std::string text = std::string(kernels_->name) + (conv.integers ? " int8" : " fp32");
+      const Shape& y = graph_.values[of.value].shape;
+      const bool tiles = on_tiles(conv, images * y.height * y.width);
+      std::string text = std::string(tiles ? "AMX" : kernels_->name) + (conv.integers ? " int8" : " fp32");
       return text + (conv.panels != nullptr ? " panel" : " codes");
     }
     case Kind::depthwise: return std::string(kernels_->name) + " depthwise";

@@ -38,8 +38,8 @@ class Program {
   void run(const Outside* inputs, const Outside* outputs, int64_t images, const Parallel& parallel,
            double* seconds = nullptr) const;
 
-  // What an instruction is, in a word or two, and how many products it takes for an image.
-  std::string describe(const Instruction& instruction) const;
+  // What an instruction is for so many images, in a word or two, and how many products it takes for each.
+  std::string describe(const Instruction& instruction, int64_t images) const;
   int64_t products(const Instruction& instruction) const;
 
  private:
@@ -51,6 +51,7 @@ class Program {
   Weights weights_;
   Plan plan_;
   std::vector<Conv> convs_;  // by step
+  int64_t slack_ = kSlack;   // bytes beyond the arenas that kernels may read
 
   View view(const Frame& frame, int value) const;
   void run_instruction(const Frame& frame, const Instruction& instruction, const Parallel& parallel) const;

@@ -129,8 +129,8 @@ BQNN_INLINE Float activate(const Activation& of, Float x) {
     case Function::silu: return x * sigmoid(x);
     case Function::gelu: return x * (0.5f * erfc(x * -0.70710678f));
     case Function::gelu_tanh: {
-      const Float inner = 0.79788456f * (x + 0.044715f * x * x * x);
-      return x * (0.5f * (1.0f + hyperbolic_tangent(inner)));
+      // (1 + tanh(u)) / 2 is sigmoid(2 u), which does not cancel.
+      return x * sigmoid(1.5957691f * (x + 0.044715f * x * x * x));
     }
     case Function::tanh: return hyperbolic_tangent(x);
     default: return x;

@@ -23,6 +23,15 @@ void unpack(const Weight& weight, int64_t columns, int64_t channel, std::vector<
   }
 }
 
+// Whether tiles multiply a convolution sooner than vectors: a tile takes a cycle a row for each of its products, filled
+// or not, and a vector half a cycle for each lane of K.
+bool tiles_pay(const Conv& conv, const Shape& y) {
+  const bool linear = y.height * y.width == 1;
+  const int64_t rows = linear ? 1 : y.height * ceil_div(y.width, kTileRows) * kTileRows;
+  const int64_t steps = ceil_div(conv.lanes, kTileLanes);
+  return 2 * rows * steps <= y.height * y.width * conv.lanes;
+}
+
 }  // namespace
 
 char* Weights::keep(int64_t bytes) {
@@ -71,6 +80,9 @@ Conv Weights::prepare(const Step& step, const Buffer& buffer, bool keep_panels) 
   const bool dense = conv.inputs == buffer.pixel() && w.dilation_w == 1;
   conv.segments = dense || w.kernel_w == 1 ? w.kernel_h : w.kernel_h * w.kernel_w;
   conv.segment = conv.inputs * w.kernel_h * w.kernel_w / conv.segments;
+  conv.lanes = conv.integers ? ceil_div(conv.segment, 4) : conv.segment;
+  conv.tiled = kernels_.tiled_conv2d != nullptr && conv.integers && !conv.depthwise && tiles_pay(conv, y.shape);
+  if (conv.tiled) conv.lanes = ceil_div(conv.lanes, kTileLanes) * kTileLanes;
   keep_weight(step, &conv);
   if (!conv.depthwise && (keep_panels || conv.layout == nullptr)) this->keep_panels(&conv);
   return conv;

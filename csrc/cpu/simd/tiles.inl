@@ -15,14 +15,19 @@ struct TileConfig {
   ~TileConfig() { _tile_release(); }
 };
 
+// What a product of tiles takes: 8-bit integers, unsigned ones times signed ones, or bfloat16.
+enum class Dot { integers, bytes, bfloat16 };
+
 #define BQNN_EACH(f) f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7)
 #define BQNN_ZERO(t) if constexpr (kIndex == t) _tile_zero(t);
 #define BQNN_LOAD(t) if constexpr (kIndex == t) _tile_loadd(t, from, static_cast<size_t>(stride));
 #define BQNN_STORE(t) if constexpr (kIndex == t) _tile_stored(t, to, static_cast<size_t>(stride));
 #define BQNN_DOT(c, a, b)                                    \
   if constexpr (kProduct == c && kX == a && kWeights == b) { \
-    if constexpr (kInt8)                                     \
+    if constexpr (kDot == Dot::integers)                     \
       _tile_dpbssd(c, a, b);                                 \
+    else if constexpr (kDot == Dot::bytes)                   \
+      _tile_dpbusd(c, a, b);                                 \
     else                                                     \
       _tile_dpbf16ps(c, a, b);                               \
   }
@@ -40,7 +45,7 @@ template <int kIndex>
 BQNN_INLINE void store_tile(char* to, int64_t stride) {
   BQNN_EACH(BQNN_STORE)
 }
-template <bool kInt8, int kProduct, int kX, int kWeights>
+template <Dot kDot, int kProduct, int kX, int kWeights>
 BQNN_INLINE void dot_tiles() {
   BQNN_DOTS(0) BQNN_DOTS(1) BQNN_DOTS(2) BQNN_DOTS(3)
 }

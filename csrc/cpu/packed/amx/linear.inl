@@ -73,7 +73,7 @@ inline void stream_blocks(const PackedLayout& layout, int64_t first_block, const
     load_tile<4>(x + step * kTileBytes, 64);
     unroll<kBlocks>([&](auto b) {
       load_tile<6 + b.value % 2>(ring + step % kRing * kSlot + b.value * kTileBytes, 64);
-      dot_tiles<Op::kInt8, b.value, 4, 6 + b.value % 2>();
+      dot_tiles<dot_of<T>(), b.value, 4, 6 + b.value % 2>();
     });
   }
   unroll<kBlocks>([&](auto b) { store_tile<b.value>(reinterpret_cast<char*>(out) + b.value * 64, kWidth * 4); });

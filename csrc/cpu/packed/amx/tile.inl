@@ -29,6 +29,9 @@ using Bfloat16Tiles = Tiles<Bfloat16Operand>;
 using SplitTiles = Tiles<Bfloat16Operand, 3>;
 using AffineTiles = Tiles<Bfloat16Operand, 3, 1>;
 
+template <class T>
+constexpr Dot dot_of() { return T::Op::kInt8 ? Dot::integers : Dot::bfloat16; }
+
 // A product over all steps of a run.
 struct Run {
   int segments;
@@ -69,7 +72,7 @@ __attribute__((noinline)) void multiply_tiles(const char* const* tiles, const Ru
         unroll<kTiles>([&](auto t) __attribute__((always_inline)) {
           if constexpr (other_x) load_tile<4 + t.value % 2>(x[t.value] + at + of_x * run.part, run.row);
           unroll<kBlocks>([&](auto b) __attribute__((always_inline)) {
-            dot_tiles<T::Op::kInt8, t.value * kBlocks + b.value, 4 + t.value % 2, 6 + b.value>();
+            dot_tiles<dot_of<T>(), t.value * kBlocks + b.value, 4 + t.value % 2, 6 + b.value>();
           });
         });
       });

@@ -1,0 +1,137 @@
+// Convolutions of integers on the tiles of AMX: a tile is sixteen positions that lie at one distance from each other in
+// the arena, by 64 bytes of a run of K; the weights are those of a panel, as it is.
+
+static_assert(kPositions % kTileRows == 0);
+
+// How a call is cut into tiles. With stride 1 a tile may go on from one row of an image to the next, over the border in
+// between, whose products nobody asks for; else every row begins a tile. One position an image makes the images a row.
+struct Grid {
+  int64_t images, height, width;        // positions
+  int64_t image, row, step;             // bytes from one to the next, in x
+  int64_t pitch;                        // positions from row to row where tiles go on, else 0
+  int64_t tiles;                        // of an image
+
+  explicit Grid(const ConvCall& call) {
+    const Window& window = call.conv->window;
+    const View& x = call.x;
+    images = call.images, height = call.y.shape.height, width = call.y.shape.width;
+    image = x.bytes(x.image), row = x.bytes(window.stride_h * x.row), step = x.bytes(window.stride_w * x.pixel);
+    pitch = 0;
+    if (height * width == 1) width = images, images = 1, step = image;
+    tiles = height * ceil_div(width, kTileRows);
+    if (window.stride_h > 1 || window.stride_w > 1 || height == 1) return;
+    const int64_t whole = ceil_div((height - 1) * (x.row / x.pixel) + width, kTileRows);
+    if (whole < tiles) pitch = x.row / x.pixel, tiles = whole;
+  }
+};
+
+// The tiles [first, first + count) of all images: x[i] is where the inputs of the i-th begin. Returns how many
+// positions they have.
+inline int64_t place_tiles(const ConvCall& call, const Grid& grid, int64_t group, int64_t first, int64_t count,
+                           const char** x, Positions* at) {
+  const Window& window = call.conv->window;
+  const int64_t step_y = call.y.bytes(call.y.pixel), step_residual = call.residual.bytes(call.residual.pixel);
+  const bool by_image = call.y.shape.height * call.y.shape.width == 1;
+  const char* corner = call.x.at(0, -window.top, -window.left) + call.x.bytes(group * call.conv->inputs);
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t image = (first + i) / grid.tiles, tile = (first + i) % grid.tiles;
+    const int64_t across = ceil_div(grid.width, kTileRows), slot = kTileRows * tile;
+    int64_t h = grid.pitch > 0 ? slot / grid.pitch : tile / across;
+    int64_t w = grid.pitch > 0 ? slot % grid.pitch : tile % across * kTileRows;
+    x[i] = corner + image * grid.image + h * grid.row + w * grid.step;
+    for (int64_t row = i * kTileRows, end = row + kTileRows; row < end && h < grid.height; ++h) {
+      const int64_t here = smaller(grid.width - w, end - row);
+      if (by_image) {
+        for (int64_t j = 0; j < here; ++j)
+          at->set(found++, row + j, nullptr, call.y.at(w + j, 0),
+                  call.residual.data == nullptr ? nullptr : call.residual.at(w + j, 0));
+      } else {
+        char* y = call.y.at(image, h, w);
+        const char* residual = call.residual.data == nullptr ? nullptr : call.residual.at(image, h, w);
+        for (int64_t j = 0; j < here; ++j, y += step_y, residual += step_residual)
+          at->set(found++, row + j, nullptr, y, residual);
+      }
+      if (grid.pitch == 0) break;
+      row += grid.pitch - w, w = 0;
+    }
+  }
+  return found;
+}
+
+// Adds to products those of kTiles tiles and kBlocks blocks of a strip, over a chunk of K.
+template <int kTiles, int kBlocks>
+__attribute__((noinline)) void multiply_tiles(const char* const* x, int64_t step, const Chunk& chunk,
+                                              const uint32_t* weight, uint32_t* products, bool first) {
+  constexpr int64_t kRow = kWidth * sizeof(uint32_t);
+  const auto each_product = [&](const auto& f) BQNN_LAMBDA {
+    unroll<kTiles * kBlocks>([&](auto i) BQNN_LAMBDA {
+      f(i, reinterpret_cast<char*>(products) + i.value / kBlocks * kTileRows * kRow + i.value % kBlocks * 64);
+    });
+  };
+  if (first)
+    each_product([](auto i, char*) BQNN_LAMBDA { zero_tile<i.value>(); });
+  else
+    each_product([](auto i, char* at) BQNN_LAMBDA { load_tile<i.value>(at, kRow); });
+  const char* panel = reinterpret_cast<const char*>(weight);
+  for (const Piece *piece = chunk.pieces, *end = piece + chunk.count; piece < end; ++piece)
+    for (int64_t at = piece->offset, last = at + 4 * piece->lanes; at < last; at += 64, panel += kTileLanes * kRow) {
+      unroll<kBlocks>([&](auto b) BQNN_LAMBDA { load_tile<6 + b.value>(panel + b.value * 64, kRow); });
+      unroll<kTiles>([&](auto t) BQNN_LAMBDA {
+        load_tile<4 + t.value % 2>(x[t.value] + at, step);
+        unroll<kBlocks>([&](auto b) BQNN_LAMBDA {
+          dot_tiles<Dot::bytes, t.value * kBlocks + b.value, 4 + t.value % 2, 6 + b.value>();
+        });
+      });
+    }
+  each_product([](auto i, char* at) BQNN_LAMBDA { store_tile<i.value>(at, kRow); });
+}
+
+// The products of some tiles and a chunk: four tiles of sums at a time.
+inline void multiply_chunk(const char* const* x, int64_t count, int64_t step, int blocks, const Chunk& chunk,
+                           const uint32_t* weight, uint32_t* products, bool first) {
+  static constexpr decltype(&multiply_tiles<1, 1>) kOf[2][4] = {
+      {multiply_tiles<1, 1>, multiply_tiles<2, 1>, multiply_tiles<3, 1>, multiply_tiles<4, 1>},
+      {multiply_tiles<1, 2>, multiply_tiles<2, 2>}};
+  const int64_t together = blocks == 1 ? 4 : 2;
+  for (int64_t i = 0; i < count; i += together)
+    kOf[blocks - 1][smaller(count - i, together) - 1](x + i, step, chunk, weight, products + i * kTileRows * kWidth,
+                                                      first);
+}
+
+void conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64_t end) {
+  constexpr int64_t kTogether = kPositions / kTileRows;
+  const Conv& conv = *call.conv;
+  const Grid grid(call);
+  const int64_t strips = ceil_div(conv.group_channels, kWidth), words = panel_words(conv);
+  const int64_t tiles = grid.images * grid.tiles;
+  // Where a panel serves a few tiles alone, each chunk is decoded when it is multiplied, and stays in the cache.
+  const bool kept = conv.panels != nullptr, chunked = !kept && conv.segments == 1 && tiles <= kTogether * parts;
+  const int64_t most = 2 * (conv.segments + words / kWidth / 16);
+  auto* pieces = room<Piece>(Scratch::offsets, most);
+  auto* chunks = room<Chunk>(Scratch::tables, most);
+  const int64_t num_chunks = plan_chunks(call, kChunkLanes, pieces, chunks);
+  uint32_t* made = kept ? nullptr : room<uint32_t>(Scratch::panel, words);
+  alignas(64) uint32_t products[kPositions * kWidth];
+  int64_t decoded = -1;
+  Positions at;
+  const char* x[kTogether];
+  const TileConfig config(kTileRows);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t index = unit / parts, group = index / strips, strip = index % strips, part = unit % parts;
+    const uint32_t* panel = kept ? conv.panels + index * words : made;
+    if (!kept && !chunked && index != decoded) make_panel(conv, group, strip, made), decoded = index;
+    const int64_t width = smaller(conv.group_channels - strip * kWidth, kWidth), last = tiles * (part + 1) / parts;
+    const int blocks = width > kTileLanes ? 2 : 1;
+    for (int64_t first = tiles * part / parts; first < last; first += kTogether) {
+      const int64_t count = smaller(last - first, kTogether);
+      const int64_t positions = place_tiles(call, grid, group, first, count, x, &at);
+      for (int64_t c = 0; c < num_chunks; ++c) {
+        if (chunked) make_part(conv, group, strip, chunks[c].panel / kWidth, chunks[c].pieces->lanes, made);
+        multiply_chunk(x, count, grid.step, blocks, chunks[c], chunked ? made : panel + chunks[c].panel, products,
+                       c == 0);
+      }
+      finish_batch(call, products, at, positions, group * conv.group_channels + strip * kWidth, width);
+    }
+  }
+}
