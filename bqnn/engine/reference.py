@@ -7,8 +7,9 @@ computed as :mod:`bqnn.engine.operators` states, bit for bit: sums of integers e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,6 +84,9 @@ def _run_node(node: Node, inputs: list[Tensor], read: list[Value], written: Valu
     """What ``node`` writes, from what it reads."""
     if node.op in _MOVES:
         return _MOVES[node.op](node, inputs, written)
+    folded = fold_bytes(node, read, written)
+    if folded is not None:
+        return _folded(node, inputs, read, written, folded)
     quantized = "uint8" in {value.dtype for value in (*read, written)}
     if node.op in ("conv2d", "linear"):
         inner = torch.float32 if read[0].dtype == "uint8" else dtype
@@ -95,6 +99,68 @@ def _run_node(node: Node, inputs: list[Tensor], read: list[Value], written: Valu
             y = _ELEMENTS[node.op](node, [real(x, value, inner) for x, value in zip(inputs, read)])
     y = activate(node.activation, y)
     return y.to(dtype) if written.dtype == "float32" else store(y.float(), written)
+
+
+class Bytes(NamedTuple):
+    """What makes bytes of integers: y = q * scale + bias + r * ratio, to the nearest, from low to high.
+
+    q is a sum of products of stored numbers with weights, or a stored number, and r what is added, as it is stored.
+    """
+
+    scale: Tensor
+    """Float32, of each channel of a node that has channels, else of all."""
+    bias: Tensor
+    ratio: Tensor
+    low: float
+    high: float
+
+
+def fold_bytes(node: Node, read: Sequence[Value], written: Value) -> Bytes | None:
+    """The numbers of a node that reads and writes uint8 and does no more than clamp; None of any other.
+
+    They are computed in float64 and in this order, as csrc/cpu/engine/bytes.cpp has it. None, too, where one of them
+    is no finite float32.
+    """
+    layer = node.op in ("conv2d", "linear")
+    if not layer and node.op not in ("affine", "activation", "add", "sub"):
+        return None
+    if read[0].dtype != "uint8" or written.dtype != "uint8" or node.activation.name not in ("none", "clamp"):
+        return None
+    if node.op in ("add", "sub") and read[1].dtype != "uint8":
+        return None
+    unit, unit_of_x = (float(np.float32(value.scale)) for value in (written, read[0]))
+    ratio, zero = 0.0, 0
+    if len(read) == 2:
+        ratio = (float(np.float32(read[1].scale)) if read[1].dtype == "uint8" else 1.0) / unit
+        ratio, zero = -ratio if node.op == "sub" else ratio, read[1].zero if read[1].dtype == "uint8" else 0
+    none = torch.ones(1, dtype=torch.float64)
+    of_node = node.tensors.get("scale", none).double()
+    scale = (of_node if layer else of_node * unit_of_x) / unit
+    shift = node.tensors.get("shift" if node.op == "affine" else "bias", 0 * none).double()
+    zero_of_x: Tensor | int = read[0].zero
+    if layer:
+        weight = decoded_weight(node, columns_of(node, read[0].shape), torch.float64)
+        zero_of_x = weight.sum(1).cpu() * read[0].zero
+    bias = ((shift / unit + written.zero) - scale * zero_of_x) - ratio * zero
+    found = [x.float() for x in (scale, bias, torch.tensor(ratio, dtype=torch.float64))]
+    if not all(bool(x.isfinite().all()) for x in found):
+        return None
+    low, high = 0.0, 255.0
+    if node.activation.name == "clamp":
+        ends = np.float32([node.activation.low, node.activation.high]).astype(np.float64) / unit
+        low, high = (np.rint(ends) + written.zero).clip(0.0, 255.0).tolist()
+    return Bytes(*found, low, high)
+
+
+def _folded(node: Node, inputs: list[Tensor], read: list[Value], written: Value, by: Bytes) -> Tensor:
+    x = inputs[0].double()
+    if node.op in ("conv2d", "linear"):
+        x = _sums(node, x, read[0], float(read[0].zero))
+    channels = (-1, *[1] * (x.dim() - 2))
+    y = x.float() * by.scale.to(x.device).view(channels) + by.bias.to(x.device).view(channels)
+    if len(inputs) == 2:
+        y = y + inputs[1].float() * by.ratio.to(x.device)
+    return y.round().clamp(by.low, by.high).to(torch.uint8)
 
 
 def real(x: Tensor, value: Value, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -153,12 +219,7 @@ def _product(node: Node, inputs: list[Tensor], read: list[Value], dtype: torch.d
     exact = value.dtype == "uint8"
     # Sums of products of integers are exact in float64, in whatever order.
     summed = torch.float64 if exact else dtype
-    x = (x.to(summed) - value.zero) if exact else x.to(summed)
-    weight = decoded_weight(node, columns_of(node, value.shape), summed).to(x.device)
-    if node.op == "linear":
-        y = (x.flatten(1) @ weight.T).to(dtype)
-    else:
-        y = _convolve(node, x, weight).to(dtype)
+    y = _sums(node, (x.to(summed) - value.zero) if exact else x.to(summed), value).to(dtype)
     channels = (-1, *[1] * (y.dim() - 2))
     if "scale" in node.tensors:
         y = y * node.tensors["scale"].to(y).view(channels)
@@ -167,13 +228,17 @@ def _product(node: Node, inputs: list[Tensor], read: list[Value], dtype: torch.d
     return y + real(inputs[1], read[1], dtype) if len(inputs) == 2 else y
 
 
-def _convolve(node: Node, x: Tensor, weight: Tensor) -> Tensor:
+def _sums(node: Node, x: Tensor, value: Value, border: float = 0.0) -> Tensor:
+    """Sums of products in the dtype of x; the images of a convolution are surrounded by ``border``."""
+    weight = decoded_weight(node, columns_of(node, value.shape), x.dtype).to(x.device)
+    if node.op == "linear":
+        return x.flatten(1) @ weight.T
     attributes = node.attributes
     top, bottom, left, right = attributes["padding"]
     groups = attributes["groups"]
     weight = weight.view(len(weight), x.shape[1] // groups, *attributes["kernel"])
     return F.conv2d(
-        F.pad(x, (left, right, top, bottom)),
+        F.pad(x, (left, right, top, bottom), value=border),
         weight,
         stride=attributes["stride"],
         dilation=attributes["dilation"],

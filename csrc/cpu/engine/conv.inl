@@ -74,7 +74,7 @@ inline void multiply_one(const ConvCall& call, const Chunk* chunks, int64_t num_
   Codebook book;
   if (codes && conv.integers) read_codebook<ByteOperand>(*conv.layout, {conv.layout->level_table()}, 0, 0, &book);
   if (codes && !conv.integers) read_codebook<FloatOperand>(*conv.layout, {conv.layout->level_table()}, 0, 0, &book);
-  Positions at;
+  Positions at(call);
   for (int64_t index = begin; index < end;) {
     const int64_t group = index / strips, strip = index % strips;
     bool together = index + most <= end && strip + most <= strips;
@@ -101,7 +101,7 @@ inline void multiply_one(const ConvCall& call, const Chunk* chunks, int64_t num_
     }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t first = (strip + i) * kWidth;
-      finish_batch(call, products + i * kWidth, at, 1, group * conv.group_channels + first,
+      finish_batch(call, products + i * kWidth, at, group * conv.group_channels + first,
                    smaller(conv.group_channels - first, kWidth));
     }
     index += count;
@@ -126,7 +126,7 @@ inline void run_conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64
   uint32_t* made = conv.panels == nullptr ? room<uint32_t>(Scratch::panel, words) : nullptr;
   alignas(64) uint32_t products[(kBatch + kMostTile) * kWidth];
   int64_t decoded = -1;
-  Positions at;
+  Positions at(call);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t index = unit / parts, group = index / strips, strip = index % strips, part = unit % parts;
     const uint32_t* panel = conv.panels == nullptr ? made : conv.panels + index * words;
@@ -142,7 +142,7 @@ inline void run_conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64
         if (chunked) make_part(conv, group, strip, chunk.panel / kWidth, chunk.pieces->lanes, made);
         multiply_batch(tile, at, count, chunk, chunked ? made : panel + chunk.panel, products, c == 0);
       }
-      finish_batch(call, products, at, count, group * conv.group_channels + strip * kWidth, width);
+      finish_batch(call, products, at, group * conv.group_channels + strip * kWidth, width);
     }
   }
 }

@@ -78,13 +78,13 @@ BQNN_INLINE void sum_taps(const float* x, const Conv& conv, int64_t row, int64_t
   BQNN_UNROLL(4) for (int p = 0; p < kPixels; ++p) sum[2 * p] = (UInt)total[p][0], sum[2 * p + 1] = (UInt)total[p][1];
 }
 
-template <class X, class Y, class R>
-inline void depthwise_rows(const ConvCall& call, int64_t begin, int64_t end) {
+template <class X, class F>
+inline void depthwise_rows(const ConvCall& call, const F& finish, int64_t begin, int64_t end) {
+  using Y = typename F::Y;
   const Conv& conv = *call.conv;
   const Window& window = conv.window;
   const Shape& shape = call.y.shape;
   const int64_t step = window.stride_w * call.x.pixel;
-  const Finish<Y, R> finish(call);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / shape.height, h = unit % shape.height;
     const X* row = elements<X>(call.x, image, h * window.stride_h - window.top, -window.left);
@@ -117,11 +117,8 @@ inline void depthwise_rows(const ConvCall& call, int64_t begin, int64_t end) {
 
 inline void run_depthwise(const ConvCall& call, int64_t begin, int64_t end) {
   with_element(call.x.dtype, [&](auto* x) {
-    with_element(call.y.dtype, [&](auto* y) {
-      with_element(call.residual.dtype, [&](auto* r) {
-        depthwise_rows<std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(y)>,
-                       std::remove_pointer_t<decltype(r)>>(call, begin, end);
-      });
+    with_finish(call, [&](const auto& finish) {
+      depthwise_rows<std::remove_pointer_t<decltype(x)>>(call, finish, begin, end);
     });
   });
 }

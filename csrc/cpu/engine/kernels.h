@@ -29,6 +29,18 @@ struct View {
 
 constexpr int64_t kSlack = 128;
 
+// How bytes are made of what a step computes from integers. Folded, the stored number is
+//
+//     the nearest integer to ((q * scale + bias) + r * ratio), clamped to [low, high],
+//
+// where q is a sum of products, or a stored number, and r what is added, as it is stored: scales and zeros of all of
+// them are in scale, bias and ratio. Else the real number is computed, activated, and divided by the scale of y.
+struct Bytes {
+  bool folded = false;
+  bool saturates = false;  // clamping to bytes is all there is, and no number is too large for 32 bits
+  float ratio = 0.0f, low = 0.0f, high = 255.0f;
+};
+
 // The weights of a convolution, as its kernels read them.
 struct Conv {
   Window window;
@@ -47,7 +59,9 @@ struct Conv {
   // Depthwise, [taps][channels and kSlack / 2 more]: one of the two.
   const float* taps = nullptr;
   const int16_t* integer_taps = nullptr;
-  // A number a channel, and kSlack / 2 more: y = sum * scale + bias; shift is what the zero of x adds to a sum.
+  Bytes bytes;
+  // A number a channel, and kSlack / 2 more: y = sum * scale + bias; shift is what the zero of x adds to a sum, where
+  // bytes are not folded.
   const float *scale, *bias;
   const int32_t* shift;
 
@@ -76,7 +90,8 @@ struct PointCall {  // affine, activation, add, sub, mul, softmax
   Op op;
   Activation activation;
   View a, b, y;
-  const float *scale, *shift;
+  const float *scale, *shift;  // a number a channel
+  Bytes bytes;
 };
 
 struct PoolCall {

@@ -1,27 +1,47 @@
 // What becomes of products, a row a position: scaled, shifted, added to a residual, activated, and stored.
 
-// What turns the products of some channels into outputs.
-template <class Y, class R>
+struct NoResidual {};
+
+// Bytes of integers, folded: see Bytes.
+template <class R, bool kClamps>
+struct FoldedFinish {
+  using Y = uint8_t;
+  const Conv& conv;
+  const Float ratio = broadcast(conv.bytes.ratio), low = broadcast(conv.bytes.low), high = broadcast(conv.bytes.high);
+
+  explicit FoldedFinish(const ConvCall& call) : conv(*call.conv) {}
+
+  // The channels of a vector.
+  struct Channels {
+    Float scale, bias;
+  };
+  BQNN_INLINE Channels channels(int64_t channel) const { return {load(conv.scale + channel), load(conv.bias + channel)}; }
+
+  BQNN_INLINE Int value(const uint32_t* products, const Channels& of, const char* residual_at, int64_t channel) const {
+    Float y = to_float((Int)load_lanes(products)) * of.scale + of.bias;
+    if constexpr (!std::is_same_v<R, NoResidual>)
+      y += Numbers<R>::stored(reinterpret_cast<const R*>(residual_at) + channel) * ratio;
+    if constexpr (kClamps) y = min(max(y, low), high);
+    return nearest_integers(y);
+  }
+  static BQNN_INLINE void store(Y* to, Int y, int count) { store_saturated(to, y, count); }
+};
+
+// Everything else.
+template <class Out, class R>
 struct Finish {
+  using Y = Out;
   const ConvCall& call;
   const Numbers<Y> out{call.y};
   const Numbers<R> added{call.residual};
   const Activation act = call.conv->activation;
   const bool integers = call.conv->integers, residual = call.residual.data != nullptr;
   const bool clamps = act.function == Function::clamp || act.function == Function::none;
-  // Where all that is left is clamping, an output in bytes is clamped once, after it was divided by its scale: that is
-  // monotone, so that the result is the same.
-  Float low = broadcast(act.function == Function::clamp ? act.low : -__builtin_inff());
-  Float high = broadcast(act.function == Function::clamp ? act.high : __builtin_inff());
+  const Float low = broadcast(act.function == Function::clamp ? act.low : -__builtin_inff());
+  const Float high = broadcast(act.function == Function::clamp ? act.high : __builtin_inff());
 
-  explicit Finish(const ConvCall& of) : call(of) {
-    if constexpr (sizeof(Y) == 1) {
-      low = max(low * out.inverse, broadcast(-out.zero));
-      high = min(high * out.inverse, broadcast(255.0f - out.zero));
-    }
-  }
+  explicit Finish(const ConvCall& of) : call(of) {}
 
-  // The channels of a vector: their scales and what is added.
   struct Channels {
     Float scale, bias;
     UInt shift;
@@ -36,52 +56,88 @@ struct Finish {
     const UInt product = load_lanes(products);
     Float y = (integers ? to_float((Int)(product - of.shift)) : (Float)product) * of.scale + of.bias;
     if (residual) y += added.read(reinterpret_cast<const R*>(residual_at) + channel);
-    return y;
+    return clamps ? min(high, max(low, y)) : activate(act, y);
   }
-
-  BQNN_INLINE Int bytes(Float y) const {
-    return clamps ? out.quantize(y, low, high) : out.quantize(activate(act, y));
-  }
-
-  BQNN_INLINE void store(Y* to, Float y, int count) const {
-    if constexpr (sizeof(Y) == 1)
-      store_bytes(to, bytes(y), count);
-    else
-      out.write(to, clamps ? min(high, max(low, y)) : activate(act, y), count);
-  }
+  BQNN_INLINE void store(Y* to, Float y, int count) const { out.write(to, y, count); }
 };
 
-template <class Y, class R>
-inline void finish(const ConvCall& call, const uint32_t* products, const Positions& at, int64_t count, int64_t channel,
-                   int64_t width) {
-  const Finish<Y, R> finish(call);
-  int64_t c = 0;
-  if constexpr (sizeof(Y) == 1)
-    for (; c + 2 * kLanes <= width; c += 2 * kLanes) {
-      const int64_t first = channel + c, second = first + kLanes;
-      const auto of_first = finish.channels(first), of_second = finish.channels(second);
-      for (int64_t i = 0; i < count; ++i) {
-        const uint32_t* from = products + at.row[i] * kWidth + c;
-        const Int x = finish.bytes(finish.value(from, of_first, at.residual[i], first));
-        const Int y = finish.bytes(finish.value(from + kLanes, of_second, at.residual[i], second));
-        store_bytes_of_two(reinterpret_cast<uint8_t*>(at.y[i]) + first, x, y);
-      }
+// Calls f with what finishes a call.
+template <class F>
+BQNN_INLINE void with_finish(const ConvCall& call, const F& f) {
+  const Bytes& bytes = call.conv->bytes;
+  if (bytes.folded) {
+    const bool clamps = !kSaturates || !bytes.saturates;
+    if (call.residual.data == nullptr)
+      return clamps ? f(FoldedFinish<NoResidual, true>(call)) : f(FoldedFinish<NoResidual, false>(call));
+    if (call.residual.dtype == Dtype::float32) return f(FoldedFinish<float, true>(call));
+    return clamps ? f(FoldedFinish<uint8_t, true>(call)) : f(FoldedFinish<uint8_t, false>(call));
+  }
+  with_element(call.y.dtype, [&](auto* y) BQNN_LAMBDA {
+    with_element(call.residual.dtype, [&](auto* residual) BQNN_LAMBDA {
+      f(Finish<std::remove_pointer_t<decltype(y)>, std::remove_pointer_t<decltype(residual)>>(call));
+    });
+  });
+}
+
+// The channels of kVectorsOfRow whole vectors of a run. Bytes of a few positions are stored together.
+template <int kVectorsOfRow, class F>
+BQNN_INLINE void finish_vectors(const F& finish, const Positions& at, const Run& run, const uint32_t* products,
+                                int64_t channel) {
+  using Y = typename F::Y;
+  typename F::Channels of[kVectorsOfRow];
+  BQNN_UNROLL(4) for (int v = 0; v < kVectorsOfRow; ++v) of[v] = finish.channels(channel + v * kLanes);
+  char* y = run.y + channel * static_cast<int64_t>(sizeof(Y));
+  const char* residual = run.residual;
+  int64_t i = 0;
+  const auto each = [&](const auto& f) BQNN_LAMBDA {
+    BQNN_UNROLL(4) for (int v = 0; v < kVectorsOfRow; ++v)
+      f(v, reinterpret_cast<Y*>(y) + v * kLanes,
+        finish.value(products + v * kLanes, of[v], residual, channel + v * kLanes));
+    products += kWidth, y += at.step_y, residual += at.step_residual;
+  };
+  if constexpr (sizeof(Y) == 1 && kBytesTogether % kVectorsOfRow == 0 && std::is_same_v<decltype(finish.value(
+                    products, of[0], residual, channel)), Int>) {
+    constexpr int kRows = kBytesTogether / kVectorsOfRow;
+    for (; i + kRows <= run.count; i += kRows) {
+      uint8_t* to[kBytesTogether];
+      Int bytes[kBytesTogether];
+      BQNN_UNROLL(4) for (int r = 0; r < kRows; ++r)
+        each([&](int v, uint8_t* p, Int value) BQNN_LAMBDA {
+          to[r * kVectorsOfRow + v] = p, bytes[r * kVectorsOfRow + v] = value;
+        });
+      store_saturated(to, bytes);
     }
-  for (; c < width; c += kLanes) {
-    const int lanes = lanes_left(width - c);
+  }
+  for (; i < run.count; ++i)
+    each([&](int, Y* p, auto value) BQNN_LAMBDA { finish.store(p, value, kLanes); });
+}
+
+// The channels [channel, channel + width) of positions, whose products are rows of kWidth.
+template <class F>
+inline void finish_rows(const F& finish, const Positions& at, const uint32_t* products, int64_t channel,
+                        int64_t width) {
+  using Y = typename F::Y;
+  for (int64_t r = 0; r < at.num_runs; ++r) {
+    const Run& run = at.runs[r];
+    const uint32_t* row = products + run.row * kWidth;
+    int64_t c = 0;
+    if (width == kWidth) {
+      finish_vectors<kVectors>(finish, at, run, row, channel);
+      continue;
+    }
+    for (; c + kLanes <= width; c += kLanes) finish_vectors<1>(finish, at, run, row + c, channel + c);
+    if (c == width) continue;
+    const int lanes = static_cast<int>(width - c);
     const auto of = finish.channels(channel + c);
-    for (int64_t i = 0; i < count; ++i)
-      finish.store(reinterpret_cast<Y*>(at.y[i]) + channel + c,
-                   finish.value(products + at.row[i] * kWidth + c, of, at.residual[i], channel + c), lanes);
+    char* y = run.y;
+    const char* residual = run.residual;
+    for (int64_t i = 0; i < run.count; ++i, y += at.step_y, residual += at.step_residual)
+      finish.store(reinterpret_cast<Y*>(y) + channel + c,
+                   finish.value(row + i * kWidth + c, of, residual, channel + c), lanes);
   }
 }
 
-inline void finish_batch(const ConvCall& call, const uint32_t* products, const Positions& at, int64_t count,
-                         int64_t channel, int64_t width) {
-  with_element(call.y.dtype, [&](auto* y) {
-    with_element(call.residual.dtype, [&](auto* residual) {
-      finish<std::remove_pointer_t<decltype(y)>, std::remove_pointer_t<decltype(residual)>>(call, products, at, count,
-                                                                                           channel, width);
-    });
-  });
+inline void finish_batch(const ConvCall& call, const uint32_t* products, const Positions& at, int64_t channel,
+                         int64_t width) {
+  with_finish(call, [&](const auto& finish) { finish_rows(finish, at, products, channel, width); });
 }

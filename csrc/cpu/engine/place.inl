@@ -4,16 +4,30 @@ constexpr int kBatch = 48;      // positions whose products are finished togethe
 constexpr int kMostTile = 12;   // positions that are multiplied together at most
 constexpr int kPositions = 64;  // that are finished together where tiles multiply
 
-// Some positions: where their inputs begin, which row of the products is theirs, where their outputs go, and where their
-// residuals are.
+// Positions whose outputs lie at one distance from each other: the row of the products that the first one has, where its
+// output goes, and its residual is.
+struct Run {
+  int64_t row, count;
+  char* y;
+  const char* residual;
+};
+
+// Some positions: where the inputs of each begin, and the runs of their outputs, so many bytes from one to the next.
 struct Positions {
   const char* x[kPositions];
-  int64_t row[kPositions];
-  char* y[kPositions];
-  const char* residual[kPositions];
+  Run runs[kPositions];
+  int64_t num_runs = 0;
+  int64_t step_y, step_residual;
 
-  BQNN_INLINE void set(int64_t i, int64_t row_, const char* x_, char* y_, const char* residual_) {
-    x[i] = x_, row[i] = row_, y[i] = y_, residual[i] = residual_;
+  explicit Positions(const ConvCall& call) {
+    const bool one = call.y.shape.height * call.y.shape.width == 1;  // an image
+    step_y = call.y.bytes(one ? call.y.image : call.y.pixel);
+    step_residual = call.residual.bytes(one ? call.residual.image : call.residual.pixel);
+  }
+
+  BQNN_INLINE void add_run(const ConvCall& call, int64_t row, int64_t count, int64_t image, int64_t h, int64_t w) {
+    const char* residual = call.residual.data == nullptr ? nullptr : call.residual.at(image, h, w);
+    runs[num_runs++] = {row, count, call.y.at(image, h, w), residual};
   }
 };
 
@@ -35,19 +49,22 @@ inline void place(const ConvCall& call, int64_t group, int64_t first, int64_t co
   const Conv& conv = *call.conv;
   const Window& window = conv.window;
   const int64_t width = call.y.shape.width, height = call.y.shape.height;
-  int64_t image = first / (width * height), h = first / width % height, w = first % width;
-  const int64_t step_x = call.x.bytes(window.stride_w * call.x.pixel), step_y = call.y.bytes(call.y.pixel);
-  const int64_t step_residual = call.residual.bytes(call.residual.pixel);
   const int64_t corner = call.x.bytes(group * conv.inputs);
-  for (int64_t i = 0; i < count;) {
-    const char* x = call.x.at(image, h * window.stride_h - window.top, w * window.stride_w - window.left) + corner;
-    char* y = call.y.at(image, h, w);
-    const char* residual = call.residual.data == nullptr ? nullptr : call.residual.at(image, h, w);
-    const int64_t end = i + smaller(count - i, width - w);
-    for (; i < end; ++i, x += step_x, y += step_y, residual += step_residual)
-      at->set(i, i, x, y, residual);
-    w = 0;
-    if (++h == height) h = 0, ++image;
+  at->num_runs = 0;
+  if (width * height == 1) {
+    at->add_run(call, 0, count, first, 0, 0);
+    for (int64_t i = 0; i < count; ++i) at->x[i] = call.x.at(first + i, -window.top, -window.left) + corner;
+  } else {
+    int64_t image = first / (width * height), h = first / width % height, w = first % width;
+    const int64_t step = call.x.bytes(window.stride_w * call.x.pixel);
+    for (int64_t i = 0; i < count;) {
+      const char* x = call.x.at(image, h * window.stride_h - window.top, w * window.stride_w - window.left) + corner;
+      const int64_t here = smaller(count - i, width - w);
+      at->add_run(call, i, here, image, h, w);
+      for (int64_t j = 0; j < here; ++j, x += step) at->x[i + j] = x;
+      i += here, w = 0;
+      if (++h == height) h = 0, ++image;
+    }
   }
   for (int64_t i = count; i < count + kMostTile; ++i) at->x[i] = at->x[count - 1];
 }

@@ -58,6 +58,64 @@ BQNN_INLINE void with_activation(const Activation& act, const F& f) {
   f([&](Float x) BQNN_LAMBDA { return activate(act, x); });
 }
 
+// Calls f(first element, how many) for the elements [0, count): vectors that are stored together, then one by one.
+template <class F, class G>
+BQNN_INLINE void for_bytes(int64_t count, const F& together, const G& single) {
+  constexpr int kTogether = kBytesTogether * kLanes;
+  int64_t c = 0;
+  for (; c + kTogether <= count; c += kTogether) together(c);
+  for (; c < count; c += kLanes) single(c, lanes_left(count - c));
+}
+
+// Bytes of bytes, folded: see Bytes. scale is a number a channel where kByChannel, else its first one is for all.
+template <bool kByChannel, bool kOther, bool kClamps>
+inline void folded_rows(const PointCall& call, int64_t begin, int64_t end) {
+  const Shape& shape = call.y.shape;
+  const Float scale = broadcast(call.scale[0]), shift = broadcast(call.shift[0]);
+  const Float ratio = broadcast(call.bytes.ratio), low = broadcast(call.bytes.low), high = broadcast(call.bytes.high);
+  const Shape& other = call.b.shape;
+  const bool flat = !kByChannel && call.a.pixel == shape.channels && call.y.pixel == shape.channels &&
+                    (!kOther || (call.b.pixel == shape.channels && other == shape));
+  const int64_t pixels = flat ? 1 : shape.width, channels = flat ? shape.channels * shape.width : shape.channels;
+  const int64_t pixel = other.width == 1 ? 0 : call.b.pixel;
+  const bool one_channel = kOther && other.channels == 1 && shape.channels > 1;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t image = unit / shape.height, h = unit % shape.height;
+    const uint8_t* a = elements<uint8_t>(call.a, image, h);
+    const uint8_t* b = kOther ? elements<uint8_t>(call.b, image, other.height == 1 ? 0 : h) : nullptr;
+    uint8_t* y = elements<uint8_t>(call.y, image, h);
+    for (int64_t w = 0; w < pixels; ++w, a += call.a.pixel, b += pixel, y += call.y.pixel) {
+      const auto value = [&](int64_t c) BQNN_LAMBDA {
+        Float x = Numbers<uint8_t>::stored(a + c);
+        x = kByChannel ? x * load(call.scale + c) + load(call.shift + c) : x * scale + shift;
+        if constexpr (kOther)
+          x += (one_channel ? broadcast(static_cast<float>(b[0])) : Numbers<uint8_t>::stored(b + c)) * ratio;
+        if constexpr (kClamps) x = min(max(x, low), high);
+        return nearest_integers(x);
+      };
+      for_bytes(
+          channels,
+          [&](int64_t c) BQNN_LAMBDA {
+            uint8_t* to[kBytesTogether];
+            Int bytes[kBytesTogether];
+            BQNN_UNROLL(4) for (int v = 0; v < kBytesTogether; ++v)
+              to[v] = y + c + v * kLanes, bytes[v] = value(c + v * kLanes);
+            store_saturated(to, bytes);
+          },
+          [&](int64_t c, int lanes) BQNN_LAMBDA { store_saturated(y + c, value(c), lanes); });
+    }
+  }
+}
+
+inline void run_folded(const PointCall& call, int64_t begin, int64_t end) {
+  const bool clamps = !kSaturates || !call.bytes.saturates;
+  const bool by_channel = call.op == Op::affine, other = call.op == Op::add || call.op == Op::sub;
+  const auto rows = by_channel ? (clamps ? folded_rows<true, false, true> : folded_rows<true, false, false>)
+                    : other    ? (clamps ? folded_rows<false, true, true> : folded_rows<false, true, false>)
+                               : (clamps ? folded_rows<false, false, true> : folded_rows<false, false, false>);
+  rows(call, begin, end);
+}
+
 template <class A, class Y>
 inline void point_rows(const PointCall& call, int64_t begin, int64_t end) {
   with_activation(call.activation, [&](const auto& act) BQNN_LAMBDA {
@@ -81,6 +139,7 @@ inline void point_rows(const PointCall& call, int64_t begin, int64_t end) {
 }
 
 inline void run_point(const PointCall& call, int64_t begin, int64_t end) {
+  if (call.bytes.folded) return run_folded(call, begin, end);
   with_element(call.a.dtype, [&](auto* a) {
     with_element(call.y.dtype, [&](auto* y) {
       point_rows<std::remove_pointer_t<decltype(a)>, std::remove_pointer_t<decltype(y)>>(call, begin, end);

@@ -162,7 +162,7 @@ void Program::run_instruction(const Frame& frame, const Instruction& of, const P
     }
     case Kind::point:
     case Kind::softmax: {
-      PointCall call{step.op, step.activation, x, {}, y, conv.scale, conv.bias};
+      PointCall call{step.op, step.activation, x, {}, y, conv.scale, conv.bias, conv.bytes};
       if (step.inputs.size() > 1) call.b = view(frame, step.inputs[1]);
       const auto run = of.kind == Kind::point ? k.point : k.softmax;
       return parallel_for(parallel, rows, grain, [&](int64_t begin, int64_t end) { run(call, begin, end); });

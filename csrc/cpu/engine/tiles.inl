@@ -25,38 +25,26 @@ struct Grid {
   }
 };
 
-// The tiles [first, first + count) of all images: x[i] is where the inputs of the i-th begin. Returns how many
-// positions they have.
-inline int64_t place_tiles(const ConvCall& call, const Grid& grid, int64_t group, int64_t first, int64_t count,
-                           const char** x, Positions* at) {
+// The tiles [first, first + count) of all images.
+inline void place_tiles(const ConvCall& call, const Grid& grid, int64_t group, int64_t first, int64_t count,
+                        Positions* at) {
   const Window& window = call.conv->window;
-  const int64_t step_y = call.y.bytes(call.y.pixel), step_residual = call.residual.bytes(call.residual.pixel);
   const bool by_image = call.y.shape.height * call.y.shape.width == 1;
   const char* corner = call.x.at(0, -window.top, -window.left) + call.x.bytes(group * call.conv->inputs);
-  int64_t found = 0;
+  const int64_t across = ceil_div(grid.width, kTileRows);
+  at->num_runs = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t image = (first + i) / grid.tiles, tile = (first + i) % grid.tiles;
-    const int64_t across = ceil_div(grid.width, kTileRows), slot = kTileRows * tile;
+    const int64_t image = (first + i) / grid.tiles, tile = (first + i) % grid.tiles, slot = kTileRows * tile;
     int64_t h = grid.pitch > 0 ? slot / grid.pitch : tile / across;
     int64_t w = grid.pitch > 0 ? slot % grid.pitch : tile % across * kTileRows;
-    x[i] = corner + image * grid.image + h * grid.row + w * grid.step;
+    at->x[i] = corner + image * grid.image + h * grid.row + w * grid.step;
     for (int64_t row = i * kTileRows, end = row + kTileRows; row < end && h < grid.height; ++h) {
       const int64_t here = smaller(grid.width - w, end - row);
-      if (by_image) {
-        for (int64_t j = 0; j < here; ++j)
-          at->set(found++, row + j, nullptr, call.y.at(w + j, 0),
-                  call.residual.data == nullptr ? nullptr : call.residual.at(w + j, 0));
-      } else {
-        char* y = call.y.at(image, h, w);
-        const char* residual = call.residual.data == nullptr ? nullptr : call.residual.at(image, h, w);
-        for (int64_t j = 0; j < here; ++j, y += step_y, residual += step_residual)
-          at->set(found++, row + j, nullptr, y, residual);
-      }
+      if (here > 0) at->add_run(call, row, here, by_image ? w : image, by_image ? 0 : h, by_image ? 0 : w);
       if (grid.pitch == 0) break;
       row += grid.pitch - w, w = 0;
     }
   }
-  return found;
 }
 
 // Adds to products those of kTiles tiles and kBlocks blocks of a strip, over a chunk of K.
@@ -114,8 +102,7 @@ void conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64_t end) {
   uint32_t* made = kept ? nullptr : room<uint32_t>(Scratch::panel, words);
   alignas(64) uint32_t products[kPositions * kWidth];
   int64_t decoded = -1;
-  Positions at;
-  const char* x[kTogether];
+  Positions at(call);
   const TileConfig config(kTileRows);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t index = unit / parts, group = index / strips, strip = index % strips, part = unit % parts;
@@ -125,13 +112,13 @@ void conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64_t end) {
     const int blocks = width > kTileLanes ? 2 : 1;
     for (int64_t first = tiles * part / parts; first < last; first += kTogether) {
       const int64_t count = smaller(last - first, kTogether);
-      const int64_t positions = place_tiles(call, grid, group, first, count, x, &at);
+      place_tiles(call, grid, group, first, count, &at);
       for (int64_t c = 0; c < num_chunks; ++c) {
         if (chunked) make_part(conv, group, strip, chunks[c].panel / kWidth, chunks[c].pieces->lanes, made);
-        multiply_chunk(x, count, grid.step, blocks, chunks[c], chunked ? made : panel + chunks[c].panel, products,
+        multiply_chunk(at.x, count, grid.step, blocks, chunks[c], chunked ? made : panel + chunks[c].panel, products,
                        c == 0);
       }
-      finish_batch(call, products, at, positions, group * conv.group_channels + strip * kWidth, width);
+      finish_batch(call, products, at, group * conv.group_channels + strip * kWidth, width);
     }
   }
 }

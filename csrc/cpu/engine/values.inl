@@ -34,16 +34,54 @@ BQNN_INLINE void store_bytes(uint8_t* p, Int x, int count) {
 #endif
 }
 
-// The low bytes of two vectors, one after the other.
-BQNN_INLINE void store_bytes_of_two(uint8_t* p, Int x, Int y) {
-#if BQNN_LANES == 8
-  // Packing goes by halves of a vector: quarters come out in the order x0 y0 x1 y1.
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x, (__m256i)y), 0xD8);
-  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+// To the nearest integer, ties to even, of numbers that are below 2^31, or, where there is no instruction for it, 2^22.
+BQNN_INLINE Int nearest_integers(Float x) {
+#if BQNN_LANES == 16
+  return (Int)_mm512_maskz_cvtps_epi32(0xFFFF, (__m512)x);
+#elif BQNN_LANES == 8
+  return (Int)_mm256_cvtps_epi32((__m256)x);
 #else
-  store_bytes(p, x, kLanes);
-  store_bytes(p + kLanes, y, kLanes);
+  return to_int(round(x));
+#endif
+}
+
+// Vectors of integers that are stored as bytes together, and whether those beyond bytes become 0 or 255 on the way.
+constexpr int kBytesTogether = BQNN_LANES == 16 ? 4 : BQNN_LANES == 8 ? 2 : 1;
+constexpr bool kSaturates = BQNN_LANES >= 8;
+
+// Stores kBytesTogether vectors, each where it belongs.
+BQNN_INLINE void store_saturated(uint8_t* const* to, const Int* x) {
+#if BQNN_LANES == 16
+  // Packing goes by quarters of a vector: those of the four vectors come out in turns.
+  const __m512i low = _mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]);
+  const __m512i high = _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_maskz_permutexvar_epi32(0xFFFF, order, _mm512_packus_epi16(low, high));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to[0]), _mm512_castsi512_si128(bytes));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to[1]), _mm512_maskz_extracti32x4_epi32(0xF, bytes, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to[2]), _mm512_maskz_extracti32x4_epi32(0xF, bytes, 2));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to[3]), _mm512_maskz_extracti32x4_epi32(0xF, bytes, 3));
+#elif BQNN_LANES == 8
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]), 0xD8);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to[0]), bytes);
+  _mm_storeh_pd(reinterpret_cast<double*>(to[1]), _mm_castsi128_pd(bytes));
+#else
+  store_bytes(to[0], x[0], kLanes);
+#endif
+}
+
+// The same of the first `count` lanes of one vector.
+BQNN_INLINE void store_saturated(uint8_t* to, Int x, int count) {
+#if BQNN_LANES == 16
+  x = (Int)_mm512_maskz_max_epi32(0xFFFF, (__m512i)x, __m512i{});
+  const __m128i bytes = _mm512_maskz_cvtusepi32_epi8(0xFFFF, (__m512i)x);
+  if (count == kLanes)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+  else
+    _mm_mask_storeu_epi8(to, (__mmask16)((1u << count) - 1u), bytes);
+#else
+  store_bytes(to, x, count);  // packing saturates
 #endif
 }
 
@@ -73,6 +111,7 @@ template <>
 struct Numbers<float> {
   BQNN_INLINE explicit Numbers(const View&) {}
   BQNN_INLINE Float read(const float* p) const { return load(p); }
+  static BQNN_INLINE Float stored(const float* p) { return load(p); }
   BQNN_INLINE void write(float* p, Float x, int count) const { store_floats(p, x, count); }
 };
 
@@ -83,18 +122,12 @@ struct Numbers<uint8_t> {
   BQNN_INLINE explicit Numbers(const View& view)
       : scale(view.scale), inverse(1.0f / view.scale), zero(static_cast<float>(view.zero)) {}
   BQNN_INLINE Float read(const uint8_t* p) const { return (to_float(load_bytes(p)) - zero) * scale; }
+  static BQNN_INLINE Float stored(const uint8_t* p) { return to_float(load_bytes(p)); }
   // The nearest, ties to even; a NaN becomes the least.
   BQNN_INLINE Int quantize(Float x) const { return quantize(x, broadcast(-zero), broadcast(255.0f - zero)); }
   // The same where x / scale is clamped to a narrower range, which is what clamping x before comes to.
   BQNN_INLINE Int quantize(Float x, Float least, Float most) const {
-    const Float q = min(max(x * inverse, least), most);
-#if BQNN_LANES == 8
-    return (Int)_mm256_cvtps_epi32((__m256)q) + static_cast<int>(zero);
-#elif BQNN_LANES == 16
-    return (Int)_mm512_maskz_cvtps_epi32(0xFFFF, (__m512)q) + static_cast<int>(zero);
-#else
-    return to_int(round(q) + zero);
-#endif
+    return nearest_integers(min(max(x * inverse, least), most)) + static_cast<int>(zero);
   }
   BQNN_INLINE void write(uint8_t* p, Float x, int count) const { store_bytes(p, quantize(x), count); }
 };

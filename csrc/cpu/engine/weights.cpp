@@ -41,12 +41,13 @@ char* Weights::keep(int64_t bytes) {
   return static_cast<char*>(memory);
 }
 
-// A copy of so many numbers, or of none `otherwise`, and zeros beyond.
-const float* Weights::keep_floats(const float* values, int64_t count, float otherwise) {
-  std::vector<float> copy(static_cast<size_t>(count + kPadding), 0.0f);
-  for (int64_t i = 0; i < count; ++i) copy[i] = values != nullptr ? values[i] : otherwise;
-  floats_.push_back(std::move(copy));
-  return floats_.back().data();
+// Numbers a channel, and zeros beyond.
+template <class Number>
+const Number* Weights::keep_numbers(const std::vector<Number>& numbers) {
+  char* memory = keep(static_cast<int64_t>((numbers.size() + kPadding) * sizeof(Number)));
+  std::memset(memory, 0, (numbers.size() + kPadding) * sizeof(Number));
+  std::memcpy(memory, numbers.data(), numbers.size() * sizeof(Number));
+  return reinterpret_cast<const Number*>(memory);
 }
 
 int64_t count_weights(const Graph& graph, const Step& step) {
@@ -57,13 +58,33 @@ int64_t count_weights(const Graph& graph, const Step& step) {
 }
 
 Conv Weights::prepare(const Step& step, const Buffer& buffer, bool keep_panels) {
-  const Value &x = graph_.values[step.inputs[0]], &y = graph_.values[step.output];
+  const Value& y = graph_.values[step.output];
   Conv conv{};
-  if (step.op == Op::affine || step.op == Op::conv2d || step.op == Op::linear) {
-    conv.scale = keep_floats(step.weight.scale, y.shape.channels, 1.0f);
-    conv.bias = keep_floats(step.weight.bias, y.shape.channels, 0.0f);
+  switch (step.op) {
+    case Op::conv2d:
+    case Op::linear:
+    case Op::affine:
+    case Op::activation:
+    case Op::add:
+    case Op::sub: break;
+    default: return conv;
   }
-  if (step.op != Op::conv2d && step.op != Op::linear) return conv;
+  Channels channels;
+  const auto count = static_cast<size_t>(y.shape.channels);
+  channels.scale.assign(count, 1.0f), channels.bias.assign(count, 0.0f);
+  if (step.weight.scale != nullptr) std::copy_n(step.weight.scale, count, channels.scale.begin());
+  if (step.weight.bias != nullptr) std::copy_n(step.weight.bias, count, channels.bias.begin());
+  const bool product = step.op == Op::conv2d || step.op == Op::linear;
+  if (product) prepare_product(step, buffer, keep_panels, &conv, &channels);
+  conv.bytes = fold_bytes(graph_, step, &channels);
+  conv.scale = keep_numbers(channels.scale), conv.bias = keep_numbers(channels.bias);
+  if (product) conv.shift = keep_numbers(channels.shift);
+  return conv;
+}
+
+void Weights::prepare_product(const Step& step, const Buffer& buffer, bool keep_panels, Conv* of, Channels* channels) {
+  const Value &x = graph_.values[step.inputs[0]], &y = graph_.values[step.output];
+  Conv& conv = *of;
   conv.window = step.window;
   if (step.op == Op::linear) {
     conv.window = Window{};
@@ -83,17 +104,17 @@ Conv Weights::prepare(const Step& step, const Buffer& buffer, bool keep_panels) 
   conv.lanes = conv.integers ? ceil_div(conv.segment, 4) : conv.segment;
   conv.tiled = kernels_.tiled_conv2d != nullptr && conv.integers && !conv.depthwise && tiles_pay(conv, y.shape);
   if (conv.tiled) conv.lanes = ceil_div(conv.lanes, kTileLanes) * kTileLanes;
-  keep_weight(step, &conv);
+  keep_weight(step, &conv, channels);
   if (!conv.depthwise && (keep_panels || conv.layout == nullptr)) this->keep_panels(&conv);
-  return conv;
 }
 
 // The weight in the order that its kernel reads: taps, a layout, or numbers of which panels are made.
-void Weights::keep_weight(const Step& step, Conv* conv) {
+void Weights::keep_weight(const Step& step, Conv* conv, Channels* of_channels) {
   const Weight& weight = step.weight;
   const Window& w = conv->window;
   const int64_t channels = conv->channels(), taps = w.kernel_h * w.kernel_w, columns = conv->inputs * taps;
-  std::vector<int32_t> shift(static_cast<size_t>(channels + kPadding), 0);
+  of_channels->shift.assign(static_cast<size_t>(channels), 0);
+  of_channels->most.assign(static_cast<size_t>(channels), 0.0);
   const int zero = graph_.values[step.inputs[0]].zero;
   std::vector<uint8_t> codes;
   conv->most_integer = 0;
@@ -116,12 +137,11 @@ void Weights::keep_weight(const Step& step, Conv* conv) {
   };
   if (conv->integers) {
     each([&](int64_t n, int64_t, float number) {
-      shift[n] += zero * static_cast<int32_t>(number);
+      of_channels->shift[n] += zero * static_cast<int32_t>(number);
+      of_channels->most[n] += 255.0 * std::abs(static_cast<int>(number));
       conv->most_integer = std::max(conv->most_integer, std::abs(static_cast<int>(number)));
     });
   }
-  integers_.push_back(std::move(shift));
-  conv->shift = integers_.back().data();
 
   if (conv->depthwise) {
     const int64_t padded = channels + kPadding;

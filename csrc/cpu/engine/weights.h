@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/engine/bytes.h"
 #include "cpu/engine/kernels.h"
 #include "cpu/engine/plan.h"
 
@@ -17,20 +18,20 @@ class Weights {
  public:
   Weights(const Graph& graph, const Kernels& kernels) : graph_(graph), kernels_(kernels) {}
 
-  // What the kernels of a step want: all of a convolution, or scale and shift of an affine step. x is the buffer of its
+  // What the kernels of a step want: all of a convolution, or what makes bytes, scale and shift of another step. x is the buffer of its
   // first input. Panels are made once and kept, or, of a weight that is codes, in every call.
   Conv prepare(const Step& step, const Buffer& x, bool keep_panels);
 
  private:
   const Graph& graph_;
   const Kernels& kernels_;
-  std::vector<std::vector<float>> floats_;
-  std::vector<std::vector<int32_t>> integers_;
   std::vector<std::unique_ptr<char, void (*)(void*)>> memory_;
 
   char* keep(int64_t bytes);
-  const float* keep_floats(const float* values, int64_t count, float otherwise);
-  void keep_weight(const Step& step, Conv* conv);
+  template <class Number>
+  const Number* keep_numbers(const std::vector<Number>& numbers);
+  void prepare_product(const Step& step, const Buffer& x, bool keep_panels, Conv* conv, Channels* channels);
+  void keep_weight(const Step& step, Conv* conv, Channels* channels);
   void keep_panels(Conv* conv);
 };
 
