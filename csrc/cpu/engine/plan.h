@@ -13,13 +13,13 @@ struct Buffer {
   Shape shape;
   Dtype dtype;
   int zero = 0;
+  int64_t pixel = 0;  // elements from one pixel to the next: its channels, or a few more that nobody writes
   int64_t top = 0, bottom = 0, left = 0, right = 0;  // the border, as wide as the widest convolution that reads it asks
   int first = -1, last = -1;                         // the instructions that use it
   bool shared = false;  // it lives from one stage to another, so that it holds all images
   int64_t offset = 0;   // bytes for each image, before it in the arena
 
-  int64_t pixel() const { return shape.channels; }
-  int64_t row() const { return (left + shape.width + right) * pixel(); }
+  int64_t row() const { return (left + shape.width + right) * pixel; }
   int64_t image() const { return (top + shape.height + bottom) * row(); }
   int64_t bytes() const { return (image() * size_of(dtype) + 63) / 64 * 64; }
   bool bordered() const { return top + bottom + left + right > 0; }
@@ -56,8 +56,9 @@ struct Plan {
   int64_t local = 0, shared = 0;  // bytes for each image
 };
 
-// The plan of a graph that is sound. wide[i]: whether step i is a layer that its own stage suits.
-Plan make_plan(const Graph& graph, const std::vector<char>& wide);
+// The plan of a graph that is sound. wide[i]: whether step i is a layer that its own stage suits. aligned: whether the
+// pixels that convolutions of integers read begin where a tile of AMX may be loaded at once.
+Plan make_plan(const Graph& graph, const std::vector<char>& wide, bool aligned);
 
 // Whether a step is a convolution with one channel a group.
 bool is_depthwise(const Graph& graph, const Step& step);

@@ -76,11 +76,11 @@ Program::Program(Graph graph, Isa isa, const Limits& limits)
     const Shape& y = graph_.values[graph_.steps[i].output].shape;
     wide[i] = !kept && y.height * y.width == 1 && count_weights(graph_, graph_.steps[i]) >= limits.wide_layer;
   }
-  plan_ = make_plan(graph_, wide);
+  plan_ = make_plan(graph_, wide, kernels_->tiled_conv2d != nullptr);
   for (Step& step : graph_.steps) {
     const Buffer& x = plan_.buffers[plan_.places[step.inputs[0]].buffer];
     convs_.push_back(weights_.prepare(step, x, kept));
-    slack_ = std::max(slack_, slack_of(convs_.back(), x.pixel() * size_of(x.dtype), x.bytes()));
+    slack_ = std::max(slack_, slack_of(convs_.back(), x.pixel * size_of(x.dtype), x.bytes()));
     step.weight = Weight{};
   }
 }
@@ -89,7 +89,7 @@ View Program::view(const Frame& frame, int value) const {
   const Value& v = graph_.values[value];
   const Place& place = plan_.places[value];
   const Buffer& b = plan_.buffers[place.buffer];
-  View view{nullptr, v.dtype, v.shape, b.pixel(), b.row(), b.bytes() / size_of(v.dtype), v.scale, v.zero};
+  View view{nullptr, v.dtype, v.shape, b.pixel, b.row(), b.bytes() / size_of(v.dtype), v.scale, v.zero};
   view.data = frame.memory(b) + view.bytes(b.top * view.row + b.left * view.pixel + place.channel);
   return view;
 }
@@ -98,8 +98,8 @@ namespace {
 
 // Sets the border of images to what stands for zero.
 void fill_border(const Buffer& b, char* images, int64_t count) {
-  const int64_t size = size_of(b.dtype), row = b.row() * size, left = b.left * b.pixel() * size;
-  const int64_t right = b.right * b.pixel() * size;
+  const int64_t size = size_of(b.dtype), row = b.row() * size, left = b.left * b.pixel * size;
+  const int64_t right = b.right * b.pixel * size;
   for (int64_t i = 0; i < count; ++i) {
     char* image = images + i * b.bytes();
     std::memset(image, b.zero, static_cast<size_t>(b.top * row + left));

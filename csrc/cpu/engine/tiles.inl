@@ -47,9 +47,41 @@ inline void place_tiles(const ConvCall& call, const Grid& grid, int64_t group, i
   }
 }
 
+// A run of whole tiles of K: where it is in x, in bytes from a position on, how many lanes it has, and the first word of
+// its part of a panel.
+struct TilePiece {
+  int64_t offset, lanes, panel;
+};
+
+struct TileChunk {
+  const TilePiece* pieces;
+  int64_t count;
+};
+
+// K in chunks whose weights, and the activations under them, stay in the L1 cache while a batch is multiplied. A chunk
+// has the same channels of every segment, since neighbouring positions share what they read of those. Returns how many
+// chunks there are; each has `count` pieces of all.
+inline int64_t plan_tile_chunks(const ConvCall& call, TilePiece* pieces, TileChunk* chunks) {
+  const Conv& conv = *call.conv;
+  const Window& window = conv.window;
+  const int64_t across = conv.segments / window.kernel_h;  // 1, or kernel_w
+  const int64_t share = kChunkLanes / conv.segments / kTileLanes * kTileLanes;
+  const int64_t most = share > kTileLanes ? share : kTileLanes;
+  int64_t count = 0;
+  for (int64_t first = 0; first < conv.lanes; first += most) {
+    chunks[count++] = {pieces, conv.segments};
+    for (int64_t s = 0; s < conv.segments; ++s) {
+      const int64_t row = s / across * window.dilation_h, column = s % across * window.dilation_w;
+      *pieces++ = {call.x.bytes(row * call.x.row + column * call.x.pixel) + first * 4, smaller(conv.lanes - first, most),
+                   (s * conv.lanes + first) * kWidth};
+    }
+  }
+  return count;
+}
+
 // Adds to products those of kTiles tiles and kBlocks blocks of a strip, over a chunk of K.
 template <int kTiles, int kBlocks>
-__attribute__((noinline)) void multiply_tiles(const char* const* x, int64_t step, const Chunk& chunk,
+__attribute__((noinline)) void multiply_tiles(const char* const* x, int64_t step, const TileChunk& chunk,
                                               const uint32_t* weight, uint32_t* products, bool first) {
   constexpr int64_t kRow = kWidth * sizeof(uint32_t);
   const auto each_product = [&](const auto& f) BQNN_LAMBDA {
@@ -61,8 +93,8 @@ __attribute__((noinline)) void multiply_tiles(const char* const* x, int64_t step
     each_product([](auto i, char*) BQNN_LAMBDA { zero_tile<i.value>(); });
   else
     each_product([](auto i, char* at) BQNN_LAMBDA { load_tile<i.value>(at, kRow); });
-  const char* panel = reinterpret_cast<const char*>(weight);
-  for (const Piece *piece = chunk.pieces, *end = piece + chunk.count; piece < end; ++piece)
+  for (const TilePiece *piece = chunk.pieces, *end = piece + chunk.count; piece < end; ++piece) {
+    const char* panel = reinterpret_cast<const char*>(weight + piece->panel);
     for (int64_t at = piece->offset, last = at + 4 * piece->lanes; at < last; at += 64, panel += kTileLanes * kRow) {
       unroll<kBlocks>([&](auto b) BQNN_LAMBDA { load_tile<6 + b.value>(panel + b.value * 64, kRow); });
       unroll<kTiles>([&](auto t) BQNN_LAMBDA {
@@ -72,11 +104,12 @@ __attribute__((noinline)) void multiply_tiles(const char* const* x, int64_t step
         });
       });
     }
+  }
   each_product([](auto i, char* at) BQNN_LAMBDA { store_tile<i.value>(at, kRow); });
 }
 
 // The products of some tiles and a chunk: four tiles of sums at a time.
-inline void multiply_chunk(const char* const* x, int64_t count, int64_t step, int blocks, const Chunk& chunk,
+inline void multiply_chunk(const char* const* x, int64_t count, int64_t step, int blocks, const TileChunk& chunk,
                            const uint32_t* weight, uint32_t* products, bool first) {
   static constexpr decltype(&multiply_tiles<1, 1>) kOf[2][4] = {
       {multiply_tiles<1, 1>, multiply_tiles<2, 1>, multiply_tiles<3, 1>, multiply_tiles<4, 1>},
@@ -95,10 +128,10 @@ void conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64_t end) {
   const int64_t tiles = grid.images * grid.tiles;
   // Where a panel serves a few tiles alone, each chunk is decoded when it is multiplied, and stays in the cache.
   const bool kept = conv.panels != nullptr, chunked = !kept && conv.segments == 1 && tiles <= kTogether * parts;
-  const int64_t most = 2 * (conv.segments + words / kWidth / 16);
-  auto* pieces = room<Piece>(Scratch::offsets, most);
-  auto* chunks = room<Chunk>(Scratch::tables, most);
-  const int64_t num_chunks = plan_chunks(call, kChunkLanes, pieces, chunks);
+  const int64_t most = ceil_div(conv.lanes, kTileLanes);
+  auto* pieces = room<TilePiece>(Scratch::offsets, most * conv.segments);
+  auto* chunks = room<TileChunk>(Scratch::tables, most);
+  const int64_t num_chunks = plan_tile_chunks(call, pieces, chunks);
   uint32_t* made = kept ? nullptr : room<uint32_t>(Scratch::panel, words);
   alignas(64) uint32_t products[kPositions * kWidth];
   int64_t decoded = -1;
@@ -114,8 +147,9 @@ void conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64_t end) {
       const int64_t count = smaller(last - first, kTogether);
       place_tiles(call, grid, group, first, count, &at);
       for (int64_t c = 0; c < num_chunks; ++c) {
-        if (chunked) make_part(conv, group, strip, chunks[c].panel / kWidth, chunks[c].pieces->lanes, made);
-        multiply_chunk(at.x, count, grid.step, blocks, chunks[c], chunked ? made : panel + chunks[c].panel, products,
+        const TilePiece& piece = *chunks[c].pieces;
+        if (chunked) make_part(conv, group, strip, piece.panel / kWidth, piece.lanes, made);
+        multiply_chunk(at.x, count, grid.step, blocks, chunks[c], chunked ? made - piece.panel : panel, products,
                        c == 0);
       }
       finish_batch(call, products, at, group * conv.group_channels + strip * kWidth, width);

@@ -98,7 +98,9 @@ void Weights::prepare_product(const Step& step, const Buffer& buffer, bool keep_
   conv.depthwise = is_depthwise(graph_, step);
   const Window& w = conv.window;
   // Pixels of a row follow each other in memory where nothing lies between them.
-  const bool dense = conv.inputs == buffer.pixel() && w.dilation_w == 1;
+  // Where tiles fill up with the channels of a pixel, those of the next are a segment of their own.
+  const bool whole = kernels_.tiled_conv2d != nullptr && conv.integers && conv.inputs % (4 * kTileLanes) == 0;
+  const bool dense = conv.inputs == buffer.pixel && w.dilation_w == 1 && !(whole && step.op == Op::conv2d);
   conv.segments = dense || w.kernel_w == 1 ? w.kernel_h : w.kernel_h * w.kernel_w;
   conv.segment = conv.inputs * w.kernel_h * w.kernel_w / conv.segments;
   conv.lanes = conv.integers ? ceil_div(conv.segment, 4) : conv.segment;
