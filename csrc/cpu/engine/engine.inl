@@ -21,5 +21,5 @@
 #include "cpu/engine/move.inl"
 
 extern const Kernels kernels;
-const Kernels kernels{kWidth, &panel_words, &make_panel, &run_conv2d, nullptr, &run_depthwise, &run_point,
+const Kernels kernels{kWidth, kLanes, &panel_words, &make_panel, &run_conv2d, nullptr, &run_depthwise, &run_point,
                       &run_softmax, &run_pool, &run_move,   &run_read,   &run_write,     BQNN_NAME};

@@ -25,6 +25,8 @@ struct View {
   char* at(int64_t image_, int64_t h, int64_t w = 0) const {
     return data + bytes(image_ * image + h * row + w * pixel);
   }
+  // Takes so many pixels of a row, which follow each other, for one.
+  void fold(int64_t pixels) { shape.width /= pixels, shape.channels *= pixels, pixel *= pixels; }
 };
 
 constexpr int64_t kSlack = 128;
@@ -51,6 +53,10 @@ struct Conv {
   int64_t segments, segment;               // runs of K that are contiguous in x, and weights in one
   int64_t lanes;                           // of a panel that a segment takes: its weights, and zeros to whole tiles
   bool tiled;                              // whether AMX multiplies it
+  bool gathered;                           // tiled, from copies of the inputs in which segments follow each other
+  // So many pixels of a row of y are one, with as many times its channels: few channels leave most of a vector unused.
+  // The kernel is wider by the pixels that are added, and the weight has zeros where it does not reach.
+  int64_t fold = 1;
   int most_integer = 64;                   // the largest magnitude of the integers
   const PackedLayout* layout = nullptr;    // null where the weight is no codes
   const float* numbers = nullptr;          // [channels, columns], columns in the order of the segments
@@ -116,7 +122,7 @@ struct Outside {
 };
 
 struct Kernels {
-  int strip;  // channels of a panel
+  int strip, lanes;  // channels of a panel, and of a vector
   // 32-bit words of a panel, and what is in it: the weights of a strip of a group.
   int64_t (*panel_words)(const Conv& conv);
   void (*make_panel)(const Conv& conv, int64_t group, int64_t strip, uint32_t* panel);

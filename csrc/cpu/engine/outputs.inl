@@ -6,6 +6,7 @@ struct NoResidual {};
 template <class R, bool kClamps>
 struct FoldedFinish {
   using Y = uint8_t;
+  static constexpr bool kStoresTogether = true;
   const Conv& conv;
   const Float ratio = broadcast(conv.bytes.ratio), low = broadcast(conv.bytes.low), high = broadcast(conv.bytes.high);
 
@@ -31,6 +32,7 @@ struct FoldedFinish {
 template <class Out, class R>
 struct Finish {
   using Y = Out;
+  static constexpr bool kStoresTogether = false;
   const ConvCall& call;
   const Numbers<Y> out{call.y};
   const Numbers<R> added{call.residual};
@@ -79,24 +81,24 @@ BQNN_INLINE void with_finish(const ConvCall& call, const F& f) {
   });
 }
 
-// The channels of kVectorsOfRow whole vectors of a run. Bytes of a few positions are stored together.
+// The channels of kVectorsOfRow vectors of a run, `stride` from one vector to the next, of each of which the first `lanes`
+// are stored. Bytes of a few positions are stored together.
 template <int kVectorsOfRow, class F>
 BQNN_INLINE void finish_vectors(const F& finish, const Positions& at, const Run& run, const uint32_t* products,
-                                int64_t channel) {
+                                int64_t channel, int64_t stride, int lanes) {
   using Y = typename F::Y;
   typename F::Channels of[kVectorsOfRow];
-  BQNN_UNROLL(4) for (int v = 0; v < kVectorsOfRow; ++v) of[v] = finish.channels(channel + v * kLanes);
+  BQNN_UNROLL(4) for (int v = 0; v < kVectorsOfRow; ++v) of[v] = finish.channels(channel + v * stride);
   char* y = run.y + channel * static_cast<int64_t>(sizeof(Y));
   const char* residual = run.residual;
   int64_t i = 0;
   const auto each = [&](const auto& f) BQNN_LAMBDA {
     BQNN_UNROLL(4) for (int v = 0; v < kVectorsOfRow; ++v)
-      f(v, reinterpret_cast<Y*>(y) + v * kLanes,
-        finish.value(products + v * kLanes, of[v], residual, channel + v * kLanes));
+      f(v, reinterpret_cast<Y*>(y) + v * stride,
+        finish.value(products + v * stride, of[v], residual, channel + v * stride));
     products += kWidth, y += at.step_y, residual += at.step_residual;
   };
-  if constexpr (sizeof(Y) == 1 && kBytesTogether % kVectorsOfRow == 0 && std::is_same_v<decltype(finish.value(
-                    products, of[0], residual, channel)), Int>) {
+  if constexpr (F::kStoresTogether && kBytesTogether % kVectorsOfRow == 0) {
     constexpr int kRows = kBytesTogether / kVectorsOfRow;
     for (; i + kRows <= run.count; i += kRows) {
       uint8_t* to[kBytesTogether];
@@ -105,35 +107,28 @@ BQNN_INLINE void finish_vectors(const F& finish, const Positions& at, const Run&
         each([&](int v, uint8_t* p, Int value) BQNN_LAMBDA {
           to[r * kVectorsOfRow + v] = p, bytes[r * kVectorsOfRow + v] = value;
         });
-      store_saturated(to, bytes);
+      store_saturated(to, bytes, lanes);
     }
   }
   for (; i < run.count; ++i)
-    each([&](int, Y* p, auto value) BQNN_LAMBDA { finish.store(p, value, kLanes); });
+    each([&](int, Y* p, auto value) BQNN_LAMBDA { finish.store(p, value, lanes); });
 }
 
 // The channels [channel, channel + width) of positions, whose products are rows of kWidth.
 template <class F>
 inline void finish_rows(const F& finish, const Positions& at, const uint32_t* products, int64_t channel,
                         int64_t width) {
-  using Y = typename F::Y;
   for (int64_t r = 0; r < at.num_runs; ++r) {
     const Run& run = at.runs[r];
     const uint32_t* row = products + run.row * kWidth;
-    int64_t c = 0;
-    if (width == kWidth) {
-      finish_vectors<kVectors>(finish, at, run, row, channel);
+    if (kVectors == 2 && width > kLanes) {  // the second vector begins where it is whole
+      finish_vectors<2>(finish, at, run, row, channel, width - kLanes, kLanes);
       continue;
     }
-    for (; c + kLanes <= width; c += kLanes) finish_vectors<1>(finish, at, run, row + c, channel + c);
-    if (c == width) continue;
-    const int lanes = static_cast<int>(width - c);
-    const auto of = finish.channels(channel + c);
-    char* y = run.y;
-    const char* residual = run.residual;
-    for (int64_t i = 0; i < run.count; ++i, y += at.step_y, residual += at.step_residual)
-      finish.store(reinterpret_cast<Y*>(y) + channel + c,
-                   finish.value(row + i * kWidth + c, of, residual, channel + c), lanes);
+    int64_t c = 0;
+    for (; c + kLanes <= width; c += kLanes)
+      finish_vectors<1>(finish, at, run, row + c, channel + c, 0, kLanes);
+    if (c < width) finish_vectors<1>(finish, at, run, row + c, channel + c, 0, static_cast<int>(width - c));
   }
 }
 

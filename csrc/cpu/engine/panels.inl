@@ -47,6 +47,9 @@ inline void decode_part(const Conv& conv, int64_t group, int64_t strip, int64_t 
 template <class Op>
 inline void decode_panel(const Conv& conv, int64_t group, int64_t strip, uint32_t* panel) {
   decode_part<Op>(conv, group, strip, 0, conv.lanes, panel);
+  // What segments that follow each other leave of their last tile.
+  if (conv.gathered)
+    __builtin_memset(panel + conv.segments * conv.lanes * kWidth, 0, kTileLanes * kWidth * sizeof *panel);
 }
 
 // A panel of a weight that is numbers.

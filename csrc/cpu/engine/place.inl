@@ -66,7 +66,8 @@ inline void place(const ConvCall& call, int64_t group, int64_t first, int64_t co
       if (++h == height) h = 0, ++image;
     }
   }
-  for (int64_t i = count; i < count + kMostTile; ++i) at->x[i] = at->x[count - 1];
+  // A tile that is not full takes the last one again.
+  for (int64_t i = count; i < smaller(count + kMostTile, kPositions); ++i) at->x[i] = at->x[count - 1];
 }
 
 // The pieces of K in chunks of `most` lanes at most; returns how many chunks there are.

@@ -50,6 +50,40 @@ inline void max_pool_rows(const PoolCall& call, int64_t begin, int64_t end) {
   }
 }
 
+// The same of few channels, whose pixels follow each other: the largest of the rows first, as if they were one pixel,
+// then of the columns.
+inline void max_pool_few_channels(const PoolCall& call, int64_t begin, int64_t end) {
+  constexpr int kCount = 16;
+  typedef uint8_t Many __attribute__((vector_size(kCount)));
+  const auto larger = [](Many a, const uint8_t* p) {
+    Many b;
+    __builtin_memcpy(&b, p, sizeof b);
+    return a > b ? a : b;
+  };
+  const Window& of = call.window;
+  const Shape &shape = call.y.shape, &size = call.x.shape;
+  const int64_t channels = shape.channels, bytes = size.width * channels;
+  uint8_t* row = room<uint8_t>(Scratch::products, bytes + kSlack);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t image = unit / shape.height, h = unit % shape.height;
+    const Range rows = window_range(h, of.stride_h, of.top, of.kernel_h, of.dilation_h, size.height);
+    for (int64_t i = 0; i < bytes; i += kCount) {
+      Many most = {};
+      for (int64_t r = rows.first; r < rows.last; r += of.dilation_h)
+        most = larger(most, elements<uint8_t>(call.x, image, r) + i);
+      __builtin_memcpy(row + i, &most, sizeof most);
+    }
+    uint8_t *y = elements<uint8_t>(call.y, image, h), *last = y + shape.width * channels;
+    for (int64_t w = 0; w < shape.width; ++w, y += channels) {
+      const Range columns = window_range(w, of.stride_w, of.left, of.kernel_w, of.dilation_w, size.width);
+      Many most = {};
+      for (int64_t s = columns.first; s < columns.last; s += of.dilation_w) most = larger(most, row + s * channels);
+      // What is written beyond the pixel is the next one's, which comes after it.
+      __builtin_memcpy(y, &most, y + kCount <= last ? kCount : static_cast<size_t>(channels));
+    }
+  }
+}
+
 // Sums of stored numbers: integers are added up as such.
 template <class X, class Y>
 inline void avg_pool_rows(const PoolCall& call, int64_t begin, int64_t end) {
@@ -104,6 +138,10 @@ inline void avg_pool_rows(const PoolCall& call, int64_t begin, int64_t end) {
 inline void run_pool(const PoolCall& call, int64_t begin, int64_t end) {
   with_element(call.x.dtype, [&](auto* null) {
     using X = std::remove_pointer_t<decltype(null)>;
+    const int64_t channels = call.y.shape.channels;
+    if (call.op == Op::max_pool2d && sizeof(X) == 1 && channels <= 16 && call.x.pixel == channels &&
+        call.y.pixel == channels)
+      return max_pool_few_channels(call, begin, end);
     if (call.op == Op::max_pool2d) return max_pool_rows<X>(call, begin, end);
     with_element(call.y.dtype,
                  [&](auto* y) { avg_pool_rows<X, std::remove_pointer_t<decltype(y)>>(call, begin, end); });

@@ -79,7 +79,10 @@ Program::Program(Graph graph, Isa isa, const Limits& limits)
   plan_ = make_plan(graph_, wide, kernels_->tiled_conv2d != nullptr);
   for (Step& step : graph_.steps) {
     const Buffer& x = plan_.buffers[plan_.places[step.inputs[0]].buffer];
-    convs_.push_back(weights_.prepare(step, x, kept));
+    bool dense = true;
+    for (const int32_t value : {step.output, step.inputs.size() > 1 ? step.inputs[1] : step.output})
+      dense = dense && plan_.buffers[plan_.places[value].buffer].pixel == graph_.values[value].shape.channels;
+    convs_.push_back(weights_.prepare(step, x, dense, kept));
     slack_ = std::max(slack_, slack_of(convs_.back(), x.pixel * size_of(x.dtype), x.bytes()));
     step.weight = Weight{};
   }
@@ -145,13 +148,14 @@ void Program::run_instruction(const Frame& frame, const Instruction& of, const P
     case Kind::depthwise: {
       ConvCall call{&conv, x, y, {}, images};
       if (step.inputs.size() > 1) call.residual = view(frame, step.inputs[1]);
+      call.y.fold(conv.fold), call.residual.fold(conv.fold);
       if (of.kind == Kind::depthwise) {
         const int64_t work = products(of) / y.shape.height;
         return parallel_for(parallel, rows, 1 + kWorthAThread / 8 / (1 + work),
                             [&](int64_t begin, int64_t end) { k.depthwise(call, begin, end); });
       }
       const int64_t strips = conv.groups * ceil_div(conv.group_channels, k.strip);
-      const int64_t positions = rows * y.shape.width;
+      const int64_t positions = rows * call.y.shape.width;
       int64_t parts = parallel.threads / std::gcd<int64_t>(parallel.threads, strips);
       const auto conv2d = on_tiles(conv, positions) ? k.tiled_conv2d : k.conv2d;
       if (strips >= 4 * parallel.threads || parts > positions) parts = 1;
@@ -234,9 +238,9 @@ void Program::run(const Outside* inputs, const Outside* outputs, int64_t images,
 
 int64_t Program::products(const Instruction& of) const {
   if (of.kind != Kind::conv2d && of.kind != Kind::depthwise) return 0;
-  const Conv& conv = convs_[of.step];
+  const Step& step = graph_.steps[of.step];
   const Shape& y = graph_.values[of.value].shape;
-  return y.count() * conv.inputs * conv.window.kernel_h * conv.window.kernel_w;
+  return count_weights(graph_, step) * y.height * y.width;
 }
 
 std::string Program::describe(const Instruction& of, int64_t images) const {

@@ -120,7 +120,80 @@ inline void multiply_chunk(const char* const* x, int64_t count, int64_t step, in
                                                       first);
 }
 
+// Copies the inputs of positions, segment after segment, to rows of `row` bytes; kBytes hold a segment.
+template <int kBytes>
+inline void gather(const char* const* x, int64_t count, const int64_t* offsets, int64_t segments, int64_t bytes,
+                   int64_t row, char* to) {
+  for (int64_t i = 0; i < count; ++i, to += row) {
+    char* next = to;
+    for (int64_t s = 0; s < segments; ++s, next += bytes) {
+      // What is copied beyond a segment the next one covers, or a weight of 0 multiplies.
+      // In vectors, since GCC would make loops of smaller numbers gather and scatter them.
+      const char* from = x[i] + offsets[s];
+      if constexpr (kBytes == 8)
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(next), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+      else if constexpr (kBytes == 16)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(next), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+      else
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(next),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+  }
+}
+
+// Some strips of a group, at the positions [first, last).
+inline void gathered_conv2d(const ConvCall& call, int64_t group, int64_t first_strip, int64_t last_strip, int64_t first,
+                            int64_t last) {
+  const Conv& conv = *call.conv;
+  const int64_t strips = ceil_div(conv.group_channels, kWidth), words = panel_words(conv);
+  const int64_t lanes = ceil_div(conv.segments * conv.lanes, kTileLanes) * kTileLanes, row = 4 * lanes;
+  const TilePiece all{0, lanes, 0};
+  const TileChunk chunk{&all, 1};
+  const bool kept = conv.panels != nullptr;
+  uint32_t* made = kept ? nullptr : room<uint32_t>(Scratch::panel, words * (last_strip - first_strip));
+  for (int64_t strip = first_strip; !kept && strip < last_strip; ++strip)
+    make_panel(conv, group, strip, made + (strip - first_strip) * words);
+  const uint32_t* panels = kept ? conv.panels + (group * strips + first_strip) * words : made;
+  auto* offsets = room<int64_t>(Scratch::offsets, conv.segments);
+  const int64_t across = conv.segments / conv.window.kernel_h;  // 1, or kernel_w
+  for (int64_t s = 0; s < conv.segments; ++s)
+    offsets[s] = call.x.bytes(s / across * conv.window.dilation_h * call.x.row +
+                              s % across * conv.window.dilation_w * call.x.pixel);
+  char* copies = room<char>(Scratch::activations, kPositions * row + kSlack);
+  alignas(64) uint32_t products[kPositions * kWidth];
+  Positions at(call);
+  for (; first < last; first += kPositions) {
+    const int64_t count = smaller(last - first, kPositions), tiles = ceil_div(count, kTileRows);
+    place(call, group, first, count, &at);
+    const int64_t bytes = 4 * conv.lanes;
+    const auto copy = bytes <= 8 ? gather<8> : bytes <= 16 ? gather<16> : gather<32>;
+    copy(at.x, count, offsets, conv.segments, bytes, row, copies);
+    const char* x[kPositions / kTileRows];
+    for (int64_t i = 0; i < tiles; ++i) x[i] = copies + i * kTileRows * row;
+    for (int64_t strip = first_strip; strip < last_strip; ++strip) {
+      const int64_t channel = strip * kWidth, width = smaller(conv.group_channels - channel, kWidth);
+      multiply_chunk(x, tiles, row, width > kTileLanes ? 2 : 1, chunk, panels + (strip - first_strip) * words, products,
+                     true);
+      finish_batch(call, products, at, group * conv.group_channels + channel, width);
+    }
+  }
+}
+
+inline void run_gathered(const ConvCall& call, int64_t parts, int64_t begin, int64_t end) {
+  const int64_t strips = ceil_div(call.conv->group_channels, kWidth);
+  const int64_t positions = call.images * call.y.shape.height * call.y.shape.width;
+  const TileConfig config(kTileRows);
+  for (int64_t unit = begin; unit < end;) {
+    const int64_t index = unit / parts, part = unit % parts, strip = index % strips;
+    const int64_t count = parts > 1 ? 1 : smaller(strips - strip, end - unit);
+    gathered_conv2d(call, index / strips, strip, strip + count, positions * part / parts,
+                    positions * (part + 1) / parts);
+    unit += count;
+  }
+}
+
 void conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64_t end) {
+  if (call.conv->gathered) return run_gathered(call, parts, begin, end);
   constexpr int64_t kTogether = kPositions / kTileRows;
   const Conv& conv = *call.conv;
   const Grid grid(call);

@@ -49,37 +49,50 @@ BQNN_INLINE Int nearest_integers(Float x) {
 constexpr int kBytesTogether = BQNN_LANES == 16 ? 4 : BQNN_LANES == 8 ? 2 : 1;
 constexpr bool kSaturates = BQNN_LANES >= 8;
 
-// Stores kBytesTogether vectors, each where it belongs.
-BQNN_INLINE void store_saturated(uint8_t* const* to, const Int* x) {
+#if BQNN_LANES >= 8
+// The first `count` of 16 bytes, in pieces: a store under a mask takes longer.
+BQNN_INLINE void store_some(uint8_t* p, __m128i bytes, int count) {
+  if (count == 16) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  if (count & 8) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+    p += 8, bytes = _mm_unpackhi_epi64(bytes, bytes);
+  }
+  uint64_t rest = static_cast<uint64_t>(_mm_cvtsi128_si64(bytes));
+  BQNN_UNROLL(4) for (int piece = 4; piece > 0; piece /= 2)
+    if (count & piece) {
+      __builtin_memcpy(p, &rest, static_cast<size_t>(piece));
+      p += piece, rest >>= 8 * piece;
+    }
+}
+#endif
+
+// Stores the first `count` lanes of kBytesTogether vectors, each where it belongs.
+BQNN_INLINE void store_saturated(uint8_t* const* to, const Int* x, int count = kLanes) {
 #if BQNN_LANES == 16
   // Packing goes by quarters of a vector: those of the four vectors come out in turns.
   const __m512i low = _mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]);
   const __m512i high = _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i bytes = _mm512_maskz_permutexvar_epi32(0xFFFF, order, _mm512_packus_epi16(low, high));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to[0]), _mm512_castsi512_si128(bytes));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to[1]), _mm512_maskz_extracti32x4_epi32(0xF, bytes, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to[2]), _mm512_maskz_extracti32x4_epi32(0xF, bytes, 2));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to[3]), _mm512_maskz_extracti32x4_epi32(0xF, bytes, 3));
+  store_some(to[0], _mm512_castsi512_si128(bytes), count);
+  store_some(to[1], _mm512_maskz_extracti32x4_epi32(0xF, bytes, 1), count);
+  store_some(to[2], _mm512_maskz_extracti32x4_epi32(0xF, bytes, 2), count);
+  store_some(to[3], _mm512_maskz_extracti32x4_epi32(0xF, bytes, 3), count);
 #elif BQNN_LANES == 8
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]), 0xD8);
   const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to[0]), bytes);
-  _mm_storeh_pd(reinterpret_cast<double*>(to[1]), _mm_castsi128_pd(bytes));
+  store_some(to[0], bytes, count);
+  store_some(to[1], _mm_unpackhi_epi64(bytes, bytes), count);
 #else
-  store_bytes(to[0], x[0], kLanes);
+  store_bytes(to[0], x[0], count);
 #endif
 }
 
-// The same of the first `count` lanes of one vector.
+// The same of one vector.
 BQNN_INLINE void store_saturated(uint8_t* to, Int x, int count) {
 #if BQNN_LANES == 16
   x = (Int)_mm512_maskz_max_epi32(0xFFFF, (__m512i)x, __m512i{});
-  const __m128i bytes = _mm512_maskz_cvtusepi32_epi8(0xFFFF, (__m512i)x);
-  if (count == kLanes)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
-  else
-    _mm_mask_storeu_epi8(to, (__mmask16)((1u << count) - 1u), bytes);
+  store_some(to, _mm512_maskz_cvtusepi32_epi8(0xFFFF, (__m512i)x), count);
 #else
   store_bytes(to, x, count);  // packing saturates
 #endif

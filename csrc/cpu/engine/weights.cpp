@@ -23,13 +23,41 @@ void unpack(const Weight& weight, int64_t columns, int64_t channel, std::vector<
   }
 }
 
+// How many pixels of y are computed best as one. A position takes a product for each lane of K and vector of channels,
+// and about as long as four to become an output.
+int64_t pixels_to_fold(const Conv& conv, const Shape& y, int64_t lanes) {
+  const Window& w = conv.window;
+  if (conv.groups > 1 || w.stride_w > 1 || w.dilation_w > 1 || y.channels >= lanes) return 1;
+  const auto cost = [&](int64_t fold) {
+    const int64_t products = w.kernel_h * ceil_div(conv.inputs * (w.kernel_w + fold - 1), 4) + 4;
+    return products * ceil_div(fold * y.channels, lanes) * (y.width / fold);
+  };
+  int64_t best = 1;
+  for (int64_t fold = 2; fold * y.channels <= 2 * lanes; ++fold)
+    if (y.width % fold == 0 && cost(fold) <= cost(best)) best = fold;
+  return best;
+}
+
+template <class Number>
+void repeat(std::vector<Number>* numbers, int64_t times) {
+  const size_t count = numbers->size();
+  for (int64_t i = 1; i < times; ++i)
+    for (size_t c = 0; c < count; ++c) numbers->push_back((*numbers)[c]);
+}
+
 // Whether tiles multiply a convolution sooner than vectors: a tile takes a cycle a row for each of its products, filled
 // or not, and a vector half a cycle for each lane of K.
 bool tiles_pay(const Conv& conv, const Shape& y) {
-  const bool linear = y.height * y.width == 1;
-  const int64_t rows = linear ? 1 : y.height * ceil_div(y.width, kTileRows) * kTileRows;
-  const int64_t steps = ceil_div(conv.lanes, kTileLanes);
-  return 2 * rows * steps <= y.height * y.width * conv.lanes;
+  const bool in_rows = !conv.gathered && y.height * y.width > 1;
+  const int64_t rows = in_rows ? y.height * ceil_div(y.width, kTileRows) * kTileRows : y.height * y.width;
+  const int64_t lanes = conv.gathered ? conv.segments * conv.lanes : conv.lanes;
+  return 2 * rows * ceil_div(lanes, kTileLanes) <= y.height * y.width * lanes;
+}
+
+// Whether short segments are better copied: several of them fill a tile, and a tile that may be loaded at once.
+bool gathering_pays(const Conv& conv) {
+  return conv.segments > 1 && conv.lanes <= kTileLanes / 2 &&
+         ceil_div(conv.segments * conv.lanes, kTileLanes) < conv.segments;
 }
 
 }  // namespace
@@ -57,7 +85,7 @@ int64_t count_weights(const Graph& graph, const Step& step) {
   return step.op == Op::conv2d ? y.channels * (x.channels / step.groups * w.kernel_h * w.kernel_w) : 0;
 }
 
-Conv Weights::prepare(const Step& step, const Buffer& buffer, bool keep_panels) {
+Conv Weights::prepare(const Step& step, const Buffer& buffer, bool dense, bool keep_panels) {
   const Value& y = graph_.values[step.output];
   Conv conv{};
   switch (step.op) {
@@ -75,14 +103,16 @@ Conv Weights::prepare(const Step& step, const Buffer& buffer, bool keep_panels) 
   if (step.weight.scale != nullptr) std::copy_n(step.weight.scale, count, channels.scale.begin());
   if (step.weight.bias != nullptr) std::copy_n(step.weight.bias, count, channels.bias.begin());
   const bool product = step.op == Op::conv2d || step.op == Op::linear;
-  if (product) prepare_product(step, buffer, keep_panels, &conv, &channels);
+  if (product) prepare_product(step, buffer, dense, keep_panels, &conv, &channels);
   conv.bytes = fold_bytes(graph_, step, &channels);
+  repeat(&channels.scale, conv.fold), repeat(&channels.bias, conv.fold), repeat(&channels.shift, conv.fold);
   conv.scale = keep_numbers(channels.scale), conv.bias = keep_numbers(channels.bias);
   if (product) conv.shift = keep_numbers(channels.shift);
   return conv;
 }
 
-void Weights::prepare_product(const Step& step, const Buffer& buffer, bool keep_panels, Conv* of, Channels* channels) {
+void Weights::prepare_product(const Step& step, const Buffer& buffer, bool dense_y, bool keep_panels, Conv* of,
+                              Channels* channels) {
   const Value &x = graph_.values[step.inputs[0]], &y = graph_.values[step.output];
   Conv& conv = *of;
   conv.window = step.window;
@@ -96,16 +126,22 @@ void Weights::prepare_product(const Step& step, const Buffer& buffer, bool keep_
   conv.group_channels = y.shape.channels / step.groups;
   conv.integers = x.dtype == Dtype::uint8;
   conv.depthwise = is_depthwise(graph_, step);
-  const Window& w = conv.window;
-  // Pixels of a row follow each other in memory where nothing lies between them.
-  // Where tiles fill up with the channels of a pixel, those of the next are a segment of their own.
+  if (dense_y && conv.integers && conv.inputs == buffer.pixel)
+    conv.fold = pixels_to_fold(conv, y.shape, kernels_.lanes);
+  Window& w = conv.window;
+  if (conv.fold > 1) w.kernel_w += conv.fold - 1, w.stride_w = conv.fold, conv.group_channels *= conv.fold;
+  // Pixels of a row follow each other in memory where nothing lies between them; but where the channels of one fill
+  // tiles, those of the next are a segment of their own.
   const bool whole = kernels_.tiled_conv2d != nullptr && conv.integers && conv.inputs % (4 * kTileLanes) == 0;
   const bool dense = conv.inputs == buffer.pixel && w.dilation_w == 1 && !(whole && step.op == Op::conv2d);
   conv.segments = dense || w.kernel_w == 1 ? w.kernel_h : w.kernel_h * w.kernel_w;
   conv.segment = conv.inputs * w.kernel_h * w.kernel_w / conv.segments;
   conv.lanes = conv.integers ? ceil_div(conv.segment, 4) : conv.segment;
-  conv.tiled = kernels_.tiled_conv2d != nullptr && conv.integers && !conv.depthwise && tiles_pay(conv, y.shape);
-  if (conv.tiled) conv.lanes = ceil_div(conv.lanes, kTileLanes) * kTileLanes;
+  const bool tiles = kernels_.tiled_conv2d != nullptr && conv.integers && !conv.depthwise;
+  conv.gathered = tiles && gathering_pays(conv);
+  conv.tiled = tiles && tiles_pay(conv, {conv.group_channels, y.shape.height, y.shape.width / conv.fold});
+  conv.gathered = conv.gathered && conv.tiled;
+  if (conv.tiled && !conv.gathered) conv.lanes = ceil_div(conv.lanes, kTileLanes) * kTileLanes;
   keep_weight(step, &conv, channels);
   if (!conv.depthwise && (keep_panels || conv.layout == nullptr)) this->keep_panels(&conv);
 }
@@ -114,7 +150,8 @@ void Weights::prepare_product(const Step& step, const Buffer& buffer, bool keep_
 void Weights::keep_weight(const Step& step, Conv* conv, Channels* of_channels) {
   const Weight& weight = step.weight;
   const Window& w = conv->window;
-  const int64_t channels = conv->channels(), taps = w.kernel_h * w.kernel_w, columns = conv->inputs * taps;
+  const int64_t kernel_w = w.kernel_w - (conv->fold - 1);  // of the step itself
+  const int64_t channels = conv->channels() / conv->fold, taps = w.kernel_h * kernel_w, columns = conv->inputs * taps;
   of_channels->shift.assign(static_cast<size_t>(channels), 0);
   of_channels->most.assign(static_cast<size_t>(channels), 0.0);
   const int zero = graph_.values[step.inputs[0]].zero;
@@ -159,14 +196,19 @@ void Weights::keep_weight(const Step& step, Conv* conv, Channels* of_channels) {
     conv->integer_taps = conv->integers ? reinterpret_cast<const int16_t*>(memory) : nullptr;
     return;
   }
-  if (weight.codes == nullptr) {
-    auto* numbers = keep(channels * columns * 4);
+  if (weight.codes == nullptr || conv->fold > 1) {
+    const int64_t wide = conv->inputs * w.kernel_h * w.kernel_w, bytes = conv->channels() * wide * 4;
+    auto* numbers = keep(bytes);
+    std::memset(numbers, 0, static_cast<size_t>(bytes));
     each([&](int64_t n, int64_t k, float number) {
-      const int64_t at = n * columns + k % taps * conv->inputs + k / taps;
-      if (conv->integers)
-        reinterpret_cast<int8_t*>(numbers)[at] = static_cast<int8_t>(number);
-      else
-        reinterpret_cast<float*>(numbers)[at] = number;
+      const int64_t row = k % taps / kernel_w, column = k % taps % kernel_w;
+      for (int64_t pixel = 0; pixel < conv->fold; ++pixel) {
+        const int64_t at = (pixel * channels + n) * wide + (row * w.kernel_w + column + pixel) * conv->inputs + k / taps;
+        if (conv->integers)
+          reinterpret_cast<int8_t*>(numbers)[at] = static_cast<int8_t>(number);
+        else
+          reinterpret_cast<float*>(numbers)[at] = number;
+      }
     });
     conv->integer_numbers = conv->integers ? reinterpret_cast<const int8_t*>(numbers) : nullptr;
     conv->numbers = conv->integers ? nullptr : reinterpret_cast<const float*>(numbers);

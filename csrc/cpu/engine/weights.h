@@ -18,9 +18,10 @@ class Weights {
  public:
   Weights(const Graph& graph, const Kernels& kernels) : graph_(graph), kernels_(kernels) {}
 
-  // What the kernels of a step want: all of a convolution, or what makes bytes, scale and shift of another step. x is the buffer of its
-  // first input. Panels are made once and kept, or, of a weight that is codes, in every call.
-  Conv prepare(const Step& step, const Buffer& x, bool keep_panels);
+  // What the kernels of a step want: all of a convolution, or what makes bytes, scale and shift of another step. x is
+  // the buffer of its first input; dense says whether the pixels of y, and of what is added, follow each other. Panels
+  // are made once and kept, or, of a weight that is codes, in every call.
+  Conv prepare(const Step& step, const Buffer& x, bool dense, bool keep_panels);
 
  private:
   const Graph& graph_;
@@ -30,7 +31,7 @@ class Weights {
   char* keep(int64_t bytes);
   template <class Number>
   const Number* keep_numbers(const std::vector<Number>& numbers);
-  void prepare_product(const Step& step, const Buffer& x, bool keep_panels, Conv* conv, Channels* channels);
+  void prepare_product(const Step& step, const Buffer& x, bool dense, bool keep_panels, Conv* conv, Channels* channels);
   void keep_weight(const Step& step, Conv* conv, Channels* channels);
   void keep_panels(Conv* conv);
 };
