@@ -58,14 +58,17 @@ struct TileChunk {
   int64_t count;
 };
 
-// K in chunks whose weights, and the activations under them, stay in the L1 cache while a batch is multiplied. A chunk
-// has the same channels of every segment, since neighbouring positions share what they read of those. Returns how many
-// chunks there are; each has `count` pieces of all.
+// Lanes of a chunk: weights come from the L2 cache as fast as they are multiplied, and sums that go to memory and back
+// for every chunk cost more.
+constexpr int64_t kTileChunkLanes = 1024;
+
+// K in chunks: each has the same channels of every segment, since neighbouring positions share what they read of those.
+// Returns how many chunks there are.
 inline int64_t plan_tile_chunks(const ConvCall& call, TilePiece* pieces, TileChunk* chunks) {
   const Conv& conv = *call.conv;
   const Window& window = conv.window;
   const int64_t across = conv.segments / window.kernel_h;  // 1, or kernel_w
-  const int64_t share = kChunkLanes / conv.segments / kTileLanes * kTileLanes;
+  const int64_t share = kTileChunkLanes / conv.segments / kTileLanes * kTileLanes;
   const int64_t most = share > kTileLanes ? share : kTileLanes;
   int64_t count = 0;
   for (int64_t first = 0; first < conv.lanes; first += most) {
