@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bqnn
 from bqnn.core.codes import pack_codes
-from bqnn.engine.graph import NO_ACTIVATION, Graph, Node, Value
+from bqnn.engine.graph import NO_ACTIVATION, Activation, Graph, Node, Value
 from bqnn.engine.program import Program
 from bqnn.engine.reference import run
 from tests.support.draw_graphs import draw_graph
@@ -125,6 +125,80 @@ def test_fully_connected_layers(largest: int | None, columns: int, channels: int
                 check_near([whole], (expected,))
             else:
                 assert torch.equal(whole, expected)
+
+
+@pytest.mark.parametrize(
+    ("residual", "activation"),
+    ((None, "none"), (None, "clamp"), ("uint8", "none"), ("uint8", "clamp"), ("float32", "clamp")),
+)
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "kernel", "stride", "dilation", "size"),
+    (
+        (1, 6, 5, 1, 1, (28, 28)),  # a few pixels of y are one
+        (1, 3, 3, 1, 1, (9, 15)),
+        (2, 5, 2, 1, 1, (7, 8)),
+        (3, 16, 3, 1, 1, (12, 32)),  # short runs of K
+        (3, 70, 7, 2, 1, (21, 19)),
+        (6, 16, 5, 1, 1, (14, 14)),
+        (16, 16, 3, 1, 1, (8, 32)),
+        (36, 12, 3, 1, 1, (5, 18)),  # pixels that are longer than their channels
+        (64, 64, 3, 1, 1, (8, 8)),  # tiles that go on from row to row
+        (128, 40, 3, 2, 1, (9, 9)),
+        (160, 33, 3, 1, 2, (6, 5)),
+        (100, 24, 1, 1, 1, (7, 7)),
+    ),
+)
+def test_convolutions_of_bytes(
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    size: tuple[int, int],
+    activation: str,
+    residual: str | None,
+) -> None:
+    """The bits of the integer model, of one image and of a few, with what is added as bytes and as floats."""
+    generator = torch.Generator().manual_seed(inputs + outputs)
+    padding = kernel // 2
+    height, width = ((n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for n in size)
+    codes = torch.randint(3, (outputs, inputs * kernel**2), dtype=torch.uint8, generator=generator)
+    tensors = {
+        "codes": pack_codes(codes, 3),
+        "integers": torch.tensor([[-21, 3, 30]], dtype=torch.int8),
+        "scale": (0.5 + torch.rand(outputs, generator=generator)) / (2000 * kernel * inputs**0.5),
+        "bias": torch.randn(outputs, generator=generator),
+    }
+    shape = (outputs, height, width)
+    values = {
+        "x": Value("x", (inputs, *size)),
+        "q": Value("q", (inputs, *size), "uint8", float(torch.tensor(1 / 200)), 3),
+        "r": Value("r", shape),
+        "added": Value("added", shape, "uint8", float(torch.tensor(1 / 90)), 100),
+        "y": Value("y", shape, "uint8", float(torch.tensor(1 / 60)), 40),
+        "z": Value("z", shape),
+    }
+    window = {
+        "stride": (stride, stride),
+        "padding": (padding,) * 4,
+        "dilation": (dilation, dilation),
+        "groups": 1,
+        "kernel": (kernel, kernel),
+    }
+    read = {None: ("q",), "uint8": ("q", "added"), "float32": ("q", "r")}[residual]
+    nodes = [Node("activation", ("x",), "q"), Node("activation", ("r",), "added")]
+    act = NO_ACTIVATION if activation == "none" else Activation("clamp", -0.25, 2.0)
+    nodes += [Node("conv2d", read, "y", window, tensors, act), Node("activation", ("y",), "z")]
+    graph = Graph(("x", "r"), ("z",), values, tuple(nodes))
+    graph.check()
+    x = torch.rand(5, inputs, *size, generator=generator)
+    r = torch.randn(5, *shape, generator=generator)
+    expected = run(graph, (x, r), torch.float32)[0]
+    assert len(expected.unique()) > 20
+    for options in PLANS.values():
+        program = Program(graph, **options)
+        assert torch.equal(program([x, r])[0], expected)
+        assert torch.equal(program([x[:1], r[:1]])[0], expected[:1])
 
 
 def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:

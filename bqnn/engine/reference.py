@@ -142,14 +142,14 @@ def fold_bytes(node: Node, read: Sequence[Value], written: Value) -> Bytes | Non
         weight = decoded_weight(node, columns_of(node, read[0].shape), torch.float64)
         zero_of_x = weight.sum(1).cpu() * read[0].zero
     bias = ((shift / unit + written.zero) - scale * zero_of_x) - ratio * zero
-    found = [x.float() for x in (scale, bias, torch.tensor(ratio, dtype=torch.float64))]
-    if not all(bool(x.isfinite().all()) for x in found):
+    of_channels = scale.float(), bias.float(), torch.tensor(ratio, dtype=torch.float64).float()
+    if not all(bool(x.isfinite().all()) for x in of_channels):
         return None
     low, high = 0.0, 255.0
     if node.activation.name == "clamp":
-        ends = np.float32([node.activation.low, node.activation.high]).astype(np.float64) / unit
+        ends = np.array((node.activation.low, node.activation.high), np.float32).astype(np.float64) / unit
         low, high = (np.rint(ends) + written.zero).clip(0.0, 255.0).tolist()
-    return Bytes(*found, low, high)
+    return Bytes(*of_channels, low, high)
 
 
 def _folded(node: Node, inputs: list[Tensor], read: list[Value], written: Value, by: Bytes) -> Tensor:

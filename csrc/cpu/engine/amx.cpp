@@ -13,7 +13,7 @@
 #endif
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
+#pragma GCC target("fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-bf16,amx-int8")
 #define BQNN_LANES 16
 
 namespace bqnn::engine::amx {

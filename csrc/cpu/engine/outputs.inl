@@ -16,7 +16,9 @@ struct FoldedFinish {
   struct Channels {
     Float scale, bias;
   };
-  BQNN_INLINE Channels channels(int64_t channel) const { return {load(conv.scale + channel), load(conv.bias + channel)}; }
+  BQNN_INLINE Channels channels(int64_t channel) const {
+    return {load(conv.scale + channel), load(conv.bias + channel)};
+  }
 
   BQNN_INLINE Int value(const uint32_t* products, const Channels& of, const char* residual_at, int64_t channel) const {
     Float y = to_float((Int)load_lanes(products)) * of.scale + of.bias;
@@ -81,8 +83,8 @@ BQNN_INLINE void with_finish(const ConvCall& call, const F& f) {
   });
 }
 
-// The channels of kVectorsOfRow vectors of a run, `stride` from one vector to the next, of each of which the first `lanes`
-// are stored. Bytes of a few positions are stored together.
+// The channels of kVectorsOfRow vectors of a run, `stride` from one vector to the next, the first `lanes` of each.
+// Bytes of a few positions are stored together.
 template <int kVectorsOfRow, class F>
 BQNN_INLINE void finish_vectors(const F& finish, const Positions& at, const Run& run, const uint32_t* products,
                                 int64_t channel, int64_t stride, int lanes) {

@@ -18,8 +18,8 @@ inline int64_t panel_words(const Conv& conv) {
   return (conv.segments * conv.lanes + kWordLanes) * kWidth;
 }
 
-// The lanes [first, first + lanes) of every segment, `first` at the beginning of a word. Beyond a segment's weights they
-// are zeros.
+// The lanes [first, first + lanes) of every segment, `first` at the beginning of a word. Beyond a segment's weights
+// they are zeros.
 template <class Op>
 inline void decode_part(const Conv& conv, int64_t group, int64_t strip, int64_t first, int64_t lanes, uint32_t* panel) {
   const PackedLayout& layout = *conv.layout;

@@ -4,8 +4,8 @@ constexpr int kBatch = 48;      // positions whose products are finished togethe
 constexpr int kMostTile = 12;   // positions that are multiplied together at most
 constexpr int kPositions = 64;  // that are finished together where tiles multiply
 
-// Positions whose outputs lie at one distance from each other: the row of the products that the first one has, where its
-// output goes, and its residual is.
+// Positions whose outputs lie at one distance from each other: the row of the products that the first one has, where
+// its output goes, and its residual is.
 struct Run {
   int64_t row, count;
   char* y;

@@ -47,8 +47,8 @@ inline void place_tiles(const ConvCall& call, const Grid& grid, int64_t group, i
   }
 }
 
-// A run of whole tiles of K: where it is in x, in bytes from a position on, how many lanes it has, and the first word of
-// its part of a panel.
+// A run of whole tiles of K: where it is in x, in bytes from a position on, how many lanes it has, and the first word
+// of its part of a panel.
 struct TilePiece {
   int64_t offset, lanes, panel;
 };
@@ -75,8 +75,8 @@ inline int64_t plan_tile_chunks(const ConvCall& call, TilePiece* pieces, TileChu
     chunks[count++] = {pieces, conv.segments};
     for (int64_t s = 0; s < conv.segments; ++s) {
       const int64_t row = s / across * window.dilation_h, column = s % across * window.dilation_w;
-      *pieces++ = {call.x.bytes(row * call.x.row + column * call.x.pixel) + first * 4, smaller(conv.lanes - first, most),
-                   (s * conv.lanes + first) * kWidth};
+      *pieces++ = {call.x.bytes(row * call.x.row + column * call.x.pixel) + first * 4,
+                   smaller(conv.lanes - first, most), (s * conv.lanes + first) * kWidth};
     }
   }
   return count;

@@ -203,7 +203,8 @@ void Weights::keep_weight(const Step& step, Conv* conv, Channels* of_channels) {
     each([&](int64_t n, int64_t k, float number) {
       const int64_t row = k % taps / kernel_w, column = k % taps % kernel_w;
       for (int64_t pixel = 0; pixel < conv->fold; ++pixel) {
-        const int64_t at = (pixel * channels + n) * wide + (row * w.kernel_w + column + pixel) * conv->inputs + k / taps;
+        const int64_t tap = row * w.kernel_w + column + pixel;
+        const int64_t at = (pixel * channels + n) * wide + tap * conv->inputs + k / taps;
         if (conv->integers)
           reinterpret_cast<int8_t*>(numbers)[at] = static_cast<int8_t>(number);
         else
