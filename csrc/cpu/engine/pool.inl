@@ -55,8 +55,9 @@ inline void max_pool_rows(const PoolCall& call, int64_t begin, int64_t end) {
 inline void max_pool_few_channels(const PoolCall& call, int64_t begin, int64_t end) {
   constexpr int kCount = 16;
   typedef uint8_t Many __attribute__((vector_size(kCount)));
-  const auto larger = [](Many a, const uint8_t* p) {
-    Many b;
+  typedef uint8_t Row __attribute__((vector_size(4 * BQNN_LANES)));
+  const auto larger = [](auto a, const uint8_t* p) BQNN_LAMBDA {
+    auto b = a;
     __builtin_memcpy(&b, p, sizeof b);
     return a > b ? a : b;
   };
@@ -67,8 +68,8 @@ inline void max_pool_few_channels(const PoolCall& call, int64_t begin, int64_t e
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / shape.height, h = unit % shape.height;
     const Range rows = window_range(h, of.stride_h, of.top, of.kernel_h, of.dilation_h, size.height);
-    for (int64_t i = 0; i < bytes; i += kCount) {
-      Many most = {};
+    for (int64_t i = 0; i < bytes; i += static_cast<int64_t>(sizeof(Row))) {
+      Row most = {};
       for (int64_t r = rows.first; r < rows.last; r += of.dilation_h)
         most = larger(most, elements<uint8_t>(call.x, image, r) + i);
       __builtin_memcpy(row + i, &most, sizeof most);
@@ -77,7 +78,8 @@ inline void max_pool_few_channels(const PoolCall& call, int64_t begin, int64_t e
     for (int64_t w = 0; w < shape.width; ++w, y += channels) {
       const Range columns = window_range(w, of.stride_w, of.left, of.kernel_w, of.dilation_w, size.width);
       Many most = {};
-      for (int64_t s = columns.first; s < columns.last; s += of.dilation_w) most = larger(most, row + s * channels);
+      const uint8_t *x = row + columns.first * channels, *end = row + columns.last * channels;
+      for (; x < end; x += of.dilation_w * channels) most = larger(most, x);
       // What is written beyond the pixel is the next one's, which comes after it.
       __builtin_memcpy(y, &most, y + kCount <= last ? kCount : static_cast<size_t>(channels));
     }

@@ -162,17 +162,24 @@ inline void gathered_conv2d(const ConvCall& call, int64_t group, int64_t first_s
   for (int64_t s = 0; s < conv.segments; ++s)
     offsets[s] = call.x.bytes(s / across * conv.window.dilation_h * call.x.row +
                               s % across * conv.window.dilation_w * call.x.pixel);
-  char* copies = room<char>(Scratch::activations, kPositions * row + kSlack);
+  const int64_t bytes = 4 * conv.lanes, size = kPositions * row + kSlack;
+  const auto copy = bytes <= 8 ? gather<8> : bytes <= 16 ? gather<16> : gather<32>;
+  char* copies = room<char>(Scratch::activations, 2 * size);
   alignas(64) uint32_t products[kPositions * kWidth];
-  Positions at(call);
-  for (; first < last; first += kPositions) {
-    const int64_t count = smaller(last - first, kPositions), tiles = ceil_div(count, kTileRows);
-    place(call, group, first, count, &at);
-    const int64_t bytes = 4 * conv.lanes;
-    const auto copy = bytes <= 8 ? gather<8> : bytes <= 16 ? gather<16> : gather<32>;
-    copy(at.x, count, offsets, conv.segments, bytes, row, copies);
+  // A tile is loaded when its copies are in the cache: one batch is copied while another is multiplied.
+  Positions batches[2] = {Positions(call), Positions(call)};
+  const auto prepare = [&](int64_t from, int turn) {
+    const int64_t count = smaller(last - from, kPositions);
+    place(call, group, from, count, &batches[turn]);
+    copy(batches[turn].x, count, offsets, conv.segments, bytes, row, copies + turn * size);
+  };
+  if (first < last) prepare(first, 0);
+  for (int turn = 0; first < last; first += kPositions, turn ^= 1) {
+    const int64_t tiles = ceil_div(smaller(last - first, kPositions), kTileRows);
+    if (first + kPositions < last) prepare(first + kPositions, turn ^ 1);
+    const Positions& at = batches[turn];
     const char* x[kPositions / kTileRows];
-    for (int64_t i = 0; i < tiles; ++i) x[i] = copies + i * kTileRows * row;
+    for (int64_t i = 0; i < tiles; ++i) x[i] = copies + turn * size + i * kTileRows * row;
     for (int64_t strip = first_strip; strip < last_strip; ++strip) {
       const int64_t channel = strip * kWidth, width = smaller(conv.group_channels - channel, kWidth);
       multiply_chunk(x, tiles, row, width > kTileLanes ? 2 : 1, chunk, panels + (strip - first_strip) * words, products,
