@@ -8,6 +8,7 @@
 #include "cpu/train/assign_codes.h"
 #include "cpu/train/codebook.h"
 #include "cpu/train/elementwise.h"
+#include "cpu/train/mixture_kl.h"
 #include "cpu/train/noise.h"
 #include "cpu/train/spike_slab_kl.h"
 #include "cpu/train/weights.h"
@@ -227,7 +228,7 @@ void codebook_from_raw_backward_op(Tensor grad_levels, Tensor grad_thresholds, T
                              floats(grad_raw_thresholds, "grad_raw_thresholds", raw_thresholds ? cuts : 0));
 }
 
-// --- assign_codes and spike_slab_kl -------------------------------------------------------------------------------
+// --- assign_codes, and the divergences from priors -----------------------------------------------------------------
 
 void assign_codes_op(Tensor weight, Tensor thresholds, bool packed, Tensor out) {
   require_apart({{"out", out}}, {weight, thresholds});
@@ -246,22 +247,33 @@ void assign_codes_op(Tensor weight, Tensor thresholds, bool packed, Tensor out) 
   (packed ? assign_codes_packed : assign_codes)(torch_threads(), isa(), weights, codes);
 }
 
-SpikeSlabKl make_prior(const Tensor& weight, const Tensor& log_sigma2, const Tensor& levels, const Tensor& tau) {
+PriorWeights prior_weights(const Tensor& weight, const Tensor& log_sigma2, const Tensor& levels) {
   const WeightShape shape(weight);
   const CodebookShape codebook(levels, "levels", 0, shape.channels);
   return {floats(weight, "weight", shape.weights()),
           floats(log_sigma2, "log_sigma2", shape.weights()),
           floats(levels, "levels", codebook.count()),
-          shaped<float>(tau, "tau", ScalarType::Float, {codebook.groups, codebook.levels}),
           shape.channels,
           shape.columns,
           codebook.groups != 1,
           static_cast<int>(codebook.levels)};
 }
 
+PriorGradients prior_gradients(const Tensor& grad_weight, const Tensor& grad_log_sigma2, const Tensor& grad_levels,
+                               const Tensor& weight, const Tensor& levels) {
+  return {floats(grad_weight, "grad_weight", weight.numel()),
+          floats(grad_log_sigma2, "grad_log_sigma2", weight.numel()),
+          floats(grad_levels, "grad_levels", levels.numel())};
+}
+
+SpikeSlabKl spike_slab_prior(const Tensor& weight, const Tensor& log_sigma2, const Tensor& levels, const Tensor& tau) {
+  const PriorWeights weights = prior_weights(weight, log_sigma2, levels);
+  return {weights, shaped<float>(tau, "tau", ScalarType::Float, {levels.size(0), levels.size(1)})};
+}
+
 void spike_slab_kl_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau, Tensor out) {
   require_apart({{"out", out}}, {weight, log_sigma2, levels, tau});
-  const SpikeSlabKl prior = make_prior(weight, log_sigma2, levels, tau);
+  const SpikeSlabKl prior = spike_slab_prior(weight, log_sigma2, levels, tau);
   *floats(out, "out", 1) = spike_slab_kl(torch_threads(), isa(), prior);
 }
 
@@ -270,11 +282,41 @@ void spike_slab_kl_backward_op(Tensor grad, Tensor weight, Tensor log_sigma2, Te
   require_apart(
       {{"grad_weight", grad_weight}, {"grad_log_sigma2", grad_log_sigma2}, {"grad_levels", grad_levels}},
       {grad, weight, log_sigma2, levels, tau});
-  const SpikeSlabKl prior = make_prior(weight, log_sigma2, levels, tau);
-  const SpikeSlabKlGradients gradients{floats(grad_weight, "grad_weight", weight.numel()),
-                                       floats(grad_log_sigma2, "grad_log_sigma2", weight.numel()),
-                                       floats(grad_levels, "grad_levels", levels.numel())};
+  const SpikeSlabKl prior = spike_slab_prior(weight, log_sigma2, levels, tau);
+  const PriorGradients gradients = prior_gradients(grad_weight, grad_log_sigma2, grad_levels, weight, levels);
   spike_slab_kl_backward(torch_threads(), isa(), prior, *floats(grad, "grad", 1), gradients);
+}
+
+// The ranges are those of bqnn.ops.mixture_kl.
+void require_between(double value, const char* name, double least, double most) {
+  if (!(least <= value && value <= most))
+    refuse(name, "from " + std::to_string(least) + " to " + std::to_string(most), std::to_string(value));
+}
+
+MixtureKl mixture_prior(const Tensor& weight, const Tensor& log_sigma2, const Tensor& levels, const Tensor& slab_sigma2,
+                        double spike_width, double slab_share) {
+  const PriorWeights weights = prior_weights(weight, log_sigma2, levels);
+  require_between(spike_width, "spike_width", 1e-3, 1e3);
+  require_between(slab_share, "slab_share", 1e-6, 1.0 - 1e-6);
+  return {weights, *floats(slab_sigma2, "slab_sigma2", 1), spike_width, slab_share};
+}
+
+void mixture_kl_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor slab_sigma2, double spike_width,
+                   double slab_share, Tensor out) {
+  require_apart({{"out", out}}, {weight, log_sigma2, levels, slab_sigma2});
+  const MixtureKl prior = mixture_prior(weight, log_sigma2, levels, slab_sigma2, spike_width, slab_share);
+  *floats(out, "out", 1) = mixture_kl(torch_threads(), isa(), prior);
+}
+
+void mixture_kl_backward_op(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor slab_sigma2,
+                            double spike_width, double slab_share, Tensor grad_weight, Tensor grad_log_sigma2,
+                            Tensor grad_levels) {
+  require_apart(
+      {{"grad_weight", grad_weight}, {"grad_log_sigma2", grad_log_sigma2}, {"grad_levels", grad_levels}},
+      {grad, weight, log_sigma2, levels, slab_sigma2});
+  const MixtureKl prior = mixture_prior(weight, log_sigma2, levels, slab_sigma2, spike_width, slab_share);
+  const PriorGradients gradients = prior_gradients(grad_weight, grad_log_sigma2, grad_levels, weight, levels);
+  mixture_kl_backward(torch_threads(), isa(), prior, *floats(grad, "grad", 1), gradients);
 }
 
 }  // namespace
@@ -311,6 +353,13 @@ STABLE_TORCH_LIBRARY(bqnn_cpu, m) {
   m.def(
       "spike_slab_kl_backward(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau,"
       " Tensor(a!) grad_weight, Tensor(b!) grad_log_sigma2, Tensor(c!) grad_levels) -> ()");
+  m.def(
+      "mixture_kl(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor slab_sigma2, float spike_width,"
+      " float slab_share, Tensor(a!) out) -> ()");
+  m.def(
+      "mixture_kl_backward(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor slab_sigma2,"
+      " float spike_width, float slab_share, Tensor(a!) grad_weight, Tensor(b!) grad_log_sigma2,"
+      " Tensor(c!) grad_levels) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&cpu_isa)); }
@@ -331,6 +380,8 @@ STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CPU, m) {
   m.impl("assign_codes", TORCH_BOX(&assign_codes_op));
   m.impl("spike_slab_kl", TORCH_BOX(&spike_slab_kl_op));
   m.impl("spike_slab_kl_backward", TORCH_BOX(&spike_slab_kl_backward_op));
+  m.impl("mixture_kl", TORCH_BOX(&mixture_kl_op));
+  m.impl("mixture_kl_backward", TORCH_BOX(&mixture_kl_backward_op));
 }
 
 }  // namespace bqnn

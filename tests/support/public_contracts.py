@@ -197,6 +197,10 @@ def packed_bytes(draw: Draw) -> Tensor:
 _RAW = {"raw_levels": in_dtype(numbers("G", "M")), "scale": lambda draw: draw.uniform(draw.size("G"), 1) + 0.1}
 _RAW["raw_thresholds"] = in_dtype(draws.raw_thresholds)
 _SPIKES = {"levels": in_dtype(draws.levels), "tau": in_dtype(draws.widths), **BACKEND}
+_MIXTURE = {"levels": in_dtype(draws.levels)} | {
+    name: in_dtype(contracts.MIXTURE[name]) for name in ("slab_sigma2", "spike_width", "slab_share")
+}
+_MIXTURE |= BACKEND
 _POSTERIOR = {name: LINEAR[name] for name in ("weight", "log_sigma2")}
 
 
@@ -226,6 +230,7 @@ def public() -> dict[str, Contract]:
             unless_a_cell_is_close(ops.moment_conv2d),
         ),
         "spike_slab_kl": (ops.spike_slab_kl, {**_POSTERIOR, **_SPIKES}, by_reference(ops.spike_slab_kl)),
+        "mixture_kl": (ops.mixture_kl, {**_POSTERIOR, **_MIXTURE}, by_reference(ops.mixture_kl)),
         "packed_linear": (
             ops.packed_linear,
             {"x": draws.rows, **PACKED, "precision": precision, "layout": optional(draws.nothing), **BACKEND}
