@@ -101,7 +101,10 @@ def options(draw: Draw) -> dict[str, Any]:
         "granularity": draw.choice(("tensor", "channel")),
         "partition": draw.choice(("nearest", "learned")),
         "estimator": draw.choice(("moment", "sample", "local", "deterministic")),
-        "prior": draw.choice(("spike_slab", "gaussian")),
+        "prior": draw.choice(("spike_slab", "gaussian", "mixture")),
+        "spike_width": draw.choice((0.25, 0.1, 1.0)),
+        "slab_share": draw.choice((0.1, 0.01, 0.5)),
+        "start_sigma": draw.choice((0.1, 0.3)),
     }
 
 
@@ -138,7 +141,9 @@ def sized(name: str) -> Maker:
     return lambda draw: draw.size(name)
 
 
-OPTIONS = {name: option(name) for name in ("num_levels", "granularity", "partition", "estimator", "prior")}
+OPTION_NAMES = ("num_levels", "granularity", "partition", "estimator", "prior")
+OPTION_NAMES += ("spike_width", "slab_share", "start_sigma")
+OPTIONS = {name: option(name) for name in OPTION_NAMES}
 FLAGS = {"quantize_mean": flag, "coarse_variance": flag}
 PACK = {"precision": one_of("fp32", "bf16", "int8"), "execution": one_of("auto", "packed", "dense")}
 
