@@ -48,6 +48,8 @@ class BayesLayer(EstimatedWeight):
     raw_thresholds: nn.Parameter | None
     level_scale: Tensor
     prior_sigma2: Tensor
+    drawn: Tensor | None = None
+    """In evaluation mode the quantized weight, where a sample stands for that of the means; of replicas alone."""
 
     def _init_bayes(
         self,
@@ -95,6 +97,10 @@ class BayesLayer(EstimatedWeight):
     def thresholds(self) -> Tensor:
         """t_1 < ... < t_{M-1} of each codebook: [1 or out channels, M - 1], in the weight's dtype."""
         return self._codebook()[1].to(self.mean.dtype)
+
+    def codebook(self) -> tuple[Tensor, Tensor]:
+        """Levels [G, M] and thresholds [G, M - 1], float32 at least: what the layer computes with."""
+        return self._codebook()[:2]
 
     def _codebook(self) -> tuple[Tensor, Tensor, Tensor]:
         """Levels, thresholds, and the widths of the prior's windows, float32 at least: what the layer computes with."""
@@ -214,7 +220,9 @@ class BayesLayer(EstimatedWeight):
         return ops.assign_codes(self.mean.detach(), self._codebook()[1].detach())
 
     def quantized_weight(self) -> Tensor:
-        """Q(mu), in the weight's shape and dtype; no gradient is recorded."""
+        """Q(mu), in the weight's shape and dtype; no gradient is recorded. Of a sampled replica, its sample."""
+        if self.drawn is not None:
+            return self.drawn.to(self.mean.dtype)
         with torch.no_grad():
             levels, thresholds, _ = self._codebook()
             return quantizer.look_up(levels, ops.assign_codes(self.mean, thresholds)).to(self.mean.dtype)
@@ -326,6 +334,7 @@ class BayesLayer(EstimatedWeight):
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"num_levels={self.num_levels}", f"estimator={self.estimator!r}"]
+        defaults: list[tuple[str, Any]]
         defaults = [("granularity", "tensor"), ("partition", "nearest"), ("prior", "spike_slab")]
         defaults += [("spike_width", SPIKE_WIDTH), ("slab_share", SLAB_SHARE), ("start_sigma", SIGMA_PER_GAP)]
         parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults if getattr(self, name) != value]

@@ -113,6 +113,14 @@ def bayes_net(draw: Draw) -> nn.Module:
     return draw.facts["net"]
 
 
+def sampled_net(draw: Draw) -> nn.Module:
+    """With a posterior."""
+    net = bayes_net(draw)
+    for layer in bqnn.bayes.layers.bayes_layers(net).values():
+        layer.estimator = draw.choice(("moment", "sample", "local"))
+    return net
+
+
 def net_input(draw: Draw) -> Tensor:
     """Of the network that was drawn last."""
     net = draw.facts["net"]
@@ -273,7 +281,12 @@ def public() -> dict[str, Contract]:
             | {**PACKED_LAYER, "precision": precision, **RUN},
             unknown,
         ),
-        "predict": (bqnn.predict, {"net": bayes_net, "x": net_input, "samples": samples}, unknown),
+        "predict": (
+            bqnn.predict,
+            {"net": bayes_net, "x": net_input, "samples": samples, "seed": one_of(None, 0, 5)},
+            unknown,
+        ),
+        "sample": (bqnn.sample, {"net": sampled_net, "seed": one_of(None, 0, 5)}, unknown),
         "kl_divergence": (bqnn.kl_divergence, {"net": bayes_net}, unknown),
         "kl_warmup": (bqnn.kl_warmup, {"progress": one_of(0.0, 0.5, 3), "length": one_of(0.0, 1.0, 5)}, unknown),
         "elbo": (
@@ -299,7 +312,7 @@ def public() -> dict[str, Contract]:
     }
 
 
-SLOW = frozenset({"predict", "elbo", "kl_divergence", "parameter_groups", "convert", "pack"})
+SLOW = frozenset({"predict", "sample", "elbo", "kl_divergence", "parameter_groups", "convert", "pack"})
 """They make networks."""
 COSTLY = frozenset({"samples"})
 MADE = frozenset({"weight", "weights", "layer"})
