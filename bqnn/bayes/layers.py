@@ -30,7 +30,7 @@ class BayesLinear(BayesLayer, nn.Linear):  # type: ignore[override]
         partition: "nearest", thresholds half-way between levels, or "learned".
         estimator: "moment", "sample", "local" or "deterministic"; how the likelihood sees the weight in training.
         prior: "spike_slab", "gaussian" or "mixture", of Gaussian spikes and a Gaussian slab; see
-            :func:`bqnn.ops.mixture_kl`.
+            :func:`bqnn.ops.mixture_kl`, and :meth:`bound_means_`, which is for after each step of its optimizer.
         quantize_mean: for "local": the mean path sees Q(mu), straight-through, instead of mu.
         coarse_variance: for "moment" and "local": the variances of the outputs are rounded to bfloat16, which changes
             the noise by a thousandth of itself and saves time and memory; see :func:`bqnn.ops.moment_linear`.
