@@ -25,7 +25,8 @@ from bench.machine import RESULTS, describe_machine
 from bench.summary import Verdict
 from tests.support.shapes import Conv2dShape, LinearShape
 
-OPS = ("sample_linear", "sample_conv2d", "moment_linear", "moment_conv2d", "spike_slab_kl", "assign_codes")
+OPS = ("sample_linear", "sample_conv2d", "moment_linear", "moment_conv2d")
+OPS += ("spike_slab_kl", "mixture_kl", "assign_codes")
 PACKED = ("packed_linear", "packed_conv2d")
 TESTS = [
     *(f"tests/test_{op}.py" for op in (*OPS, *PACKED)),

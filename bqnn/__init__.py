@@ -6,6 +6,7 @@ from bqnn.bayes.convert import convert, convert_
 from bqnn.bayes.elbo import Elbo, elbo, kl_divergence, kl_warmup, parameter_groups
 from bqnn.bayes.layers import BayesConv2d, BayesLinear, sampling
 from bqnn.bayes.predict import Prediction, predict
+from bqnn.bayes.sample import sample
 from bqnn.core.files import FormatError
 from bqnn.core.native import cpu_isa
 from bqnn.engine.compile import compile
@@ -48,6 +49,7 @@ __all__ = [
     "predict",
     "refresh_batchnorm",
     "report",
+    "sample",
     "sampling",
     "save",
 ]

@@ -7,11 +7,10 @@ they cost is the number of instructions a weight and level, of which special fun
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import libdevice
 
 from bqnn.kernels.launch import flags_of_codebook, level_sums
+from bqnn.kernels.weight_tiles import cut, heuristics_of_tiles, log2, offsets_of, place_of, reciprocal
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # F of Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14, as in bqnn.ops.spike_slab_kl. In terms
 # of a = 1 / alpha it is K1 - K1 / (1 + e) + log(1 + a) / 2, e = exp(-K2) a^K3. Kernels take S + S e for 1 + e, since
 # with S = 1 / (2 K1 K3) the derivative is dF/da = (S e / a / (S + S e)^2 + 1 / (1 + a)) / 2.
@@ -23,39 +22,6 @@ ZERO_TO_TAU = tl.constexpr(1e-3)
 GREATEST_INVERSE = tl.constexpr(63.0)
 # A mean so far away gives no gradient to any level.
 FAR = tl.constexpr(1e30)
-# A program has at most so many tiles: what it does once for all of them costs as much as two weights of a thread.
-MOST_TILES = 16
-# So many programs keep a GPU busy; where there are fewer, they take fewer tiles each.
-PROGRAMS = 2048
-# A tile has at most so many elements for 128 threads, and a half or a quarter where many levels take many registers.
-MOST_ELEMENTS = 512
-
-
-heuristics_of_tiles = triton.heuristics(
-    {
-        # With many levels masks stay, since a loop without them would overfill the registers.
-        "WHOLE": lambda args: args["NUM_LEVELS"] <= 8 and args["N"] % args["BN"] == 0 and args["K"] % args["BK"] == 0
-    }
-)
-
-
-@triton.jit
-def log2(x):
-    """To an absolute error of 2^-22, which is one instruction where tl.log2 takes 25; the interpreter lacks it."""
-    if INTERPRETED:
-        return tl.log2(x)
-    else:
-        return libdevice.fast_log2f(x)
-
-
-@triton.jit
-def reciprocal(x):
-    """1 / x for x <= 2^126, to a unit in the last place, by one instruction, where a division takes eight; the
-    interpreter lacks it."""
-    if INTERPRETED:
-        return 1.0 / x
-    else:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
 @triton.jit
@@ -128,26 +94,6 @@ def power_of(ratio, BY_EXP2: tl.constexpr):
         return tl.exp2(x * 0.9739 + -3.62136664)
     else:
         return ratio * ((x * 1.3505978e-05 + -0.0014702421) * x + 0.08125675)
-
-
-@triton.jit
-def place_of(N, K, tiles, BN: tl.constexpr, BK: tl.constexpr):
-    """A program's rows [BN], its number in the rows, its first column, and how many tiles it has."""
-    spans = tl.cdiv(K, tiles * BK)
-    i_n, i_k = tl.program_id(0) // spans, (tl.program_id(0) % spans).to(tl.int64)
-    first = i_k * tiles * BK
-    return i_n * BN + tl.arange(0, BN), i_k, first, tl.minimum(tiles, tl.cdiv(K - first, BK)).to(tl.int32)
-
-
-@triton.jit
-def offsets_of(o_n, first, N, K, BK: tl.constexpr, WHOLE: tl.constexpr):
-    """Offsets [BN, BK] of a tile, and which are in the weight, where WHOLE says that all of them are."""
-    o_k = tl.arange(0, BK)[None, :]
-    o_w = (o_n.to(tl.int64) * K + first)[:, None] + o_k
-    if WHOLE:
-        return o_w, tl.full(o_w.shape, True, tl.int1)
-    else:
-        return o_w, (o_n < N)[:, None] & (o_k < tl.minimum(K - first, BK).to(tl.int32))
 
 
 @triton.jit
@@ -283,20 +229,9 @@ def spike_slab_kl_bwd_kernel(
         tl.store(p_row + m, -tl.sum(sums[m], axis=1), mask=o_n < N)
 
 
-def _cut(weight, levels):
-    """Rows and columns of the matrix, tiles of a program, numbers of programs along both, and sizes of a tile."""
-    rows = levels.shape[0]
-    columns = weight.numel() // rows
-    size = MOST_ELEMENTS // (1 if levels.shape[1] <= 4 else 2 if levels.shape[1] <= 8 else 4)
-    BK = min(size, triton.next_power_of_2(columns))
-    blocks = {"BN": size // BK, "BK": BK}
-    tiles = min(MOST_TILES, max(1, triton.next_power_of_2(weight.numel() // (size * PROGRAMS))))
-    return (rows, columns, tiles), (triton.cdiv(rows, blocks["BN"]), triton.cdiv(columns, tiles * BK)), blocks
-
-
 def forward(weight, log_sigma2, levels, tau):
     """The divergence, a float32 scalar; tensors are contiguous and not empty."""
-    sizes, programs, blocks = _cut(weight, levels)
+    sizes, programs, blocks = cut(weight, levels)
     grid = (programs[0] * programs[1],)
     sums = torch.empty(grid, device=weight.device)
     spike_slab_kl_fwd_kernel[grid](weight, log_sigma2, levels, tau, sums, *sizes, **flags_of_codebook(levels), **blocks)
@@ -305,7 +240,7 @@ def forward(weight, log_sigma2, levels, tau):
 
 def backward(grad, weight, log_sigma2, levels, tau):
     """The gradients of weight and log_sigma2, in the weight's dtype, and of levels, from ``grad``, a scalar."""
-    sizes, programs, blocks = _cut(weight, levels)
+    sizes, programs, blocks = cut(weight, levels)
     grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(weight)
     sums = torch.empty((programs[1], sizes[0], levels.shape[1]), device=weight.device)
     spike_slab_kl_bwd_kernel[(programs[0] * programs[1],)](

@@ -105,6 +105,7 @@ def test_every_field_of_a_recipe_is_an_option() -> None:
         "augment": "affine",
         "image_size": 16,
         "validation": 7,
+        "slab_share": 0.3,
     }
     arguments = []
     for field in fields(Recipe):
@@ -502,9 +503,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             {"prior": "gaussian", "partition": "learned", "granularity": "channel", "seed": 2},
             "M = 3, moment, Gaussian prior, learned partition, a codebook a channel, lenet5 on digits, seed 2",
         ),
+        ({"prior": "mixture"}, "M = 3, moment, mixture prior, lenet5 on digits, seed 0"),
         ({"estimator": "deterministic", "num_levels": 5}, "M = 5, deterministic, lenet5 on digits, seed 0"),
     ],
-    ids=["fpnn", "default", "all", "deterministic"],
+    ids=["fpnn", "default", "all", "mixture", "deterministic"],
 )
 def test_title_of_a_run(changes: dict[str, Any], title: str) -> None:
     assert runs.Run(Path("x"), replace(Recipe(), **changes), [], {}).title == title

@@ -23,6 +23,8 @@ from bqnn.ops.register import register_op
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPS = [
     "assign_codes",
+    "mixture_kl",
+    "mixture_kl_backward",
     "moment_conv2d",
     "moment_conv2d_backward",
     "moment_linear",

@@ -9,7 +9,7 @@ from torch import nn
 
 from bqnn import BayesConv2d, BayesLinear, elbo, kl_divergence, kl_warmup, parameter_groups
 
-PRIORS = ["spike_slab", "gaussian"]
+PRIORS = ["spike_slab", "gaussian", "mixture"]
 
 
 def make_net(**options: object) -> nn.Sequential:

@@ -13,6 +13,7 @@ from bqnn.core.codes import pack_codes
 from bqnn.ops import (
     assign_codes,
     dispatch,
+    mixture_kl,
     moment_conv2d,
     moment_linear,
     packed_conv2d,
@@ -70,6 +71,10 @@ OPS: dict[str, Callable[[int, torch.dtype], tuple[list[Tensor], Run]]] = {
     "spike_slab_kl": lambda rows, dtype: (
         [*posterior(_tensor(rows + 1, 18), dtype)[:3], torch.full_like(LEVELS, 0.1).to(dtype)],
         lambda backend, *tensors: spike_slab_kl(*tensors, backend=backend),
+    ),
+    "mixture_kl": lambda rows, dtype: (
+        [*posterior(_tensor(rows + 1, 18), dtype)[:3], torch.tensor(0.3, dtype=dtype)],
+        lambda backend, *tensors: mixture_kl(*tensors, backend=backend),
     ),
     "assign_codes": lambda rows, dtype: (
         [_tensor(rows + 1, 18).to(dtype), THRESHOLDS.to(dtype)],

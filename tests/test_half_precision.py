@@ -156,8 +156,8 @@ def test_predictions(dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     found = bqnn.predict(net, x, samples=16)
     torch.manual_seed(3)
-    with torch.no_grad(), bqnn.sampling(net):
-        draws = torch.stack([net(x) for _ in range(16)]).double().softmax(-1)
+    with torch.no_grad():
+        draws = torch.stack([bqnn.sample(net)(x) for _ in range(16)]).double().softmax(-1)
     mean = draws.mean(0)
     entropy = torch.special.entr(mean).sum(-1)
     information = entropy - torch.special.entr(draws).sum(-1).mean(0)

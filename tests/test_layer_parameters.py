@@ -65,6 +65,9 @@ def test_the_codebook_starts_from_the_weights(kind: str, granularity: str, num_l
         pytest.param(
             {"prior": "laplace"}, ValueError, "prior must be one of spike_slab, gaussian.*laplace", id="prior"
         ),
+        pytest.param({"spike_width": 0.0}, ValueError, "spike_width must be from 0.001 .* got 0", id="spike-width"),
+        pytest.param({"slab_share": "all"}, TypeError, "slab_share must be a number, got str", id="slab-share"),
+        pytest.param({"start_sigma": -0.1}, ValueError, "start_sigma must be from 0.001 to 10, got -0.1", id="sigma"),
         pytest.param({"padding_mode": "zero"}, (ValueError, TypeError), "padding_mode", id="padding-mode"),
     ],
 )
@@ -338,3 +341,35 @@ def test_what_is_not_the_default_is_shown() -> None:
         " granularity='channel', prior='gaussian')"
     )
     assert "partition='learned'" in repr(make("linear", partition="learned"))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_the_mixture_has_the_numbers_of_the_layer(granularity: str) -> None:
+    options = {"prior": "mixture", "spike_width": 0.4, "slab_share": 0.3, "start_sigma": 0.2}
+    layer = make("conv2d", num_levels=4, granularity=granularity, **options)
+    levels = layer.levels.detach()
+    narrowest = torch.diff(levels, dim=1).amin(1).view(-1, 1, 1, 1)
+    torch.testing.assert_close((0.5 * layer.log_sigma2).exp(), (0.2 * narrowest).expand_as(layer.mean))
+    slab = layer.mean.detach().square().mean().item()
+    expected = formulas.mixture_kl(layer.mean, layer.log_sigma2, levels, slab, 0.4, 0.3)
+    assert layer.kl_divergence().item() == pytest.approx(expected, rel=1e-4)
+    assert "prior='mixture', spike_width=0.4, slab_share=0.3, start_sigma=0.2" in repr(layer)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_means_are_bounded_by_a_gap_beyond_the_levels(kind: str, granularity: str) -> None:
+    layer = make(kind, num_levels=3, granularity=granularity, prior="mixture")
+    levels = layer.levels.detach()
+    gap = torch.diff(levels, dim=1).amin(1)
+    low, high = levels[:, 0] - gap, levels[:, 2] + gap
+    with torch.no_grad():
+        rows = layer.mean.flatten(1)
+        rows[:, 0], rows[:, 1] = low - 1.0, high + 2.0
+        kept = rows[:, 2:].clone()
+    layer.bound_means_()
+    rows = layer.mean.detach().flatten(1)
+    torch.testing.assert_close(rows[:, 0], low.expand(len(rows)))
+    torch.testing.assert_close(rows[:, 1], high.expand(len(rows)))
+    inside = (kept >= low.view(-1, 1)) & (kept <= high.view(-1, 1))
+    assert inside.any() and torch.equal(rows[:, 2:][inside], kept[inside])

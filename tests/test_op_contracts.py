@@ -331,6 +331,19 @@ def training_calls() -> dict[str, dict[str, Any]]:
             "grad_log_sigma2": like(WEIGHT),
             "grad_levels": like(LEVELS),
         },
+        "mixture_kl": {
+            **{k: posterior[k] for k in ("weight", "log_sigma2", "levels")},
+            **{"slab_sigma2": torch.ones(1), "spike_width": 0.25, "slab_share": 0.1},
+            "out": torch.empty(1),
+        },
+        "mixture_kl_backward": {
+            "grad": torch.ones(1),
+            **{k: posterior[k] for k in ("weight", "log_sigma2", "levels")},
+            **{"slab_sigma2": torch.ones(1), "spike_width": 0.25, "slab_share": 0.1},
+            "grad_weight": like(WEIGHT),
+            "grad_log_sigma2": like(WEIGHT),
+            "grad_levels": like(LEVELS),
+        },
     }
 
 
@@ -375,10 +388,18 @@ def test_codebooks_have_2_to_16_levels(num_levels: int) -> None:
     for op in ("spike_slab_kl", "spike_slab_kl_backward"):
         changes = {"levels": levels, "tau": levels.abs() + 1}
         refused("levels", lambda op=op, changes=changes: getattr(ops, op)(**{**training_calls()[op], **changes}))
+    for op in ("mixture_kl", "mixture_kl_backward"):
+        refused("levels", lambda op=op: getattr(ops, op)(**{**training_calls()[op], "levels": levels}))
     thresholds = torch.arange(float(num_levels - 1))[None]
     codes = {"weight": WEIGHT, "thresholds": thresholds, "out": torch.empty(5, 7).byte()}
     for packed in (False, True):
         refused("thresholds", lambda packed=packed: ops.assign_codes(**codes, packed=packed))
+
+
+@pytest.mark.parametrize(("name", "value"), [("spike_width", 0.0), ("spike_width", float("nan")), ("slab_share", 1.0)])
+def test_mixtures_have_parts(name: str, value: float) -> None:
+    for op in ("mixture_kl", "mixture_kl_backward"):
+        refused(name, lambda op=op: getattr(ops, op)(**{**training_calls()[op], name: value}))
 
 
 def test_assign_codes_fills_whole_bytes_and_no_more() -> None:
@@ -406,4 +427,7 @@ def test_weights_of_no_size(weight: Tensor) -> None:
     ops.assign_codes(weight, THRESHOLDS, False, torch.empty(weight.shape, dtype=torch.uint8))
     out = torch.empty(1)
     ops.spike_slab_kl(weight, weight.clone(), LEVELS, LEVELS.abs() + 0.1, out)
+    assert float(out) == 0.0
+    out = torch.empty(1)
+    ops.mixture_kl(weight, weight.clone(), LEVELS, torch.ones(()), 0.25, 0.1, out)
     assert float(out) == 0.0

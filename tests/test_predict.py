@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bqnn
-from bqnn import BayesLinear, predict, sampling
+from bqnn import BayesLinear, predict, sample
 
 
 def make_net(estimator: str = "moment") -> nn.Sequential:
@@ -46,8 +46,8 @@ def test_samples_are_averaged(estimator: str) -> None:
     torch.manual_seed(3)
     found = predict(net, X, samples=6)
     torch.manual_seed(3)
-    with sampling(net.eval()), torch.no_grad():
-        draws = torch.stack([net(X).softmax(-1) for _ in range(6)])
+    with torch.no_grad():
+        draws = torch.stack([sample(net)(X).softmax(-1) for _ in range(6)])
     assert (draws.std(0) > 0.0).any(), "the samples are all the same"
     torch.testing.assert_close(found.probs, draws.mean(0))
     torch.testing.assert_close(found.entropy, entropy(draws.mean(0)))

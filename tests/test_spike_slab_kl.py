@@ -113,7 +113,7 @@ def test_tiles_of_any_size(
 ) -> None:
     """Programs that take one tile, all of theirs and some, with rows that end in the middle of one or with it."""
     for name, value in {"MOST_ELEMENTS": elements, "MOST_TILES": 4, "PROGRAMS": 1}.items():
-        monkeypatch.setattr(importlib.import_module("bqnn.kernels.spike_slab_kl"), name, value)
+        monkeypatch.setattr(importlib.import_module("bqnn.kernels.weight_tiles"), name, value)
     case, tau = make_prior(LinearShape(1, channels, columns), 3, granularity, 0.375, zero=False)
     expected = run(case.to(torch.float64), tau.double(), "reference").item()
     assert run(case.to(device), tau.to(device), "triton").item() == pytest.approx(expected, rel=1e-6)

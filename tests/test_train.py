@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bqnn.bayes.base import BayesLayer
 from bqnn.bayes.layers import bayes_layers
 from bqnn.cli import main as cli
 from bqnn.data.splits import Split, load_dataset
+from bqnn.lab import runs
 from bqnn.lab.evaluate import evaluate
 from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
 from bqnn.lab.recipe import Recipe
@@ -68,6 +71,7 @@ def processes() -> Any:
         pytest.param({"estimator": "moment", "partition": "learned"}, id="moment-learned"),
         pytest.param({"estimator": "sample", "granularity": "channel"}, id="sample-channel"),
         pytest.param({"estimator": "local", "prior": "gaussian"}, id="local-gaussian"),
+        pytest.param({"estimator": "sample", "prior": "mixture", "spike_width": 0.4}, id="sample-mixture"),
         pytest.param({"estimator": "deterministic"}, id="deterministic"),
         pytest.param({"method": "fpnn", "augment": "affine", "weight_decay": 0.01}, id="fpnn-affine"),
     ],
@@ -324,6 +328,9 @@ def test_init_that_does_not_fit_raises(tmp_path: Path) -> None:
         ({"model": "lenet"}, "model must be one of .*lenet5"),
         ({"estimator": "mean"}, "estimator must be one of moment"),
         ({"prior": "laplace"}, "prior must be one of"),
+        ({"spike_width": 0.0}, "spike_width must be from 0.001"),
+        ({"slab_share": 1.0}, "slab_share must be from 1e-06"),
+        ({"start_sigma": 0.0}, "start_sigma must be from 0.001"),
         ({"partition": "equal"}, "partition must be one of"),
         ({"granularity": "row"}, "granularity must be one of"),
         ({"augment": "mixup"}, "augment must be one of"),
@@ -337,6 +344,31 @@ def test_init_that_does_not_fit_raises(tmp_path: Path) -> None:
 def test_a_recipe_that_can_not_be_is_refused_at_once(changes: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         Recipe(**changes)
+
+
+def test_a_mixture_keeps_its_numbers_and_its_means_within_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = []
+
+    def watched(layer: BayesLayer, bound: Callable[[BayesLayer], None] = BayesLayer.bound_means_) -> None:
+        before = layer.mean.detach().clone()
+        bound(layer)
+        moved.append(not torch.equal(layer.mean, before))
+
+    monkeypatch.setattr(BayesLayer, "bound_means_", watched)
+    recipe = replace(SMALL, prior="mixture", spike_width=0.4, slab_share=0.2, start_sigma=0.3, bayes_lr=0.5)
+    train(recipe, tmp_path / "run")
+    assert runs.load_run(tmp_path / "run").recipe == recipe
+    net = runs.load_network(runs.load_run(tmp_path / "run"))
+    for layer in bayes_layers(net).values():
+        assert (layer.prior, layer.spike_width, layer.slab_share, layer.start_sigma) == ("mixture", 0.4, 0.2, 0.3)
+        levels = layer.levels.detach()
+        gap = levels.diff(dim=1).amin().item()
+        low, high = levels[0, 0].item() - gap, levels[0, -1].item() + gap
+        least, most = layer.mean.min().item(), layer.mean.max().item()
+        assert low - 1e-6 <= least and most <= high + 1e-6
+    assert any(moved), "no mean went beyond its bound"
 
 
 def test_evaluate_by_hand() -> None:

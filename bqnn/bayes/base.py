@@ -11,17 +11,26 @@ from torch import Tensor, nn
 from bqnn import ops
 from bqnn.bayes.estimator import EstimatedWeight
 from bqnn.core import codebook, quantizer
-from bqnn.core.check import check_choice, check_flag, check_floating, check_num_levels
+from bqnn.core.check import check_choice, check_flag, check_floating, check_num_levels, check_number
 from bqnn.core.philox import Noise, fresh_seed
 from bqnn.core.precision import is_autocasting, wide, wide_dtype
 from bqnn.ops.codebook_from_raw import codebook_from_raw
+from bqnn.ops.mixture_kl import check_mixture
 
 GRANULARITIES = ("tensor", "channel")
 PARTITIONS = ("nearest", "learned")
-PRIORS = ("spike_slab", "gaussian")
+PRIORS = ("spike_slab", "gaussian", "mixture")
 SIGMA_PER_GAP = 0.1  # posterior deviation at the start, in level gaps
+SPIKE_WIDTH, SLAB_SHARE = 0.25, 0.1  # of the prior "mixture": deviation of a spike in level gaps, share of the slab
 LOG_SIGMA2_RANGE = (-40.0, 10.0)  # of a layer with weights of an ordinary size
 LOG_SIGMA2_REACH = (-30.0, 15.0)  # of any layer: from where the variances of its codebook would start
+
+
+def check_start_sigma(start_sigma: float) -> None:
+    """Raises unless ``start_sigma`` is a number from 0.001 to 10; TypeError or ValueError."""
+    check_number("start_sigma", start_sigma)
+    if not 1e-3 <= start_sigma <= 10.0:
+        raise ValueError(f"start_sigma must be from 0.001 to 10, got {start_sigma}")
 
 
 class BayesLayer(EstimatedWeight):
@@ -39,6 +48,8 @@ class BayesLayer(EstimatedWeight):
     raw_thresholds: nn.Parameter | None
     level_scale: Tensor
     prior_sigma2: Tensor
+    drawn: Tensor | None = None
+    """In evaluation mode the quantized weight, where a sample stands for that of the means; of replicas alone."""
 
     def _init_bayes(
         self,
@@ -49,6 +60,9 @@ class BayesLayer(EstimatedWeight):
         prior: str,
         quantize_mean: bool,
         coarse_variance: bool,
+        spike_width: float,
+        slab_share: float,
+        start_sigma: float,
     ) -> None:
         check_num_levels(num_levels)
         check_choice("granularity", granularity, GRANULARITIES)
@@ -56,8 +70,11 @@ class BayesLayer(EstimatedWeight):
         check_choice("prior", prior, PRIORS)
         check_flag("quantize_mean", quantize_mean)
         check_flag("coarse_variance", coarse_variance)
+        check_mixture(spike_width, slab_share)
+        check_start_sigma(start_sigma)
         self.num_levels, self.granularity, self.partition = num_levels, granularity, partition
         self.prior = prior
+        self.spike_width, self.slab_share, self.start_sigma = spike_width, slab_share, start_sigma
         self.quantize_mean, self.coarse_variance = quantize_mean, coarse_variance
         groups = 1 if granularity == "tensor" else self.mean.shape[0]
         empty, wide_type = self.mean.detach().new_empty, wide_dtype(self.mean.dtype)
@@ -80,6 +97,10 @@ class BayesLayer(EstimatedWeight):
     def thresholds(self) -> Tensor:
         """t_1 < ... < t_{M-1} of each codebook: [1 or out channels, M - 1], in the weight's dtype."""
         return self._codebook()[1].to(self.mean.dtype)
+
+    def codebook(self) -> tuple[Tensor, Tensor]:
+        """Levels [G, M] and thresholds [G, M - 1], float32 at least: what the layer computes with."""
+        return self._codebook()[:2]
 
     def _codebook(self) -> tuple[Tensor, Tensor, Tensor]:
         """Levels, thresholds, and the widths of the prior's windows, float32 at least: what the layer computes with."""
@@ -145,7 +166,7 @@ class BayesLayer(EstimatedWeight):
 
     @torch.no_grad()
     def reset_variances_(self) -> None:
-        """Starts the posterior deviations again, at a tenth of the narrowest gap between two levels of the codebook.
+        """Starts the posterior deviations again, at ``start_sigma`` times the narrowest gap between two levels.
 
         Where all weights are the same, as in a layer that starts at zero, they say nothing of the size that they will
         have, and the deviation is that of the levels: so the likelihood sees them all from the first step on. At a
@@ -154,7 +175,7 @@ class BayesLayer(EstimatedWeight):
         if self.mean.is_meta:
             return
         narrowest = codebook.gaps(self._codebook()[0].double()).amin(1, keepdim=True)
-        sigma = self.level_scale.double() if self._is_constant() else SIGMA_PER_GAP * narrowest
+        sigma = self.level_scale.double() if self._is_constant() else self.start_sigma * narrowest
         log_sigma2 = (2.0 * sigma.log()).view(-1, *[1] * (self.mean.dim() - 1))
         self.log_sigma2.copy_(log_sigma2.expand_as(self.log_sigma2))
 
@@ -199,7 +220,9 @@ class BayesLayer(EstimatedWeight):
         return ops.assign_codes(self.mean.detach(), self._codebook()[1].detach())
 
     def quantized_weight(self) -> Tensor:
-        """Q(mu), in the weight's shape and dtype; no gradient is recorded."""
+        """Q(mu), in the weight's shape and dtype; no gradient is recorded. Of a sampled replica, its sample."""
+        if self.drawn is not None:
+            return self.drawn.to(self.mean.dtype)
         with torch.no_grad():
             levels, thresholds, _ = self._codebook()
             return quantizer.look_up(levels, ops.assign_codes(self.mean, thresholds)).to(self.mean.dtype)
@@ -237,12 +260,27 @@ class BayesLayer(EstimatedWeight):
         low, high = (2.0 * (SIGMA_PER_GAP * end).log().item() for end in (narrowest.min(), narrowest.max()))
         return min(LOG_SIGMA2_RANGE[0], low + LOG_SIGMA2_REACH[0]), max(LOG_SIGMA2_RANGE[1], high + LOG_SIGMA2_REACH[1])
 
+    @torch.no_grad()
+    def bound_means_(self) -> None:
+        """Clamps the means to the narrowest gap beyond the outermost levels of their codebook; in place.
+
+        For after a step of the optimizer. Past the outermost levels every further mean has the same code, so that the
+        likelihood says little of it, and a prior of finite spikes does not call back what a large step has carried
+        away. A clamp within the forward pass would take the gradient from such a mean, and it would stay.
+        """
+        levels = self._codebook()[0]
+        gap = levels.diff(dim=1).amin(1, keepdim=True)
+        shape = (-1, *[1] * (self.mean.dim() - 1))
+        low, high = (end.view(shape).to(self.mean.dtype) for end in (levels[:, :1] - gap, levels[:, -1:] + gap))
+        self.mean.clamp_(low, high)
+
     def kl_divergence(self) -> Tensor:
-        """KL(q || prior) summed over the layer's weights, a scalar in nats (spike-and-slab: up to a constant).
+        """KL(q || prior) summed over the layer's weights, a scalar in nats (spike-and-slab: up to a constant; mixture:
+        a bound from above).
 
         In the weight's dtype, float32 for float16 and bfloat16. 0 for the deterministic estimator, which has no
-        posterior. The Gaussian prior is N(0, s^2), s^2 the mean square of the weights that the codebook was fitted to,
-        or the one to expect where they were all the same.
+        posterior. The Gaussian prior is N(0, S^2), S^2 the mean square of the weights that the codebook was fitted to,
+        or the one to expect where they were all the same; it is the slab of the prior "mixture".
         """
         if self.estimator == "deterministic":
             return wide(self.mean.new_zeros(()))
@@ -251,6 +289,9 @@ class BayesLayer(EstimatedWeight):
             ratio = log_sigma2 - prior_sigma2.log()
             return 0.5 * (mean.square() / prior_sigma2 + ratio.exp() - ratio - 1.0).sum()
         levels, _, tau = self._codebook()
+        if self.prior == "mixture":
+            mixture = self.prior_sigma2, self.spike_width, self.slab_share
+            return ops.mixture_kl(self.mean, self.log_sigma2, levels, *mixture)
         return ops.spike_slab_kl(self.mean, self.log_sigma2, levels, tau)
 
     def _product(
@@ -293,6 +334,8 @@ class BayesLayer(EstimatedWeight):
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"num_levels={self.num_levels}", f"estimator={self.estimator!r}"]
-        defaults = (("granularity", "tensor"), ("partition", "nearest"), ("prior", "spike_slab"))
+        defaults: list[tuple[str, Any]]
+        defaults = [("granularity", "tensor"), ("partition", "nearest"), ("prior", "spike_slab")]
+        defaults += [("spike_width", SPIKE_WIDTH), ("slab_share", SLAB_SHARE), ("start_sigma", SIGMA_PER_GAP)]
         parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults if getattr(self, name) != value]
         return ", ".join(parts)

@@ -37,7 +37,7 @@ def refresh_batchnorm(net: nn.Module, batches: Iterable[Tensor], limit: int = 20
         ValueError: the network has a BatchNorm and there is no batch, or one value only for a channel. Statistics are
             then as before, as they are where the network itself fails.
     """
-    if not any(_is_tracked(module) for module in net.modules()):
+    if not any(is_tracked(module) for module in net.modules()):
         return net
     images = list(itertools.islice(batches, limit))
     if not images:
@@ -46,7 +46,8 @@ def refresh_batchnorm(net: nn.Module, batches: Iterable[Tensor], limit: int = 20
     return net
 
 
-def _is_tracked(module: nn.Module) -> bool:
+def is_tracked(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm with running statistics."""
     return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
@@ -101,7 +102,7 @@ class _Calibration:
 
     def __init__(self, net: nn.Module) -> None:
         self._net = net
-        self._norms: list[Any] = [module for module in net.modules() if _is_tracked(module)]
+        self._norms: list[Any] = [module for module in net.modules() if is_tracked(module)]
         self._targets = [(norm.running_mean, norm.running_var, norm.num_batches_tracked) for norm in self._norms]
         for norm in self._norms:
             norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()

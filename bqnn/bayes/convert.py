@@ -104,7 +104,7 @@ def convert_(
         skip: layers to leave as they are: names ("fc", and all that is inside it), types, or modules.
         overrides: options for a layer by its name, e.g. ``{"fc": {"num_levels": 16, "granularity": "channel"}}``.
         options: further arguments of :class:`BayesLinear` and :class:`BayesConv2d`: granularity, partition, estimator,
-            prior, quantize_mean, coarse_variance.
+            prior, quantize_mean, coarse_variance, spike_width, slab_share, start_sigma.
 
     Returns:
         the network; ``net`` itself, changed, unless it is a layer.

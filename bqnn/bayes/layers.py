@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bqnn import ops
-from bqnn.bayes.base import BayesLayer
+from bqnn.bayes.base import SIGMA_PER_GAP, SLAB_SHARE, SPIKE_WIDTH, BayesLayer
 from bqnn.bayes.estimator import sampled_layers
 from bqnn.core.check import check_conv2d_input, check_linear_input, check_module
 from bqnn.core.geometry import explicit_padding
@@ -29,10 +29,14 @@ class BayesLinear(BayesLayer, nn.Linear):  # type: ignore[override]
         granularity: "tensor", one codebook, or "channel", one for each output feature.
         partition: "nearest", thresholds half-way between levels, or "learned".
         estimator: "moment", "sample", "local" or "deterministic"; how the likelihood sees the weight in training.
-        prior: "spike_slab" or "gaussian".
+        prior: "spike_slab", "gaussian" or "mixture", of Gaussian spikes and a Gaussian slab; see
+            :func:`bqnn.ops.mixture_kl`, and :meth:`bound_means_`, which is for after each step of its optimizer.
         quantize_mean: for "local": the mean path sees Q(mu), straight-through, instead of mu.
         coarse_variance: for "moment" and "local": the variances of the outputs are rounded to bfloat16, which changes
             the noise by a thousandth of itself and saves time and memory; see :func:`bqnn.ops.moment_linear`.
+        spike_width, slab_share: of the prior "mixture": the deviation of its spikes in narrowest gaps, 0.001 to 1000,
+            and the share of its slab, 1e-6 to 1 - 1e-6.
+        start_sigma: the posterior deviation at the start, in narrowest gaps, 0.001 to 10.
 
     Raises:
         TypeError, ValueError: an argument out of its range; a wrong x in the forward pass.
@@ -53,9 +57,14 @@ class BayesLinear(BayesLayer, nn.Linear):  # type: ignore[override]
         prior: str = "spike_slab",
         quantize_mean: bool = False,
         coarse_variance: bool = True,
+        spike_width: float = SPIKE_WIDTH,
+        slab_share: float = SLAB_SHARE,
+        start_sigma: float = SIGMA_PER_GAP,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._init_bayes(num_levels, granularity, partition, estimator, prior, quantize_mean, coarse_variance)
+        flags = quantize_mean, coarse_variance
+        mixture = spike_width, slab_share, start_sigma
+        self._init_bayes(num_levels, granularity, partition, estimator, prior, *flags, *mixture)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -70,7 +79,7 @@ class BayesConv2d(BayesLayer, nn.Conv2d):  # type: ignore[override]
 
     Args:
         in_channels ... dtype: as nn.Conv2d takes them, string padding and padding modes included.
-        num_levels ... coarse_variance: as :class:`BayesLinear` takes them; "channel" is one codebook an output channel.
+        num_levels ... start_sigma: as :class:`BayesLinear` takes them; "channel" is one codebook an output channel.
 
     Raises:
         TypeError, ValueError: an argument out of its range; a wrong x in the forward pass.
@@ -97,11 +106,16 @@ class BayesConv2d(BayesLayer, nn.Conv2d):  # type: ignore[override]
         prior: str = "spike_slab",
         quantize_mean: bool = False,
         coarse_variance: bool = True,
+        spike_width: float = SPIKE_WIDTH,
+        slab_share: float = SLAB_SHARE,
+        start_sigma: float = SIGMA_PER_GAP,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        self._init_bayes(num_levels, granularity, partition, estimator, prior, quantize_mean, coarse_variance)
+        flags = quantize_mean, coarse_variance
+        mixture = spike_width, slab_share, start_sigma
+        self._init_bayes(num_levels, granularity, partition, estimator, prior, *flags, *mixture)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, N, H', W'], or without the batch dimension."""

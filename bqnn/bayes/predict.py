@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bqnn.bayes.layers import bayes_layers, sampling
+from bqnn.bayes.sample import check_posterior, sampled_networks
 from bqnn.core.check import check_integer, check_module
 from bqnn.core.ensemble import Ensemble
 from bqnn.core.modes import in_evaluation
@@ -28,24 +29,38 @@ def _entropy(probs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def predict(net: nn.Module, x: Tensor, samples: int | None = None) -> Prediction:
+def predict(
+    net: nn.Module,
+    x: Tensor,
+    samples: int | None = None,
+    *,
+    seed: int | None = None,
+    batches: Iterable[Tensor] | None = None,
+) -> Prediction:
     """The predictive distribution of a classifier in evaluation mode.
 
     Nothing of ``net`` is changed, so that threads may call this at once, and others use the network meanwhile, in
-    training mode too: where it is not in evaluation mode, a replica with the same tensors is asked. What a module of
-    the replica sets on itself is then not to be seen on the network, and a compiled network runs uncompiled.
+    training mode too: where it is not in evaluation mode, or samples are drawn, a replica with the same tensors is
+    asked. What a module of the replica sets on itself is then not to be seen on the network, and a compiled network
+    runs uncompiled.
 
     Args:
         net: a network that returns logits [B, classes]; or an ensemble, what :func:`bqnn.compile` makes of several,
             whose networks stand for samples.
         x: inputs, as the network takes them; half precision ones are float32 to an ensemble.
-        samples: posterior samples to average over, drawn as the layers' estimator draws them; 1, or None, is the
-            quantized network itself, without sampling and with a mutual information of 0. None for an ensemble.
+        samples: networks to draw from the posterior and to average over. Each has a code for each weight, drawn once,
+            as :func:`bqnn.sample` draws it, whatever the estimator: noise that is drawn anew at every place of an
+            image, as training does, is averaged away by pooling. 1, or None, is the quantized network itself, without
+            sampling and with a mutual information of 0. None for an ensemble.
+        seed: of the samples, 0 to 2^63 - 1: number k is that of ``bqnn.sample(net, seed + k)``. By default each has a
+            new one from torch's default CPU generator.
+        batches: inputs on which the BatchNorm statistics of each sampled network are estimated again; without them all
+            have those of ``net``.
 
     Raises:
-        TypeError: ``net`` is no module, or ``samples`` no integer.
+        TypeError: ``net`` is no module, or ``samples`` or ``seed`` no integer.
         ValueError: samples < 1, more than 1 of a network that has no posterior (a packed or full-precision one), or of
-            an ensemble another number than that of its networks.
+            an ensemble another number than that of its networks; ``seed`` out of its range.
     """
     check_module("net", net)
     if samples is not None:
@@ -53,22 +68,20 @@ def predict(net: nn.Module, x: Tensor, samples: int | None = None) -> Prediction
     if isinstance(net, Ensemble):
         if samples not in (None, net.num_networks):
             raise ValueError(f"samples must be None, or the {net.num_networks} networks of the ensemble, got {samples}")
-        return _prediction(wide(net(wide(x))).softmax(-1))
+        return of_draws(wide(net(wide(x))).softmax(-1))
     samples = 1 if samples is None else samples
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    if samples > 1 and all(layer.estimator == "deterministic" for layer in bayes_layers(net).values()):
-        raise ValueError(f"net has no Bayes layer with a posterior to draw {samples} samples from; use samples=1")
-    net = in_evaluation(net)
     if samples == 1:
-        probs = wide(net(x)).softmax(-1)
+        probs = wide(in_evaluation(net)(x)).softmax(-1)
         return Prediction(probs, _entropy(probs).to(probs), torch.zeros_like(probs[..., 0]))
-    with sampling(net):
-        return _prediction(torch.stack([wide(net(x)).softmax(-1) for _ in range(samples)]))
+    check_posterior(net, samples)
+    networks = sampled_networks(net, samples, seed, batches)
+    return of_draws(torch.stack([wide(network(x)).softmax(-1) for network in networks]))
 
 
-def _prediction(draws: Tensor) -> Prediction:
-    """Of probabilities [samples, B, classes]."""
+def of_draws(draws: Tensor) -> Prediction:
+    """The prediction of networks whose probabilities are ``draws`` [networks, B, classes], float32 or float64."""
     mean = draws.mean(0, dtype=torch.float64)
     entropy = _entropy(mean)
     information = (entropy - _entropy(draws).mean(0)).clamp(min=0.0)

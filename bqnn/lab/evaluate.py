@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bqnn.bayes.predict import predict
+from bqnn.bayes.predict import of_draws
+from bqnn.bayes.sample import check_posterior, sampled_networks
 from bqnn.data.splits import Split, Splits, batches, normalise
 from bqnn.lab.metrics import expected_calibration_error
 
@@ -61,8 +62,8 @@ def find_split(data: Splits, name: str) -> Split:
 def score_network(net: nn.Module, split: Split, data: Splits, samples: int = 1) -> dict[str, Any]:
     """Error (percent), NLL (nats an image) and expected calibration error (0 to 1) of a network on a split.
 
-    ``samples`` above 1 adds, under "sampled", the same of the mean over that many posterior samples, with the means of
-    the predictive entropy and of the mutual information, in nats.
+    ``samples`` above 1 adds, under "sampled", the same of the mean over that many networks drawn from the posterior,
+    with the means of the predictive entropy and of the mutual information, in nats.
 
     Raises:
         ValueError: samples < 1, or more than 1 of a network without a posterior.
@@ -82,12 +83,10 @@ def score_network(net: nn.Module, split: Split, data: Splits, samples: int = 1) 
 
 
 def _sampled(net: nn.Module, split: Split, data: Splits, samples: int) -> dict[str, Any]:
-    device = device_of(net)
-    parts = [
-        [part.cpu() for part in predict(net, normalise(images, data.mean, data.std).to(device), samples)]
-        for images, _ in batches(split, EVAL_BATCH)
-    ]
-    probs, entropy, information = (torch.cat(column) for column in zip(*parts, strict=True))
+    check_posterior(net, samples)
+    # Each network sees the whole split, as one that is deployed would.
+    logits = [evaluate(network, split, data).logits for network in sampled_networks(net, samples)]
+    probs, entropy, information = of_draws(torch.stack(logits).softmax(-1))
     return {
         "samples": samples,
         "error": 100.0 * (probs.argmax(1) != split.labels).double().mean().item(),

@@ -6,10 +6,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bqnn import models
-from bqnn.bayes.base import GRANULARITIES, PARTITIONS, PRIORS
+from bqnn.bayes.base import (
+    GRANULARITIES,
+    PARTITIONS,
+    PRIORS,
+    SIGMA_PER_GAP,
+    SLAB_SHARE,
+    SPIKE_WIDTH,
+    check_start_sigma,
+)
 from bqnn.bayes.estimator import ESTIMATORS
 from bqnn.core.check import check_num_levels
 from bqnn.data.augment import KINDS
+from bqnn.ops.mixture_kl import check_mixture
 
 METHODS = ("bayes", "fpnn")
 # What each field of a recipe may be; `bqnn train` offers the same.
@@ -22,6 +31,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "granularity": GRANULARITIES,
     "augment": KINDS,
 }
+# The fields that are options of the layers.
+LAYER_OPTIONS = ("estimator", "prior", "partition", "granularity", "spike_width", "slab_share", "start_sigma")
 FULL_PRECISION, DETERMINISTIC, BAYES = range(3)  # the phases of a recipe
 
 
@@ -43,6 +54,9 @@ class Recipe:
     num_levels: int = 3
     estimator: str = "moment"
     prior: str = "spike_slab"
+    spike_width: float = SPIKE_WIDTH
+    slab_share: float = SLAB_SHARE
+    start_sigma: float = SIGMA_PER_GAP
     partition: str = "nearest"
     granularity: str = "tensor"
     pretrain_epochs: int = 6
@@ -66,6 +80,8 @@ class Recipe:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         check_num_levels(self.num_levels)
+        check_mixture(self.spike_width, self.slab_share)
+        check_start_sigma(self.start_sigma)
         for name in ("pretrain_epochs", "deterministic_epochs", "epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

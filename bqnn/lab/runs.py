@@ -27,7 +27,7 @@ from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import quantize
 from bqnn.packed.base import PackedLayer
 
-PRIOR_NAMES = {"spike_slab": "spike-and-slab", "gaussian": "Gaussian prior"}
+PRIOR_NAMES = {"spike_slab": "spike-and-slab", "gaussian": "Gaussian prior", "mixture": "mixture prior"}
 
 
 @dataclass(frozen=True)

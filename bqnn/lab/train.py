@@ -45,7 +45,7 @@ from bqnn.lab.folder import (
     print_now,
     read_scores,
 )
-from bqnn.lab.recipe import BAYES, DETERMINISTIC, FULL_PRECISION, Recipe
+from bqnn.lab.recipe import BAYES, DETERMINISTIC, FULL_PRECISION, LAYER_OPTIONS, Recipe
 from bqnn.reports.report import report
 
 # Of AdamW. A mean that has left a threshold has the small, steady gradient of the divergence alone: with a long memory
@@ -66,7 +66,7 @@ def quantize(net: nn.Module, recipe: Recipe, phase: int = BAYES) -> nn.Module:
         return net
     layers = bayes_layers(net)
     if not layers:
-        options = {name: getattr(recipe, name) for name in ("estimator", "prior", "partition", "granularity")}
+        options = {name: getattr(recipe, name) for name in LAYER_OPTIONS}
         net = convert(net, recipe.num_levels, **options)
         layers = bayes_layers(net)
     for layer in layers.values():
@@ -207,7 +207,9 @@ class Trainer:
     def _run_epoch(self, progress: bool) -> dict[str, Any]:
         recipe, started = self.recipe, time.perf_counter()
         phase, done = recipe.locate(self.epoch)
-        bayes = bool(bayes_layers(self.net))
+        layers = bayes_layers(self.net).values()
+        bayes = bool(layers)
+        bounded = [layer for layer in layers if layer.prior == "mixture" and layer.estimator != "deterministic"]
         sums = torch.zeros(3, dtype=torch.float64)
         self.net.train()
         rows = batches(self.data.train, recipe.batch_size, self.generator, shuffle=True, drop_last=self.drop_last)
@@ -224,6 +226,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
+            for layer in bounded:
+                layer.bound_means_()
             self.scheduler.step()
             sums += torch.stack([loss.detach(), nll.detach(), kl.detach().to(loss)]).double().cpu()
         loss_mean, nll_mean, kl_mean = (sums / self.steps_an_epoch).tolist()

@@ -1,6 +1,7 @@
 """The ops: one module each, with its schema, fake, gradient, reference and public function."""
 
 from bqnn.ops.assign_codes import assign_codes
+from bqnn.ops.mixture_kl import mixture_kl
 from bqnn.ops.moment_conv2d import moment_conv2d
 from bqnn.ops.moment_linear import moment_linear
 from bqnn.ops.packed_conv2d import packed_conv2d
@@ -11,6 +12,7 @@ from bqnn.ops.spike_slab_kl import spike_slab_kl
 
 __all__ = [
     "assign_codes",
+    "mixture_kl",
     "moment_conv2d",
     "moment_linear",
     "packed_conv2d",

@@ -5,9 +5,11 @@
 #include <optional>
 
 #include "bindings/cpu.h"
+#include "bindings/training_tensors.h"
 #include "cpu/train/assign_codes.h"
 #include "cpu/train/codebook.h"
 #include "cpu/train/elementwise.h"
+#include "cpu/train/mixture_kl.h"
 #include "cpu/train/noise.h"
 #include "cpu/train/spike_slab_kl.h"
 #include "cpu/train/weights.h"
@@ -16,94 +18,6 @@ namespace bqnn {
 namespace {
 
 int64_t cpu_isa() { return static_cast<int64_t>(isa()); }
-
-// --- tensors as kernels take them ---------------------------------------------------------------------------------
-
-// A linear layer's tensor is one row; an image's is [batch, channels, pixels].
-PlaneShape plane_shape(const Tensor& tensor) {
-  if (tensor.dim() != 4 || tensor.numel() == 0) return {1, 1, tensor.numel()};
-  return {tensor.size(0), tensor.size(1), tensor.size(2) * tensor.size(3)};
-}
-
-bool is_channels_last(const Tensor& tensor) {
-  if (tensor.dim() != 4) return false;
-  const int order[] = {1, 3, 2, 0};
-  int64_t expected = 1;
-  for (int d : order) {
-    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
-    expected *= tensor.size(d);
-  }
-  return true;
-}
-
-// float32 or bfloat16 elements that lie side by side, of the shape of `like`, in whatever order.
-Plane plane(const Tensor& tensor, const char* name, const Tensor& like) {
-  const bool planar = tensor.is_contiguous(), bfloat16 = dtype_of(tensor) == ScalarType::BFloat16;
-  bool same_shape = tensor.dim() == like.dim();
-  for (int64_t d = 0; same_shape && d < like.dim(); ++d) same_shape = tensor.size(d) == like.size(d);
-  if ((!bfloat16 && dtype_of(tensor) != ScalarType::Float) || !tensor.is_cpu() || !same_shape ||
-      (!planar && !is_channels_last(tensor)))
-    refuse(name, "contiguous or channels-last float32 or bfloat16 " + shape_text(like.sizes()) + " on the CPU",
-           describe(tensor));
-  return {{data_of(tensor, name), bfloat16}, !planar};
-}
-
-Elements elements(const Tensor& tensor, const char* name, int64_t count) {
-  const bool bfloat16 = dtype_of(tensor) == ScalarType::BFloat16;
-  return {counted<void>(tensor, name, bfloat16 ? ScalarType::BFloat16 : ScalarType::Float, count), bfloat16};
-}
-
-Noise noise(const Tensor& seed, int64_t offset) {
-  return {static_cast<uint64_t>(*counted<int64_t>(seed, "seed", ScalarType::Long, 1)), static_cast<uint64_t>(offset)};
-}
-
-// Weights, whose first dimension is the channels'.
-struct WeightShape {
-  int64_t channels, columns;
-
-  explicit WeightShape(const Tensor& weight) {
-    require(weight.dim() >= 1, "weight", "of one dimension or more", weight.dim());
-    channels = weight.size(0);
-    columns = channels > 0 ? weight.numel() / channels : 0;
-  }
-  int64_t weights() const { return channels * columns; }
-};
-
-// The rows of a codebook of levels, or of the thresholds between them, and its levels.
-struct CodebookShape {
-  int64_t groups, levels;
-
-  CodebookShape(const Tensor& codebook, const char* name, int64_t between, std::optional<int64_t> channels) {
-    if (codebook.dim() != 2 || codebook.size(1) + between < 2 || codebook.size(1) + between > kMaxLevels ||
-        (channels && codebook.size(0) != 1 && codebook.size(0) != *channels))
-      refuse(name,
-             "[1" + (channels ? " or " + std::to_string(*channels) : " or more") + ", " + std::to_string(2 - between) +
-                 " to " + std::to_string(kMaxLevels - between) + "]",
-             describe(codebook));
-    groups = codebook.size(0);
-    levels = codebook.size(1) + between;
-  }
-  int64_t count() const { return groups * levels; }
-  int64_t cuts() const { return groups * (levels - 1); }
-};
-
-Posterior posterior(const Tensor& weight, const std::optional<Tensor>& log_sigma2, const Tensor& levels,
-                    const Tensor& thresholds) {
-  const WeightShape shape(weight);
-  const CodebookShape codebook(levels, "levels", 0, shape.channels);
-  return {floats(weight, "weight", shape.weights()),
-          floats(log_sigma2, "log_sigma2", shape.weights()),
-          floats(levels, "levels", codebook.count()),
-          shaped<float>(thresholds, "thresholds", ScalarType::Float, {codebook.groups, codebook.levels - 1}),
-          shape.weights(),
-          codebook.groups,
-          static_cast<int>(codebook.levels)};
-}
-
-Moments moments_mode(int64_t mode) {
-  require(mode >= 0 && mode <= static_cast<int64_t>(Moments::straight_through), "mode", "0, 1 or 2", mode);
-  return static_cast<Moments>(mode);
-}
 
 // --- noise --------------------------------------------------------------------------------------------------------
 
@@ -227,7 +141,7 @@ void codebook_from_raw_backward_op(Tensor grad_levels, Tensor grad_thresholds, T
                              floats(grad_raw_thresholds, "grad_raw_thresholds", raw_thresholds ? cuts : 0));
 }
 
-// --- assign_codes and spike_slab_kl -------------------------------------------------------------------------------
+// --- assign_codes, and the divergences from priors -----------------------------------------------------------------
 
 void assign_codes_op(Tensor weight, Tensor thresholds, bool packed, Tensor out) {
   require_apart({{"out", out}}, {weight, thresholds});
@@ -246,22 +160,33 @@ void assign_codes_op(Tensor weight, Tensor thresholds, bool packed, Tensor out) 
   (packed ? assign_codes_packed : assign_codes)(torch_threads(), isa(), weights, codes);
 }
 
-SpikeSlabKl make_prior(const Tensor& weight, const Tensor& log_sigma2, const Tensor& levels, const Tensor& tau) {
+PriorWeights prior_weights(const Tensor& weight, const Tensor& log_sigma2, const Tensor& levels) {
   const WeightShape shape(weight);
   const CodebookShape codebook(levels, "levels", 0, shape.channels);
   return {floats(weight, "weight", shape.weights()),
           floats(log_sigma2, "log_sigma2", shape.weights()),
           floats(levels, "levels", codebook.count()),
-          shaped<float>(tau, "tau", ScalarType::Float, {codebook.groups, codebook.levels}),
           shape.channels,
           shape.columns,
           codebook.groups != 1,
           static_cast<int>(codebook.levels)};
 }
 
+PriorGradients prior_gradients(const Tensor& grad_weight, const Tensor& grad_log_sigma2, const Tensor& grad_levels,
+                               const Tensor& weight, const Tensor& levels) {
+  return {floats(grad_weight, "grad_weight", weight.numel()),
+          floats(grad_log_sigma2, "grad_log_sigma2", weight.numel()),
+          floats(grad_levels, "grad_levels", levels.numel())};
+}
+
+SpikeSlabKl spike_slab_prior(const Tensor& weight, const Tensor& log_sigma2, const Tensor& levels, const Tensor& tau) {
+  const PriorWeights weights = prior_weights(weight, log_sigma2, levels);
+  return {weights, shaped<float>(tau, "tau", ScalarType::Float, {levels.size(0), levels.size(1)})};
+}
+
 void spike_slab_kl_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau, Tensor out) {
   require_apart({{"out", out}}, {weight, log_sigma2, levels, tau});
-  const SpikeSlabKl prior = make_prior(weight, log_sigma2, levels, tau);
+  const SpikeSlabKl prior = spike_slab_prior(weight, log_sigma2, levels, tau);
   *floats(out, "out", 1) = spike_slab_kl(torch_threads(), isa(), prior);
 }
 
@@ -270,11 +195,41 @@ void spike_slab_kl_backward_op(Tensor grad, Tensor weight, Tensor log_sigma2, Te
   require_apart(
       {{"grad_weight", grad_weight}, {"grad_log_sigma2", grad_log_sigma2}, {"grad_levels", grad_levels}},
       {grad, weight, log_sigma2, levels, tau});
-  const SpikeSlabKl prior = make_prior(weight, log_sigma2, levels, tau);
-  const SpikeSlabKlGradients gradients{floats(grad_weight, "grad_weight", weight.numel()),
-                                       floats(grad_log_sigma2, "grad_log_sigma2", weight.numel()),
-                                       floats(grad_levels, "grad_levels", levels.numel())};
+  const SpikeSlabKl prior = spike_slab_prior(weight, log_sigma2, levels, tau);
+  const PriorGradients gradients = prior_gradients(grad_weight, grad_log_sigma2, grad_levels, weight, levels);
   spike_slab_kl_backward(torch_threads(), isa(), prior, *floats(grad, "grad", 1), gradients);
+}
+
+// The ranges are those of bqnn.ops.mixture_kl.
+void require_between(double value, const char* name, double least, double most) {
+  if (!(least <= value && value <= most))
+    refuse(name, "from " + std::to_string(least) + " to " + std::to_string(most), std::to_string(value));
+}
+
+MixtureKl mixture_prior(const Tensor& weight, const Tensor& log_sigma2, const Tensor& levels, const Tensor& slab_sigma2,
+                        double spike_width, double slab_share) {
+  const PriorWeights weights = prior_weights(weight, log_sigma2, levels);
+  require_between(spike_width, "spike_width", 1e-3, 1e3);
+  require_between(slab_share, "slab_share", 1e-6, 1.0 - 1e-6);
+  return {weights, *floats(slab_sigma2, "slab_sigma2", 1), spike_width, slab_share};
+}
+
+void mixture_kl_op(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor slab_sigma2, double spike_width,
+                   double slab_share, Tensor out) {
+  require_apart({{"out", out}}, {weight, log_sigma2, levels, slab_sigma2});
+  const MixtureKl prior = mixture_prior(weight, log_sigma2, levels, slab_sigma2, spike_width, slab_share);
+  *floats(out, "out", 1) = mixture_kl(torch_threads(), isa(), prior);
+}
+
+void mixture_kl_backward_op(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor slab_sigma2,
+                            double spike_width, double slab_share, Tensor grad_weight, Tensor grad_log_sigma2,
+                            Tensor grad_levels) {
+  require_apart(
+      {{"grad_weight", grad_weight}, {"grad_log_sigma2", grad_log_sigma2}, {"grad_levels", grad_levels}},
+      {grad, weight, log_sigma2, levels, slab_sigma2});
+  const MixtureKl prior = mixture_prior(weight, log_sigma2, levels, slab_sigma2, spike_width, slab_share);
+  const PriorGradients gradients = prior_gradients(grad_weight, grad_log_sigma2, grad_levels, weight, levels);
+  mixture_kl_backward(torch_threads(), isa(), prior, *floats(grad, "grad", 1), gradients);
 }
 
 }  // namespace
@@ -311,6 +266,13 @@ STABLE_TORCH_LIBRARY(bqnn_cpu, m) {
   m.def(
       "spike_slab_kl_backward(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor tau,"
       " Tensor(a!) grad_weight, Tensor(b!) grad_log_sigma2, Tensor(c!) grad_levels) -> ()");
+  m.def(
+      "mixture_kl(Tensor weight, Tensor log_sigma2, Tensor levels, Tensor slab_sigma2, float spike_width,"
+      " float slab_share, Tensor(a!) out) -> ()");
+  m.def(
+      "mixture_kl_backward(Tensor grad, Tensor weight, Tensor log_sigma2, Tensor levels, Tensor slab_sigma2,"
+      " float spike_width, float slab_share, Tensor(a!) grad_weight, Tensor(b!) grad_log_sigma2,"
+      " Tensor(c!) grad_levels) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&cpu_isa)); }
@@ -331,6 +293,8 @@ STABLE_TORCH_LIBRARY_IMPL(bqnn_cpu, CPU, m) {
   m.impl("assign_codes", TORCH_BOX(&assign_codes_op));
   m.impl("spike_slab_kl", TORCH_BOX(&spike_slab_kl_op));
   m.impl("spike_slab_kl_backward", TORCH_BOX(&spike_slab_kl_backward_op));
+  m.impl("mixture_kl", TORCH_BOX(&mixture_kl_op));
+  m.impl("mixture_kl_backward", TORCH_BOX(&mixture_kl_backward_op));
 }
 
 }  // namespace bqnn

@@ -5,6 +5,7 @@
 #include "cases.h"
 #include "cpu/train/assign_codes.h"
 #include "cpu/train/elementwise.h"
+#include "cpu/train/mixture_kl.h"
 #include "cpu/train/noise.h"
 #include "cpu/train/spike_slab_kl.h"
 #include "cpu/train/weights.h"
@@ -19,6 +20,8 @@ struct Case {
   PlaneShape shape;  // of outputs
   bool interleaved[3], bfloat16[3];  // the format and the dtype of three tensors of outputs
   Noise noise;
+  float slab_sigma2;  // of the mixture, as the next two
+  double spike_width, slab_share;
 
   int64_t weights() const { return rows * columns; }
   int64_t elements() const { return shape.batch * shape.channels * shape.pixels; }
@@ -52,6 +55,9 @@ Case draw_case(Random* random) {
     c.bfloat16[i] = random->chance(30);
   }
   c.noise = {random->next(), random->chance(50) ? 0 : random->next()};
+  c.slab_sigma2 = random->one_of({1.0f, 0.1f, 1e-6f, 1e4f, NAN, 0.0f});
+  c.spike_width = random->one_of({0.25, 0.02, 3.0});
+  c.slab_share = random->one_of({0.1, 1e-6, 0.9});
   return c;
 }
 
@@ -207,13 +213,20 @@ void run_codes(const Case& c, const Operands& o, Isa isa, const Parallel& parall
 }
 
 void run_prior(const Case& c, const Operands& o, Isa isa, const Parallel& parallel, Results* r) {
-  const SpikeSlabKl prior{o.weight.data(), o.log_sigma2.data(), o.levels.data(), o.tau.data(),
-                          c.rows,          c.columns,           c.per_row,       c.num_levels};
-  *r->floats("kl", 1) = spike_slab_kl(parallel, isa, prior);
-  float* grad_weight = r->floats("kl's grad_weight", c.weights());
-  float* grad_log_sigma2 = r->floats("kl's grad_log_sigma2", c.weights());
-  float* grad_levels = r->floats("kl's grad_levels", o.levels.size());
-  spike_slab_kl_backward(parallel, isa, prior, 0.7f, {grad_weight, grad_log_sigma2, grad_levels});
+  const PriorWeights weights{o.weight.data(), o.log_sigma2.data(), o.levels.data(), c.rows,
+                             c.columns,       c.per_row,           c.num_levels};
+  const auto gradients = [&](const char* weight, const char* log_sigma2, const char* levels) {
+    return PriorGradients{r->floats(weight, c.weights()), r->floats(log_sigma2, c.weights()),
+                          r->floats(levels, o.levels.size())};
+  };
+  const SpikeSlabKl spikes{weights, o.tau.data()};
+  *r->floats("kl", 1) = spike_slab_kl(parallel, isa, spikes);
+  spike_slab_kl_backward(parallel, isa, spikes, 0.7f,
+                         gradients("kl's grad_weight", "kl's grad_log_sigma2", "kl's grad_levels"));
+  const MixtureKl mixture{weights, c.slab_sigma2, c.spike_width, c.slab_share};
+  *r->floats("mixture's kl", 1) = mixture_kl(parallel, isa, mixture);
+  mixture_kl_backward(parallel, isa, mixture, 0.7f,
+                      gradients("mixture's grad_weight", "mixture's grad_log_sigma2", "mixture's grad_levels"));
 }
 
 void run_posterior(const Case& c, const Operands& o, Isa isa, const Parallel& parallel, Results* r) {

@@ -22,6 +22,12 @@ from bqnn.ops.codebook_from_raw import (
     codebook_from_raw_backward_reference,
     codebook_from_raw_reference,
 )
+from bqnn.ops.mixture_kl import (
+    MixturePrior,
+    MixturePriorBackward,
+    mixture_kl_backward_reference,
+    mixture_kl_reference,
+)
 from bqnn.ops.moment_product import weight_moments, weight_moments_backward
 from bqnn.ops.packed_product import decode
 from bqnn.ops.spike_slab_kl import Prior, PriorBackward, spike_slab_kl_backward_reference, spike_slab_kl_reference
@@ -217,6 +223,23 @@ def spike_slab_kl_backward(draw: Draw, given: Arguments, changed: set[str]) -> A
         return {}
     call = PriorBackward(exact(given["grad"]).reshape(()), prior)
     made = spike_slab_kl_backward_reference(call)
+    names = ("grad_weight", "grad_log_sigma2", "grad_levels")
+    return {name: Answer(each, 1e-3) for name, each in zip(names, made)}
+
+
+def _mixture(given: Arguments) -> MixturePrior:
+    numbers = float(given["spike_width"]), float(given["slab_share"])
+    posterior = *_rows(given, "weight", "log_sigma2"), exact(given["levels"])
+    return MixturePrior(*posterior, exact(given["slab_sigma2"]).reshape(()), *numbers)
+
+
+def mixture_kl(draw: Draw, given: Arguments, changed: set[str]) -> Answers:
+    return {"out": Answer(mixture_kl_reference(_mixture(given)), 1e-3)}
+
+
+def mixture_kl_backward(draw: Draw, given: Arguments, changed: set[str]) -> Answers:
+    call = MixturePriorBackward(exact(given["grad"]).reshape(()), _mixture(given))
+    made = mixture_kl_backward_reference(call)
     names = ("grad_weight", "grad_log_sigma2", "grad_levels")
     return {name: Answer(each, 1e-3) for name, each in zip(names, made)}
 

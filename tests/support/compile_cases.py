@@ -21,6 +21,7 @@ from bqnn.core.quantizer import Posterior
 from bqnn.kernels import (
     assign_codes,
     launch,
+    mixture_kl,
     moment,
     moment_conv2d,
     moment_linear,
@@ -252,22 +253,30 @@ def _spike_slab_kl(num_levels: int, groups: int = 1, columns: int = 4096) -> Non
     spike_slab_kl.backward(torch.zeros(()), weight, log_sigma2, levels, levels)
 
 
+def _mixture_kl(num_levels: int, groups: int = 1, columns: int = 4096) -> None:
+    weight, log_sigma2, levels, _ = posterior((64, columns), num_levels, groups)
+    mixture_kl.forward(weight, log_sigma2, levels, torch.ones(()), 0.25, 0.1)
+    mixture_kl.backward(torch.zeros(()), weight, log_sigma2, levels, torch.ones(()), 0.25, 0.1)
+
+
 def _assign_codes(num_levels: int, groups: int = 1, columns: int = 4096) -> None:
     weight, _, _, thresholds = posterior((64, columns), num_levels, groups)
     for packed in (False, True):
         assign_codes.assign_codes(weight, thresholds, packed)
 
 
+_BY_LEVELS = {"spike_slab_kl": _spike_slab_kl, "mixture_kl": _mixture_kl, "assign_codes": _assign_codes}
 ELEMENTWISE: Cases = {
     f"{name}-M{num_levels}": partial(call, num_levels)
-    for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
+    for name, call in _BY_LEVELS.items()
     for num_levels in (2, 3, 4, 5, 8, 16)
 } | {
     f"{name}-M{num_levels}-K25-channel": partial(call, num_levels, 64, 25)
-    for name, call in (("spike_slab_kl", _spike_slab_kl), ("assign_codes", _assign_codes))
+    for name, call in _BY_LEVELS.items()
     for num_levels in (3, 16)
 }
 ELEMENTWISE["spike_slab_kl-M3-K25"] = partial(_spike_slab_kl, 3, 1, 25)
+ELEMENTWISE["mixture_kl-M3-K25"] = partial(_mixture_kl, 3, 1, 25)
 
 
 def _packed_weight(channels: int, columns: int, num_levels: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,6 +48,12 @@ from tests.support.engine_contracts import engine
 
 POSTERIOR = {"weight": numbers("N", "K"), "log_sigma2": variances("N", "K"), "levels": levels, "thresholds": thresholds}
 PRIOR = {"weight": numbers("N", "K"), "log_sigma2": variances("N", "K"), "levels": levels, "tau": widths}
+MIXTURE = {
+    **{name: PRIOR[name] for name in ("weight", "log_sigma2", "levels")},
+    "slab_sigma2": lambda draw: draw.uniform() + 0.1,
+    "spike_width": lambda draw: draw.choice((0.25, 0.1, 1.0)),
+    "slab_share": lambda draw: draw.choice((0.1, 0.01, 0.5)),
+}
 NOISE = {"seed": seed, "offset": call_number}
 RAW = {"raw_levels": numbers("G", "M"), "scale": lambda draw: draw.uniform(draw.size("G")) + 0.1}
 RAW["raw_thresholds"] = raw_thresholds
@@ -107,6 +113,12 @@ _DECLARED: dict[str, tuple[dict[str, Maker], tuple[str, ...]]] = {
     "spike_slab_kl": ({**PRIOR, "out": lambda draw: torch.full([], float("nan"))}, ("out",)),
     "spike_slab_kl_backward": (
         {"grad": lambda draw: draw.normal(), **PRIOR, "grad_weight": empty("N", "K")}
+        | {name: BY_POSTERIOR[name] for name in ("grad_log_sigma2", "grad_levels")},
+        ("grad_weight", "grad_log_sigma2", "grad_levels"),
+    ),
+    "mixture_kl": ({**MIXTURE, "out": lambda draw: torch.full([], float("nan"))}, ("out",)),
+    "mixture_kl_backward": (
+        {"grad": lambda draw: draw.normal(), **MIXTURE, "grad_weight": empty("N", "K")}
         | {name: BY_POSTERIOR[name] for name in ("grad_log_sigma2", "grad_levels")},
         ("grad_weight", "grad_log_sigma2", "grad_levels"),
     ),

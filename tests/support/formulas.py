@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -98,6 +99,32 @@ def spike_slab_kl(weight: Tensor, log_sigma2: Tensor, levels: Tensor, tau: Tenso
             spikes = sum(w / scale * log_uniform_kl(mean - c, variance) for w, c in zip(windows, codebook))
             centre = 0.0 if 0.0 in codebook else min(codebook, key=lambda c: abs(mean - c))
             total += spikes + (1.0 - sum(windows) / scale) * log_uniform_kl(mean - centre, variance)
+    return total
+
+
+def mixture_components(
+    levels: Sequence[float], slab_sigma2: float, spike_width: float, slab_share: float
+) -> list[tuple[float, float, float]]:
+    """Share, mean and variance of each component of the mixture of a codebook; the last one is the slab."""
+    deviation = spike_width * min(b - a for a, b in pairwise(levels))
+    spikes = [((1.0 - slab_share) / len(levels), level, deviation**2) for level in levels]
+    return [*spikes, (slab_share, 0.0, slab_sigma2)]
+
+
+def mixture_kl(
+    weight: Tensor, log_sigma2: Tensor, levels: Tensor, slab_sigma2: float, spike_width: float, slab_share: float
+) -> float:
+    """The bound of the divergence, weight by weight, in Python floats."""
+    total = 0.0
+    groups = levels.shape[0]
+    for n, (means, variances) in enumerate(zip(weight.flatten(1).tolist(), log_sigma2.flatten(1).tolist())):
+        components = mixture_components(levels[n % groups].tolist(), slab_sigma2, spike_width, slab_share)
+        for mean, variance in zip(means, variances):
+            ratios = [((mean - c) ** 2 / v, math.exp(variance) / v) for _, c, v in components]
+            divergences = [0.5 * (square + ratio - math.log(ratio) - 1.0) for square, ratio in ratios]
+            least = min(divergences)
+            pairs = zip(components, divergences)
+            total += least - math.log(sum(share * math.exp(least - each) for (share, _, _), each in pairs))
     return total
 
 

@@ -38,6 +38,7 @@ VALID = 0.15  # the share of calls that nothing is wrong with
 SECONDS = 5.0  # that a call may take at most
 MOST_TOLD = 10  # faults of one op that are printed
 ORDINARY = {"tau": (0.01, 10.0), "scale": (0.01, 10.0), "log_sigma2": (-12.0, 6.0), "int8_scale": (1e-3, 10.0)}
+ORDINARY["slab_sigma2"] = (0.01, 10.0)
 """Numbers between which float32 is near to float64; others may be up to 100 in size."""
 INCREASING = ("levels", "thresholds")
 

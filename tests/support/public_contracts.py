@@ -101,13 +101,24 @@ def options(draw: Draw) -> dict[str, Any]:
         "granularity": draw.choice(("tensor", "channel")),
         "partition": draw.choice(("nearest", "learned")),
         "estimator": draw.choice(("moment", "sample", "local", "deterministic")),
-        "prior": draw.choice(("spike_slab", "gaussian")),
+        "prior": draw.choice(("spike_slab", "gaussian", "mixture")),
+        "spike_width": draw.choice((0.25, 0.1, 1.0)),
+        "slab_share": draw.choice((0.1, 0.01, 0.5)),
+        "start_sigma": draw.choice((0.1, 0.3)),
     }
 
 
 def bayes_net(draw: Draw) -> nn.Module:
     draw.facts["net"] = bqnn.convert(plain_net(draw), **options(draw))
     return draw.facts["net"]
+
+
+def sampled_net(draw: Draw) -> nn.Module:
+    """With a posterior."""
+    net = bayes_net(draw)
+    for layer in bqnn.bayes.layers.bayes_layers(net).values():
+        layer.estimator = draw.choice(("moment", "sample", "local"))
+    return net
 
 
 def net_input(draw: Draw) -> Tensor:
@@ -138,7 +149,9 @@ def sized(name: str) -> Maker:
     return lambda draw: draw.size(name)
 
 
-OPTIONS = {name: option(name) for name in ("num_levels", "granularity", "partition", "estimator", "prior")}
+OPTION_NAMES = ("num_levels", "granularity", "partition", "estimator", "prior")
+OPTION_NAMES += ("spike_width", "slab_share", "start_sigma")
+OPTIONS = {name: option(name) for name in OPTION_NAMES}
 FLAGS = {"quantize_mean": flag, "coarse_variance": flag}
 PACK = {"precision": one_of("fp32", "bf16", "int8"), "execution": one_of("auto", "packed", "dense")}
 
@@ -197,6 +210,10 @@ def packed_bytes(draw: Draw) -> Tensor:
 _RAW = {"raw_levels": in_dtype(numbers("G", "M")), "scale": lambda draw: draw.uniform(draw.size("G"), 1) + 0.1}
 _RAW["raw_thresholds"] = in_dtype(draws.raw_thresholds)
 _SPIKES = {"levels": in_dtype(draws.levels), "tau": in_dtype(draws.widths), **BACKEND}
+_MIXTURE = {"levels": in_dtype(draws.levels)} | {
+    name: in_dtype(contracts.MIXTURE[name]) for name in ("slab_sigma2", "spike_width", "slab_share")
+}
+_MIXTURE |= BACKEND
 _POSTERIOR = {name: LINEAR[name] for name in ("weight", "log_sigma2")}
 
 
@@ -226,6 +243,7 @@ def public() -> dict[str, Contract]:
             unless_a_cell_is_close(ops.moment_conv2d),
         ),
         "spike_slab_kl": (ops.spike_slab_kl, {**_POSTERIOR, **_SPIKES}, by_reference(ops.spike_slab_kl)),
+        "mixture_kl": (ops.mixture_kl, {**_POSTERIOR, **_MIXTURE}, by_reference(ops.mixture_kl)),
         "packed_linear": (
             ops.packed_linear,
             {"x": draws.rows, **PACKED, "precision": precision, "layout": optional(draws.nothing), **BACKEND}
@@ -263,7 +281,12 @@ def public() -> dict[str, Contract]:
             | {**PACKED_LAYER, "precision": precision, **RUN},
             unknown,
         ),
-        "predict": (bqnn.predict, {"net": bayes_net, "x": net_input, "samples": samples}, unknown),
+        "predict": (
+            bqnn.predict,
+            {"net": bayes_net, "x": net_input, "samples": samples, "seed": one_of(None, 0, 5)},
+            unknown,
+        ),
+        "sample": (bqnn.sample, {"net": sampled_net, "seed": one_of(None, 0, 5)}, unknown),
         "kl_divergence": (bqnn.kl_divergence, {"net": bayes_net}, unknown),
         "kl_warmup": (bqnn.kl_warmup, {"progress": one_of(0.0, 0.5, 3), "length": one_of(0.0, 1.0, 5)}, unknown),
         "elbo": (
@@ -289,7 +312,7 @@ def public() -> dict[str, Contract]:
     }
 
 
-SLOW = frozenset({"predict", "elbo", "kl_divergence", "parameter_groups", "convert", "pack"})
+SLOW = frozenset({"predict", "sample", "elbo", "kl_divergence", "parameter_groups", "convert", "pack"})
 """They make networks."""
 COSTLY = frozenset({"samples"})
 MADE = frozenset({"weight", "weights", "layer"})

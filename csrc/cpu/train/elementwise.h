@@ -6,6 +6,7 @@
 
 #include "cpu/base/isa.h"
 #include "cpu/train/assign_codes.h"
+#include "cpu/train/mixture_kl.h"
 #include "cpu/train/noise.h"
 #include "cpu/train/spike_slab_kl.h"
 #include "cpu/train/weights.h"
@@ -16,6 +17,8 @@ struct Elementwise {
   AssignCodesKernel assign_codes;
   SpikeSlabKlFwdKernel spike_slab_kl_fwd;
   SpikeSlabKlBwdKernel spike_slab_kl_bwd;
+  MixtureKlFwdKernel mixture_kl_fwd;
+  MixtureKlBwdKernel mixture_kl_bwd;
   void (*random_words)(uint64_t seed, uint64_t first, int64_t calls, uint32_t* out);
   void (*add_noise_tile)(const PlaneShape&, const Tile&, const Plane& mean, const Plane& variance, const Noise&,
                          bool keep_slope);

@@ -8,6 +8,7 @@
 #include "cpu/train/assign_codes.inl"
 #include "cpu/simd/bfloat16.inl"
 #include "cpu/simd/elements.inl"
+#include "cpu/train/mixture_kl.inl"
 #include "cpu/train/philox.inl"
 #include "cpu/train/spike_slab_kl.inl"
 
@@ -20,6 +21,8 @@ extern const Elementwise kElementwise = {
     assign_codes_kernel,
     spike_slab_kl_fwd_kernel,
     spike_slab_kl_bwd_kernel,
+    mixture_kl_fwd_kernel,
+    mixture_kl_bwd_kernel,
     random_words,
     add_noise_tile,
     noise_gradient_tile,

@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-#include "cpu/train/blocks.h"
 #include "cpu/train/elementwise.h"
 
 namespace bqnn {
@@ -74,33 +73,28 @@ SpikeSlabKlCodebook make_codebook(const float* levels, const float* tau, int num
   return codebook;
 }
 
-Blocks blocks_of(const SpikeSlabKl& prior) { return Blocks(prior.rows * prior.columns, prior.per_row ? prior.rows : 1); }
-
 SpikeSlabKlCodebook codebook_of(const SpikeSlabKl& prior, const Block& block) {
-  const int64_t first = block.group * prior.num_levels;
-  return make_codebook(prior.levels + first, prior.tau + first, prior.num_levels);
-}
-
-SpikeSlabKlBlock weights_of(const SpikeSlabKl& prior, const Block& block) {
-  return {&log_uniform_kl(), prior.weight + block.first, prior.log_sigma2 + block.first, block.count};
+  const int num_levels = prior.weights.num_levels;
+  const int64_t first = block.group * num_levels;
+  return make_codebook(prior.weights.levels + first, prior.tau + first, num_levels);
 }
 
 }  // namespace
 
 float spike_slab_kl(const Parallel& parallel, Isa isa, const SpikeSlabKl& prior) {
   const auto kernel = elementwise(isa).spike_slab_kl_fwd;
-  return sum_over_blocks(parallel, blocks_of(prior), [&](const Block& block) {
-    return kernel(codebook_of(prior, block), weights_of(prior, block));
+  return sum_over_blocks(parallel, prior.weights.blocks(), [&](const Block& block) {
+    return kernel(codebook_of(prior, block), log_uniform_kl(), PriorBlock(prior.weights, block));
   });
 }
 
 void spike_slab_kl_backward(const Parallel& parallel, Isa isa, const SpikeSlabKl& prior, float grad,
-                            const SpikeSlabKlGradients& gradients) {
+                            const PriorGradients& gradients) {
   const auto kernel = elementwise(isa).spike_slab_kl_bwd;
-  sum_over_blocks(parallel, blocks_of(prior), prior.num_levels, gradients.levels,
+  sum_over_blocks(parallel, prior.weights.blocks(), prior.weights.num_levels, gradients.levels,
                   [&](const Block& block, double* sums) {
-                    kernel(codebook_of(prior, block), weights_of(prior, block), grad, gradients.weight + block.first,
-                           gradients.log_sigma2 + block.first, sums);
+                    kernel(codebook_of(prior, block), log_uniform_kl(), PriorBlock(prior.weights, block), grad,
+                           gradients.weight + block.first, gradients.log_sigma2 + block.first, sums);
                   });
 }
 

@@ -1,39 +1,25 @@
 // spike_slab_kl: the divergence from the multiple spike-and-slab prior, its sum over the weights and its gradients.
 #pragma once
 
-#include <cstdint>
-
 #include "cpu/base/isa.h"
 #include "cpu/base/parallel.h"
-#include "cpu/train/codebook.h"
+#include "cpu/train/prior.h"
 
 namespace bqnn {
 
-// Weights that share a codebook, in rows: all float32, contiguous.
 struct SpikeSlabKl {
-  const float* weight;      // [rows, columns]
-  const float* log_sigma2;  // [rows, columns]
-  const float* levels;      // [rows or 1, num_levels], increasing
-  const float* tau;         // the shape of levels, positive
-  int64_t rows, columns;
-  bool per_row;    // whether each row has a codebook of its own
-  int num_levels;  // 2..16
+  PriorWeights weights;
+  const float* tau;  // the shape of levels, positive
 };
 
 // The sum over all weights, in nats.
 float spike_slab_kl(const Parallel& parallel, Isa isa, const SpikeSlabKl& prior);
 
-struct SpikeSlabKlGradients {
-  float* weight;      // [rows, columns]
-  float* log_sigma2;  // [rows, columns]
-  float* levels;      // [rows or 1, num_levels]
-};
-
 // Fills the gradients of `grad` times the sum; recomputes what they need.
 void spike_slab_kl_backward(const Parallel& parallel, Isa isa, const SpikeSlabKl& prior, float grad,
-                            const SpikeSlabKlGradients& gradients);
+                            const PriorGradients& gradients);
 
-// --- what a kernel is given: weights of one codebook that lie in a row ------------------------------------------
+// --- what a kernel is given -------------------------------------------------------------------------------------
 
 // A codebook in the form that kernels want.
 struct SpikeSlabKlCodebook {
@@ -54,18 +40,13 @@ struct LogUniformKl {
   alignas(64) float slope[kSlopeTerms][kPieces];
 };
 
-struct SpikeSlabKlBlock {
-  const LogUniformKl* divergence;
-  const float* weight;      // [count]
-  const float* log_sigma2;  // [count]
-  int64_t count;
-};
-
 // Returns the block's sum.
-using SpikeSlabKlFwdKernel = double (*)(const SpikeSlabKlCodebook& codebook, const SpikeSlabKlBlock& block);
+using SpikeSlabKlFwdKernel = double (*)(const SpikeSlabKlCodebook& codebook, const LogUniformKl& divergence,
+                                        const PriorBlock& block);
 
 // Writes grad_weight and grad_log_sigma2, [count], and the block's sums of the levels' gradients, [num_levels].
-using SpikeSlabKlBwdKernel = void (*)(const SpikeSlabKlCodebook& codebook, const SpikeSlabKlBlock& block, float grad,
-                                      float* grad_weight, float* grad_log_sigma2, double* grad_levels);
+using SpikeSlabKlBwdKernel = void (*)(const SpikeSlabKlCodebook& codebook, const LogUniformKl& divergence,
+                                      const PriorBlock& block, float grad, float* grad_weight, float* grad_log_sigma2,
+                                      double* grad_levels);
 
 }  // namespace bqnn

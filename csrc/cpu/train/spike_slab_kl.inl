@@ -112,24 +112,26 @@ BQNN_INLINE void gradients_of(const SpikeSlabKlCodebook& codebook, const LogUnif
   gradients->log_sigma2 = by_log_sigma2;
 }
 
-static double spike_slab_kl_fwd_kernel(const SpikeSlabKlCodebook& codebook, const SpikeSlabKlBlock& block) {
+static double spike_slab_kl_fwd_kernel(const SpikeSlabKlCodebook& codebook, const LogUniformKl& divergence,
+                                       const PriorBlock& block) {
   LaneSums sum;
   for (int64_t i = 0; i < block.count; i += kLanes) {
     const int count = lanes_left(block.count - i);
     const Float weight = load_first(block.weight + i, count), log_sigma2 = load_first(block.log_sigma2 + i, count);
-    sum.add(i, keep(first_lanes(count), divergence_of(codebook, *block.divergence, weight, log_sigma2)));
+    sum.add(i, keep(first_lanes(count), divergence_of(codebook, divergence, weight, log_sigma2)));
   }
   return sum.total();
 }
 
-static void spike_slab_kl_bwd_kernel(const SpikeSlabKlCodebook& codebook, const SpikeSlabKlBlock& block, float grad,
-                                     float* grad_weight, float* grad_log_sigma2, double* grad_levels) {
+static void spike_slab_kl_bwd_kernel(const SpikeSlabKlCodebook& codebook, const LogUniformKl& divergence,
+                                     const PriorBlock& block, float grad, float* grad_weight, float* grad_log_sigma2,
+                                     double* grad_levels) {
   LaneSums sums[kMaxLevels];
   for (int64_t i = 0; i < block.count; i += kLanes) {
     const int count = lanes_left(block.count - i);
     const Float weight = load_first(block.weight + i, count), log_sigma2 = load_first(block.log_sigma2 + i, count);
     Gradients gradients;
-    gradients_of(codebook, *block.divergence, weight, log_sigma2, &gradients);
+    gradients_of(codebook, divergence, weight, log_sigma2, &gradients);
     store_first(grad_weight + i, grad * gradients.weight, count);
     store_first(grad_log_sigma2 + i, grad * gradients.log_sigma2, count);
     for (int m = 0; m < codebook.num_levels; ++m) sums[m].add(i, keep(first_lanes(count), gradients.distance[m]));
