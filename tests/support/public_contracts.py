@@ -6,6 +6,7 @@ Their answers are those of public_answers.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from tests.support.answers import Answers
 from tests.support.draws import Contract, Draw, Maker, flag, numbers, optional, variances
 from tests.support.public_answers import by_reference, exactly, unknown, unless_a_cell_is_close
 
+NETWORKS = 256
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -106,8 +108,16 @@ def options(draw: Draw) -> dict[str, Any]:
 
 
 def bayes_net(draw: Draw) -> nn.Module:
-    draw.facts["net"] = bqnn.convert(plain_net(draw), **options(draw))
+    """One of :data:`NETWORKS`: to make a network takes longer than any function that is called with one."""
+    draw.facts["net"] = _network(draw.randrange(NETWORKS))
+    torch.manual_seed(draw.getrandbits(60))
     return draw.facts["net"]
+
+
+@cache
+def _network(number: int) -> nn.Module:
+    draw = Draw(f"network {number}")
+    return bqnn.convert(plain_net(draw), **options(draw))
 
 
 def net_input(draw: Draw) -> Tensor:
@@ -289,8 +299,6 @@ def public() -> dict[str, Contract]:
     }
 
 
-SLOW = frozenset({"predict", "elbo", "kl_divergence", "parameter_groups", "convert", "pack"})
-"""They make networks."""
 COSTLY = frozenset({"samples"})
 MADE = frozenset({"weight", "weights", "layer"})
 """What an error may name beside the arguments: what is made of them."""
