@@ -37,7 +37,7 @@ demo: setup  ## run the demonstration
 test: ready checked interpret unit  ## lint, then all tests
 
 ready:
-	@$(MAKE) $(JOBS) setup $(PROGRAMS:%=build/sanitize/%) $(PROGRAMS:%=build/plain/%)  # what needs no torch waits for none
+	@$(MAKE) $(JOBS) setup $(WITHOUT_TORCH)
 
 checked:
 	@$(MAKE) $(JOBS) lint $(CHECKS)
@@ -87,6 +87,8 @@ endef
 $(eval $(call program,packed_cases,packed))
 $(eval $(call program,elementwise_cases,train))
 
+WITHOUT_TORCH := $(KERNELS:%=build/sanitize/%) $(PROGRAMS:%=build/sanitize/%) $(PROGRAMS:%=build/plain/%)
+
 # The extension with sanitizers, of the same objects; what setup.py builds it with.
 TORCH_ABI := $(shell sed -n 's/^TORCH_ABI = "\([^"]*\)".*/\1/p' setup.py)
 PYTHON_ABI := $(shell sed -n 's/^PYTHON_ABI = "\([^"]*\)".*/\1/p' setup.py)
@@ -120,7 +122,7 @@ $(PROGRAMS:%=check-%): check-%: build/sanitize/%
 
 check-graphs: $(SANITIZED)
 	@$(HOSTILE) --planted 2>&1 | grep -q heap-buffer-overflow || { echo "a planted overflow is not seen"; exit 1; }
-	@echo "drawn graphs, with sanitizers"; $(HOSTILE) --graphs 60
+	@echo "drawn graphs and changed files, with sanitizers"; $(HOSTILE) --graphs 60 && $(HOSTILE) --files 300
 
 check-extension: OPS = 'bqnn_cpu::*'
 check-public: OPS = '[!b]*' 'b[!q]*'  # the others
