@@ -92,7 +92,8 @@ def draw(name: str, contract: Contract, seed: int, number: int) -> Call:
                 arguments[each] = contract.ways[each](choices, arguments[each], alone)
             else:
                 arguments[each] = broken(choices, arguments[each], others, alone)
-            if each in contract.costly and _largest(arguments[each]) > 1000:
+            low, high = contract.costly.get(each, (0.0, 0.0))
+            if low < _largest(arguments[each]) < high:
                 arguments[each] = -1
             changed.add(each)
     return Call(choices, arguments, changed)

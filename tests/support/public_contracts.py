@@ -5,6 +5,7 @@ Their answers are those of public_answers.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -299,7 +300,8 @@ def public() -> dict[str, Contract]:
     }
 
 
-COSTLY = frozenset({"samples"})
+COSTLY = {"samples": (1000, math.inf), "padding": (300, 2**20)}
+"""Values between these are taken and cost what they ask for; larger paddings are more than memory holds."""
 MADE = frozenset({"weight", "weights", "layer"})
 """What an error may name beside the arguments: what is made of them."""
 _KEPT = {
