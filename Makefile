@@ -9,7 +9,10 @@ UNPACK := ../shared/data/unpack.py
 export BQNN_DATA ?= $(CURDIR)/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo test lint unit interpret sanitize bench accuracy gpu clean
+.PHONY: help setup data demo test ready checked lint unit interpret sanitize bench accuracy gpu clean
+
+# What can run side by side does, in as many processes as there are processors; the output of each stays together.
+JOBS := -j "$$(nproc)" --output-sync=target --no-print-directory
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +34,13 @@ data:  ## put MNIST and CIFAR-10 into $BQNN_DATA (default: data/)
 demo: setup  ## run the demonstration
 	$(VENV)/bin/bqnn demo
 
-test: lint sanitize interpret unit  ## lint, then all tests
+test: ready checked interpret unit  ## lint, then all tests
+
+ready:
+	@$(MAKE) $(JOBS) setup $(WITHOUT_TORCH)
+
+checked:
+	@$(MAKE) $(JOBS) lint $(CHECKS)
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -39,24 +48,26 @@ lint: setup  ## ruff and mypy
 	$(VENV)/bin/mypy
 
 unit: setup data  ## pytest, two processes of one thread each
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --benchmark-disable $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --dist worksteal --benchmark-disable $(ARGS)
 
 interpret: setup  ## the tests of Triton kernels, interpreted: no GPU is needed
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --benchmark-disable -k cpu-triton $(TRITON_TESTS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --dist worksteal --benchmark-disable -k cpu-triton $(TRITON_TESTS)
 
 TRITON_TESTS := $(wildcard $(patsubst kernels/%.py,tests/test_%.py,$(wildcard kernels/*.py)))
 
 # The programs of csrc/tests, which draw cases for the kernels of csrc/cpu; neither needs torch. Without contraction, as
 # in setup.py, an expression has one value whatever the instruction set. GCC 12 warns of its own intrinsics. Where the
 # machine has no tiles, loops stand in for them, so that the AMX kernels run on every machine with AVX-512.
-CASES := packed_cases elementwise_cases
+PROGRAMS := packed_cases elementwise_cases
 CASE_FLAGS := -std=c++17 -ffp-contract=off -Wall -Wno-uninitialized -Wno-maybe-uninitialized -Icsrc -pthread -MMD -MP
 ifeq ($(shell grep -wc amx_int8 /proc/cpuinfo 2>/dev/null),0)
 CASE_FLAGS += -DBQNN_EMULATE_TILES  # csrc/tests/tiles.h
 endif
 PLAIN_FLAGS := -O3
-SANITIZE_FLAGS := -O1 -g -fPIC -fsanitize=address,undefined -fno-sanitize-recover=all
-KERNELS := $(patsubst csrc/%.cpp,%.o,$(shell find csrc/cpu -name '*.cpp'))
+# Lines and no variables: to follow these through the optimizer takes a third of the time of compiling.
+SANITIZE_FLAGS := -O1 -g1 -fPIC -fsanitize=address,undefined -fno-sanitize-recover=all
+objects = $(patsubst csrc/%.cpp,%.o,$(shell find $(1:%=csrc/cpu/%) -name '*.cpp'))
+KERNELS := $(call objects,engine packed train base)  # longest first
 
 build/plain/%.o: csrc/%.cpp Makefile
 	@mkdir -p $(@D)
@@ -66,11 +77,17 @@ build/sanitize/%.o: csrc/%.cpp Makefile
 	@mkdir -p $(@D)
 	$(CXX) $(CASE_FLAGS) $(SANITIZE_FLAGS) -c $< -o $@
 
-$(CASES:%=build/plain/%): build/plain/%: build/plain/tests/%.o $(KERNELS:%=build/plain/%)
-	$(CXX) -pthread $^ -o $@
+define program =
+build/plain/$(1): $$(addprefix build/plain/,tests/$(1).o $$(call objects,$(2) base))
+	$$(CXX) -pthread $$^ -o $$@
 
-$(CASES:%=build/sanitize/%): build/sanitize/%: build/sanitize/tests/%.o $(KERNELS:%=build/sanitize/%)
-	$(CXX) -pthread $(SANITIZE_FLAGS) $^ -o $@
+build/sanitize/$(1): $$(addprefix build/sanitize/,tests/$(1).o $$(call objects,$(2) base))
+	$$(CXX) -pthread $$(SANITIZE_FLAGS) $$^ -o $$@
+endef
+$(eval $(call program,packed_cases,packed))
+$(eval $(call program,elementwise_cases,train))
+
+WITHOUT_TORCH := $(KERNELS:%=build/sanitize/%) $(PROGRAMS:%=build/sanitize/%) $(PROGRAMS:%=build/plain/%)
 
 # The extension with sanitizers, of the same objects; what setup.py builds it with.
 TORCH_ABI := $(shell sed -n 's/^TORCH_ABI = "\([^"]*\)".*/\1/p' setup.py)
@@ -78,28 +95,41 @@ PYTHON_ABI := $(shell sed -n 's/^PYTHON_ABI = "\([^"]*\)".*/\1/p' setup.py)
 BINDINGS := $(filter-out cuda,$(patsubst csrc/bindings/%.cpp,%,$(wildcard csrc/bindings/*.cpp)))
 TORCH = $(shell $(VENV)/bin/python -c "import torch; print(torch.__path__[0])")
 PYTHON_INCLUDE = $(shell $(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['include'])")
-# Python is not built with sanitizers: their library, and the one whose exceptions it watches, have to come first.
-FIRST = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
-HOSTILE = LD_PRELOAD="$(FIRST)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=1 \
-	UBSAN_OPTIONS=print_stacktrace=1 $(VENV)/bin/python -m tests.support.sanitized build/sanitize/_C.abi3.so
+SANITIZED := build/sanitize/_C.abi3.so
 
-$(BINDINGS:%=build/sanitize/bindings/%.o): build/sanitize/bindings/%.o: csrc/bindings/%.cpp Makefile setup.py
+$(BINDINGS:%=build/sanitize/bindings/%.o): build/sanitize/bindings/%.o: csrc/bindings/%.cpp Makefile setup.py | $(STAMP)
 	@mkdir -p $(@D)
 	$(CXX) $(CASE_FLAGS) $(SANITIZE_FLAGS) -isystem $(TORCH)/include -isystem $(TORCH)/include/torch/csrc/api/include \
 		-isystem $(PYTHON_INCLUDE) -DTORCH_TARGET_VERSION=$(TORCH_ABI) -DPy_LIMITED_API=$(PYTHON_ABI) -c $< -o $@
 
-build/sanitize/_C.abi3.so: $(BINDINGS:%=build/sanitize/bindings/%.o) $(KERNELS:%=build/sanitize/%)
+$(SANITIZED): $(KERNELS:%=build/sanitize/%) $(BINDINGS:%=build/sanitize/bindings/%.o)
 	$(CXX) -shared -pthread $(SANITIZE_FLAGS) $^ -L$(TORCH)/lib -ltorch_cpu -lc10 -o $@
 
 -include $(shell find build/plain build/sanitize -name '*.d' 2>/dev/null)
 
-sanitize: setup  ## kernels, and hostile calls, under AddressSanitizer and UBSan; 3 minutes, and 2 to build
-	@$(MAKE) --no-print-directory -j "$$(nproc)" $(CASES:%=build/sanitize/%) build/sanitize/_C.abi3.so
-	@set -e; for program in $(CASES); do echo "$$program, with sanitizers"; build/sanitize/$$program; done
-	@echo "hostile calls, with sanitizers"
+# Python is not built with sanitizers: their library, and the one whose exceptions it watches, have to come first.
+FIRST = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+HOSTILE = LD_PRELOAD="$(FIRST)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=1 \
+	UBSAN_OPTIONS=print_stacktrace=1 $(VENV)/bin/python -m tests.support.sanitized $(SANITIZED)
+CHECKS := check-extension check-public check-graphs $(PROGRAMS:%=check-%)
+.PHONY: $(CHECKS)
+
+sanitize:  ## kernels, and hostile calls, under AddressSanitizer and UBSan; 2 minutes, and 2 to build
+	@$(MAKE) $(JOBS) $(CHECKS)
+
+$(PROGRAMS:%=check-%): check-%: build/sanitize/%
+	@echo "$*, with sanitizers"; build/sanitize/$*
+
+check-graphs: $(SANITIZED)
 	@$(HOSTILE) --planted 2>&1 | grep -q heap-buffer-overflow || { echo "a planted overflow is not seen"; exit 1; }
-	@$(HOSTILE) --graphs 60
-	@$(HOSTILE) --calls 500 --journal build/sanitize/call || { echo "in this call:"; cat build/sanitize/call; exit 1; }
+	@echo "drawn graphs and changed files, with sanitizers"; $(HOSTILE) --graphs 60 && $(HOSTILE) --files 300
+
+check-extension: OPS = 'bqnn_cpu::*'
+check-public: OPS = '[!b]*' 'b[!q]*'  # the others
+check-extension check-public: $(SANITIZED)
+	@echo "hostile calls, with sanitizers"
+	@$(HOSTILE) --calls 500 --ops $(OPS) --journal build/sanitize/$@ || \
+		{ echo "in this call:"; cat build/sanitize/$@; exit 1; }
 
 bench: $(RIVALS)  ## pytest-benchmark, to bench/results/<cpu>.json; about an hour, ARGS="-k lenet5" for a part
 	$(VENV)/bin/pytest bench -q --benchmark-quiet --save $(ARGS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bqnn
 from bqnn.core import codebook
 from bqnn.core.codebook import lloyd_max
 from tests.support.shapes import EVERY_M
@@ -125,6 +126,15 @@ def test_bad_input(values: Tensor, num_levels: int, error: type[Exception], mess
 def test_bad_spread(spread: float) -> None:
     with pytest.raises(ValueError, match="spread must be positive and finite, got"):
         lloyd_max(torch.zeros(1, 5), 3, spread)
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**400], ids=["2**63", "-2**63-1", "10**400"])
+def test_integers_of_more_than_64_bits_are_no_numbers(number: int) -> None:
+    """torch multiplies by none of them."""
+    with pytest.raises(ValueError, match="spread must be a float or an integer of 64 bits, got"):
+        lloyd_max(torch.zeros(1, 5), 3, number)
+    with pytest.raises(ValueError, match="progress must be a float or an integer of 64 bits, got"):
+        bqnn.kl_warmup(number, 1.0)
 
 
 @pytest.mark.parametrize("num_levels", EVERY_M)

@@ -1,8 +1,16 @@
-"""Every Triton kernel, in every configuration it can choose, compiled for GPUs that need not be here."""
+"""Every Triton kernel, in every configuration it can choose, compiled for GPUs that need not be here.
+
+Each kernel of each dtype is compiled for every target, by the first case that has it. The other cases, which are other
+tiles, codebooks and modes of the same kernels, are compiled for one target each, in turns: most of the time goes into
+the compiler. ``python -m bench.kernel_resources`` compiles all for all, and what it writes shows what has changed.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -27,9 +35,37 @@ def has_tensor_core_product(case: str, kernel: Kernel) -> bool:
     return any(part in kernel.name for part in ("linear", "conv2d"))
 
 
+def dtype_of(case: str) -> str:
+    found = re.search("bfloat16|float16|float32|tf32|int8", case)
+    return found[0] if found else ""
+
+
+def compiled_for() -> Iterator[tuple[str, int]]:
+    """Cases and the targets that each is compiled for."""
+    targets, seen, others = json.loads(TABLE.read_text())["kernels"], set[tuple[str, str]](), itertools.cycle(TARGETS)
+    for case in CASES:
+        kernels = {(dtype_of(case), kernel["name"]) for cases in targets.values() for kernel in cases.get(case, ())}
+        is_another = bool(kernels) and kernels <= seen
+        seen |= kernels
+        yield from ((case, capability) for capability in ([next(others)] if is_another else TARGETS))
+
+
+COMPILED_FOR = [pytest.param(*each, id=f"{each[0]}-sm_{each[1]}") for each in compiled_for()]
+
+
+def test_every_case_is_compiled_and_every_kernel_of_every_dtype_for_every_target() -> None:
+    pairs = [(str(param.values[0]), param.values[1]) for param in COMPILED_FOR]
+    assert {case for case, _ in pairs} == set(CASES)
+    for target, cases in json.loads(TABLE.read_text())["kernels"].items():
+        here = [case for case, capability in pairs if f"sm_{capability}" == target]
+        found, needed = (
+            {(dtype_of(case), kernel["name"]) for case in names for kernel in cases[case]} for names in (here, cases)
+        )
+        assert found == needed, target
+
+
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", TARGETS, ids=lambda capability: f"sm_{capability}")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "capability"), COMPILED_FOR)
 def test_resources(case: str, capability: int) -> None:
     torch.use_deterministic_algorithms(False)  # nothing is computed: no need to fill what is allocated
     kernels = compiled(CASES[case], capability)

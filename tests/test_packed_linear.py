@@ -23,7 +23,7 @@ from tests.support import formulas
 from tests.support.helpers import forced_or_automatic, triton_devices, usable_backends
 from tests.support.packed_products import linear_case as make_case
 from tests.support.packed_products import relative_error
-from tests.support.shapes import EVERY_M, GRANULARITIES, INTERPRETED
+from tests.support.shapes import EVERY_M, GRANULARITIES, INTERPRETED, SOME_M
 
 BACKENDS = [param for param in usable_backends("packed_linear") if not INTERPRETED or param.values[0][1] == "triton"]
 SHAPES = [
@@ -194,7 +194,7 @@ def test_a_product_in_parts(processors: int, granularity: str, device: str, monk
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("num_levels", EVERY_M)
+@pytest.mark.parametrize("num_levels", SOME_M if INTERPRETED else EVERY_M)
 def test_relu_is_that_of_torch(num_levels: int, granularity: str, backend: tuple[str, str], precision: str) -> None:
     for rows in (1, 6) if INTERPRETED else (1, 2, 6, 40):
         x, codes, levels, bias, _ = make_case(num_levels, granularity, rows, 37, 21)

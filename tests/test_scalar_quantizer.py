@@ -16,6 +16,7 @@ from numpy.random import Generator
 
 from bqnn.core import codebook
 from bqnn.core.codebook import lloyd_max
+from bqnn.core.level_spacing import with_spare_levels
 from tests.support.exact_quantizer import Array, optimal_levels, squared_error
 from tests.support.shapes import EVERY_M
 
@@ -131,3 +132,20 @@ def test_the_reference_is_the_optimum_of_all_partitions(num_levels: int) -> None
         )
         found = squared_error(numbers, optimal_levels(numbers, num_levels)[-1])
         assert found == pytest.approx(min(errors), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-30, 5e-324])
+@pytest.mark.parametrize("value", [0.0, 1e-30, -0.7, 1e30])
+def test_levels_around_one_value_are_found_in_a_few_steps(value: float, spread: float) -> None:
+    """A spread that is tiny beside the value was doubled a thousand times, for each row."""
+    asked = []
+
+    def smallest_gap(levels: Array) -> float:
+        asked.append(levels)
+        return float(1e-4 * (np.std(levels) + np.abs(levels[0])))
+
+    levels = with_spare_levels(np.array([value]), 5, smallest_gap, spread)
+    assert len(levels) == 5 and levels[2] == value
+    assert np.diff(levels).min() > smallest_gap(levels)
+    assert len(asked) < 10
+    assert np.ptp(levels) <= max(5.0 * spread, 1e-2 * abs(value), 1e-300), "no farther apart than they have to be"

@@ -15,7 +15,7 @@ from bqnn.engine.pack import pack
 from bqnn.models import lenet5
 from bqnn.ops import dispatch
 from bqnn.packed import cost, probes
-from bqnn.packed.cost import ALWAYS, NEVER, LayerWork, Rates, Roofline, RowRange, winning_rows
+from bqnn.packed.cost import ALWAYS, NEVER, LayerWork, Rates, Roofline, RowRange, Winning, winning_rows
 from bqnn.packed.layers import PackedLinear
 from bqnn.packed.probes import packed_rows
 from bqnn.reports.explain import explain_speed
@@ -73,7 +73,7 @@ def test_a_gpu_decodes_once_for_each_tile_of_rows() -> None:
     assert gpu_seconds(wide)[0] == pytest.approx(GPU_PACKED_CALL + (weights // 5 + 2 * 10**9) / GPU_BYTES)
 
 
-def gpu_rows(side: int, precision: str) -> RowRange:
+def gpu_rows(side: int, precision: str) -> Winning:
     """For how many rows a square layer runs packed on that GPU, activations of bfloat16."""
 
     def seconds(rows: int) -> tuple[float, float]:
@@ -85,7 +85,7 @@ def gpu_rows(side: int, precision: str) -> RowRange:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_a_gpu_runs_large_layers_packed_for_few_rows(precision: str) -> None:
-    first, last = gpu_rows(16384, precision)
+    ((first, last),) = gpu_rows(16384, precision)
     assert first == 0
     assert last == math.inf if precision == "int8" else 1 <= last < 1024
     assert gpu_rows(64, "fp32") == NEVER  # a call costs more
@@ -101,14 +101,14 @@ def test_expected_seconds_of_the_cpu_kernels() -> None:
     assert WORK.cpu_seconds(PACKED, DENSE) == pytest.approx((1e-6 + 2e6 * 1e-12, 1e-6 + 2e6 * 1e-11))
 
 
-def cpu_rows(packed: Rates, dense: Rates) -> RowRange:
+def cpu_rows(packed: Rates, dense: Rates) -> Winning:
     return winning_rows(lambda rows: WORK._replace(rows=rows).cpu_seconds(packed, dense))
 
 
-def layer_with(rows: RowRange) -> PackedLinear:
+def layer_with(winning: Winning) -> PackedLinear:
     """A layer that runs packed for these rows."""
     layer = pack(bqnn.BayesLinear(20, 10))
-    layer._prepare().ranges[torch.float32] = rows
+    layer._prepare().ranges[torch.float32] = winning
     return layer
 
 
@@ -122,7 +122,7 @@ def test_the_reference_is_never_chosen_for_time(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_kernel_is_chosen_where_it_is_faster() -> None:
-    first, last = cpu_rows(PACKED, DENSE)
+    ((first, last),) = cpu_rows(PACKED, DENSE)
     assert first == 0
     assert 1 < last < 100
 
@@ -132,18 +132,30 @@ def test_a_kernel_is_chosen_where_it_is_faster() -> None:
 
     assert wins(int(last))
     assert not wins(2 * int(last))
-    layer = layer_with(RowRange(first, last))
+    layer = layer_with((RowRange(first, last),))
     for rows, execution in ((0, "packed"), (1, "packed"), (int(last), "packed"), (int(last) + 1, "dense")):
         assert layer.execution_for(torch.zeros(rows, 20)) == execution
 
 
 def test_a_kernel_that_needs_many_rows_gets_them() -> None:
-    first, last = cpu_rows(DENSE, PACKED)
+    ((first, last),) = cpu_rows(DENSE, PACKED)
     assert 1 < first < 100
     assert last == math.inf
-    layer = layer_with(RowRange(first, last))
+    layer = layer_with((RowRange(first, last),))
     assert layer.execution_for(torch.zeros(int(first) - 1, 20)) == "dense"
     assert layer.execution_for(torch.zeros(int(first), 20)) == "packed"
+
+
+def test_one_wrong_time_changes_nothing_for_other_numbers_of_rows() -> None:
+    """A probe of 64 rows that met a busy machine made layers of 16 rows dense: the longest range was that above 256."""
+    rows = (1, 4, 16, 64, 256)
+    dense, packed = (Rates(1e-6, rows, tuple(scale * count * 1e-12 for count in rows)) for scale in (1.2, 1.0))
+    assert cpu_rows(packed, dense) == ALWAYS
+    disturbed = packed._replace(weight_seconds=(*packed.weight_seconds[:3], 3e-10, packed.weight_seconds[4]))
+    assert cpu_rows(disturbed, dense) == (RowRange(0, 16), RowRange(256, math.inf))
+    layer = layer_with(cpu_rows(disturbed, dense))
+    for count, execution in ((1, "packed"), (16, "packed"), (64, "dense"), (256, "packed")):
+        assert layer.execution_for(torch.zeros(count, 20)) == execution
 
 
 def test_equal_times_are_no_reason_to_run_packed() -> None:

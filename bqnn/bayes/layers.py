@@ -14,7 +14,7 @@ from bqnn import ops
 from bqnn.bayes.base import SIGMA_PER_GAP, SLAB_SHARE, SPIKE_WIDTH, BayesLayer
 from bqnn.bayes.estimator import sampled_layers
 from bqnn.core.check import check_conv2d_input, check_linear_input, check_module
-from bqnn.core.geometry import explicit_padding
+from bqnn.core.geometry import convolved, explicit_padding
 
 
 class BayesLinear(BayesLayer, nn.Linear):  # type: ignore[override]
@@ -122,9 +122,10 @@ class BayesConv2d(BayesLayer, nn.Conv2d):  # type: ignore[override]
         if isinstance(x, Tensor) and x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         check_conv2d_input(x, self.in_channels, self.out_channels, self.groups)
-        if not (self.training or self.sampling):
-            return self._conv_forward(x, *self._evaluation_parameters(x))
         x, padding = explicit_padding(x, self)
+        if not (self.training or self.sampling):
+            parameters = self._evaluation_parameters(x)
+            return convolved(x, *parameters, self.stride, padding, self.dilation, self.groups)
         geometry = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
         return self._product(x, ops.sample_conv2d, ops.moment_conv2d, geometry)
 

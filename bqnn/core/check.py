@@ -69,9 +69,12 @@ def check_int(name: str, value: int, least: int, most: int) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    """Raises TypeError unless ``value`` is a number of Python or NumPy."""
+    """Raises TypeError unless ``value`` is a number of Python or NumPy, ValueError where it is an integer of more than
+    64 bits, of which torch makes no factor."""
     if not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if is_integer(value) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be a float or an integer of 64 bits, got {named(value)}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

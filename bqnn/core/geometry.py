@@ -72,8 +72,8 @@ def output_size(
 
 
 def may_see_padding_alone(x: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> bool:
-    """Whether there may be windows of nothing but padding, on the CPU: past the end of channels-last images that have
-    them torch 2.14 reads, on processors with AVX2 alone."""
+    """Whether there may be windows of nothing but padding, on the CPU: torch 2.14 reads past the end of channels-last
+    images that have them, and ends the process where there is no memory (seen with AVX2 and with AMX)."""
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
     return x.device.type == "cpu" and any(p >= r for p, r in zip(padding, reach))
 

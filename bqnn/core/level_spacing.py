@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -64,8 +65,12 @@ def with_spare_levels(levels: Array, num_levels: int, smallest_gap: SmallestGap,
     """
     spare = num_levels - len(levels)
     if len(levels) == 1:
-        # A step of 0 would never reach the gap.
+        # A step of 0 would never reach the gap, and one that is tiny beside the level takes a thousand doublings: the
+        # first ones, up to a quarter of the gap of the level alone, are made at once.
         step = max(spread * 12.0**0.5 / num_levels, float(np.finfo(np.float64).smallest_normal))
+        gap = float(smallest_gap(levels))
+        if gap > step:
+            step = math.ldexp(step, max(0, math.frexp(gap)[1] - math.frexp(step)[1] - 2))
         while step <= smallest_gap(_extended(levels, spare, step)):
             step *= 2.0
         return _extended(levels, spare, step)

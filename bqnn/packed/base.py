@@ -26,7 +26,7 @@ from bqnn.ops.backends import dense_packed
 from bqnn.ops.dispatch import Backend, Bound
 from bqnn.ops.packed_product import PackedCall, check_weight, decode
 from bqnn.ops.register import call, is_plain
-from bqnn.packed.cost import RowRange
+from bqnn.packed.cost import Winning
 from bqnn.packed.probes import packed_rows
 
 EXECUTIONS = ("auto", "packed", "dense")
@@ -45,7 +45,7 @@ class Prepared(NamedTuple):
     codes_version: int
     levels_version: int
     threads: int
-    ranges: dict[torch.dtype, RowRange]
+    ranges: dict[torch.dtype, Winning]
     """By the dtype of the activations: for how many rows "auto" runs packed."""
     plans: dict[tuple[torch.dtype, torch.Size], Bound]
     """By dtype and shape of x: what runs it, with everything looked up."""
@@ -175,8 +175,8 @@ class PackedLayer(nn.Module):
             ranges[x.dtype] = packed_rows(
                 self.op, self.codes.device, self.shape, self.num_levels, self.precision, packed_bytes, x.dtype
             )
-        first, last = ranges[x.dtype]
-        return "packed" if first <= last and first <= self.rows(x) <= last else "dense"
+        rows = self.rows(x)
+        return "packed" if any(first <= rows <= last for first, last in ranges[x.dtype]) else "dense"
 
     def backend_for(self, x: Tensor) -> tuple[Backend, PackedCall]:
         """What runs ``x``, which the layer takes, in eager execution, and the call that it runs.

@@ -43,7 +43,11 @@ class RowRange(NamedTuple):
     last: float
 
 
-ALWAYS, NEVER = RowRange(0, math.inf), RowRange(math.inf, 0)
+# For how many rows a layer runs packed: in none, one or several ranges.
+Winning = tuple[RowRange, ...]
+
+ALWAYS: Winning = (RowRange(0, math.inf),)
+NEVER: Winning = ()
 
 
 class Roofline(NamedTuple):
@@ -132,11 +136,11 @@ class LayerWork(NamedTuple):
         return packed.seconds(weights, self.rows), dense.seconds(weights, self.rows)
 
 
-def winning_rows(seconds: Callable[[int], tuple[float, float]]) -> RowRange:
+def winning_rows(seconds: Callable[[int], tuple[float, float]]) -> Winning:
     """For how many rows packed is expected to beat dense, by the seconds of both for a number of rows.
 
-    Returns:
-        NEVER, ALWAYS or what is between. Where packed wins in more than one range, the one of most doublings counts.
+    Each of :data:`COMPARED_ROWS` decides for itself: a time that is wrong for one number of rows changes nothing for
+    the others.
     """
 
     def wins(rows: int) -> bool:
@@ -144,8 +148,12 @@ def winning_rows(seconds: Callable[[int], tuple[float, float]]) -> RowRange:
         return packed <= CLEARLY_FASTER * dense
 
     runs = [list(rows) for won, rows in groupby(COMPARED_ROWS, wins) if won]
-    if not runs:
-        return NEVER
-    longest = max(runs, key=len)
-    first = 0 if longest[0] == COMPARED_ROWS[0] else longest[0]
-    return RowRange(first, math.inf if longest[-1] == COMPARED_ROWS[-1] else longest[-1])
+    return tuple(RowRange(_downwards(rows[0]), _upwards(rows[-1])) for rows in runs)
+
+
+def _downwards(rows: int) -> float:
+    return 0 if rows == COMPARED_ROWS[0] else rows
+
+
+def _upwards(rows: int) -> float:
+    return math.inf if rows == COMPARED_ROWS[-1] else rows

@@ -5,8 +5,9 @@ products do likewise, and caches help both. So no single rate is right: probe la
 numbers of rows, and a layer is expected to take, for each of its weights, as long as the probe of the nearest size.
 
 What else runs on the machine makes a measurement longer, never shorter. So a probe is measured in rounds that lie
-apart, each round over all numbers of rows; the shortest time counts, and there are further rounds until another one
-comes near it.
+apart, each round over all numbers of rows and both ways to run, so that neither way alone meets a busy machine; the
+shortest time counts, and there are further rounds until another one comes near it. Where none does, the times serve
+this process and are not kept for others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from bqnn.core.timing import median_seconds, seconds_of
 from bqnn.ops import dispatch
 from bqnn.ops.packed_product import PackedCall
 from bqnn.packed import rates
-from bqnn.packed.cost import ALWAYS, NEVER, LayerWork, Rates, Roofline, RowRange, winning_rows
+from bqnn.packed.cost import ALWAYS, NEVER, LayerWork, Rates, Roofline, Winning, winning_rows
 
 # Probes have as many channels out as in; those of convolutions have kernels of 3 x 3 and square images.
 LINEAR_CHANNELS, LINEAR_ROWS = (64, 256, 1024, 2048), (1, 4, 16, 64, 256)
@@ -44,7 +45,7 @@ def packed_rows(
     precision: str,
     packed_bytes: int,
     dtype: torch.dtype = torch.float32,
-) -> RowRange:
+) -> Winning:
     """For how many rows the packed ``op`` is expected to beat the dense product, for a weight of ``shape`` and
     activations of ``dtype``: NEVER with the reference; ALWAYS also where no backend can run ``op``, so that the call
     itself says why.
@@ -77,53 +78,77 @@ def expected_seconds(work: LayerWork, device: torch.device, backend: str) -> tup
     if backend != "cpu":
         machine = roofline(device)
         return work.packed_seconds(machine, backend), work.dense_seconds(machine)
-    weights = work.channels * work.columns
-    packed, dense = (
-        cpu_rates(work.op, work.num_levels, work.precision, weights, execution) for execution in ("packed", "dense")
-    )
+    packed, dense = cpu_rates(work.op, work.num_levels, work.precision, work.channels * work.columns)
     return work.cpu_seconds(packed, dense)
 
 
-def cpu_rates(op: str, num_levels: int, precision: str, weights: int, execution: str) -> Rates:
+class Pair(NamedTuple):
+    """The rates of both ways to run, measured in turns."""
+
+    packed: Rates
+    dense: Rates
+
+
+EXECUTIONS = Pair._fields
+
+
+def cpu_rates(op: str, num_levels: int, precision: str, weights: int) -> Pair:
     """The rates of the cpu backend for layers of about ``weights`` weights, measured once a machine.
 
     Args:
         op: "packed_linear" or "packed_conv2d".
         num_levels, precision: of the layer.
         weights: how many weights it has.
-        execution: "packed" or "dense".
     """
     sizes, square = (LINEAR_CHANNELS, 1) if op == "packed_linear" else (CONV2D_CHANNELS, CONV2D_KERNEL**2)
     channels = min(sizes, key=lambda size: abs(math.log(size * size * square / weights)))
-    return _rates(op, num_levels, precision, channels, execution, torch.get_num_threads())
+    return _rates(op, num_levels, precision, channels, torch.get_num_threads())
 
 
 @cache
-def _rates(op: str, num_levels: int, precision: str, channels: int, execution: str, threads: int) -> Rates:
-    key = f"{op} M={num_levels} {precision} {channels} {execution} threads={threads}"
-    return rates.known(key) or rates.remember(key, _measure(op, num_levels, precision, channels, execution))
+def _rates(op: str, num_levels: int, precision: str, channels: int, threads: int) -> Pair:
+    keys = [rates_key(op, num_levels, precision, channels, execution, threads) for execution in EXECUTIONS]
+    packed, dense = map(rates.known, keys)
+    if packed is not None and dense is not None:
+        return Pair(packed, dense)
+    measured, is_settled = _measure(op, num_levels, precision, channels)
+    if is_settled:
+        rates.remember(dict(zip(keys, measured)))
+    return measured
 
 
-def _measure(op: str, num_levels: int, precision: str, channels: int, execution: str) -> Rates:
+def rates_key(op: str, num_levels: int, precision: str, channels: int, execution: str, threads: int) -> str:
+    """What the rates of a probe are called in the file."""
+    return f"{op} M={num_levels} {precision} {channels} {execution} threads={threads}"
+
+
+def _measure(op: str, num_levels: int, precision: str, channels: int) -> tuple[Pair, bool]:
+    """The rates, and whether they were measured undisturbed."""
     sides = LINEAR_ROWS if op == "packed_linear" else CONV2D_SIDES
-    probes = [_probe(op, num_levels, precision, channels, side) for side in sides]
     nothing = _probe(op, num_levels, precision, 1, 1)
-    call, *seconds = least_seconds([_bound(op, probe, execution) for probe in (nothing, *probes)])
-    count = channels * probes[0].columns
-    rows = tuple(probe.geometry.rows(probe.x) for probe in probes)
-    return Rates(call, rows, tuple(max(each - call, 0.0) / count for each in seconds))
+    probes = [_probe(op, num_levels, precision, channels, side) for side in sides]
+    calls = [_bound(op, probe, execution) for probe in (nothing, *probes) for execution in EXECUTIONS]
+    seconds, is_settled = least_seconds(calls)
+    count, rows = channels * probes[0].columns, tuple(probe.geometry.rows(probe.x) for probe in probes)
+
+    def rates_of(call: float, *times: float) -> Rates:
+        return Rates(call, rows, tuple(max(each - call, 0.0) / count for each in times))
+
+    ways = len(EXECUTIONS)
+    return Pair(*(rates_of(*seconds[way::ways]) for way in range(ways))), is_settled
 
 
 def _five_times(call: Callable[[], object]) -> list[float]:
     return seconds_of(call, torch.device("cpu"), 5)
 
 
-def least_seconds(calls: list[Any], measure: Callable[[Any], list[float]] = _five_times) -> list[float]:
-    """The shortest time of each call, undisturbed as far as repeating can tell; ``measure`` times one a few times."""
+def least_seconds(calls: list[Any], measure: Callable[[Any], list[float]] = _five_times) -> tuple[list[float], bool]:
+    """The shortest time of each call, and whether it is undisturbed as far as repeating can tell; ``measure`` times a
+    call a few times."""
     rounds: list[list[float]] = []
     while len(rounds) < LEAST_ROUNDS or (len(rounds) < MOST_ROUNDS and _is_disturbed(rounds)):
         rounds.append([min(measure(call)) for call in calls])
-    return [min(times) for times in zip(*rounds)]
+    return [min(times) for times in zip(*rounds)], not _is_disturbed(rounds)
 
 
 def _is_disturbed(rounds: list[list[float]]) -> bool:

@@ -44,18 +44,18 @@ def known(key: str) -> Rates | None:
     return _read().get(key)
 
 
-def remember(key: str, rates: Rates) -> Rates:
-    """Adds ``rates`` to the file, and returns them."""
+def remember(measured: dict[str, Rates]) -> None:
+    """Adds rates to the file, by name."""
     path = cache_file()
-    if path is not None:
-        entries = {**_read(), key: rates}
-        content = {"versions": _versions(), "rates": {name: each._asdict() for name, each in entries.items()}}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1)))
-        except OSError as error:
-            _log.info("the measured rates are not kept: %s", error)
-    return rates
+    if path is None:
+        return
+    entries = {**_read(), **measured}
+    content = {"versions": _versions(), "rates": {name: each._asdict() for name, each in entries.items()}}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1)))
+    except OSError as error:
+        _log.info("the measured rates are not kept: %s", error)
 
 
 def _read() -> dict[str, Rates]:

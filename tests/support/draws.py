@@ -78,8 +78,8 @@ class Contract(NamedTuple):
     """Those of them that the op does not read."""
     kept: frozenset[str] = frozenset()
     """Arguments that go to torch as they are, and are always valid."""
-    costly: frozenset[str] = frozenset()
-    """Arguments of which large values are right, and take long."""
+    costly: Mapping[str, tuple[float, float]] = {}
+    """Arguments of which large values, between these two, are right, and take long or much memory."""
     also_named: frozenset[str] = frozenset()
     """What an error may name beside the arguments: what they are made of."""
     ways: Mapping[str, Callable[[Draw, Any, bool], Any]] = {}

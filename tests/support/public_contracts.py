@@ -5,7 +5,10 @@ Their answers are those of public_answers.py.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from tests.support.answers import Answers
 from tests.support.draws import Contract, Draw, Maker, flag, numbers, optional, variances
 from tests.support.public_answers import by_reference, exactly, unknown, unless_a_cell_is_close
 
+NETWORKS = 256
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -109,16 +113,24 @@ def options(draw: Draw) -> dict[str, Any]:
 
 
 def bayes_net(draw: Draw) -> nn.Module:
-    draw.facts["net"] = bqnn.convert(plain_net(draw), **options(draw))
+    """One of :data:`NETWORKS`: to make a network takes longer than any function that is called with one."""
+    draw.facts["net"] = _network(draw.randrange(NETWORKS))
+    torch.manual_seed(draw.getrandbits(60))
     return draw.facts["net"]
 
 
 def sampled_net(draw: Draw) -> nn.Module:
-    """With a posterior."""
-    net = bayes_net(draw)
+    """A copy with a posterior."""
+    net = draw.facts["net"] = copy.deepcopy(bayes_net(draw))
     for layer in bqnn.bayes.layers.bayes_layers(net).values():
         layer.estimator = draw.choice(("moment", "sample", "local"))
     return net
+
+
+@cache
+def _network(number: int) -> nn.Module:
+    draw = Draw(f"network {number}")
+    return bqnn.convert(plain_net(draw), **options(draw))
 
 
 def net_input(draw: Draw) -> Tensor:
@@ -312,9 +324,8 @@ def public() -> dict[str, Contract]:
     }
 
 
-SLOW = frozenset({"predict", "sample", "elbo", "kl_divergence", "parameter_groups", "convert", "pack"})
-"""They make networks."""
-COSTLY = frozenset({"samples"})
+COSTLY = {"samples": (1000, math.inf), "padding": (300, 2**20)}
+"""Values between these are taken and cost what they ask for; larger paddings are more than memory holds."""
 MADE = frozenset({"weight", "weights", "layer"})
 """What an error may name beside the arguments: what is made of them."""
 _KEPT = {

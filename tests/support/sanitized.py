@@ -2,10 +2,12 @@
 
     python -m tests.support.sanitized build/sanitize/_C.abi3.so --calls 500
     python -m tests.support.sanitized build/sanitize/_C.abi3.so --graphs 100
+    python -m tests.support.sanitized build/sanitize/_C.abi3.so --files 300
     python -m tests.support.sanitized build/sanitize/_C.abi3.so --planted
 
-The second runs so many drawn graphs by every plan. The third makes an op read past the end of its memory, of which a
-sanitizer has to say "heap-buffer-overflow".
+The second runs so many drawn graphs by every plan. The third reads so many changed files of compiled networks, and runs
+those that are taken. The fourth makes an op read past the end of its memory, of which a sanitizer has to say
+"heap-buffer-overflow".
 """
 
 from __future__ import annotations
@@ -73,6 +75,11 @@ if __name__ == "__main__":
         sys.exit("no sanitizer has seen the read past the end")
     if sys.argv[2] == "--graphs":
         run_graphs(int(sys.argv[3]))
+        sys.exit(0)
+    if sys.argv[2] == "--files":
+        from tests.support import graph_mutations
+
+        graph_mutations.main(int(sys.argv[3]), seed=0)
         sys.exit(0)
     from tests.support import hostile
 

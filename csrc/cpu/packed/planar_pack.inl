@@ -131,7 +131,8 @@ inline void pack_planar_row(const PackedCall& call, const PlanarPlan& plan, cons
   }
   if (border) return;
   const int64_t pixel = call.weight->inputs * static_cast<int64_t>(sizeof(Element));
-  char* line = room<char>(Scratch::panel, call.width * pixel + 64);
+  // Vectors of pixels are read whole, those beyond the last one too.
+  char* line = room<char>(Scratch::panel, ceil_div(call.width, kLanes) * kLanes * pixel + 64);
   Packer<Op> packer(call, scale);
   pack_pixels(call, packer, image, group, h - call.padding_h, reinterpret_cast<Element*>(line));
   part_pixels(line, pixel, call.width, plan.units, to + left, plan.plane);
