@@ -140,6 +140,13 @@ def bayes_layers(net: nn.Module) -> dict[str, BayesLayer]:
     return {name: module for name, module in net.named_modules() if isinstance(module, BayesLayer)}
 
 
+def bound_means_(net: nn.Module) -> None:
+    """Bounds the means of the layers of ``net`` that need it: those with a posterior under the prior "mixture"."""
+    for layer in bayes_layers(net).values():
+        if layer.prior == "mixture" and layer.estimator != "deterministic":
+            layer.bound_means_()
+
+
 @contextmanager
 def sampling(net: nn.Module) -> Iterator[None]:
     """Inside, the Bayes layers of ``net`` draw from the posterior in evaluation mode too.

@@ -26,7 +26,7 @@ from bqnn import models
 from bqnn.bayes.batchnorm import refresh_batchnorm
 from bqnn.bayes.convert import convert
 from bqnn.bayes.elbo import elbo, kl_warmup, parameter_groups
-from bqnn.bayes.layers import bayes_layers
+from bqnn.bayes.layers import bayes_layers, bound_means_
 from bqnn.core.files import open_regular, remove_leftovers, write_atomically
 from bqnn.core.text import shown
 from bqnn.data.augment import augment
@@ -207,9 +207,7 @@ class Trainer:
     def _run_epoch(self, progress: bool) -> dict[str, Any]:
         recipe, started = self.recipe, time.perf_counter()
         phase, done = recipe.locate(self.epoch)
-        layers = bayes_layers(self.net).values()
-        bayes = bool(layers)
-        bounded = [layer for layer in layers if layer.prior == "mixture" and layer.estimator != "deterministic"]
+        bayes = bool(bayes_layers(self.net))
         sums = torch.zeros(3, dtype=torch.float64)
         self.net.train()
         rows = batches(self.data.train, recipe.batch_size, self.generator, shuffle=True, drop_last=self.drop_last)
@@ -226,8 +224,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
-            for layer in bounded:
-                layer.bound_means_()
+            bound_means_(self.net)
             self.scheduler.step()
             sums += torch.stack([loss.detach(), nll.detach(), kl.detach().to(loss)]).double().cpu()
         loss_mean, nll_mean, kl_mean = (sums / self.steps_an_epoch).tolist()

@@ -79,12 +79,9 @@ constexpr int64_t kTileRows = 16, kTileLanes = 16;  // positions of a tile of AM
 // Whether tiles multiply so many positions of a convolution: fewer leave most of a tile unused.
 inline bool on_tiles(const Conv& conv, int64_t positions) { return conv.tiled && positions >= kTileRows / 4; }
 
-// Bytes beyond the last image of x, `image` elements each, that a convolution may read: tiles take their positions
-// sixteen at a time, whether there are as many or not.
-inline int64_t slack_of(const Conv& conv, int64_t pixel, int64_t image) {
-  const int64_t step = conv.window.stride_w * pixel;
-  return kSlack + (conv.tiled ? kTileRows * (step > image ? step : image) : 0);
-}
+// Bytes beyond the last image of x that a convolution may read, `step` of which lie from position to position: tiles
+// take them sixteen at a time, whether there are as many or not.
+inline int64_t slack_of(const Conv& conv, int64_t step) { return kSlack + (conv.tiled ? kTileRows * step : 0); }
 
 struct ConvCall {
   const Conv* conv;

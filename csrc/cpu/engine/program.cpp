@@ -42,7 +42,15 @@ const Kernels& kernels_of(Isa isa) {
 
 namespace {
 
-constexpr int64_t kWorthAThread = 1 << 18;        // products that repay waking a thread
+// Products that repay waking a thread, which takes a few microseconds: of floats, and as many more of integers as their
+// instructions multiply at once.
+constexpr int64_t kWorthAThread = 1 << 18;
+
+int64_t worth_a_thread(const Kernels& kernels, bool integers, bool tiles) {
+  if (tiles) return kWorthAThread << 4;
+  return integers && kernels.lanes == 16 ? kWorthAThread << 2 : kWorthAThread;
+}
+
 constexpr int64_t kMostBytes = int64_t{1} << 50;  // of the images of a run
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -83,7 +91,9 @@ Program::Program(Graph graph, Isa isa, const Limits& limits)
     for (const int32_t value : {step.output, step.inputs.size() > 1 ? step.inputs[1] : step.output})
       dense = dense && plan_.buffers[plan_.places[value].buffer].pixel == graph_.values[value].shape.channels;
     convs_.push_back(weights_.prepare(step, x, dense, kept));
-    slack_ = std::max(slack_, slack_of(convs_.back(), x.pixel * size_of(x.dtype), x.bytes()));
+    const Shape& y = graph_.values[step.output].shape;
+    const int64_t pixels = convs_.back().window.stride_w * x.pixel * size_of(x.dtype);
+    slack_ = std::max(slack_, slack_of(convs_.back(), y.height * y.width > 1 ? pixels : x.bytes()));
     step.weight = Weight{};
   }
 }
@@ -131,7 +141,8 @@ void Program::run_instruction(const Frame& frame, const Instruction& of, const P
   const View y = view(frame, of.value);
   const int64_t rows = images * y.shape.height;
   // An element that is moved or changed counts as a few products.
-  const int64_t grain = 1 + kWorthAThread / (16 * y.shape.channels * y.shape.width);
+  const int64_t few = worth_a_thread(k, y.dtype == Dtype::uint8, false) / 16;
+  const int64_t grain = 1 + few / (y.shape.channels * y.shape.width);
   if (of.kind == Kind::read) {
     const Outside from = part_of(frame.inputs[of.step], frame.first);
     return parallel_for(parallel, rows, grain, [&](int64_t begin, int64_t end) { k.read(from, y, begin, end); });
@@ -160,7 +171,8 @@ void Program::run_instruction(const Frame& frame, const Instruction& of, const P
       const auto conv2d = on_tiles(conv, positions) ? k.tiled_conv2d : k.conv2d;
       if (strips >= 4 * parallel.threads || parts > positions) parts = 1;
       const double work = static_cast<double>(products(of)) * images / (strips * parts);
-      parallel_for(parallel, strips * parts, static_cast<int64_t>(1 + kWorthAThread / (1 + work)),
+      const auto worth = static_cast<double>(worth_a_thread(k, conv.integers, on_tiles(conv, positions)));
+      parallel_for(parallel, strips * parts, static_cast<int64_t>(1 + worth / (1 + work)),
                    [&](int64_t begin, int64_t end) { conv2d(call, parts, begin, end); });
       return;
     }
