@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import bqnn
 from bqnn import BayesConv2d, BayesLinear, sampling
+from bqnn.core.geometry import convolved
 from tests.support.shapes import GRANULARITIES, SOME_M
 
 ESTIMATORS = ["moment", "sample", "local", "local-quantized", "deterministic"]
@@ -266,3 +267,16 @@ def test_compiles(estimator: str, training: bool) -> None:
     assert not training or len(results[0]) > 4
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", ((1, 3), (2, 2)))
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=("nchw", "nhwc"))
+def test_a_single_column_in_bfloat16(stride: tuple[int, int], memory_format: torch.memory_format) -> None:
+    """With AMX, torch's own convolution makes noise of it."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 4, 9, 7), torch.randn(17, 4, 2, 3)
+    x, weight = x.bfloat16().contiguous(memory_format=memory_format), weight.bfloat16()
+    y = convolved(x, weight, None, stride, (0, 0), (2, 3), 1)
+    expected = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride, 0, (2, 3))
+    assert y.shape == expected.shape and y.dtype == torch.bfloat16
+    assert (y.double() - expected).norm() <= 0.01 * expected.norm()
