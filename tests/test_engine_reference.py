@@ -194,13 +194,27 @@ def stored(y: Any, kind: Any) -> Any:
     return np.clip(np.rint(y * F32(1 / F32(kind[1]))) + kind[2], 0, 255).astype(np.uint8)
 
 
-def compare(node: Node, inputs: list[Any], kinds: list[Any], kind: Any, expected: Any) -> None:
-    """``run`` of one node against ``expected``, float32 before it is stored."""
+def unit(kind: Any) -> float:
+    return float(F32(kind[1]))
+
+
+def folded(q: Any, scale: Any, bias: Any, other: Any = 0.0, ratio: float = 0.0, low: int = 0) -> Any:
+    """Bytes of stored numbers: scale, bias and ratio are of float64, in units of the output, which its zero is in."""
+    y = q.astype(F32) * np.asarray(scale).astype(F32) + np.asarray(bias).astype(F32)
+    if ratio:
+        y = y + other.astype(F32) * F32(ratio)
+    assert y.dtype == F32
+    return np.clip(np.rint(y), low, 255).astype(np.uint8)
+
+
+def compare(node: Node, inputs: list[Any], kinds: list[Any], kind: Any, expected: Any, in_bytes: Any = None) -> None:
+    """``run`` of one node against ``expected``, float32 before it is stored, or as bytes where it is folded."""
     graph = graph_of(node, [x.shape[1:] for x in inputs], kinds, kind)
     for dtype in (torch.float32, torch.float64):
         (found,) = run(graph, [torch.from_numpy(x) for x in inputs], dtype)
         assert found.dtype == (torch.uint8 if kind[0] == "uint8" else dtype)
-        assert np.array_equal(found.numpy(), stored(expected, kind))
+        as_bytes = kind[0] == "uint8" and in_bytes is not None
+        assert np.array_equal(found.numpy(), in_bytes if as_bytes else stored(expected, kind))
 
 
 def integers(*shape: int) -> Any:
@@ -236,27 +250,40 @@ def test_products_of_integers(op: str, kind: Any) -> None:
     y = total.astype(F32) * scale.numpy().reshape(channels)
     assert y.dtype == F32
     tensors = {"codes": pack_codes(codes, 5), "integers": table, "scale": scale}
-    compare(Node(op, ("x",), "y", attributes, tensors), [x], [IN], kind, y)
+    # What the sums of stored numbers have beyond those of centered ones.
+    beyond = (zero * weight.sum(1)).reshape(channels)
+    s = scale.double().numpy().reshape(channels) / unit(OUT)
+    b = bias.double().numpy().reshape(channels) / unit(OUT) + OUT[2]
+    in_bytes = folded(total + beyond, s, OUT[2] - s * beyond)
+    compare(Node(op, ("x",), "y", attributes, tensors), [x], [IN], kind, y, in_bytes)
     y = y + bias.numpy().reshape(channels)
     tensors["bias"] = bias
-    compare(Node(op, ("x",), "y", attributes, tensors, RELU), [x], [IN], kind, np.maximum(y, F32(0)))
+    in_bytes = folded(total + beyond, s, b - s * beyond, low=OUT[2])
+    compare(Node(op, ("x",), "y", attributes, tensors, RELU), [x], [IN], kind, np.maximum(y, F32(0)), in_bytes)
     dense = {"weight": torch.from_numpy(weight.astype(np.int8)), "scale": scale, "bias": bias}
     y = np.maximum(y + real(residual, IN2), F32(0))
-    compare(Node(op, ("x", "r"), "y", attributes, dense, RELU), [x, residual], [IN, IN2], kind, y)
+    ratio = unit(IN2) / unit(OUT)
+    in_bytes = folded(total + beyond, s, (b - s * beyond) - ratio * IN2[2], residual, ratio, low=OUT[2])
+    compare(Node(op, ("x", "r"), "y", attributes, dense, RELU), [x, residual], [IN, IN2], kind, y, in_bytes)
 
 
 @pytest.mark.parametrize("kind", (OUT, FLOAT), ids=("uint8", "float32"))
 def test_elementwise_of_integers(kind: Any) -> None:
     a, b, f = integers(4, 5, 6), integers(4, 1, 1), np.random.default_rng(3).normal(size=(3, 4, 5, 6)).astype(F32)
     x, y = real(a, IN), real(b, IN2)
-    compare(Node("add", ("a", "b"), "y"), [a, b], [IN, IN2], kind, x + y)
-    compare(Node("sub", ("a", "b"), "y"), [a, b], [IN, IN2], kind, x - y)
+    of_a, of_b = unit(IN) / unit(OUT), unit(IN2) / unit(OUT)
+    in_bytes = folded(a, of_a, (OUT[2] - of_a * IN[2]) - of_b * IN2[2], b, of_b)
+    compare(Node("add", ("a", "b"), "y"), [a, b], [IN, IN2], kind, x + y, in_bytes)
+    in_bytes = folded(a, of_a, (OUT[2] - of_a * IN[2]) + of_b * IN2[2], b, -of_b)
+    compare(Node("sub", ("a", "b"), "y"), [a, b], [IN, IN2], kind, x - y, in_bytes)
     compare(Node("mul", ("a", "b"), "y", activation=RELU), [a, b], [IN, IN2], kind, np.maximum(x * y, F32(0)))
     compare(Node("add", ("a", "b"), "y"), [f, a], [FLOAT, IN], kind, f + x)
-    compare(Node("activation", ("a",), "y"), [a], [IN], kind, x)
+    compare(Node("activation", ("a",), "y"), [a], [IN], kind, x, folded(a, of_a, OUT[2] - of_a * IN[2]))
     scale, shift = torch.randn(4), torch.randn(4)
     expected = x * scale.numpy().reshape(-1, 1, 1) + shift.numpy().reshape(-1, 1, 1)
-    compare(Node("affine", ("a",), "y", {}, {"scale": scale, "shift": shift}), [a], [IN], kind, expected)
+    s = scale.double().numpy().reshape(-1, 1, 1) * unit(IN) / unit(OUT)
+    in_bytes = folded(a, s, shift.double().numpy().reshape(-1, 1, 1) / unit(OUT) + OUT[2] - s * IN[2])
+    compare(Node("affine", ("a",), "y", {}, {"scale": scale, "shift": shift}), [a], [IN], kind, expected, in_bytes)
 
 
 def test_storing_rounds_ties_to_even_and_clamps() -> None:
