@@ -70,16 +70,21 @@ inline void place(const ConvCall& call, int64_t group, int64_t first, int64_t co
   for (int64_t i = count; i < smaller(count + kMostTile, kPositions); ++i) at->x[i] = at->x[count - 1];
 }
 
+// Where a segment of K begins, in bytes from a position on.
+inline int64_t segment_offset(const ConvCall& call, int64_t segment) {
+  const Window& window = call.conv->window;
+  const int64_t across = call.conv->segments / window.kernel_h;  // 1, or kernel_w
+  return call.x.bytes(segment / across * window.dilation_h * call.x.row +
+                      segment % across * window.dilation_w * call.x.pixel);
+}
+
 // The pieces of K in chunks of `most` lanes at most; returns how many chunks there are.
 inline int64_t plan_chunks(const ConvCall& call, int64_t most, Piece* pieces, Chunk* chunks) {
   const Conv& conv = *call.conv;
-  const Window& window = conv.window;
-  const int64_t across = conv.segments / window.kernel_h;  // 1, or kernel_w
   int64_t count = 0, used = most, panel = 0;
   Piece* next = pieces;
   for (int64_t s = 0; s < conv.segments; ++s) {
-    const int64_t row = s / across * window.dilation_h, column = s % across * window.dilation_w;
-    const int64_t offset = call.x.bytes(row * call.x.row + column * call.x.pixel);
+    const int64_t offset = segment_offset(call, s);
     for (int64_t lane = 0; lane < conv.lanes;) {
       if (used == most) chunks[count++] = {next, 0, panel}, used = 0;
       // A piece as short as a few lanes would not repay its loop.

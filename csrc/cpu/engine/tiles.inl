@@ -66,18 +66,14 @@ constexpr int64_t kTileChunkLanes = 1024;
 // Returns how many chunks there are.
 inline int64_t plan_tile_chunks(const ConvCall& call, TilePiece* pieces, TileChunk* chunks) {
   const Conv& conv = *call.conv;
-  const Window& window = conv.window;
-  const int64_t across = conv.segments / window.kernel_h;  // 1, or kernel_w
   const int64_t share = kTileChunkLanes / conv.segments / kTileLanes * kTileLanes;
   const int64_t most = share > kTileLanes ? share : kTileLanes;
   int64_t count = 0;
   for (int64_t first = 0; first < conv.lanes; first += most) {
     chunks[count++] = {pieces, conv.segments};
-    for (int64_t s = 0; s < conv.segments; ++s) {
-      const int64_t row = s / across * window.dilation_h, column = s % across * window.dilation_w;
-      *pieces++ = {call.x.bytes(row * call.x.row + column * call.x.pixel) + first * 4,
-                   smaller(conv.lanes - first, most), (s * conv.lanes + first) * kWidth};
-    }
+    for (int64_t s = 0; s < conv.segments; ++s)
+      *pieces++ = {segment_offset(call, s) + first * 4, smaller(conv.lanes - first, most),
+                   (s * conv.lanes + first) * kWidth};
   }
   return count;
 }
@@ -158,10 +154,7 @@ inline void gathered_conv2d(const ConvCall& call, int64_t group, int64_t first_s
     make_panel(conv, group, strip, made + (strip - first_strip) * words);
   const uint32_t* panels = kept ? conv.panels + (group * strips + first_strip) * words : made;
   auto* offsets = room<int64_t>(Scratch::offsets, conv.segments);
-  const int64_t across = conv.segments / conv.window.kernel_h;  // 1, or kernel_w
-  for (int64_t s = 0; s < conv.segments; ++s)
-    offsets[s] = call.x.bytes(s / across * conv.window.dilation_h * call.x.row +
-                              s % across * conv.window.dilation_w * call.x.pixel);
+  for (int64_t s = 0; s < conv.segments; ++s) offsets[s] = segment_offset(call, s);
   const int64_t bytes = 4 * conv.lanes, size = kPositions * row + kSlack;
   const auto copy = bytes <= 8 ? gather<8> : bytes <= 16 ? gather<16> : gather<32>;
   char* copies = room<char>(Scratch::activations, 2 * size);
