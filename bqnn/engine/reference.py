@@ -6,7 +6,8 @@ computed as :mod:`bqnn.engine.operators` states, bit for bit: sums of integers e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import numpy as np
@@ -113,6 +114,8 @@ class Bytes(NamedTuple):
     ratio: Tensor
     low: float
     high: float
+    weight: Tensor | None
+    """Of a layer, decoded: [N, columns] of float64."""
 
 
 def fold_bytes(node: Node, read: Sequence[Value], written: Value) -> Bytes | None:
@@ -138,8 +141,8 @@ def fold_bytes(node: Node, read: Sequence[Value], written: Value) -> Bytes | Non
     scale = (of_node if layer else of_node * unit_of_x) / unit
     shift = node.tensors.get("shift" if node.op == "affine" else "bias", 0 * none).double()
     zero_of_x: Tensor | int = read[0].zero
-    if layer:
-        weight = decoded_weight(node, columns_of(node, read[0].shape), torch.float64)
+    weight = decoded_weight(node, columns_of(node, read[0].shape), torch.float64) if layer else None
+    if weight is not None:
         zero_of_x = weight.sum(1).cpu() * read[0].zero
     bias = ((shift / unit + written.zero) - scale * zero_of_x) - ratio * zero
     of_channels = scale.float(), bias.float(), torch.tensor(ratio, dtype=torch.float64).float()
@@ -149,13 +152,13 @@ def fold_bytes(node: Node, read: Sequence[Value], written: Value) -> Bytes | Non
     if node.activation.name == "clamp":
         ends = np.array((node.activation.low, node.activation.high), np.float32).astype(np.float64) / unit
         low, high = (np.rint(ends) + written.zero).clip(0.0, 255.0).tolist()
-    return Bytes(*of_channels, low, high)
+    return Bytes(*of_channels, low, high, weight)
 
 
 def _folded(node: Node, inputs: list[Tensor], read: list[Value], written: Value, by: Bytes) -> Tensor:
     x = inputs[0].double()
-    if node.op in ("conv2d", "linear"):
-        x = _sums(node, x, read[0], float(read[0].zero))
+    if by.weight is not None:
+        x = _sums(node, x, by.weight, float(read[0].zero))
     channels = (-1, *[1] * (x.dim() - 2))
     y = x.float() * by.scale.to(x.device).view(channels) + by.bias.to(x.device).view(channels)
     if len(inputs) == 2:
@@ -179,8 +182,6 @@ def store(y: Tensor, value: Value) -> Tensor:
 def activate(activation: Activation, y: Tensor) -> Tensor:
     """``activation`` of every element, in the dtype of y."""
     low, high = activation.low, activation.high
-    # In float32 torch's own gelu is wrong by a thousandth where it is small, on processors with AVX-512.
-    exact = y.double()
     match activation.name:
         case "clamp":
             return y.clamp(low, high)
@@ -190,17 +191,19 @@ def activate(activation: Activation, y: Tensor) -> Tensor:
             return (y + 3).clamp(0, 6) / 6
         case "hardswish":
             return y * (y + 3).clamp(0, 6) / 6
-        case "sigmoid":
-            return exact.sigmoid().to(y.dtype)
-        case "silu":
-            return F.silu(exact).to(y.dtype)
-        case "gelu":
-            return F.gelu(exact).to(y.dtype)
-        case "gelu_tanh":
-            return F.gelu(exact, approximate="tanh").to(y.dtype)
-        case "tanh":
-            return exact.tanh().to(y.dtype)
-    return y
+        case "none":
+            return y
+    # In float32 torch's own gelu is wrong by a thousandth where it is small, on processors with AVX-512.
+    return _SMOOTH[activation.name](y.double()).to(y.dtype)
+
+
+_SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "tanh": torch.tanh,
+}
 
 
 def decoded_weight(node: Node, columns: int, dtype: torch.dtype) -> Tensor:
@@ -219,7 +222,8 @@ def _product(node: Node, inputs: list[Tensor], read: list[Value], dtype: torch.d
     exact = value.dtype == "uint8"
     # Sums of products of integers are exact in float64, in whatever order.
     summed = torch.float64 if exact else dtype
-    y = _sums(node, (x.to(summed) - value.zero) if exact else x.to(summed), value).to(dtype)
+    weight = decoded_weight(node, columns_of(node, value.shape), summed)
+    y = _sums(node, (x.to(summed) - value.zero) if exact else x.to(summed), weight).to(dtype)
     channels = (-1, *[1] * (y.dim() - 2))
     if "scale" in node.tensors:
         y = y * node.tensors["scale"].to(y).view(channels)
@@ -228,9 +232,9 @@ def _product(node: Node, inputs: list[Tensor], read: list[Value], dtype: torch.d
     return y + real(inputs[1], read[1], dtype) if len(inputs) == 2 else y
 
 
-def _sums(node: Node, x: Tensor, value: Value, border: float = 0.0) -> Tensor:
-    """Sums of products in the dtype of x; the images of a convolution are surrounded by ``border``."""
-    weight = decoded_weight(node, columns_of(node, value.shape), x.dtype).to(x.device)
+def _sums(node: Node, x: Tensor, weight: Tensor, border: float = 0.0) -> Tensor:
+    """Sums of products with a decoded weight, in their dtype; images of a convolution are surrounded by ``border``."""
+    weight = weight.to(x.device)
     if node.op == "linear":
         return x.flatten(1) @ weight.T
     attributes = node.attributes
