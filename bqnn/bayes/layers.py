@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,9 +140,9 @@ def bayes_layers(net: nn.Module) -> dict[str, BayesLayer]:
     return {name: module for name, module in net.named_modules() if isinstance(module, BayesLayer)}
 
 
-def bound_means_(net: nn.Module) -> None:
-    """Bounds the means of the layers of ``net`` that need it: those with a posterior under the prior "mixture"."""
-    for layer in bayes_layers(net).values():
+def bound_means_(layers: Iterable[BayesLayer]) -> None:
+    """Bounds the means of those layers that need it: the ones with a posterior under the prior "mixture"."""
+    for layer in layers:
         if layer.prior == "mixture" and layer.estimator != "deterministic":
             layer.bound_means_()
 

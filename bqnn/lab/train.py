@@ -207,7 +207,7 @@ class Trainer:
     def _run_epoch(self, progress: bool) -> dict[str, Any]:
         recipe, started = self.recipe, time.perf_counter()
         phase, done = recipe.locate(self.epoch)
-        bayes = bool(bayes_layers(self.net))
+        layers = bayes_layers(self.net).values()
         sums = torch.zeros(3, dtype=torch.float64)
         self.net.train()
         rows = batches(self.data.train, recipe.batch_size, self.generator, shuffle=True, drop_last=self.drop_last)
@@ -215,7 +215,7 @@ class Trainer:
         for step, (images, labels) in enumerate(bar):
             x = augment(normalise(images, self.data.mean, self.data.std), self.generator, recipe.augment)
             output, labels = self.net(x.to(self.device)), labels.to(self.device)
-            if bayes:
+            if layers:
                 weight = kl_warmup(done + step / self.steps_an_epoch, recipe.kl_warmup)
                 loss, nll, kl = elbo(output, labels, self.net, len(self.data.train), weight)
             else:
@@ -224,7 +224,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
-            bound_means_(self.net)
+            bound_means_(layers)
             self.scheduler.step()
             sums += torch.stack([loss.detach(), nll.detach(), kl.detach().to(loss)]).double().cpu()
         loss_mean, nll_mean, kl_mean = (sums / self.steps_an_epoch).tolist()
@@ -234,13 +234,13 @@ class Trainer:
                 f"the loss of epoch {self.epoch + 1} is {loss_mean}; a smaller {name} ({getattr(recipe, name)} now) "
                 "may help"
             )
-        if bayes:
+        if layers:
             refresh_batchnorm(self.net, self._calibration())
         error, validation_nll = self._validate()
-        codebooks = report(self.net) if bayes else None
+        codebooks = report(self.net) if layers else None
         return {
             "epoch": self.epoch + 1,
-            "phase": recipe.phases[phase if bayes else FULL_PRECISION].name,
+            "phase": recipe.phases[phase if layers else FULL_PRECISION].name,
             "loss": loss_mean,
             "nll": nll_mean,
             "kl": kl_mean,
