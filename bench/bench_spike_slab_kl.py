@@ -21,18 +21,30 @@ BASELINES = ("reference",)
 
 
 class KlGroup:
-    """The divergence of weights as in the middle of a training run."""
+    """The divergence of weights as in the middle of a training run; another prior is a class that derives from this."""
+
+    title = "KL"
 
     def __init__(self, num_levels: int, granularity: str) -> None:
-        self.name = f"KL, M = {num_levels}, {granularity}"
+        self.name = f"{self.title}, M = {num_levels}, {granularity}"
         self.budget = BUDGET
         generator = torch.Generator().manual_seed(0)
         groups = SHAPE[0] if granularity == "channel" else 1
-        levels = (torch.linspace(-0.3, 0.3, num_levels) + 0.013).repeat(groups, 1)
+        levels = self.codebook(num_levels).repeat(groups, 1)
         weight = 0.2 * torch.randn(SHAPE, generator=generator)
         log_sigma2 = torch.randn(SHAPE, generator=generator) - 7.0
         self._tensors = weight, log_sigma2, levels
-        self._tau = torch.full_like(levels, 0.375 * 0.6 / (num_levels - 1))
+        self._prior = self.prior(levels)
+
+    def codebook(self, num_levels: int) -> Tensor:
+        return torch.linspace(-0.3, 0.3, num_levels) + 0.013
+
+    def prior(self, levels: Tensor) -> Tensor:
+        """What the divergence takes beside the posterior and the levels."""
+        return torch.full_like(levels, 0.375 * 0.6 / (levels.shape[1] - 1))
+
+    def divergence(self, leaves: list[Tensor], prior: Tensor, variant: str) -> Tensor:
+        return spike_slab_kl(*leaves, prior, variant)
 
     def call(self, variant: str) -> Callable[[], tuple[Tensor, ...]]:
         """Value and gradients."""
@@ -47,16 +59,16 @@ class KlGroup:
             assert difference <= 1e-4 * gradient.square().mean().sqrt()
         return {}
 
-    def _step(self, backend: str, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
+    def _step(self, variant: str, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
         leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in self._tensors]
-        tau = self._tau.to(dtype)
+        prior = self._prior.to(dtype)
 
         @torch.inference_mode(False)
         @torch.enable_grad()
         def step() -> tuple[Tensor, ...]:
             for leaf in leaves:
                 leaf.grad = None
-            value = spike_slab_kl(*leaves, tau, backend)
+            value = self.divergence(leaves, prior, variant)
             value.backward()
             return value.detach(), *(leaf.grad for leaf in leaves)
 

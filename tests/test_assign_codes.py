@@ -18,6 +18,7 @@ from tests.support import formulas
 from tests.support.helpers import (
     compiled_backends,
     digest,
+    digests_of_threads,
     forced_or_automatic,
     lower_isas,
     make_case,
@@ -152,14 +153,7 @@ def test_every_instruction_set_gives_the_same_codes(isa: str) -> None:
 
 @pytest.mark.skipif(not status("assign_codes", "cpu", "cpu").usable, reason="no CPU kernels")
 def test_threads_do_not_change_a_code() -> None:
-    threads, digests = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            digests.append(cpu_digest())
-    finally:
-        torch.set_num_threads(threads)
-    assert len(set(digests)) == 1
+    assert len(digests_of_threads(cpu_digest)) == 1
 
 
 def test_no_gradient_is_recorded() -> None:

@@ -20,6 +20,7 @@ from tests.support.helpers import (
     channels_last,
     compiled_backends,
     digest,
+    digests_of_threads,
     error,
     forced_or_automatic,
     lower_isas,
@@ -283,14 +284,7 @@ def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
 
 @pytest.mark.skipif(not status("spike_slab_kl", "cpu", "cpu").usable, reason="no CPU kernels")
 def test_threads_do_not_change_a_bit() -> None:
-    threads, digests = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            digests.append(cpu_digest())
-    finally:
-        torch.set_num_threads(threads)
-    assert len(set(digests)) == 1
+    assert len(digests_of_threads(cpu_digest)) == 1
 
 
 def test_upstream_gradient_scales_and_tau_gets_none() -> None:

@@ -77,6 +77,18 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return checksum.hexdigest()
 
 
+def digests_of_threads(make: Callable[[], str]) -> set[str]:
+    """What ``make`` gives with one, two and three threads."""
+    before, found = torch.get_num_threads(), set()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.add(make())
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
 def lower_isas() -> list[str]:
     """The instruction sets below the best one that kernels can be made to use here; none without the extension."""
     best = native.cpu_isa()
