@@ -79,13 +79,11 @@ class ThreeLevels {
     // All three levels give way to each other in proportion to what they may.
     const double moved = off / slack_;
     const double move[3] = {-moved * half_[0], moved * half_[1], -moved * half_[2]};
-    AffineLevels affine;
-    affine.scale = shorten((span_ + move[2] - move[0]) / (high - low));
-    affine.step[0] = static_cast<float>(low);
-    affine.step[1] = static_cast<float>(middle);
-    affine.step[2] = static_cast<float>(high);
+    const float step[3] = {static_cast<float>(low), static_cast<float>(middle), static_cast<float>(high)};
+    const double scale = shorten((span_ + move[2] - move[0]) / (high - low));
     // Exact at the level that is nearest to zero, where a unit is least.
-    affine.offset = levels_[smallest_] + move[smallest_] - affine.scale * affine.step[smallest_];
+    const double offset = levels_[smallest_] + move[smallest_] - scale * step[smallest_];
+    const AffineLevels affine{offset, scale, {step[0], step[1], step[2]}};
     if (!gives_levels(levels_, 3, affine)) return false;
     *found_ = affine;
     return true;

@@ -70,12 +70,8 @@ __attribute__((noinline)) void dot_rows(const PackedLayout& layout, int64_t bloc
 template <int kMost, class F>
 inline void for_blocks(int64_t begin, int64_t end, const F& f) {
   int64_t block = begin;
-  if constexpr (kMost == 8)
-    for (; block + 8 <= end; block += 8) f(block, Constant<8>{});
-  if constexpr (kMost >= 4)
-    for (; block + 4 <= end; block += 4) f(block, Constant<4>{});
-  if constexpr (kMost == 2)
-    for (; block + 2 <= end; block += 2) f(block, Constant<2>{});
+  for (; block + kMost <= end; block += kMost) f(block, Constant<kMost>{});
+  if constexpr (kMost == 8) return for_blocks<4>(block, end, f);
   for (; block < end; ++block) f(block, Constant<1>{});
 }
 
@@ -125,14 +121,6 @@ __attribute__((noinline)) void run_rows(const PackedCall& call, const Parallel& 
     }
   });
   for (int64_t r = rows; r < kRows; ++r) row[r] = row[0];
-  const auto subtract_shift = [&](int channels, Product* products) {
-    if constexpr (Op::kInt8)
-      for (int r = 0; r < rows; ++r)
-        for (int i = 0; i < channels; ++i) {
-          Product& product = products[r * kMostBlocks * kBlock + i];
-          product = static_cast<Product>(static_cast<uint32_t>(product) - shift[r]);
-        }
-  };
   with_codes_of(layout, [&](auto bits, auto shared) {
     constexpr int kMost = shared.value ? kMostOf[kRows] : 1;
     run_blocks<Op, kMost, kRows>(call, parallel, scales, [&](int64_t block, auto blocks, Product* products) {
@@ -140,7 +128,13 @@ __attribute__((noinline)) void run_rows(const PackedCall& call, const Parallel& 
         dot_rows<Op, bits.value, kRows, blocks.value>(layout, block, row, products);
       else
         channel_rows<Op, bits.value, kRows>(layout, block, row, products);
-      subtract_shift(blocks.value * kBlock, products);
+      if constexpr (Op::kInt8)
+        for (int r = 0; r < rows; ++r)
+          for (int i = 0; i < blocks.value * kBlock; i += kLanes) {
+            Product* at = products + r * kMostBlocks * kBlock + i;
+            const UInt product = load_lanes(at) - shift[r];
+            __builtin_memcpy(at, &product, sizeof product);
+          }
     });
   });
 }

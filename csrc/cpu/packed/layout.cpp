@@ -102,8 +102,7 @@ PackedLayout plan_layout(const PackedWeight& w) {
   p.bits = bits_of_code(w.num_levels);
   p.unit = w.precision == Precision::int8 ? 4 : 2;
   p.codebooks = w.codebooks;
-  p.precision = w.precision;
-  p.form = w.form;
+  p.precision = w.precision, p.form = w.form;
   place_parts(&p);
   return p;
 }
@@ -114,8 +113,7 @@ void make_layout(const PackedWeight& w, void* memory) {
   AffineLevels affine;
   if (w.precision == Precision::fp32 && w.codebooks == 1 && find_affine(w.levels, w.num_levels, &affine)) {
     p.affine = 1;
-    p.affine_offset = affine.offset;
-    p.affine_scale = affine.scale;
+    p.affine_offset = affine.offset, p.affine_scale = affine.scale;
     for (int i = 0; i < kTable; ++i) p.affine_steps[i] = affine.step[i % period < w.num_levels ? i % period : 0];
   }
   p.least_level = least_magnitude(w.levels, int64_t{w.codebooks} * w.num_levels);

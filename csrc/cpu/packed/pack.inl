@@ -262,6 +262,5 @@ inline int64_t images_of_wave(const PackedCall& call, int64_t image_bytes, int t
   const int64_t least = ceil_div(kEnough, call.out_height * call.out_width);
   int64_t wave = kCache * threads / image_bytes;
   if (wave < least && wave < 4 * threads) wave = least;
-  if (wave > call.images) wave = call.images;
-  return wave < 1 ? 1 : wave;
+  return wave < 1 ? 1 : smaller(wave, call.images);
 }

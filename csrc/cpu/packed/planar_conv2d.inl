@@ -11,8 +11,7 @@ static_assert(kLanesOfSum * 127 * 127 <= 1 << 24, "floats are not all the intege
 
 // Vectors of pixels whose sums for so many channels fit the registers, beside the pixels themselves and a weight.
 constexpr int planar_vectors(int channels) {
-  const int fit = (kRegisters - 1) / (channels + 1);
-  return fit < kMostRuns ? fit : kMostRuns;
+  return static_cast<int>(smaller((kRegisters - 1) / (channels + 1), kMostRuns));
 }
 
 // Some pixels of an output row: the first, counted through an image, and how many.
@@ -21,11 +20,47 @@ struct PixelRun {
   int lanes;
 };
 
-// Products [kChannels][kRunRoom] of kChannels channels and a few runs of pixels. weight [lanes][kBlock], from the first
-// of the channels on; offset [lanes] leads from a run to what a lane of K multiplies.
-template <class Op, int kChannels, int kVectors>
+// Outputs of some channels of a group at some runs of pixels, a plane a channel: they are made of sums in the registers.
+template <class Op, class Y>
+struct Planes {
+  static constexpr bool kWrites = true;
+  Epilogue channels;
+  int64_t first, size;
+  const PixelRun* runs;
+  float scale;
+  Y* plane;
+  bool whole = true;  // whether each run is a whole vector
+
+  // Also brings the lines of the outputs towards the core.
+  Planes(const PackedCall& call, int64_t image, int64_t group, int64_t channel, int64_t count, const PixelRun* of,
+         int64_t vectors, float of_image)
+      : channels(epilogue<Op>(call, group, 0)), first(channel), runs(of), scale(of_image) {
+    size = call.out_height * call.out_width;
+    plane = static_cast<Y*>(call.y.data) + call.y.offset + image * call.y.image_stride +
+            (group * call.weight->group_channels + channel) * size;
+    for (int64_t v = 0; v < vectors; ++v) {
+      whole &= runs[v].lanes == kLanes;
+      for (int64_t c = 0; c < count; ++c) __builtin_prefetch(plane + c * size + runs[v].pixel, 1);
+    }
+  }
+  BQNN_INLINE void write(int64_t c, int64_t v, UInt product, int lanes) const {
+    store_numbers(plane + c * size + runs[v].pixel, Finish<Op>(channels, first + c)(product, scale), lanes);
+  }
+};
+
+// Sums of channels-last outputs are kept until they are transposed.
+struct Kept {
+  static constexpr bool kWrites = false;
+  template <class... Of>
+  explicit Kept(const Of&...) {}
+};
+
+// Products of kChannels channels and a few runs of pixels. weight [lanes][kBlock], from the first of the channels on;
+// offset [lanes] leads from a run to what a lane of K multiplies; sums [kChannels][kRunRoom] has room for those kept.
+template <class Op, class Out, int kChannels, int kVectors>
 __attribute__((noinline)) void multiply_runs(const uint32_t* const* runs, const int64_t* offset,
-                                             const uint32_t* weight, int64_t lanes, typename Op::Product* products) {
+                                             const uint32_t* weight, int64_t lanes, typename Op::Product* sums,
+                                             const Out& out) {
   const uint32_t* x[kVectors];
   BQNN_UNROLL(8) for (int v = 0; v < kVectors; ++v) x[v] = runs[v];
   for (int64_t first = 0; first < lanes; first += kLanesOfSum) {
@@ -39,31 +74,40 @@ __attribute__((noinline)) void multiply_runs(const uint32_t* const* runs, const 
         BQNN_UNROLL(8) for (int v = 0; v < kVectors; ++v) sum[c][v] = Op::dot(pixels[v], w, sum[c][v]);
       }
     }
-    BQNN_UNROLL(12) for (int c = 0; c < kChannels; ++c)
-      BQNN_UNROLL(8) for (int v = 0; v < kVectors; ++v) {
-        typename Op::Product* to = products + c * kRunRoom + v * kLanes;
-        const UInt product = Op::add(first > 0 ? load_lanes(to) : UInt{}, sum[c][v]);
-        __builtin_memcpy(to, &product, sizeof product);
-      }
+    const auto each = [&](const auto& f) BQNN_LAMBDA {
+      BQNN_UNROLL(8) for (int v = 0; v < kVectors; ++v)
+        BQNN_UNROLL(12) for (int c = 0; c < kChannels; ++c) {
+          auto* kept = sums + c * kRunRoom + v * kLanes;
+          f(c, v, kept, Op::add(first > 0 ? load_lanes(kept) : UInt{}, sum[c][v]));
+        }
+    };
+    if constexpr (Out::kWrites)
+      if (end == lanes && out.whole)
+        return each([&](int c, int v, auto*, UInt product) BQNN_LAMBDA { out.write(c, v, product, kLanes); });
+    each([&](int, int, auto* kept, UInt product) BQNN_LAMBDA { __builtin_memcpy(kept, &product, sizeof product); });
   }
+  if constexpr (Out::kWrites)
+    for (int64_t c = 0; c < kChannels; ++c)
+      for (int64_t v = 0; v < kVectors; ++v)
+        out.write(c, v, load_lanes(sums + c * kRunRoom + v * kLanes), out.runs[v].lanes);
 }
 
 // The kernels of some channels: of as many runs as fit the registers, and of one.
-template <class Op>
+template <class Op, class Out>
 struct PlanarKernel {
-  decltype(&multiply_runs<Op, 1, 1>) many, one;
+  decltype(&multiply_runs<Op, Out, 1, 1>) many, one;
   int64_t channels, vectors;
 
   // Whether so many runs take less time one by one: sums wait for the one before, four cycles.
   bool one_by_one(int64_t runs) const { return runs * (channels < 4 ? 4 : channels) < channels * vectors; }
 };
 
-template <class Op, int kChannels = kMostChannels>
-inline PlanarKernel<Op> planar_kernel(int64_t channels) {
+template <class Op, class Out, int kChannels = kMostChannels>
+inline PlanarKernel<Op, Out> planar_kernel(int64_t channels) {
   if constexpr (kChannels > 1)
-    if (channels < kChannels) return planar_kernel<Op, kChannels - 1>(channels);
+    if (channels < kChannels) return planar_kernel<Op, Out, kChannels - 1>(channels);
   constexpr int kVectors = planar_vectors(kChannels);
-  return {&multiply_runs<Op, kChannels, kVectors>, &multiply_runs<Op, kChannels, 1>, kChannels, kVectors};
+  return {&multiply_runs<Op, Out, kChannels, kVectors>, &multiply_runs<Op, Out, kChannels, 1>, kChannels, kVectors};
 }
 
 // The weights of a group, [unit][r][s][kBlock] lanes.
@@ -89,65 +133,43 @@ inline void decode_units(const PackedLayout& layout, int64_t group, uint32_t* we
     }
 }
 
-// Writes the outputs of a group's channels at some runs of pixels.
+// Writes the channels-last outputs of a group at some runs of pixels.
 template <class Op>
-inline void finish_runs(const PackedCall& call, const typename Op::Product* products, const PixelRun* runs,
-                        int64_t vectors, int64_t image, int64_t group, float scale) {
-  const int64_t count = call.weight->group_channels, size = call.out_height * call.out_width;
+inline void finish_runs(const PackedCall& call, const typename Op::Product* sums, const PixelRun* runs, int64_t vectors,
+                        int64_t image, int64_t group, float scale) {
+  const int64_t count = call.weight->group_channels, pitch = call.y.pixel_stride;
   const Epilogue channels = epilogue<Op>(call, group, 0);
   with_elements(call.y, [&](auto* y) {
-    y += image * call.y.image_stride;
-    if (call.y.format == Format::contiguous) {
-      for (int64_t c = 0; c < count; ++c) {
-        const Finish<Op> finish(channels, c);
-        auto* plane = y + (group * count + c) * size;
-        BQNN_UNROLL(2) for (int64_t v = 0; v < vectors; ++v)
-          store_numbers(plane + runs[v].pixel, finish(load_lanes(products + c * kRunRoom + v * kLanes), scale),
-                        runs[v].lanes);
-      }
-      return;
-    }
+    y += image * call.y.image_stride + group * count;
     for (int64_t c = 0; c < count; c += kLanes) {
       const int lanes = lanes_left(count - c);
       const Finish<Op> finish(channels, c, lanes);
       for (int64_t v = 0; v < vectors; ++v) {
         UInt square[kLanes];
         BQNN_UNROLL(16) for (int i = 0; i < kLanes; ++i)
-          square[i] = load_lanes(products + (c + (i < lanes ? i : 0)) * kRunRoom + v * kLanes);
+          square[i] = load_lanes(sums + (c + (i < lanes ? i : 0)) * kRunRoom + v * kLanes);
         transpose(square);
-        auto* to = y + runs[v].pixel * call.y.pixel_stride + group * count + c;
+        auto* to = y + runs[v].pixel * pitch + c;
         BQNN_UNROLL(16) for (int i = 0; i < kLanes; ++i)
-          if (i < runs[v].lanes) store_numbers(to + i * call.y.pixel_stride, finish(square[i], scale), lanes);
+          if (i < runs[v].lanes) store_numbers(to + i * pitch, finish(square[i], scale), lanes);
       }
     }
   });
 }
 
-// Brings the lines of contiguous outputs towards the core before they are written.
-inline void fetch_outputs(const PackedCall& call, const PixelRun* runs, int64_t vectors, int64_t image,
-                          int64_t channel, int64_t channels) {
-  if (call.y.format != Format::contiguous) return;
-  const int64_t size = call.out_height * call.out_width;
-  with_elements(call.y, [&](auto* y) {
-    y += image * call.y.image_stride + channel * size;
-    for (int64_t i = 0; i < channels; ++i)
-      for (int64_t v = 0; v < vectors; ++v) __builtin_prefetch(y + i * size + runs[v].pixel, 1);
-  });
-}
-
 // Output rows [row, last_row) of a group of an image, whose planes begin at `from`.
-template <class Op>
+template <class Op, class Out>
 inline void multiply_rows(const PackedCall& call, const PlanarPlan& plan, const uint32_t* from, const int64_t* offset,
                           const uint32_t* weight, int64_t image, int64_t group, int64_t row, int64_t last_row,
                           float scale, Ahead* ahead) {
   const int64_t count = call.weight->group_channels, lanes = plan.units * call.weight->taps();
   const int64_t together = ceil_div(count, ceil_div(count, kMostChannels)), across = ceil_div(call.out_width, kLanes);
   const int64_t last = (last_row - row) * across;
-  const PlanarKernel<Op> multiply = planar_kernel<Op>(together);
-  auto* products = room<typename Op::Product>(Scratch::products, kBlock * kRunRoom);
-  for (int64_t first = 0; first < last;) {
+  const PlanarKernel<Op, Out> multiply = planar_kernel<Op, Out>(together);
+  auto* sums = room<typename Op::Product>(Scratch::products, kBlock * kRunRoom);
+  for (int64_t first = 0, vectors; first < last; first += vectors) {
     const bool one = multiply.one_by_one(last - first);
-    const int64_t vectors = one ? 1 : multiply.vectors;
+    vectors = one ? 1 : multiply.vectors;
     PixelRun runs[kMostRuns];
     const uint32_t* at[kMostRuns];
     for (int64_t i = 0; i < vectors; ++i) {
@@ -158,11 +180,10 @@ inline void multiply_rows(const PackedCall& call, const PlanarPlan& plan, const 
     for (int64_t c = 0; c < count; c += together) {
       const int64_t channel = smaller(c, count - together);  // the last ones, some perhaps again
       ahead->fetch();
-      fetch_outputs(call, runs, vectors, image, group * count + channel, together);
-      (one ? multiply.one : multiply.many)(at, offset, weight + channel, lanes, products + channel * kRunRoom);
+      const Out out(call, image, group, channel, together, runs, vectors, scale);
+      (one ? multiply.one : multiply.many)(at, offset, weight + channel, lanes, sums + channel * kRunRoom, out);
     }
-    finish_runs<Op>(call, products, runs, vectors, image, group, scale);
-    first += vectors;
+    if constexpr (!Out::kWrites) finish_runs<Op>(call, sums, runs, vectors, image, group, scale);
   }
 }
 
@@ -173,6 +194,9 @@ void run_planar_conv2d(const PackedCall& call, const Parallel& parallel) {
   const int64_t outputs = layout.channels * out_height * call.out_width;
   if (call.images == 0 || outputs == 0) return;
   const PlanarPlan plan = plan_planes<Op>(call);
+  const auto multiply = call.y.format == Format::channels_last ? &multiply_rows<Op, Kept>
+                        : call.y.dtype == Dtype::bfloat16      ? &multiply_rows<Op, Planes<Op, Bfloat16>>
+                                                               : &multiply_rows<Op, Planes<Op, float>>;
   const int64_t lanes = plan.units * taps;
   auto* offset = room<int64_t>(Scratch::offsets, lanes);
   for (int64_t k = 0; k < lanes; ++k)
@@ -194,17 +218,16 @@ void run_planar_conv2d(const PackedCall& call, const Parallel& parallel) {
       const int64_t work = outputs / groups / bands * layout.columns, next = smaller(end - first - images, wave);
       parallel_for(threads, groups * images * bands, 1 + kTaskWork / (1 + work), [&](int64_t task, int64_t last_task) {
         auto* weight = room<uint32_t>(Scratch::tables, lanes * kBlock);
-        int64_t decoded = alone ? kept : -1;
+        int64_t own = -1, &decoded = alone ? kept : own;
         Ahead ahead = alone ? ahead_of(call, first + images, next, fetches) : Ahead{};
         for (; task < last_task; ++task) {
           const int64_t band = task % bands, image = task / bands % images, group = task / bands / images;
           if (group != decoded) decode_units<Op>(layout, group, weight);
           decoded = group;
-          multiply_rows<Op>(call, plan, planes + image * plan.image + group * plan.units * plan.plane, offset, weight,
-                            first + image, group, out_height * band / bands, out_height * (band + 1) / bands,
-                            Op::kInt8 ? scales[image].scale : 1.0f, &ahead);
+          multiply(call, plan, planes + image * plan.image + group * plan.units * plan.plane, offset, weight,
+                   first + image, group, out_height * band / bands, out_height * (band + 1) / bands,
+                   Op::kInt8 ? scales[image].scale : 1.0f, &ahead);
         }
-        if (alone) kept = decoded;
       });
     }
   };

@@ -18,14 +18,11 @@ inline PlanarPlan plan_planes(const PackedCall& call) {
   return p;
 }
 
-// A lane of inputs that are 0.
+// A lane of inputs that are 0, which bytes alone have another number for.
 template <class Op>
-inline uint32_t zero_lane() {
-  const auto zero = static_cast<typename Op::Element>(Op::kZero);
-  uint32_t lane = 0;
-  for (int j = 0; j < Op::kUnit; ++j)
-    __builtin_memcpy(reinterpret_cast<char*>(&lane) + j * sizeof zero, &zero, sizeof zero);
-  return lane;
+constexpr uint32_t zero_lane() {
+  static_assert(Op::kZero == 0 || Op::kUnit == 4, "it is not repeated in each byte");
+  return 0x01010101u * static_cast<uint32_t>(Op::kZero);
 }
 
 template <class Op>

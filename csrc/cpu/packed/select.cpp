@@ -1,5 +1,7 @@
 #include "cpu/packed/select.h"
 
+#include <initializer_list>
+
 namespace bqnn {
 
 // What the translation unit of each instruction set has.
@@ -108,7 +110,7 @@ constexpr LayoutForm kWords = LayoutForm::words;
 [[maybe_unused]] constexpr unsigned kScalar = of(Isa::scalar), kAvx2 = of(Isa::avx2), kAvx512 = of(Isa::avx512),
                                     kAmx = of(Isa::amx), kAvx512Up = kAvx512 | kAmx;
 
-constexpr Row kLinear[] = {
+constexpr std::initializer_list<Row> kLinear = {
 #if defined(__x86_64__)
     {kAmx, kBf16, several_rows, any_layer, kWords, amx::linear_bf16, "AMX bf16 panel"},
     {kAmx, kInt8, rows_fill_a_tile, any_layer, kWords, amx::linear_int8, "AMX int8 panel"},
@@ -128,7 +130,7 @@ constexpr Row kLinear[] = {
     {kScalar, kInt8, always, any_layer, kWords, scalar::linear_int8, "scalar int8 as fp32 panel"},
 };
 
-constexpr Row kConv2d[] = {
+constexpr std::initializer_list<Row> kConv2d = {
 #if defined(__x86_64__)
     {kAmx, kFp32, affine_split_pays, any_layer, kWords, amx::conv2d_fp32_affine, "AMX fp32 affine in bf16 parts panel"},
     {kAmx, kFp32, split_pays, any_layer, kWords, amx::conv2d_fp32, "AMX fp32 in bf16 parts panel"},
@@ -160,16 +162,7 @@ constexpr Row kConv2d[] = {
     {kScalar, kInt8, always, any_layer, kWords, scalar::conv2d_int8, "scalar int8 as fp32 panel"},
 };
 
-struct Rows {
-  const Row *first, *last;
-  const Row* begin() const { return first; }
-  const Row* end() const { return last; }
-};
-
-Rows rows_of(PackedOp op) {
-  if (op == PackedOp::linear) return {kLinear, kLinear + sizeof kLinear / sizeof *kLinear};
-  return {kConv2d, kConv2d + sizeof kConv2d / sizeof *kConv2d};
-}
+const std::initializer_list<Row>& rows_of(PackedOp op) { return op == PackedOp::linear ? kLinear : kConv2d; }
 
 }  // namespace
 

@@ -1,7 +1,7 @@
 // Sizes, and memory of the thread that asks.
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Memory of this thread for `count` numbers.
 template <class T>
