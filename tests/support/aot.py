@@ -1,11 +1,16 @@
 """Compiles what a launcher would launch, for a GPU that is not here: registers, spills, shared memory and PTX of it.
 
+What a kernel is compiled of is known before it is compiled, in a thousandth of the time, and says by a digest whether a
+table of compiled kernels still tells what the compiler would give.
+
 Triton asks its driver for a device and a target and nothing else until a kernel is loaded, so a stand-in that names a
 target is enough for everything up to the cubin. Launchers run as they are, on CPU tensors, and launch nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import struct
 import subprocess
@@ -42,14 +47,19 @@ class Kernel(NamedTuple):
     """The tensor core instructions in its PTX: "tcgen05", "wgmma", "mma" or ""."""
 
 
+_UNCOMPILED = 1000
+"""Added to a capability it gives the number of a GPU for which nothing is ever compiled."""
+
+
 class _Driver:
     """Stands for the driver of a GPU of ``capability``, whose number is the capability: caches are kept by number."""
 
     def __init__(self, capability: int) -> None:
-        self.capability = capability
+        self.capability = capability % _UNCOMPILED
+        self.device = capability
 
     def get_current_device(self) -> int:
-        return self.capability
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -72,6 +82,25 @@ def _recorded(capability: int) -> Iterator[list[Any]]:
         patch.setattr(driver, "_active", _Driver(capability))
         yield kernels
     assert driver._active is before
+
+
+def sources(call: Callable[[], Any], capability: int) -> list[str]:
+    """A digest of the source of each kernel that :func:`compiled` would give, in the same order: of the code, the types
+    and constants of the arguments, and the options. With one version of Triton, equal sources give equal kernels."""
+    digests: dict[str, None] = {}
+
+    def note(*, fn: Any, compile: dict[str, Any], **others: Any) -> bool:
+        options = json.loads(compile["specialization_data"])["options"]
+        parts = {name: compile[name] for name in ("signature", "constants", "configs")}
+        # A library is a path, which depends on where Triton is installed.
+        parts |= {"code": fn.jit_function.cache_key, "options": {**options, "extern_libs": None}}
+        digests[hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:16]] = None
+        return True  # it is not compiled
+
+    with _recorded(_UNCOMPILED + capability), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
+        call()
+    return list(digests)
 
 
 def _tool(name: str) -> str:
