@@ -175,7 +175,7 @@ def test_a_run_without_validation_images(evaluated: Command, tmp_path: Path) -> 
 def test_table() -> None:
     lines = format_table(measured(1, ("fog",))).splitlines()
     assert lines[0] == "quantized; T = 1.250, of the least NLL on validation images"
-    assert numbers(lines[2]) == [0.5, 0.51, 0.52, 53, 0.54, 55, 0.56, 0.57, 0.58]
+    assert numbers(lines[2]) == [0.5, 0.51, 0.52, 53, 0.54, 55, 0.56, 0.57], "one network has no MI"
     assert lines[3].startswith("fog") and numbers(lines[3])[0] == 3, "the mean of 1 to 5"
     assert lines[4].startswith("all corruptions") and numbers(lines[4])[0] == 3.5
     assert [numbers(line) for line in lines[-2:]] == [[0.75, 50], [0.875, 25]]

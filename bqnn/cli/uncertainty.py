@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,18 +15,28 @@ from bqnn.lab.runs import Run
 from bqnn.lab.uncertainty import mean_scores, measure
 from bqnn.lab.uncertainty_file import add_uncertainty, write_uncertainty
 
-# A column of the table: its name, the score, by what that is multiplied, and decimals.
+
+class Column(NamedTuple):
+    """A column of the table."""
+
+    name: str
+    score: str
+    factor: float  # what the score is multiplied by
+    decimals: int
+
+
 COLUMNS = (
-    ("error %", "error", 1, 2),
-    ("NLL", "nll", 1, 4),
-    ("Brier", "brier", 1, 4),
-    ("ECE %", "ece", 100, 2),
-    ("NLL at T", "scaled_nll", 1, 4),
-    ("ECE at T", "scaled_ece", 100, 2),
-    ("AURC %", "aurc", 1, 3),
-    ("entropy", "entropy", 1, 4),
-    ("MI", "mutual_information", 1, 4),
+    Column("error %", "error", 1, 2),
+    Column("NLL", "nll", 1, 4),
+    Column("Brier", "brier", 1, 4),
+    Column("ECE %", "ece", 100, 2),
+    Column("NLL at T", "scaled_nll", 1, 4),
+    Column("ECE at T %", "scaled_ece", 100, 2),
+    Column("AURC %", "aurc", 1, 3),
+    Column("entropy", "entropy", 1, 4),
+    Column("MI", "mutual_information", 1, 4),
 )
+NATS = ("NLL and entropy", "NLL, entropy and mutual information (MI)")  # of one network, and of several
 NAME, NUMBER = 22, 11  # characters of a column
 
 
@@ -69,19 +79,20 @@ def format_table(result: Mapping[str, Any]) -> str:
     rows = {"clean": result["clean"]}
     rows |= {name: mean_scores(strengths) for name, strengths in result["corruptions"].items()}
     rows["all corruptions"] = result["mean"]
+    columns = COLUMNS if count > 1 else COLUMNS[:-1]  # a single network has no mutual information
     lines = [
         f"{what}; T = {result['temperature']:.3f}, of the least NLL on validation images",
-        f"{'':<{NAME}}" + "".join(f"{name:>{NUMBER}}" for name, *_ in COLUMNS),
-        *(f"{name:<{NAME}}{_numbers(row)}" for name, row in rows.items()),
-        "NLL, entropy and mutual information (MI) in nats an image; a corruption: the mean over five strengths",
+        f"{'':<{NAME}}" + "".join(f"{each.name:>{NUMBER}}" for each in columns),
+        *(f"{name:<{NAME}}{_numbers(row, columns)}" for name, row in rows.items()),
+        f"{NATS[count > 1]} in nats an image; of a corruption, the mean over five strengths",
         "",
         *_outside_lines(result["ood"]),
     ]
     return "\n".join(lines)
 
 
-def _numbers(row: Mapping[str, float]) -> str:
-    return "".join(f"{factor * row[score]:{NUMBER}.{decimals}f}" for _, score, factor, decimals in COLUMNS)
+def _numbers(row: Mapping[str, float], columns: Sequence[Column]) -> str:
+    return "".join(f"{each.factor * row[each.score]:{NUMBER}.{each.decimals}f}" for each in columns)
 
 
 def _outside_lines(ood: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
