@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
+import bqnn
 from bqnn.cli import main as cli
 from bqnn.cli.uncertainty import format_table
 from bqnn.data.corruptions import CORRUPTIONS
@@ -132,6 +134,17 @@ def test_a_packed_file_is_its_run(evaluated: Command, trained: Path, tmp_path: P
     of_run, of_file = (json.loads(output.read_text()) for output in outputs)
     for score in ("error", "nll", "entropy"):
         assert of_file["mean"][score] == pytest.approx(of_run["mean"][score], rel=1e-3)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_file_of_an_ensemble(evaluated: Command, trained: Path, tmp_path: Path) -> None:
+    net = runs.load_network(runs.load_run(trained / "bayes"))
+    networks = [bqnn.pack(bqnn.sample(net, seed)) for seed in range(2)]
+    bqnn.save(bqnn.compile(networks, torch.zeros(2, 1, 8, 8)), tmp_path / "both.safetensors")
+    result = evaluated(tmp_path / "both.safetensors", "--dataset", "digits", "-o", tmp_path / "found.json")
+    assert result.status == 0 and "compiled, fp32, mean of 2 networks" in result.out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["samples"] == 2 and found["clean"]["mutual_information"] > 0
 
 
 MISTAKES = [

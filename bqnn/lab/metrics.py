@@ -35,14 +35,14 @@ def _check_uncertainty(name: str, uncertainty: Tensor) -> None:
 
 
 class CalibrationBins(NamedTuple):
-    """Images sorted by their confidence, the largest probability: float64 [bins] each, in the order of confidence.
+    """Images sorted by their confidence, the largest probability: [bins] each, in the order of confidence.
 
     A bin without images has a confidence and an accuracy of 0.
     """
 
-    confidence: Tensor  # mean, 0 to 1
-    accuracy: Tensor  # 0 to 1
-    images: Tensor  # how many
+    confidence: Tensor  # float64, the mean, 0 to 1
+    accuracy: Tensor  # float64, 0 to 1
+    images: Tensor  # int64, how many
 
 
 def calibration_bins(probs: Tensor, labels: Tensor, bins: int = BINS) -> CalibrationBins:
@@ -61,7 +61,7 @@ def calibration_bins(probs: Tensor, labels: Tensor, bins: int = BINS) -> Calibra
     values = torch.stack([confidence, (predictions == labels).double(), torch.ones_like(confidence)])
     confidences, hits, images = values.new_zeros(3, bins).index_add_(1, bin_of, values).unbind()
     count = images.clamp(min=1)
-    return CalibrationBins(confidences / count, hits / count, images)
+    return CalibrationBins(confidences / count, hits / count, images.long())
 
 
 def expected_calibration_error(probs: Tensor, labels: Tensor, bins: int = BINS) -> float:

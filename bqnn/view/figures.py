@@ -125,10 +125,14 @@ def draw_curves(
 
 
 def draw_histograms(key: str, title: str, histograms: Sequence[Curve], x_label: str, y_label: str) -> str:
-    """The outlines of histograms over each other."""
+    """The outlines of histograms over each other, with a logarithmic axis, on which one that is a spike leaves the rest
+    visible."""
     drawing = _Drawing(key, title, x_label, y_label)
     for histogram in histograms:
         drawing.axes.stairs(histogram.y, histogram.x, **_line_options(histogram.order))
+    _use_logarithm(drawing.axes)
+    smallest = min(value for histogram in histograms for value in histogram.y if value > 0)
+    drawing.axes.set_ylim(bottom=0.7 * smallest)
     return drawing.svg()
 
 
