@@ -244,3 +244,9 @@ def test_bad_input_is_named(
     given = replace(data, validation=empty) if "validation" in message else data
     with pytest.raises(error, match=message):
         measure(net, given, split, samples=samples)
+
+
+def test_a_network_of_other_classes_is_named(net: nn.Module, data: Splits) -> None:
+    message = "logits of the 7 classes of digits for each of 60 images, got \\[60, 10\\]"
+    with pytest.raises(ValueError, match=message):
+        measure(net, replace(data, num_classes=7))

@@ -170,13 +170,20 @@ def ask(networks: Sequence[nn.Module], images: Iterable[Tensor], data: Splits) -
     Args:
         networks: in evaluation mode, each of which returns logits [B, classes], or [networks, B, classes].
         images: batch by batch, uint8 [B, C, H, W], or inputs that are normalised already, floating point.
-        data: whose mean and deviation images are normalised by.
+        data: whose mean and deviation images are normalised by, and whose classes there are.
+
+    Raises:
+        ValueError: a network returns something else.
     """
     draws = []
     for batch in images:
         x = normalise(batch, data.mean, data.std) if batch.dtype == torch.uint8 else batch
         logits = [network(x.to(device_of(network))).double().cpu() for network in networks]
-        draws.append(torch.cat([each.view(-1, *each.shape[-2:]) for each in logits]).softmax(-1))
+        for each in logits:
+            if each.dim() not in (2, 3) or each.shape[-2:] != (len(x), data.num_classes):
+                wanted = f"logits of the {data.num_classes} classes of {data.name} for each of {len(x)} images"
+                raise ValueError(f"a network must return {wanted}, got {list(each.shape)}")
+        draws.append(torch.cat([each.reshape(-1, *each.shape[-2:]) for each in logits]).softmax(-1))
     return of_draws(torch.cat(draws, 1))
 
 
