@@ -8,7 +8,7 @@ images, clean and with Gaussian noise of the deviation 1 of a standardised pixel
 posterior, as the mean of 16 networks with codes drawn once and BatchNorm statistics of their own. ``--test`` takes the
 test images, which are for the end. T is the temperature of the least NLL on clean validation images: 1 is calibrated.
 NLL and mutual information (MI) are in nats an image, error and ECE (15 bins) in percent. ``--save`` writes the table
-to bench/results/.
+to bench/results/, with the scores of bqnn.lab.uncertainty.
 """
 
 from __future__ import annotations
@@ -21,25 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.machine import RESULTS, describe_machine
-from bqnn.bayes.predict import Prediction, of_draws
-from bqnn.bayes.sample import sampled_networks
 from bqnn.core.files import write_atomically
 from bqnn.data.splits import Splits, batches, normalise
-from bqnn.lab.evaluate import find_split
-from bqnn.lab.metrics import expected_calibration_error
+from bqnn.lab.evaluate import EVAL_BATCH, find_split
+from bqnn.lab.metrics import best_temperature
 from bqnn.lab.recipe import LENET5_MNIST, Recipe
 from bqnn.lab.train import Trainer
+from bqnn.lab.uncertainty import ask, drawn_networks, scores
 
 TABLE = RESULTS / "uncertainty_lenet5.json"
 SAMPLES, SEED = 16, 0
 NOISE = 1.0  # deviations of a standardised pixel
-BATCH, CALIBRATION_BATCHES = 500, 20
-TEMPERATURES = torch.logspace(-1.0, 1.0, 401, dtype=torch.float64)
-FLOOR = 1e-30  # of a probability that float32 made 0
 
 TRUNK = replace(LENET5_MNIST, method="fpnn", deterministic_epochs=0, epochs=0)
 RECIPES = {
@@ -64,71 +59,31 @@ def train(name: str, recipe: Recipe, data_root: Path, out: Path, init: Path | No
 def inputs_of(data: Splits, split: str, noise: float) -> Iterator[Tensor]:
     """The standardised images of a split, with noise that is the same for all networks."""
     generator = torch.Generator().manual_seed(SEED)
-    for images, _ in batches(find_split(data, split), BATCH):
+    for images, _ in batches(find_split(data, split), EVAL_BATCH):
         x = normalise(images, data.mean, data.std)
         yield x + noise * torch.randn(x.shape, generator=generator) if noise else x
 
 
-@torch.no_grad()
-def probabilities(net: nn.Module, data: Splits, split: str, noise: float) -> Tensor:
-    return torch.cat([net(x).double().softmax(-1) for x in inputs_of(data, split, noise)])
-
-
-def ask(trainer: Trainer, cases: list[tuple[str, float]], samples: int) -> list[Prediction]:
-    """What a network, or ``samples`` networks out of its posterior, say of each case, a split and its noise."""
-    networks: Any = [trainer.net]
-    if samples > 1:
-        drawn = torch.Generator().manual_seed(SEED)
-        shuffled = batches(trainer.data.train, BATCH, drawn, shuffle=True)
-        images = [images for images, _ in zip((each for each, _ in shuffled), range(CALIBRATION_BATCHES))]
-        given = [normalise(each, trainer.data.mean, trainer.data.std) for each in images]
-        networks = sampled_networks(trainer.net, samples, SEED, given)
-    draws = [[probabilities(network, trainer.data, *case) for case in cases] for network in networks]
-    return [of_draws(torch.stack(each)) for each in zip(*draws, strict=True)]
-
-
-def nll_of(probs: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
-    """In nats an image, of the distributions to the power of 1 / temperature."""
-    logits = probs.clamp(min=FLOOR).log() / temperature
-    return F.cross_entropy(logits, labels).item()
-
-
-def best_temperature(probs: Tensor, labels: Tensor) -> float:
-    return min(TEMPERATURES.tolist(), key=lambda each: nll_of(probs, labels, each))
-
-
-def scores(prediction: Prediction, labels: Tensor) -> dict[str, float]:
-    probs = prediction.probs
-    return {
-        "error": 100.0 * (probs.argmax(1) != labels).double().mean().item(),
-        "nll": nll_of(probs, labels),
-        "ece": 100.0 * expected_calibration_error(probs, labels),
-        "mi": prediction.mutual_information.mean().item(),
-    }
-
-
 def rows_of(name: str, trainer: Trainer, split: str) -> Iterator[Row]:
-    labels, held_out = find_split(trainer.data, split).labels, find_split(trainer.data, "validation").labels
+    """A row of the network itself and, where it has a posterior, one of several networks drawn from it."""
+    data = trainer.data
+    labels, held_out = find_split(data, split).labels, find_split(data, "validation").labels
     has_posterior = trainer.recipe.method == "bayes" and trainer.recipe.estimator != "deterministic"
     for samples in (1, SAMPLES) if has_posterior else (1,):
-        cases = [("validation", 0.0), (split, 0.0), (split, NOISE)]
-        validation, clean, noisy = ask(trainer, cases, samples)
-        yield {
-            "network": name,
-            "samples": samples,
-            "temperature": best_temperature(validation.probs, held_out),
-            "clean": scores(clean, labels),
-            "noise": scores(noisy, labels),
-        }
+        networks = drawn_networks(trainer.net, data, samples, SEED)
+        temperature = best_temperature(ask(networks, inputs_of(data, "validation", 0.0), data).probs, held_out)
+        row: Row = {"network": name, "samples": samples, "temperature": temperature}
+        for case, noise in (("clean", 0.0), ("noise", NOISE)):
+            row[case] = scores(ask(networks, inputs_of(data, split, noise), data), labels, temperature)
+        yield row
 
 
 def show(row: Row) -> str:
     parts = [f"{row['network']:<15}{row['samples']:>3} T {row['temperature']:.2f}"]
     for case in ("clean", "noise"):
         found = row[case]
-        parts.append(
-            f"{case}: error {found['error']:.2f} NLL {found['nll']:.4f} ECE {found['ece']:.2f} MI {found['mi']:.4f}"
-        )
+        likelihood = f"error {found['error']:.2f} NLL {found['nll']:.4f} at T {found['scaled_nll']:.4f}"
+        parts.append(f"{case}: {likelihood} ECE {100 * found['ece']:.2f} MI {found['mutual_information']:.4f}")
     return "  ".join(parts)
 
 

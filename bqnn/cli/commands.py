@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bqnn import models
+from bqnn.cli.uncertainty import evaluate_uncertainty
 from bqnn.core.text import shown
 from bqnn.core.timing import measure_side_by_side
 from bqnn.data.splits import Split, Splits, load_dataset, normalise
@@ -77,6 +78,8 @@ def _ignore(line: str) -> None:
 
 def evaluate(options: Namespace) -> None:
     """`bqnn eval`."""
+    if options.output is not None and not options.uncertainty:
+        raise ValueError("--output is for --uncertainty")
     device, path = _device(options.device), options.path
     run = runs.load_run(path) if path.is_dir() else None
     beside = path.parent / METRICS
@@ -100,6 +103,8 @@ def evaluate(options: Namespace) -> None:
         name = "quantized" if run.recipe.method == "bayes" else "full precision"
     else:
         name = f"compiled, {net.precision}" if isinstance(net, CompiledNetwork) else "packed"
+    if options.uncertainty:
+        return evaluate_uncertainty(net.to(device), data, name, run, options)
     nets = {name: net}
     if name == "packed":
         nets |= {f"compiled, {precision}": fast for precision, fast in load_compiled(path).items()}

@@ -120,6 +120,12 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     sub.add_argument("--dataset", metavar="NAME", help="for a packed file; by default that of the run beside it")
     sub.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of a packed file (default: %(default)s)")
+    sub.add_argument(
+        "--uncertainty",
+        action="store_true",
+        help="calibration, corruptions, images from outside, error against coverage; kept with a run, for the report",
+    )
+    sub.add_argument("-o", "--output", type=_path, metavar="FILE", help="what --uncertainty has found, as JSON")
     _add_data(sub)
 
     sub = add(commands.pack, "pack", "pack a trained run into a file, and compile it")

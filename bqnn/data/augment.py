@@ -69,8 +69,18 @@ def _affine(images: Tensor, generator: torch.Generator | None) -> Tensor:
     shear = SHEAR * shear
     row_x = torch.stack((size * cos, size * (cos * shear - sin) * (height / width), 2 * SHIFT * shift_x), -1)
     row_y = torch.stack((size * sin * (width / height), size * (sin * shear + cos), 2 * SHIFT * shift_y), -1)
-    matrix = torch.stack((row_x, row_y), 1).to(images.dtype)  # [B, 2, 3]
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return warp(images, torch.stack((row_x, row_y), 1))
+
+
+def warp(images: Tensor, matrix: Tensor) -> Tensor:
+    """Images moved affinely, bilinear; what comes in from outside has the image's background.
+
+    Args:
+        images: float [B, C, H, W].
+        matrix: [B, 2, 3], from a point of the result to one of the image, as F.affine_grid takes it: both axes go from
+            -1 to 1 between the outer edges.
+    """
+    grid = F.affine_grid(matrix.to(images.dtype), list(images.shape), align_corners=False)
     background = _background(images)
     moved = F.grid_sample(images - background, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return moved + background

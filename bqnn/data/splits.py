@@ -72,11 +72,11 @@ def load_dataset(
     if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
         raise ValueError(f"image_size must be a positive integer or None, got {image_size!r}")
     source = _read(name, Path(data_root).expanduser(), image_size, download)
-    train, held_out = _resize(source.train, image_size), source.validation
+    train, held_out = resize(source.train, image_size), source.validation
     if isinstance(held_out, Split):
         if validation is not None and (isinstance(validation, bool) or validation != 0):
             raise ValueError(f"validation must be None or 0 where the data set has a split for it, got {validation!r}")
-        held_out = _resize(held_out, image_size)
+        held_out = resize(held_out, image_size)
         if validation == 0:
             held_out = Split(held_out.images[:0], held_out.labels[:0])
     else:
@@ -84,7 +84,7 @@ def load_dataset(
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < len(train):
             raise ValueError(f"validation must be an integer from 0 to {len(train) - 1}, got {count!r}")
         held_out, train = hold_out(train, count, seed)
-    test = _resize(source.test, image_size)
+    test = resize(source.test, image_size)
     mean, std = _mean_std(train.images)
     channels, size = train.images.shape[1:3]
     return Splits(name, train, held_out, test, source.num_classes, channels, size, mean, std)
@@ -102,7 +102,8 @@ def _read(name: str, root: Path, image_size: int | None, download: bool) -> Sour
     raise ValueError(f"name must be one of {', '.join(NAMES)} or folder:PATH, got {name!r}")
 
 
-def _resize(split: Split, size: int | None) -> Split:
+def resize(split: Split, size: int | None) -> Split:
+    """The same images with ``size`` pixels a side, bilinear; ``split`` itself where they have them, or for None."""
     if size is None or split.images.shape[-1] == size:
         return split
     chunks = split.images.split(RESIZE_CHUNK)

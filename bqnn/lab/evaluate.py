@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from bqnn.bayes.predict import of_draws
 from bqnn.bayes.sample import check_posterior, sampled_networks
-from bqnn.data.splits import Split, Splits, batches, normalise
-from bqnn.lab.metrics import expected_calibration_error
+from bqnn.data.splits import Split, Splits, batches, leaves_one, normalise
+from bqnn.lab.metrics import error_of, expected_calibration_error, nll_of
 
 EVAL_BATCH = 1000
+STATISTICS_BATCH, STATISTICS_BATCHES = 500, 20
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,20 @@ def evaluate(net: Callable[[Tensor], Tensor], split: Split, data: Splits, batch_
     return Score(error, F.cross_entropy(logits, split.labels).item(), predictions, logits)
 
 
-PROBABILITY_FLOOR = 1e-30  # of a mean over samples: a probability that float32 made 0 is not an infinite loss
-
-
 def find_split(data: Splits, name: str) -> Split:
     """The split "test" or "validation"; raises ValueError where it is empty."""
     split: Split = getattr(data, name)
     if not len(split):
         raise ValueError(f"the {name} split of {data.name} is empty")
     return split
+
+
+def statistics_batches(data: Splits, seed: int, device: torch.device) -> Iterator[Tensor]:
+    """Training images without augmentation, on which BatchNorm's statistics are estimated; the same for each seed."""
+    generator, drop = torch.Generator().manual_seed(seed), leaves_one(len(data.train), STATISTICS_BATCH)
+    drawn = batches(data.train, STATISTICS_BATCH, generator, shuffle=True, drop_last=drop)
+    for images, _ in islice(drawn, STATISTICS_BATCHES):
+        yield normalise(images, data.mean, data.std).to(device)
 
 
 def score_network(net: nn.Module, split: Split, data: Splits, samples: int = 1) -> dict[str, Any]:
@@ -89,8 +96,8 @@ def _sampled(net: nn.Module, split: Split, data: Splits, samples: int) -> dict[s
     probs, entropy, information = of_draws(torch.stack(logits).softmax(-1))
     return {
         "samples": samples,
-        "error": 100.0 * (probs.argmax(1) != split.labels).double().mean().item(),
-        "nll": F.nll_loss(probs.double().clamp(min=PROBABILITY_FLOOR).log(), split.labels).item(),
+        "error": error_of(probs, split.labels),
+        "nll": nll_of(probs, split.labels),
         "ece": expected_calibration_error(probs, split.labels),
         "entropy": entropy.mean().item(),
         "mutual_information": information.mean().item(),

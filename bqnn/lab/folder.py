@@ -22,6 +22,7 @@ METADATA = "run"
 """The key of the metadata of model.safetensors under which recipe and factory stand."""
 SPLITS = ("test", "validation")
 CHECKPOINT, WEIGHTS, METRICS = "checkpoint.pt", "model.safetensors", "metrics.json"
+UNCERTAINTY = {split: f"uncertainty-{split}.json" for split in SPLITS}
 LOCK = ".lock"
 NUMBERS = (int, float)
 # What a record of an epoch has, and which of it may be None.

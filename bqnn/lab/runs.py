@@ -22,7 +22,17 @@ from bqnn.engine.pack import pack
 from bqnn.files import network
 from bqnn.files.skeleton import built_in
 from bqnn.lab.checkpoint import read_checkpoint
-from bqnn.lab.folder import CHECKPOINT, METADATA, METRICS, SPLITS, WEIGHTS, RunLock, read_metrics, read_recipe
+from bqnn.lab.folder import (
+    CHECKPOINT,
+    METADATA,
+    METRICS,
+    SPLITS,
+    UNCERTAINTY,
+    WEIGHTS,
+    RunLock,
+    read_metrics,
+    read_recipe,
+)
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import quantize
 from bqnn.packed.base import PackedLayer
@@ -90,8 +100,8 @@ def stored_recipe(folder: Path) -> Recipe | None:
 
 
 def clear_run(folder: Path) -> None:
-    """Removes what training writes into ``folder``, and nothing else."""
-    for name in (CHECKPOINT, WEIGHTS, METRICS):
+    """Removes what training and tests write into ``folder``, and nothing else."""
+    for name in (CHECKPOINT, WEIGHTS, METRICS, *UNCERTAINTY.values()):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -40,7 +40,10 @@ STYLE: Any = {
 
 
 class Curve(NamedTuple):
-    """A line of a figure: y by x, and its place in the order of the page, which sets colour and dashes."""
+    """A line of a figure: y by x, and its place in the order of the page, which sets colour and dashes.
+
+    Of a histogram, ``x`` are the edges, one more than ``y``.
+    """
 
     x: Sequence[float]
     y: Sequence[float]
@@ -85,21 +88,51 @@ class _Drawing:
         return text.replace("<svg ", f'<svg role="img" aria-label="{escape(self.title)}" ', 1)
 
 
+def _line_options(order: int) -> dict[str, Any]:
+    """matplotlib's options of the line with that place in the order."""
+    colour, dashes = line_style(order)
+    style = (0, [float(part) / 1.5 for part in dashes.split()]) if dashes else "-"
+    return {"color": colour, "linestyle": style, "linewidth": 1.5}
+
+
 def draw_curves(
-    key: str, title: str, curves: Sequence[Curve], marks: Sequence[float] = (), logarithmic: bool = False
+    key: str,
+    title: str,
+    curves: Sequence[Curve],
+    marks: Sequence[float] = (),
+    logarithmic: bool = False,
+    *,
+    x_label: str = "epoch",
+    diagonal: bool = False,
 ) -> str:
-    """Lines by epoch in one figure, with thin vertical lines at ``marks``; positive numbers if ``logarithmic``."""
-    drawing = _Drawing(key, title, "epoch", "")
+    """Lines by epoch, or by another number, in one figure.
+
+    There are thin vertical lines at ``marks``, and where ``diagonal``, one on which y is x; positive numbers if
+    ``logarithmic``.
+    """
+    drawing = _Drawing(key, title, x_label, "")
     for mark in marks:
         drawing.axes.axvline(mark, color=TEXT, linewidth=0.5, alpha=0.4)
+    if diagonal:
+        drawing.axes.axline((0, 0), slope=1, color=TEXT, linewidth=0.5, alpha=0.4)
     for curve in curves:
-        colour, dashes = line_style(curve.order)
-        style = (0, [float(part) / 1.5 for part in dashes.split()]) if dashes else "-"
-        drawing.axes.plot(curve.x, curve.y, color=colour, linestyle=style, linewidth=1.5, marker=".", markersize=4)
+        drawing.axes.plot(curve.x, curve.y, marker=".", markersize=4, **_line_options(curve.order))
     drawing.axes.locator_params(axis="x", integer=True)
     if logarithmic:
         _use_logarithm(drawing.axes)
     drawing.axes.grid(True, color=TEXT, alpha=0.12, linewidth=0.6)
+    return drawing.svg()
+
+
+def draw_histograms(key: str, title: str, histograms: Sequence[Curve], x_label: str, y_label: str) -> str:
+    """The outlines of histograms over each other, with a logarithmic axis, on which one that is a spike leaves the rest
+    visible."""
+    drawing = _Drawing(key, title, x_label, y_label)
+    for histogram in histograms:
+        drawing.axes.stairs(histogram.y, histogram.x, **_line_options(histogram.order))
+    _use_logarithm(drawing.axes)
+    smallest = min(value for histogram in histograms for value in histogram.y if value > 0)
+    drawing.axes.set_ylim(bottom=0.7 * smallest)
     return drawing.svg()
 
 

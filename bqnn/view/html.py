@@ -22,11 +22,12 @@ from bqnn.engine.compile import compile
 from bqnn.lab.compile_run import COMPILED
 from bqnn.lab.runs import Run, fpnn_bytes, load_factory, load_network, save_packed
 from bqnn.reports.report import LayerReport, Report, report
-from bqnn.view.figures import Curve, draw_curves, draw_means, line_style
+from bqnn.view.figures import Curve, draw_curves, draw_means
+from bqnn.view.parts import DASH, legend, table
+from bqnn.view.uncertainty import uncertainty_section
 
 BATCH = 256  # images of the pass that is timed
 FPNN_BITS = 32.0
-DASH = "–"
 COMPILED_ROW = "the same, compiled for"
 
 STYLE = """
@@ -78,6 +79,7 @@ def write_html(runs: Sequence[Run], path: str | Path, *, log_counts: bool = True
     networks = [_load(run) if run.finished else None for run in runs]
     parts = ["<h1>Bayesian M-ary quantized networks</h1>", _summary(runs, titles, networks, measure)]
     parts += _curves(runs, titles)
+    parts += uncertainty_section(runs, titles)
     for number, (title, network) in enumerate(zip(titles, networks, strict=True)):
         if network is not None and network.codebooks is not None:
             parts += _layers(number, title, network.net, network.codebooks, log_counts)
@@ -110,17 +112,6 @@ def _load(run: Run) -> _Network:
         return _Network(net, factory, packed, file.stat().st_size, dense, report(net))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = ()) -> str:
-    """A table of plain strings, which are escaped here."""
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        marks = [' class="text"' if i in text_columns else "" for i in range(len(row))]
-        return "<tr>" + "".join(f"<{tag}{m}>{escape(c)}</{tag}>" for m, c in zip(marks, row, strict=True)) + "</tr>"
-
-    body = "\n".join(cells("td", row) for row in rows)
-    return f'<div class="table"><table>\n<thead>{cells("th", head)}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
-
-
 def _summary(runs: Sequence[Run], titles: Sequence[str], networks: Sequence[_Network | None], measure: bool) -> str:
     rows = []
     for run, title, network in zip(runs, titles, networks, strict=True):
@@ -147,7 +138,7 @@ def _summary(runs: Sequence[Run], titles: Sequence[str], networks: Sequence[_Net
         "<p>Bits a weight: codes as packed, without codebooks. Bytes on disk: of the packed file, or of the weights at "
         f"full precision; smaller: than those. Test time: {time}</p>"
     )
-    return _table(head, rows, [0, 2]) + note
+    return table(head, rows, [0, 2]) + note
 
 
 def _accuracy(run: Run) -> tuple[str, str]:
@@ -204,10 +195,9 @@ def _curves(runs: Sequence[Run], titles: Sequence[str]) -> list[str]:
     ]
     if not drawn:
         return []
-    items = "".join(f"<li>{_swatch(order)}{escape(title)}</li>" for order, title in enumerate(titles))
     return [
         "<h2>Training</h2>",
-        f'<ul class="legend">{items}</ul>',
+        legend(enumerate(titles)),
         f'<div class="figures">{"".join(drawn)}</div>',
         "<p>Thin vertical lines: a phase of training begins. Quantization loss: the sum of (mean − its level)² over "
         "the sum of mean². Near a level: within a tenth of the gap between levels.</p>",
@@ -220,14 +210,6 @@ def _phase_starts(run: Run) -> list[float]:
     return [before["epoch"] + 0.5 for before, after in pairs if before["phase"] != after["phase"]]
 
 
-def _swatch(order: int) -> str:
-    colour, dashes = line_style(order)
-    return (
-        '<svg viewBox="0 0 32 10" aria-hidden="true">'
-        f'<line x1="0" y1="5" x2="32" y2="5" stroke="{colour}" stroke-width="3" stroke-dasharray="{dashes}"/></svg>'
-    )
-
-
 def _layers(number: int, title: str, net: nn.Module, codebooks: Report, log_counts: bool) -> list[str]:
     layers = bayes_layers(net)
     head = ("layer", "shape", "M", "bits", "bytes", "near", "loss", "dead", "σ in gaps", "levels (share of weights)")
@@ -237,7 +219,7 @@ def _layers(number: int, title: str, net: nn.Module, codebooks: Report, log_coun
     ]
     return [
         f"<h2>{escape(title)}</h2>",
-        _table(head, rows, [len(head) - 1]),
+        table(head, rows, [len(head) - 1]),
         "<p>σ in gaps: the posterior's standard deviation over the gap at its level, the median and, in brackets, the "
         "middle 80 % of the weights. Below: the means; solid lines are levels, dashed ones thresholds.</p>",
         f'<div class="figures">{"".join(drawn)}</div>',
