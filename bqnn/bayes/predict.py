@@ -44,6 +44,10 @@ def predict(
     asked. What a module of the replica sets on itself is then not to be seen on the network, and a compiled network
     runs uncompiled.
 
+    A packed network has as much of a posterior as its tables of chances say. Where the same samples are asked many
+    times, they are drawn once and run as one, from their codes and on the CPU:
+    ``bqnn.compile([bqnn.sample(net, seed) for seed in range(16)], example)``.
+
     Args:
         net: a network that returns logits [B, classes]; or an ensemble, what :func:`bqnn.compile` makes of several,
             whose networks stand for samples.
@@ -54,13 +58,14 @@ def predict(
             sampling and with a mutual information of 0. None for an ensemble.
         seed: of the samples, 0 to 2^63 - 1: number k is that of ``bqnn.sample(net, seed + k)``. By default each has a
             new one from torch's default CPU generator.
-        batches: inputs on which the BatchNorm statistics of each sampled network are estimated again; without them all
-            have those of ``net``.
+        batches: inputs on which the BatchNorm statistics of each sampled network are estimated again; 20 batches at
+            most, which are kept meanwhile. Without them all have those of ``net``, whose activations are not quite
+            theirs. A file holds no inputs: who deploys a packed network with BatchNorm brings some along.
 
     Raises:
         TypeError: ``net`` is no module, or ``samples`` or ``seed`` no integer.
-        ValueError: samples < 1, more than 1 of a network that has no posterior (a packed or full-precision one), or of
-            an ensemble another number than that of its networks; ``seed`` out of its range.
+        ValueError: samples < 1, more than 1 of a network that has no posterior (a full-precision one, or a packed one
+            without chances), or of an ensemble another number than that of its networks; ``seed`` out of its range.
     """
     check_module("net", net)
     if samples is not None:

@@ -9,7 +9,7 @@ gives the same words whatever its threads, tiles and blocks are, and a backward 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,8 +18,11 @@ from torch import Tensor
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-LOW_32 = 0xFFFFFFFF
+WORDS = 1 << 32
+"""How many words there are: a word is from 0 to one less."""
+LOW_32 = WORDS - 1
 CALLS_A_BLOCK = 1 << 14  # four int64 words of a block stay in a core's cache through the ten rounds
+CALLS_A_GPU_BLOCK = 1 << 18  # words of so many calls, and what is made of them, take about 100 MB
 
 
 class Noise(NamedTuple):
@@ -34,6 +37,17 @@ class Noise(NamedTuple):
         """:func:`normal` in the shape and dtype of ``like``, and on its device."""
         assert self.seed is not None
         return normal(self.seed, self.offset, like.shape, like.device, like.dtype)
+
+    def words(self, count: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """The words of elements 0 to ``count`` in blocks: the elements of each, and their words, int64 [elements]."""
+        assert self.seed is not None
+        key, calls = int(self.seed), -(-count // 4)
+        step = CALLS_A_BLOCK if device.type == "cpu" else CALLS_A_GPU_BLOCK
+        for first in range(0, calls, step):
+            last = min(first + step, calls)
+            elements = slice(4 * first, min(4 * last, count))
+            words = random_words(key, self.offset, first, last - first, device).t().flatten()
+            yield elements, words[: elements.stop - elements.start]
 
 
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

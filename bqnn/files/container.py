@@ -20,6 +20,8 @@ from torch import Tensor
 from bqnn.core.files import FormatError
 
 VERSION = 1
+"""Of what every file has. A tensor or a field that files can do without is no new version: whoever does not know it
+refuses the file and names it, and a file without it has the bytes that it always had."""
 KEY = "bqnn"
 DTYPES = {
     "BOOL": torch.bool,

@@ -3,7 +3,8 @@
 The metadata of a packed network has ``version``; ``factory``, name and arguments of a built-in network, or null;
 ``layers``, for each packed layer ``kind``, ``shape`` of the dense weight, ``num_levels`` and, where they differ from
 the usual, ``granularity``, ``relu`` and the geometry of a convolution; and ``alias``, names of tensors that are stored
-under another one. bqnn.files.compiled describes that of a compiled network.
+under another one. A layer has the tensors ``codes`` and ``levels``, and may have ``bias`` and ``chances``.
+bqnn.files.compiled describes the metadata of a compiled network.
 """
 
 from __future__ import annotations
@@ -130,9 +131,10 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         ``version``; ``bytes`` of the file, the sum of ``header_bytes`` and those of the tensors; ``factory``;
-        ``layers``, by name the file's own description, ``bytes`` of codes, levels and bias, and ``bits_per_weight``,
-        codes only; ``tensors``, by name ``dtype``, ``shape`` and ``bytes``. Layers of a compiled network are the nodes
-        that multiply; those with dense weights have the ``num_levels`` 0.
+        ``layers``, by name the file's own description, ``bytes`` of codes, levels and bias, ``bits_per_weight``, codes
+        only, and ``posterior_bytes``, of the chances, 0 where there is no posterior; ``tensors``, by name ``dtype``,
+        ``shape`` and ``bytes``. Layers of a compiled network are the nodes that multiply; those with dense weights have
+        the ``num_levels`` 0.
 
     Raises:
         FormatError: the file is damaged or not one of these.
@@ -147,9 +149,10 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     sizes = {name: entry.end - entry.begin for name, entry in contents.by_name().items()}
     layers = {}
     for name, spec in metadata["layers"].items():
-        parts = [sizes.get(tensor_name(name, part), 0) for part in PARTS]
-        weights = math.prod(spec["shape"])
-        layers[name] = {**spec, "bytes": sum(parts), "bits_per_weight": 8 * parts[0] / weights}
+        codes, levels, bias, chances = (sizes.get(tensor_name(name, part), 0) for part in PARTS)
+        bits = 8 * codes / math.prod(spec["shape"])
+        sums = {"bytes": codes + levels + bias, "bits_per_weight": bits, "posterior_bytes": chances}
+        layers[name] = {**spec, **sums}
     return _description(contents, metadata["factory"], layers)
 
 

@@ -36,7 +36,7 @@ from tests.support.packed_nets import Apart, Odd, Shared, packed_odd
 
 SECONDS, MEGABYTES = 2.0, 200  # what a file of a few kilobytes may cost
 # What is wrong with a tensor whose dtype and shape are right; only load reads values.
-VALUES = ("must hold base-", "must be finite", "must have bytes of 0 and 1")
+VALUES = ("must hold base-", "must be finite", "must have bytes of 0 and 1", "must be from 0 to 1")
 ALIEN = [None, True, False, -1, 0, 1, 2, 3, 1.0, 1e300, 2**31, 2**62, 2**63, 10**30, "", "\ud800", "codes", [], {}]
 ALIEN += [[1, 1], [0, 0], [2**62] * 3, [1] * 70, [[[[[[[[[]]]]]]]]], {"a": {"b": {}}}, ["lenet5", {}], "0.weight"]
 DTYPES = [*container.DTYPES, "U4", "F4"]
@@ -70,7 +70,8 @@ def seeds() -> list[Seed]:
     torch.manual_seed(0)
     nets: list[tuple[nn.Module, Callable[[], nn.Module]]] = [
         (pack(bqnn.convert(small())), small),
-        (packed_odd(granularity="channel"), Odd),
+        (packed_odd(granularity="channel", start_sigma=0.5), Odd),
+        (pack(bqnn.convert(small(), estimator="deterministic")), small),
         (pack(bqnn.convert(Shared())), Shared),
         (pack(bqnn.convert(Shared())), Apart),
         (pack(bqnn.convert(Apart())), Shared),

@@ -208,6 +208,7 @@ BAYES_CONV2D = {
     "padding_mode": padding_mode,
 }
 PACKED_LAYER = {"codes": draws.codes, "levels": draws.levels, "bias": optional(numbers("N"))}
+PACKED_LAYER["chances"] = optional(draws.chances)
 RUN = {"execution": one_of("auto", "packed", "dense"), "relu": flag}
 
 
