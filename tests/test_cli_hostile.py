@@ -16,6 +16,7 @@ from bqnn.data.splits import Split, Splits, leaves_one
 from bqnn.engine.pack import pack
 from bqnn.files import network
 from bqnn.lab.checkpoint import read_checkpoint, write_checkpoint
+from bqnn.lab.evaluate import training_images
 from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import Trainer
@@ -40,7 +41,7 @@ def test_no_number_of_images_leaves_one_to_batchnorm(
     monkeypatch.setattr("bqnn.lab.train.load_dataset", lambda *args, **options: splits(count))
     recipe = Recipe(model=model, pretrain_epochs=1, deterministic_epochs=0, epochs=1, batch_size=512)
     trainer = Trainer(recipe, tmp_path)
-    sizes = [len(x) for x in trainer._calibration()]
+    sizes = [len(x) for x in training_images(trainer.data, recipe.seed)]
     assert min(sizes) > 1 and sum(sizes) >= count - 1
     trainer.run(progress=False, log=lambda line: None)
     assert (tmp_path / WEIGHTS).exists()

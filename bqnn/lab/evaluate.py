@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bqnn.bayes.predict import of_draws
 from bqnn.bayes.sample import check_posterior, sampled_networks
-from bqnn.data.splits import Split, Splits, batches, normalise
+from bqnn.data.splits import Split, Splits, batches, leaves_one, normalise
 from bqnn.lab.metrics import expected_calibration_error
 
 EVAL_BATCH = 1000
@@ -59,17 +59,35 @@ def find_split(data: Splits, name: str) -> Split:
     return split
 
 
-def score_network(net: nn.Module, split: Split, data: Splits, samples: int = 1) -> dict[str, Any]:
+def training_images(data: Splits, seed: int) -> Iterator[Tensor]:
+    """Batches of the training images without augmentation, in an order of ``seed``, for BatchNorm's statistics."""
+    size = EVAL_BATCH // 2
+    drop = leaves_one(len(data.train), size)
+    for images, _ in batches(data.train, size, torch.Generator().manual_seed(seed), shuffle=True, drop_last=drop):
+        yield normalise(images, data.mean, data.std)
+
+
+def score_network(
+    net: nn.Module, split: Split, data: Splits, samples: int = 1, refresh: int | None = None
+) -> dict[str, Any]:
     """Error (percent), NLL (nats an image) and expected calibration error (0 to 1) of a network on a split.
 
     ``samples`` above 1 adds, under "sampled", the same of the mean over that many networks drawn from the posterior,
     with the means of the predictive entropy and of the mutual information, in nats.
 
+    Args:
+        net: a classifier; of a sampled one the layers may be packed.
+        split, data: the images to score on, and the data set that they are of.
+        samples: networks to draw.
+        refresh: estimates the BatchNorm statistics of each of them again, on training images drawn with this seed.
+
     Raises:
-        ValueError: samples < 1, or more than 1 of a network without a posterior.
+        ValueError: samples < 1, more than 1 of a network without a posterior, or no more to refresh.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
+    if refresh is not None and samples == 1:
+        raise ValueError("samples must be at least 2 for their BatchNorm statistics to be refreshed, got 1")
     score = evaluate(net, split, data)
     result: dict[str, Any] = {
         "images": len(split),
@@ -78,17 +96,23 @@ def score_network(net: nn.Module, split: Split, data: Splits, samples: int = 1) 
         "ece": expected_calibration_error(score.logits.softmax(1), split.labels),
     }
     if samples > 1:
-        result["sampled"] = _sampled(net, split, data, samples)
+        result["sampled"] = _sampled(net, split, data, samples, refresh)
     return result
 
 
-def _sampled(net: nn.Module, split: Split, data: Splits, samples: int) -> dict[str, Any]:
+def _sampled(net: nn.Module, split: Split, data: Splits, samples: int, refresh: int | None) -> dict[str, Any]:
     check_posterior(net, samples)
+    device = device_of(net)
+    given = None if refresh is None else (x.to(device) for x in training_images(data, refresh))
     # Each network sees the whole split, as one that is deployed would.
-    logits = [evaluate(network, split, data).logits for network in sampled_networks(net, samples)]
-    probs, entropy, information = of_draws(torch.stack(logits).softmax(-1))
+    logits = [evaluate(network, split, data).logits for network in sampled_networks(net, samples, batches=given)]
+    return {"samples": samples, "refreshed": int(refresh is not None), **_of_mean(torch.stack(logits), split)}
+
+
+def _of_mean(logits: Tensor, split: Split) -> dict[str, Any]:
+    """The scores of the mean over the networks of ``logits``, [networks, N, classes]."""
+    probs, entropy, information = of_draws(logits.softmax(-1))
     return {
-        "samples": samples,
         "error": 100.0 * (probs.argmax(1) != split.labels).double().mean().item(),
         "nll": F.nll_loss(probs.double().clamp(min=PROBABILITY_FLOOR).log(), split.labels).item(),
         "ece": expected_calibration_error(probs, split.labels),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from bqnn import models
@@ -32,7 +32,7 @@ from bqnn.core.text import shown
 from bqnn.data.augment import augment
 from bqnn.data.splits import Splits, batches, leaves_one, load_dataset, normalise
 from bqnn.lab.checkpoint import check_progress, digest_of, read_checkpoint, write_checkpoint
-from bqnn.lab.evaluate import EVAL_BATCH, evaluate
+from bqnn.lab.evaluate import evaluate, training_images
 from bqnn.lab.folder import (
     CHECKPOINT,
     METADATA,
@@ -235,7 +235,8 @@ class Trainer:
                 "may help"
             )
         if layers:
-            refresh_batchnorm(self.net, self._calibration())
+            images = training_images(self.data, self.recipe.seed)
+            refresh_batchnorm(self.net, (x.to(self.device) for x in images))
         error, validation_nll = self._validate()
         codebooks = report(self.net) if layers else None
         return {
@@ -250,13 +251,6 @@ class Trainer:
             "near_share": codebooks.near_share if codebooks else None,
             "seconds": time.perf_counter() - started,
         }
-
-    def _calibration(self) -> Iterator[Tensor]:
-        """Training images without augmentation, the same ones whenever asked, for BatchNorm's statistics."""
-        fixed, size = torch.Generator().manual_seed(self.recipe.seed), EVAL_BATCH // 2
-        drop = leaves_one(len(self.data.train), size)
-        for images, _ in batches(self.data.train, size, fixed, shuffle=True, drop_last=drop):
-            yield normalise(images, self.data.mean, self.data.std).to(self.device)
 
     def _validate(self) -> tuple[float | None, float | None]:
         if len(self.data.validation) == 0:
