@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bqnn.bayes.batchnorm import MOST_BATCHES, is_tracked, refresh_batchnorm
 from bqnn.core.check import check_int, check_module
+from bqnn.core.ensemble import Ensemble
 from bqnn.core.modes import replica
 from bqnn.core.philox import Noise, fresh_seed
 from bqnn.core.posterior import drawable_layers
@@ -32,7 +33,8 @@ def sample(net: nn.Module, seed: int | None = None, batches: Iterable[Tensor] | 
     codes; a layer without one keeps its own.
 
     Args:
-        net: a network with Bayes layers, or with packed ones that :func:`bqnn.pack` made of them; or both.
+        net: a network with Bayes layers, or with packed ones that :func:`bqnn.pack` made of them; or both. Of an
+            ensemble each network is drawn once.
         seed: of the noise, 0 to 2^63 - 1; by default a new one from torch's default CPU generator. The same seed draws
             the same codes, on every device.
         batches: inputs on which the BatchNorm statistics of the copy are estimated again, as
@@ -46,7 +48,8 @@ def sample(net: nn.Module, seed: int | None = None, batches: Iterable[Tensor] | 
         ValueError: there is no posterior to draw from; ``seed`` is out of its range; ``net`` can not be copied, as
             :func:`bqnn.convert` says; the batches do not do for the statistics.
     """
-    check_posterior(net, 1)
+    check_module("net", net)
+    _check_layers(net, 1)
     drawn = _draw(net, _seed_of(seed, 0))
     copied = copy_network(net).eval()
     layers = drawable_layers(copied)
@@ -56,8 +59,20 @@ def sample(net: nn.Module, seed: int | None = None, batches: Iterable[Tensor] | 
 
 
 def check_posterior(net: nn.Module, samples: int) -> None:
-    """Raises TypeError unless ``net`` is a module, ValueError where it has no posterior to draw from."""
+    """Raises TypeError unless ``net`` is a module, ValueError where ``samples`` networks can not be drawn from it."""
     check_module("net", net)
+    if isinstance(net, Ensemble):
+        each = draws_each(net, samples)
+        for index, network in enumerate(net):
+            try:
+                check_posterior(network, each)
+            except ValueError as error:
+                raise ValueError(f"network {index}: {error}") from error
+    else:
+        _check_layers(net, samples)
+
+
+def _check_layers(net: nn.Module, samples: int) -> None:
     if not any(layer.has_posterior for layer in drawable_layers(net).values()):
         raise ValueError(
             f"net has no Bayes layer with a posterior to draw {samples} samples from, nor a packed one with chances; "
@@ -71,16 +86,35 @@ def sampled_networks(
     """Network after network as :func:`sample` draws them, number k with ``seed`` + k, without a copy.
 
     All of them are one module, which shares the tensors of ``net`` and is the next network from the next step on: it
-    is to be used before that. ``net`` is not changed.
+    is to be used before that. ``net`` is not changed. Of an ensemble each network has as many draws as the others, one
+    network after the other; :func:`check_posterior` says whether there can be so many.
     """
+    kept = None if batches is None else list(islice(batches, MOST_BATCHES))
+    if not isinstance(net, Ensemble):
+        yield from _of_one(net, range(samples), seed, kept)
+        return
+    each = draws_each(net, samples)
+    for index, network in enumerate(net):
+        yield from _of_one(network, range(index * each, (index + 1) * each), seed, kept)
+
+
+def draws_each(net: Ensemble, samples: int) -> int:
+    """How many of ``samples`` are drawn from each network; ValueError where they are no multiple of the networks."""
+    each, rest = divmod(samples, net.num_networks)
+    if rest or each < 1:
+        raise ValueError(f"samples must be a multiple of the {net.num_networks} networks of net, got {samples}")
+    return each
+
+
+def _of_one(net: nn.Module, numbers: range, seed: int | None, kept: list[Tensor] | None) -> Iterator[nn.Module]:
+    """The networks with these numbers, all drawn from ``net``."""
     twin: Any = replica(net).eval()
     norms: list[Any] = [module for module in twin.modules() if is_tracked(module)]
-    kept = None if batches is None else list(islice(batches, MOST_BATCHES))
     for norm in norms:  # statistics of its own
         norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()
         norm.num_batches_tracked = norm.num_batches_tracked.clone()
     layers = drawable_layers(twin)
-    for number in range(samples):
+    for number in numbers:
         for name, weight in _draw(net, _seed_of(seed, number)).items():
             layers[name].show(weight)
         if kept is not None:

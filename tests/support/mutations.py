@@ -77,6 +77,8 @@ def seeds() -> list[Seed]:
         (pack(bqnn.convert(Apart())), Shared),
         (pack(bqnn.convert(tiny(), num_levels=4)), tiny),
         (pack(bqnn.BayesLinear(7, 3)), lambda: nn.Linear(7, 3)),
+        (bqnn.Ensemble([pack(bqnn.convert(small(), num_levels=number)) for number in (2, 3)]), small),
+        (bqnn.Ensemble([bqnn.sample(pack(bqnn.convert(tiny(), start_sigma=1.0)), seed) for seed in (0, 1)]), tiny),
     ]
     with tempfile.TemporaryDirectory() as folder:
         path, result = Path(folder) / "net", []
@@ -190,11 +192,28 @@ def change_alias(draw: random.Random, header: dict[str, Any], metadata: dict[str
             del alias[name]
 
 
+def change_networks(draw: random.Random, header: dict[str, Any], metadata: dict[str, Any], data: bytearray) -> None:
+    metadata["ensemble"] = copy.deepcopy(draw.choice([*ALIEN, 2, 2, 4]))
+    for names in (header, metadata.get("layers")):
+        if isinstance(names, dict) and names and draw.random() < 0.5:
+            name = draw.choice(list(names))
+            names[draw.choice(("0.", "1.", "2.", "00.", "x")) + name.partition(".")[2]] = names.pop(name)
+
+
 def change_factory(draw: random.Random, header: dict[str, Any], metadata: dict[str, Any], data: bytearray) -> None:
     metadata["factory"] = copy.deepcopy(draw.choice([*FACTORIES, None]))
 
 
-CHANGES = (change_data, change_length, change_entry, change_metadata, change_spec, change_alias, change_factory)
+CHANGES = (
+    change_data,
+    change_length,
+    change_entry,
+    change_metadata,
+    change_spec,
+    change_alias,
+    change_factory,
+    change_networks,
+)
 
 
 def change_value(draw: random.Random, value: Any) -> None:
@@ -253,7 +272,9 @@ def judge(blob: bytes, path: Path, model: nn.Module) -> str:
         else:
             assert told, f"info refuses what load takes: {refused}"
             check_declared(blob, net)
-            assert given is not None or list(net.factory) == taken_apart(blob)[1]["factory"]
+            networks = net if isinstance(net, bqnn.Ensemble) else [net]
+            factory = taken_apart(blob)[1]["factory"]
+            assert given is not None or all(list(each.factory) == factory for each in networks)
     assert time.process_time() - started < SECONDS, "it takes too long"
     return refused
 
