@@ -182,6 +182,10 @@ def test_what_networks_have_in_common_is_stored_once(tmp_path: Path) -> None:
     different = {name for name in packed.state_dict() if name.endswith(".codes")}
     names = {name.partition(".")[2] for name in stored if not name.startswith("0.")}
     assert names == different and len(different) == 5
+    described = bqnn.info(path)
+    sizes = [layer["bytes"] + layer["posterior_bytes"] for layer in described["layers"].values()]
+    assert sum(sizes) < sum(tensor["bytes"] for tensor in described["tensors"].values())
+    assert described["layers"]["3.fc3"]["bytes"] == 10 * 17, "codes; levels and bias are those of the first"
     loaded = bqnn.load(path)
     assert same_state(ensemble, loaded)
     with torch.no_grad():
@@ -205,6 +209,7 @@ def test_info_of_an_ensemble(ensemble: Ensemble, file: Path, tmp_path: Path) -> 
     bqnn.save(ensemble[1], tmp_path / "one")
     alone = bqnn.info(tmp_path / "one")
     assert alone["networks"] == 1
+    described["layers"]["1.fc3"]["bytes"] += 40  # the bias, zeros as in network 0
     assert {name: described["layers"][f"1.{name}"] for name in names} == alone["layers"]
     bqnn.save(bqnn.compile(ensemble, X), tmp_path / "compiled")
     assert bqnn.info(tmp_path / "compiled")["networks"] == 3

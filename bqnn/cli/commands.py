@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +16,8 @@ from bqnn.core.text import shown
 from bqnn.files import network
 from bqnn.lab import runs
 from bqnn.lab.compile_run import calibration, compiled_path, remove_compiled, save_compiled
-from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS, print_now
+from bqnn.lab.ensemble import EnsembleRun, EnsembleTrainer, clear_ensemble_run, load_ensemble_run
+from bqnn.lab.folder import CHECKPOINT, MEMBERS, METRICS, WEIGHTS, print_now
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import Trainer
 from bqnn.reports.report import report
@@ -34,34 +37,71 @@ def _device(name: str) -> str:
 def train(options: Namespace) -> None:
     """`bqnn train`."""
     folder: Path = options.out
-    recipe = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
+    given = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
     if not (options.resume or options.force):
         _refuse_used(folder)
-    if options.resume and (stored := runs.stored_recipe(folder)) is not None:
-        recipe = {field.name: recipe.get(field.name, getattr(stored, field.name)) for field in fields(Recipe)}
-    trainer = Trainer(
-        Recipe(**recipe),
-        folder,
-        data_root=options.data_root,
-        device=_device(options.device),
-        download=options.download,
-        init=options.init,
-    )
-    log = _ignore if options.quiet else print_now
+    ensemble = load_ensemble_run(folder) if options.resume else None
+    stored = None
+    if options.resume:
+        stored = runs.stored_recipe(folder) if ensemble is None else ensemble.recipe
+    if stored is not None:
+        given = {field.name: given.get(field.name, getattr(stored, field.name)) for field in fields(Recipe)}
+    recipe, members = Recipe(**given), options.members
+    if ensemble is not None:
+        members = ensemble.members if members is None else members
+        ensemble.check_same(recipe, members)
+    elif stored is not None and members is not None:
+        raise ValueError(f"--members can't be given for {folder}, whose run began without")
+    done = _train_run(recipe, options) if members is None else _train_members(recipe, members, options)
+    if not options.quiet:
+        print(done)
+
+
+def _train_run(recipe: Recipe, options: Namespace) -> str:
+    trainer = Trainer(recipe, options.out, **_surroundings(options), init=options.init)
+    log = _log(options)
     with trainer.lock:
         if options.resume:
             trainer.resume(log)
-        elif options.force:
-            runs.clear_run(folder)
         else:
-            _refuse_used(folder)  # now that nobody else can begin one
-        trainer.run(progress=sys.stderr.isatty() and not options.quiet, log=log)
-    if not options.quiet:
-        print(f"{folder / WEIGHTS} is written")
+            _make_room(options)
+        trainer.run(_progress(options), log)
+    return f"{options.out / WEIGHTS} is written"
+
+
+def _train_members(recipe: Recipe, members: int, options: Namespace) -> str:
+    trainer = EnsembleTrainer(EnsembleRun(options.out, recipe, members), _surroundings(options), options.init)
+    with trainer.lock:
+        if not options.resume:
+            _make_room(options)
+        trainer.train(_progress(options), _log(options))
+    return f"{options.out} has {members} trained members"
+
+
+def _surroundings(options: Namespace) -> dict[str, Any]:
+    """What a Trainer takes beside its recipe and folder."""
+    return {"data_root": options.data_root, "device": _device(options.device), "download": options.download}
+
+
+def _progress(options: Namespace) -> bool:
+    return sys.stderr.isatty() and not options.quiet
+
+
+def _log(options: Namespace) -> Callable[[str], object]:
+    return _ignore if options.quiet else print_now
+
+
+def _make_room(options: Namespace) -> None:
+    """Clears the folder with --force, else refuses it if it is used, now that nobody else can begin a run there."""
+    if options.force:
+        clear_ensemble_run(options.out)
+        runs.clear_run(options.out)
+    else:
+        _refuse_used(options.out)
 
 
 def _refuse_used(folder: Path) -> None:
-    if used := [name for name in (CHECKPOINT, WEIGHTS, METRICS) if (folder / name).exists()]:
+    if used := [name for name in (CHECKPOINT, WEIGHTS, METRICS, MEMBERS) if (folder / name).exists()]:
         raise ValueError(f"{folder} has a run ({', '.join(used)}); go on with --resume, or replace it with --force")
 
 
@@ -76,14 +116,16 @@ def evaluate(options: Namespace) -> None:
 
 def pack(options: Namespace) -> None:
     """`bqnn pack`."""
-    run = runs.load_run(options.run)
+    ensemble = load_ensemble_run(options.run)
+    run = runs.load_run(options.run) if ensemble is None else ensemble.runs()[0]
     if run.recipe.method == "fpnn":
         raise ValueError(f"{options.run} is a full-precision run; only a run with --method bayes can be packed")
     output: Path = options.output or options.run / PACKED
-    net = runs.save_packed(runs.load_network(run), output)
+    net = runs.save_packed(runs.load_network(run) if ensemble is None else ensemble.load(), output)
     name, arguments = runs.load_factory(run)
     dense, packed = runs.fpnn_bytes(name, arguments), output.stat().st_size
-    print(f"{output}: {packed:,} bytes; full precision: {dense:,} bytes; {dense / packed:.1f} times smaller")
+    of, one = ("", "") if ensemble is None else (f" of {ensemble.members} networks", "one at ")
+    print(f"{output}: {packed:,} bytes{of}; {one}full precision: {dense:,} bytes; {dense / packed:.1f} times smaller")
     print("every layer of the file decodes to the quantized weight of the run")
     if options.no_compile:
         remove_compiled(output)
@@ -115,7 +157,8 @@ def info(options: Namespace) -> None:
     names = {name: shown(name, LONGEST_NAME) for name in layers}
     width = max(20, *(len(name) + 2 for name in names.values()))
     made = f"{factory[0]}({', '.join(f'{k}={v}' for k, v in factory[1].items())})" if factory else "not a built-in one"
-    print(f"{options.file}: format {content['version']}, network {shown(made)}")
+    what = "network" if content["networks"] == 1 else f"{content['networks']} networks, each"
+    print(f"{options.file}: format {content['version']}, {what} {shown(made)}")
     head = f"{'layer':<{width}}{'kind':<14}{'shape':<20}{'M':>3}{'codebooks':>11}"
     print(f"{head}{'posterior':>11}{'bits a weight':>15}{'bytes':>10}")
     for name, layer in layers.items():

@@ -105,6 +105,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--init", type=_path, metavar="FILE", help=f"{WEIGHTS} of a full-precision run, for the first phase"
     )
+    text = "train an ensemble of S networks from one full-precision trunk, each with its own seed"
+    sub.add_argument("--members", type=int, metavar="S", help=text)
     exclusive = sub.add_mutually_exclusive_group()
     exclusive.add_argument("--resume", action="store_true", help="go on from the last checkpoint, with its recipe")
     exclusive.add_argument("--force", action="store_true", help="replace the run that is in DIR")

@@ -154,8 +154,9 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         ``version``; ``bytes`` of the file, the sum of ``header_bytes`` and those of the tensors; ``networks``, 1 or
         those of an ensemble; ``factory``, of each of them; ``layers``, by name the file's own description, ``bytes`` of
         codes, levels and bias, ``bits_per_weight``, codes only, and ``posterior_bytes``, of the chances, 0 where there
-        is no posterior; ``tensors``, by name ``dtype``, ``shape`` and ``bytes``. Layers of a compiled network are the
-        nodes that multiply; those with dense weights have the ``num_levels`` 0.
+        is no posterior; ``tensors``, by name ``dtype``, ``shape`` and ``bytes``. The bytes of a tensor that several
+        layers have are the first one's. Layers of a compiled network are the nodes that multiply; those with dense
+        weights have the ``num_levels`` 0.
 
     Raises:
         FormatError: the file is damaged or not one of these.
@@ -169,13 +170,21 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         _skeleton(contents)
         contents.check_tensors()
     metadata = contents.metadata
-    sizes = {name: entry.end - entry.begin for name, entry in contents.by_name().items()}
+    entries = contents.by_name()
+    counted: set[str] = set()
     layers = {}
     for name, spec in metadata["layers"].items():
-        codes, levels, bias, chances = (sizes.get(tensor_name(name, part), 0) for part in PARTS)
-        bits = 8 * codes / math.prod(spec["shape"])
-        sums = {"bytes": codes + levels + bias, "bits_per_weight": bits, "posterior_bytes": chances}
-        layers[name] = {**spec, **sums}
+        sizes = dict.fromkeys(PARTS, 0)
+        for part in PARTS:
+            tensor = tensor_name(name, part)
+            stored = contents.stored_as(tensor)
+            if tensor in entries and stored not in counted:
+                counted.add(stored)
+                sizes[part] = entries[tensor].end - entries[tensor].begin
+        codes = entries[tensor_name(name, "codes")]
+        bits = 8 * (codes.end - codes.begin) / math.prod(spec["shape"])
+        posterior = sizes.pop("chances")
+        layers[name] = {**spec, "bytes": sum(sizes.values()), "bits_per_weight": bits, "posterior_bytes": posterior}
     return _description(contents, count_of(contents) or 1, metadata["factory"], layers)
 
 

@@ -22,6 +22,8 @@ METADATA = "run"
 """The key of the metadata of model.safetensors under which recipe and factory stand."""
 SPLITS = ("test", "validation")
 CHECKPOINT, WEIGHTS, METRICS = "checkpoint.pt", "model.safetensors", "metrics.json"
+MEMBERS = "members.json"
+"""What the folder of an ensemble has, whose members are runs in folders of their own."""
 LOCK = ".lock"
 NUMBERS = (int, float)
 # What a record of an epoch has, and which of it may be None.
