@@ -126,8 +126,8 @@ def test_an_init_is_the_trunk(trained: Path, run: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param([], "members.json); go on with --resume", id="used"),
-        pytest.param(["--members", "2"], "members.json); go on with --resume", id="used-by-members"),
+        pytest.param([], "members.json, trunk, member-0, member-1); go on with --resume", id="used"),
+        pytest.param(["--members", "2"], "member-1); go on with --resume", id="used-by-members"),
         pytest.param(["--resume", "--members", "3"], "is of 2 members, now there are 3", id="other-number"),
         pytest.param(["--resume", "--seed", "9"], "is of another recipe: seed was 3, now 9", id="other-recipe"),
         pytest.param(["--force", "--members", "0"], "members must be from 1 to 1000, got 0", id="none"),
@@ -154,6 +154,14 @@ def test_force_replaces_the_members(folder: Path, run: Any) -> None:
     packed = ["packed.compiled-fp32.safetensors", "packed.compiled-int8.safetensors", "packed.safetensors"]
     assert left == sorted([CHECKPOINT, METRICS, WEIGHTS, "member-1/notes.txt", *packed])
     assert not (folder / "member-0").exists() and not (folder / "trunk").exists()
+
+
+def test_what_is_left_of_another_ensemble_is_not_taken(folder: Path, run: Any) -> None:
+    (folder / MEMBERS).unlink()
+    arguments = ["train", "--members", 2, "--seed", 4, "--out", folder, *SHORT]
+    assert "has a run (trunk, member-0, member-1)" in run(*arguments).err
+    result = run(*arguments, "--resume")
+    assert result.status == 2 and f"{folder / 'trunk' / METRICS} is of another recipe: seed was 3, now 4" in result.err
 
 
 def test_somebody_else_is_writing(folder: Path, run: Any) -> None:

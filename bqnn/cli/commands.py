@@ -16,7 +16,7 @@ from bqnn.core.text import shown
 from bqnn.files import network
 from bqnn.lab import runs
 from bqnn.lab.compile_run import calibration, compiled_path, remove_compiled, save_compiled
-from bqnn.lab.ensemble import EnsembleRun, EnsembleTrainer, clear_ensemble_run, load_ensemble_run
+from bqnn.lab.ensemble import EnsembleRun, EnsembleTrainer, clear_ensemble_run, load_ensemble_run, parts_of
 from bqnn.lab.folder import CHECKPOINT, MEMBERS, METRICS, WEIGHTS, print_now
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import Trainer
@@ -101,7 +101,8 @@ def _make_room(options: Namespace) -> None:
 
 
 def _refuse_used(folder: Path) -> None:
-    if used := [name for name in (CHECKPOINT, WEIGHTS, METRICS, MEMBERS) if (folder / name).exists()]:
+    used = [name for name in (CHECKPOINT, WEIGHTS, METRICS, MEMBERS) if (folder / name).exists()]
+    if used := [*used, *(part.name for part in parts_of(folder))]:
         raise ValueError(f"{folder} has a run ({', '.join(used)}); go on with --resume, or replace it with --force")
 
 

@@ -19,7 +19,7 @@ from bqnn.core.check import check_int
 from bqnn.core.ensemble import Ensemble
 from bqnn.core.files import open_regular, write_atomically
 from bqnn.core.text import shown
-from bqnn.lab.folder import MEMBERS, METRICS, WEIGHTS, RunLock, check_same, print_now, read_recipe
+from bqnn.lab.folder import CHECKPOINT, MEMBERS, METRICS, WEIGHTS, RunLock, check_same, print_now, read_recipe
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.runs import Run, clear_run, load_network, load_run
 from bqnn.lab.train import Trainer
@@ -98,19 +98,24 @@ def recipe_in(folder: Path) -> Recipe | None:
     return load_run(folder).recipe if (folder / METRICS).exists() else None
 
 
+def parts_of(folder: Path) -> list[Path]:
+    """The folders of the trunk and the members in ``folder`` that hold a run."""
+    candidates = (folder / TRUNK, *sorted(folder.glob(f"{MEMBER}*")))
+    return [part for part in candidates if any((part / name).exists() for name in (CHECKPOINT, WEIGHTS, METRICS))]
+
+
 def clear_ensemble_run(folder: Path) -> None:
     """Removes what the training of members writes into ``folder``, and nothing else.
 
     Raises:
         OSError: another process is writing a member.
     """
+    for part in parts_of(folder):
+        with RunLock(part):
+            clear_run(part)
+        with contextlib.suppress(OSError):  # what else is in it stays
+            part.rmdir()
     (folder / MEMBERS).unlink(missing_ok=True)
-    for part in (folder / TRUNK, *folder.glob(f"{MEMBER}*")):
-        if part.is_dir():
-            with RunLock(part):
-                clear_run(part)
-            with contextlib.suppress(OSError):  # what else is in it stays
-                part.rmdir()
 
 
 class EnsembleTrainer:
@@ -128,8 +133,8 @@ class EnsembleTrainer:
     def __init__(self, run: EnsembleRun, options: Mapping[str, Any], init: str | Path | None = None) -> None:
         self.run, self.lock = run, RunLock(run.folder)
         self._options = options
-        folder, recipe = run.trunk
-        self._trunk = Trainer(recipe, folder, **options, init=init)  # says what is wrong before anything is written
+        # Made here, it says what is wrong before anything is written.
+        self._trunk = Trainer(run.trunk[1], run.trunk[0], **options, init=init)
 
     def train(self, progress: bool = True, log: Callable[[str], object] = print_now) -> None:
         """Trains what is not trained yet, each from where it stands.
@@ -145,12 +150,20 @@ class EnsembleTrainer:
             run = self.run
             text = json.dumps({"recipe": asdict(run.recipe), "members": run.members}, indent=1)
             write_atomically(run.folder / MEMBERS, lambda path: Path(path).write_text(text))
-            if not (run.trunk[0] / WEIGHTS).exists():
+            if not _is_finished(*run.trunk):
                 _finish(self._trunk, progress, log)
             for index in range(run.members):
                 folder, recipe = run.member(index)
-                if not (folder / WEIGHTS).exists():
+                if not _is_finished(folder, recipe):
                     _finish(Trainer(recipe, folder, **self._options, init=run.trunk[0] / WEIGHTS), progress, log)
+
+
+def _is_finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run in ``folder`` has its weights; ValueError where it is of another recipe."""
+    if not (folder / WEIGHTS).exists():
+        return False
+    check_same(folder / METRICS, asdict(load_run(folder).recipe), recipe)
+    return True
 
 
 def _finish(trainer: Trainer, progress: bool, log: Callable[[str], object]) -> None:
