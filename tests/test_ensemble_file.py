@@ -129,6 +129,21 @@ def test_an_ensemble_is_sampled_packed_and_compiled_as_its_networks_are(ensemble
     torch.testing.assert_close(predict(compiled, X).probs, predict(ensemble, X).probs)
 
 
+def test_a_relu_is_packed_with_the_layer_before_it_in_each_network(tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    torch.manual_seed(0)
+    bayes = Ensemble([bqnn.convert(net()) for _ in range(2)])
+    packed = pack(bayes, execution="packed")
+    assert [network[1].relu for network in packed] == [True, True]
+    assert torch.equal(packed(X), Ensemble([pack(each, execution="packed") for each in bayes])(X))
+    bqnn.save(packed, tmp_path / "net")
+    assert [network[1].relu for network in bqnn.load(tmp_path / "net", model=net())] == [True, True]
+    shared = nn.Sequential(*bayes[0])
+    assert not pack(Ensemble([bayes[0], shared]))[0][1].relu, "another network may look in between"
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 

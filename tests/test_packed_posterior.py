@@ -159,6 +159,27 @@ def test_layers_that_share_a_posterior_share_table_and_draw(tmp_path: Path) -> N
         assert found.a.codes is found.b.codes and not torch.equal(found.a.codes, packed.a.codes)
 
 
+class Readers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(30, 8), nn.Linear(8, 30, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embedding(x))
+
+
+def test_who_reads_the_weight_sees_the_draw() -> None:
+    torch.manual_seed(0)
+    packed, x = pack(bqnn.convert(Readers(), 3, start_sigma=0.4), execution="packed"), torch.arange(30)
+    found = sample(packed, seed=0)
+    weight = found.head.decode()
+    assert not torch.equal(weight, packed.head.decode())
+    torch.testing.assert_close(found(x), weight @ weight.T)
+    draws = torch.stack([sample(packed, seed=k)(x).softmax(-1) for k in range(2)])
+    torch.testing.assert_close(predict(packed, x, samples=2, seed=0).probs, draws.mean(0))
+
+
 # --- draws ------------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +358,11 @@ def test_wrong_tables(chances: Any, error: type[Exception], message: str) -> Non
         PackedLinear(8, codes, levels, chances=chances)
     with pytest.raises(error, match=message):
         PackedConv2d(2, 2, codes, levels, chances=chances)
+    layer = PackedLinear(8, codes, levels, chances=torch.eye(3))
+    if isinstance(chances, Tensor):
+        layer.chances = chances
+        with pytest.raises(error, match=message):
+            sample(layer, seed=0)
 
 
 def test_a_file_keeps_the_posterior(tmp_path: Path) -> None:

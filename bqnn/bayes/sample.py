@@ -45,8 +45,8 @@ def sample(net: nn.Module, seed: int | None = None, batches: Iterable[Tensor] | 
 
     Raises:
         TypeError: ``net`` is no module, or ``seed`` no integer.
-        ValueError: there is no posterior to draw from; ``seed`` is out of its range; ``net`` can not be copied, as
-            :func:`bqnn.convert` says; the batches do not do for the statistics.
+        ValueError: there is no posterior to draw from, or a parameter or table of it is out of its range, or ``seed``
+            is; ``net`` can not be copied, as :func:`bqnn.convert` says; the batches do not do for the statistics.
     """
     check_module("net", net)
     _check_layers(net, 1)

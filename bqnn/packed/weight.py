@@ -100,8 +100,13 @@ class PackedWeight(nn.Module, Drawable):
         return math.prod(self.shape)
 
     def draw(self, noise: Noise) -> Tensor:
-        """Packed codes, uint8 in the shape of ``codes``. No weight is made; a few bytes are taken for each."""
+        """Packed codes, uint8 in the shape of ``codes``. No weight is made; a few bytes are taken for each.
+
+        Raises:
+            TypeError, ValueError: ``chances``, which may have been assigned or changed, are no table for the codes.
+        """
         assert self.chances is not None
+        check_chances(self.chances, self.num_levels, self.codes)
         codes = unpack_codes(self.codes, self.num_levels, math.prod(self.shape[1:]))
         return pack_codes(draw_codes(codes, self.chances, noise), self.num_levels)
 
