@@ -278,8 +278,9 @@ def renamed(names: dict[str, Any], old: str, new: str) -> None:
     ("change", "message"),
     [
         pytest.param(lambda m, t: m.update(ensemble=2), "layers must be of the 2 networks of ensemble", id="fewer"),
-        pytest.param(lambda m, t: m.update(ensemble=2**62), f"layers must be of the {2**62} networks", id="huge"),
-        pytest.param(lambda m, t: m.update(ensemble=0), "ensemble must be a number of networks, got 0", id="none"),
+        pytest.param(lambda m, t: m.update(ensemble=2**62), "ensemble must be .* 1 to 1000, got", id="huge"),
+        pytest.param(lambda m, t: m.update(ensemble=4), "layers must be of the 4 networks of ensemble", id="more"),
+        pytest.param(lambda m, t: m.update(ensemble=0), "ensemble must be .* got 0", id="none"),
         pytest.param(lambda m, t: m.update(ensemble=True), "ensemble must be a number of networks", id="bool"),
         pytest.param(lambda m, t: m.update(ensemble=None), "ensemble must be a number of networks", id="null"),
         pytest.param(lambda m, t: m.pop("ensemble"), "layer '0.conv1' is in the file and not in the model", id="lost"),
@@ -289,7 +290,7 @@ def renamed(names: dict[str, Any], old: str, new: str) -> None:
         ),
         pytest.param(lambda m, t: m["alias"].pop("1.bn1.bias"), "network 1: tensor 'bn1.bias' is missing", id="alias"),
         pytest.param(
-            lambda m, t: t.update({"1.more": torch.zeros(1)}), "network 1: tensor 'more' is unexpected", id="more"
+            lambda m, t: t.update({"1.more": torch.zeros(1)}), "network 1: tensor 'more' is unexpected", id="alien"
         ),
         pytest.param(
             lambda m, t: t.update({"3.more": torch.zeros(1)}), "tensor '3.more' is of none of the 3", id="outside"

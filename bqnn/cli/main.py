@@ -118,7 +118,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("path", type=_path, metavar="DIR|FILE", help="folder of a run (not packed), or a file")
     sub.add_argument("--split", choices=SPLITS, default="test", help="images to test on (default: %(default)s)")
-    sub.add_argument("--samples", type=int, default=1, metavar="N", help="also the mean over N posterior samples")
+    text = "also the mean over N posterior samples, of an ensemble a multiple of its networks"
+    sub.add_argument("--samples", type=int, default=1, metavar="N", help=text)
     text = "estimate the BatchNorm statistics of each sample again, on training images"
     sub.add_argument("--refresh", action="store_true", help=text)
     sub.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")

@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 FIELD = "ensemble"
 """Of the metadata: the number of networks, in the file of an ensemble."""
+MOST_NETWORKS = 1000
+"""In a file. They may have all tensors in common, and each gets its own in memory: so a file takes no more than so many
+times its size."""
 
 
 def count_of(contents: Contents) -> int | None:
@@ -29,8 +32,8 @@ def check_members(contents: Contents) -> None:
     if FIELD not in contents.metadata:
         return
     count = contents.metadata[FIELD]
-    if not is_count(count, 1):
-        raise FormatError(f"{FIELD} must be a number of networks, got {count!r:.80}")
+    if not is_count(count, 1) or count > MOST_NETWORKS:
+        raise FormatError(f"{FIELD} must be a number of networks, 1 to {MOST_NETWORKS}, got {count!r:.80}")
     layers = _by_network(contents.metadata["layers"])
     if len(layers) != count or set(layers) != set(map(str, range(count))):
         raise FormatError(f"layers must be of the {count} networks of {FIELD}, got those of {list(layers)!s:.80}")

@@ -19,13 +19,13 @@ from bqnn.core.check import check_int
 from bqnn.core.ensemble import Ensemble
 from bqnn.core.files import open_regular, write_atomically
 from bqnn.core.text import shown
+from bqnn.files.members import MOST_NETWORKS
 from bqnn.lab.folder import CHECKPOINT, MEMBERS, METRICS, WEIGHTS, RunLock, check_same, print_now, read_recipe
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.runs import Run, clear_run, load_network, load_run
 from bqnn.lab.train import Trainer
 
 TRUNK, MEMBER = "trunk", "member-"
-MOST_MEMBERS = 1000
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class EnsembleRun:
     """What members.json holds, and what follows from it.
 
     Raises:
-        TypeError, ValueError: ``members`` is no integer from 1 to 1000.
+        TypeError, ValueError: ``members`` is no integer from 1 to as many as a packed file may hold.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class EnsembleRun:
     members: int
 
     def __post_init__(self) -> None:
-        check_int("members", self.members, 1, MOST_MEMBERS)
+        check_int("members", self.members, 1, MOST_NETWORKS)
 
     @property
     def trunk(self) -> tuple[Path, Recipe]:
