@@ -200,6 +200,15 @@ def test_a_code_is_the_cell_of_its_word(count: int, num_levels: int) -> None:
         assert torch.equal(draw_codes(codes[None, :100], chances, Noise(torch.tensor(2**62 + 5), 7))[0], found[:100])
 
 
+def test_a_word_at_a_bound_is_of_the_higher_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = torch.tensor([0, 2**30 - 1, 2**30, 2**31 - 1, 2**31, 2**32 - 1])
+    monkeypatch.setattr(Noise, "words", lambda self, count, device: iter([(slice(0, count), words)]))
+    for code, chances in enumerate(([0.25, 0.25, 0.5], [0.0, 0.5, 0.5], [0.5, 0.5, 0.0])):
+        table = torch.tensor([chances] * 3)
+        found = draw_codes(torch.full((6,), code, dtype=torch.uint8), table, Noise(torch.tensor(0), 0))
+        assert found.tolist() == [[0, 0, 1, 1, 2, 2], [1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 1, 1]][code]
+
+
 def test_what_has_no_chance_is_never_drawn() -> None:
     chances = torch.tensor([[0.0, 0.25, 0.75, 0.0], [0.0, 1.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.5], [0.0, 0.0, 0.0, 1.0]])
     codes = torch.arange(4, dtype=torch.uint8).repeat_interleave(50_000)

@@ -108,14 +108,15 @@ def draws_each(net: Ensemble, samples: int) -> int:
 
 def _of_one(net: nn.Module, numbers: range, seed: int | None, kept: list[Tensor] | None) -> Iterator[nn.Module]:
     """The networks with these numbers, all drawn from ``net``."""
-    twin: Any = replica(net).eval()
+    # Two replicas: the second becomes a sample, and both have the same names, other than a network that is compiled.
+    source, twin = replica(net), replica(net).eval()
     norms: list[Any] = [module for module in twin.modules() if is_tracked(module)]
     for norm in norms:  # statistics of its own
         norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()
         norm.num_batches_tracked = norm.num_batches_tracked.clone()
     layers = drawable_layers(twin)
     for number in numbers:
-        for name, weight in _draw(net, _seed_of(seed, number)).items():
+        for name, weight in _draw(source, _seed_of(seed, number)).items():
             layers[name].show(weight)
         if kept is not None:
             refresh_batchnorm(twin, kept)
