@@ -7,6 +7,7 @@ from bqnn.bayes.elbo import Elbo, elbo, kl_divergence, kl_warmup, parameter_grou
 from bqnn.bayes.layers import BayesConv2d, BayesLinear, sampling
 from bqnn.bayes.predict import Prediction, predict
 from bqnn.bayes.sample import sample
+from bqnn.core.ensemble import Ensemble
 from bqnn.core.files import FormatError
 from bqnn.core.native import cpu_isa
 from bqnn.engine.compile import compile
@@ -26,6 +27,7 @@ __all__ = [
     "CompiledEnsemble",
     "CompiledNetwork",
     "Elbo",
+    "Ensemble",
     "FormatError",
     "PackedConv2d",
     "PackedLinear",

@@ -23,7 +23,7 @@ from bqnn.core.timing import measure_side_by_side
 from bqnn.data.splits import normalise
 from bqnn.lab import runs
 from bqnn.lab.compile_run import calibration
-from bqnn.lab.evaluate import find_split
+from bqnn.lab.evaluate import find_split, statistics_batches
 from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import Trainer
@@ -266,6 +266,26 @@ def test_eval_with_samples_adds_uncertainty(run: Any, folder: Path) -> None:
     assert runs.load_run(folder / "bayes").scores != found
 
 
+@pytest.mark.parametrize("what", ["bayes", "bayes/packed.safetensors"])
+def test_eval_refreshes_the_statistics_of_samples(run: Any, folder: Path, what: str) -> None:
+    asked = ("eval", folder / what, "--samples", 3, "--seed", 5)
+    own, refreshed = (run(*asked, *more).out.splitlines() for more in ((), ("--refresh",)))
+    line = next(index for index, text in enumerate(own) if text.startswith("mean of 3 samples"))
+    assert own[:line] == refreshed[:line] and own[line] != refreshed[line]
+    assert [index for index, text in enumerate(refreshed) if "mutual information" in text] == [line + 1]
+
+    data, split = runs.load_data(Recipe(), "data"), runs.load_data(Recipe(), "data").test
+    net = bqnn.load(folder / what) if what.endswith("tensors") else runs.load_network(runs.load_run(folder / what))
+    torch.manual_seed(5)
+    given = statistics_batches(data, Recipe().seed, torch.device("cpu"))
+    found = bqnn.predict(net, normalise(split.images, data.mean, data.std), samples=3, batches=given)
+    error = 100 * float((found.probs.argmax(1) != split.labels).double().mean())
+    nll = float(torch.nn.functional.nll_loss(found.probs.log(), split.labels))
+    assert numbers(refreshed[line])[:2] == pytest.approx([error, nll], abs=0.006)
+    expected = [float(found.entropy.mean()), float(found.mutual_information.mean())]
+    assert numbers(refreshed[line + 1]) == pytest.approx(expected, abs=2e-4)
+
+
 def test_eval_keeps_what_other_splits_gave(run: Any, folder: Path) -> None:
     run("eval", folder / "fpnn")
     run("eval", folder / "fpnn", "--split", "validation")
@@ -374,10 +394,12 @@ def test_info_adds_up(run: Any, folder: Path) -> None:
     head, columns, *rows = result.out.splitlines()
     assert "lenet5(in_channels=1, num_classes=10, image_size=8)" in head
     assert columns.split()[:3] == ["layer", "kind", "shape"]
-    assert [row.split()[0] for row in rows] == ["conv1", "conv2", "fc1", "fc2", "fc3", "other", "header", "file"]
+    names = ["conv1", "conv2", "fc1", "fc2", "fc3", "posteriors", "other", "header", "file"]
+    assert [row.split()[0] for row in rows] == names
     sizes = [int(row.split()[-1].replace(",", "")) for row in rows]
     assert sum(sizes[:-1]) == sizes[-1] == file.stat().st_size
-    assert rows[2].split()[1:7] == ["linear", "120x256", "3", "1", "1.62", "6,252"]
+    assert rows[2].split()[1:] == ["linear", "120x256", "3", "1", "yes", "1.62", "6,252"]
+    assert sizes[5] == 5 * 36
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -419,7 +441,8 @@ MISTAKES = [
     pytest.param(["eval", "{runs}/bayes", "--dataset", "digits"], "--dataset", id="dataset-of-a-run"),
     pytest.param(["eval", "{runs}/bayes", "--samples", "0"], "samples must be at least 1", id="no-sample"),
     pytest.param(["eval", "{runs}/fpnn", "--samples", "2"], "no Bayes layer", id="samples-of-fpnn"),
-    pytest.param(["eval", "{runs}/bayes/packed.safetensors", "--samples", "2"], "samples", id="samples-of-packed"),
+    pytest.param(["eval", "{runs}/bayes/packed.compiled-int8.safetensors", "--samples", "2"], "samples", id="compiled"),
+    pytest.param(["eval", "{runs}/bayes", "--refresh"], "samples must be more than 1", id="nothing-to-refresh"),
     pytest.param(["pack", "{runs}/fpnn"], "full-precision run", id="pack-fpnn"),
     pytest.param(["pack", "{runs}/bayes", "-o", "{tmp}/no/net"], "{tmp}/no/", id="pack-into-nothing"),
     pytest.param(["report", "{tmp}"], "{tmp} is not the folder of a run", id="report-of-nothing"),

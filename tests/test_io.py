@@ -134,7 +134,7 @@ def test_shared_layers_are_stored_once_and_stay_shared(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     save(net, path)
     assert set(info(path)["tensors"]) == {
-        *(f"first.{part}" for part in ("codes", "levels", "bias")),
+        *(f"first.{part}" for part in ("codes", "levels", "bias", "chances")),
         *(f"norm.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
     }
     loaded = load(path, model=Shared())
@@ -184,9 +184,9 @@ def test_nothing_is_unpickled(lenet_file: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_lenet_stays_within_its_budget(lenet_file: Path) -> None:
     described = info(lenet_file)
-    assert len(described["tensors"]) == 31
-    assert sum(tensor["bytes"] for tensor in described["tensors"].values()) == 16_044
-    assert lenet_file.stat().st_size <= 19_300
+    assert len(described["tensors"]) == 31 + 5
+    assert sum(tensor["bytes"] for tensor in described["tensors"].values()) == 16_044 + 5 * 36
+    assert lenet_file.stat().st_size <= 19_800
 
 
 def test_info(lenet_file: Path) -> None:
@@ -205,6 +205,7 @@ def test_info(lenet_file: Path) -> None:
         "num_levels": 3,
         "bytes": 6 * 5 + 12,
         "bits_per_weight": 1.6,
+        "posterior_bytes": 36,
     }
     assert described["layers"]["fc3"]["bytes"] == 10 * 17 + 12 + 40
 

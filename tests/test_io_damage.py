@@ -209,7 +209,7 @@ def set_field(name: str, field: str, value: Any) -> Callable[[dict[str, Any]], N
         pytest.param(lambda header: header.pop("0.codes"), "bytes follow", id="tensor-left-out"),
         pytest.param(
             lambda header: header.update(z={"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}),
-            "the header has 9 tensors but CRC-32s of 8",
+            "the header has 10 tensors but CRC-32s of 9",
             id="crc-count",
         ),
     ],
@@ -284,6 +284,18 @@ def set_byte(name: str, value: int) -> Callable[[dict[str, Any], dict[str, Tenso
             "fc1.levels must be torch.float32",
             id="levels-dtype",
         ),
+        pytest.param(set_tensor("fc1.chances", torch.eye(4)), "'fc1.chances' must have the shape", id="chances-shape"),
+        pytest.param(set_tensor("fc1.chances", torch.eye(3).double()), "fc1.chances must be", id="chances-dtype"),
+        pytest.param(set_tensor("fc1.chances", torch.eye(3) * 0.9999), "fc1.chances must be from 0", id="chances-sum"),
+        pytest.param(
+            set_tensor("fc1.chances", torch.tensor([[1.5, -0.5, 0.0], [0.0, 1, 0], [0.0, 0, 1]])),
+            "fc1.chances must be from 0 to 1",
+            id="chances-range",
+        ),
+        pytest.param(
+            set_tensor("fc1.chances", torch.full((3, 3), float("nan"))), "fc1.chances must be from 0", id="chances-nan"
+        ),
+        pytest.param(set_tensor("bn1.chances", torch.eye(3)), "'bn1.chances' is unexpected", id="chances-elsewhere"),
         pytest.param(set_tensor("bn1.weight", None), "'bn1.weight' is missing", id="no-bn"),
         pytest.param(set_tensor("bn9.weight", torch.zeros(1)), "'bn9.weight' is unexpected", id="extra-tensor"),
         pytest.param(set_tensor("bn1.weight", torch.zeros(7)), "'bn1.weight' has shape", id="bn-shape"),

@@ -71,9 +71,11 @@ def test_packed_and_unpacked_agree_on_every_test_image(
 
 def test_packed_file_is_a_thirteenth_of_the_full_precision_file(short_run: Trainer, tmp_path: Path) -> None:
     packed, dense = tmp_path / "packed.safetensors", tmp_path / "dense.safetensors"
-    bqnn.save(bqnn.pack(short_run.net), packed)
+    bqnn.save(bqnn.sample(bqnn.pack(short_run.net), seed=0), packed)
     save_file(lenet5().state_dict(), dense)
     assert packed.stat().st_size <= dense.stat().st_size / 13
+    bqnn.save(bqnn.pack(short_run.net), tmp_path / "posterior")
+    assert (tmp_path / "posterior").stat().st_size <= packed.stat().st_size + 5 * (36 + 81), "five layers' chances"
     assert bqnn.info(packed)["bytes"] == packed.stat().st_size
 
 

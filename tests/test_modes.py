@@ -172,6 +172,15 @@ def test_replicas_of_compiled_and_scripted_modules_have_modes_of_their_own() -> 
         assert net.training and not torch.equal(net(X), net(X))
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["bayes", "packed"])
+def test_a_compiled_network_is_sampled_as_it_is_uncompiled(packed: bool) -> None:
+    net = make_net(start_sigma=0.4).eval()
+    net = bqnn.pack(net, execution="packed") if packed else net
+    expected = bqnn.predict(net, X, samples=3, seed=0)
+    for compiled in (torch.compile(net, backend="eager"), nn.Sequential(torch.compile(net, backend="eager"))):
+        assert torch.equal(bqnn.predict(compiled, X, samples=3, seed=0).probs, expected.probs)
+
+
 def test_a_deterministic_layer_does_not_train_its_variance() -> None:
     layer: BayesLayer = make_net()[0]
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)

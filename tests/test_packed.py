@@ -138,7 +138,7 @@ def test_dense_weight_is_decoded_once_and_only_there() -> None:
     assert not weight.values.is_inference()
     assert dense(x) is not None
     assert dense_packed.weights(*key) is weight
-    assert set(dense.state_dict()) == {"codes", "levels", "bias"}
+    assert set(dense.state_dict()) == {"codes", "levels", "bias", "chances"}
     assert copy.deepcopy(dense)._prepared is None
     del key, dense
     assert len(dense_packed.weights) == kept

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn import ops
-from bqnn.bayes.estimator import EstimatedWeight
+from bqnn.bayes.drawn import DrawnWeight
 from bqnn.core import codebook, quantizer
 from bqnn.core.check import check_choice, check_flag, check_floating, check_num_levels, check_number
 from bqnn.core.philox import Noise, fresh_seed
@@ -33,7 +33,7 @@ def check_start_sigma(start_sigma: float) -> None:
         raise ValueError(f"start_sigma must be from 0.001 to 10, got {start_sigma}")
 
 
-class BayesLayer(EstimatedWeight):
+class BayesLayer(DrawnWeight):
     """What both layers share: the posterior, the codebook, the estimator and the divergence from the prior.
 
     Parameters of the module: the means, which are called "weight" in state dicts and by ``named_parameters``, as those
@@ -48,8 +48,6 @@ class BayesLayer(EstimatedWeight):
     raw_thresholds: nn.Parameter | None
     level_scale: Tensor
     prior_sigma2: Tensor
-    drawn: Tensor | None = None
-    """In evaluation mode the quantized weight, where a sample stands for that of the means; of replicas alone."""
 
     def _init_bayes(
         self,
@@ -99,7 +97,6 @@ class BayesLayer(EstimatedWeight):
         return self._codebook()[1].to(self.mean.dtype)
 
     def codebook(self) -> tuple[Tensor, Tensor]:
-        """Levels [G, M] and thresholds [G, M - 1], float32 at least: what the layer computes with."""
         return self._codebook()[:2]
 
     def _codebook(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,7 +242,6 @@ class BayesLayer(EstimatedWeight):
         return (quantizer.look_up(levels, codes) + (drawn - partitioned)).to(self.mean.dtype)
 
     def check_parameters(self) -> None:
-        """Raises ValueError for a parameter with NaN or infinity, or a log_sigma2 out of range; names it."""
         for name, parameter in self.named_parameters(recurse=False):
             if not torch.isfinite(parameter).all():
                 raise ValueError(f"{name} must be finite, got NaN or infinity")

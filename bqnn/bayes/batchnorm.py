@@ -14,9 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bqnn.core.modes import replica
 from bqnn.core.precision import wide
 
+MOST_BATCHES = 20  # are enough
+
 
 @torch.no_grad()
-def refresh_batchnorm(net: nn.Module, batches: Iterable[Tensor], limit: int = 20) -> nn.Module:
+def refresh_batchnorm(net: nn.Module, batches: Iterable[Tensor], limit: int = MOST_BATCHES) -> nn.Module:
     """Re-estimates the running statistics of every BatchNorm with the network in evaluation mode.
 
     The weights of training are noisy and those of the test are not, so the activations' statistics differ. The new
@@ -28,7 +30,7 @@ def refresh_batchnorm(net: nn.Module, batches: Iterable[Tensor], limit: int = 20
     Args:
         net: any network; the statistics are changed in place, and nothing else.
         batches: inputs, as the network takes them; those taken are kept until the end.
-        limit: the number of batches at most; 20 are enough.
+        limit: the number of batches at most.
 
     Returns:
         ``net``.

@@ -105,6 +105,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--init", type=_path, metavar="FILE", help=f"{WEIGHTS} of a full-precision run, for the first phase"
     )
+    text = "train an ensemble of S networks from one full-precision trunk, each with its own seed"
+    sub.add_argument("--members", type=int, metavar="S", help=text)
     exclusive = sub.add_mutually_exclusive_group()
     exclusive.add_argument("--resume", action="store_true", help="go on from the last checkpoint, with its recipe")
     exclusive.add_argument("--force", action="store_true", help="replace the run that is in DIR")
@@ -116,7 +118,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("path", type=_path, metavar="DIR|FILE", help="folder of a run (not packed), or a file")
     sub.add_argument("--split", choices=SPLITS, default="test", help="images to test on (default: %(default)s)")
-    sub.add_argument("--samples", type=int, default=1, metavar="N", help="also the mean over N posterior samples")
+    text = "also the mean over N posterior samples, of an ensemble a multiple of its networks"
+    sub.add_argument("--samples", type=int, default=1, metavar="N", help=text)
+    text = "estimate the BatchNorm statistics of each sample again, on training images"
+    sub.add_argument("--refresh", action="store_true", help=text)
     sub.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     sub.add_argument("--dataset", metavar="NAME", help="for a packed file; by default that of the run beside it")
     sub.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of a packed file (default: %(default)s)")

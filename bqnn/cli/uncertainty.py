@@ -40,14 +40,15 @@ NATS = ("NLL and entropy", "NLL, entropy and mutual information (MI)")  # of one
 NAME, NUMBER = 22, 11  # characters of a column
 
 
-def evaluate_uncertainty(net: nn.Module, data: Splits, name: str, run: Run | None, options: Namespace) -> None:
-    """Prints what a network, or with ``samples`` its posterior, says; writes it to ``output`` and into a run's folder.
+def evaluate_uncertainty(net: nn.Module, data: Splits, name: str, runs: Sequence[Run], options: Namespace) -> None:
+    """Prints what a network, or with ``samples`` its posterior, says; writes it to ``output`` and, of one run, into
+    its folder.
 
     Args:
         net: the network, on the device that it is tested on.
         data: its data set.
         name: what kind of network it is.
-        run: the run that it is of; None for a file.
+        runs: whose networks it has; none for a file.
         options: of `bqnn eval`: path, split, samples, seed, data_root and output.
     """
     found = measure(
@@ -64,7 +65,7 @@ def evaluate_uncertainty(net: nn.Module, data: Splits, name: str, run: Run | Non
     print(format_table(result))
     if other_name(data) not in result["ood"]:
         print(f"\n{other_name(data)} is not in {options.data_root}: no images of another data set")
-    paths = [] if run is None else [add_uncertainty(run, result)]
+    paths = [add_uncertainty(runs[0], result)] if len(runs) == 1 else []
     if options.output is not None:
         write_uncertainty(options.output, result)
         paths.append(options.output)

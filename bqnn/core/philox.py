@@ -9,7 +9,7 @@ gives the same words whatever its threads, tiles and blocks are, and a backward 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,8 +18,11 @@ from torch import Tensor
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-LOW_32 = 0xFFFFFFFF
+WORDS = 1 << 32
+"""How many words there are: a word is from 0 to one less."""
+LOW_32 = WORDS - 1
 CALLS_A_BLOCK = 1 << 14  # four int64 words of a block stay in a core's cache through the ten rounds
+CALLS_A_GPU_BLOCK = 1 << 18  # words of so many calls, and what is made of them, take about 100 MB
 
 
 class Noise(NamedTuple):
@@ -34,6 +37,14 @@ class Noise(NamedTuple):
         """:func:`normal` in the shape and dtype of ``like``, and on its device."""
         assert self.seed is not None
         return normal(self.seed, self.offset, like.shape, like.device, like.dtype)
+
+    def words(self, count: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """The words of elements 0 to ``count`` in blocks: the elements of each, and their words, int64 [elements]."""
+        assert self.seed is not None
+        step = CALLS_A_BLOCK if device.type == "cpu" else CALLS_A_GPU_BLOCK
+        for first, words in _blocks(self.seed, self.offset, -(-count // 4), step, device):
+            elements = slice(4 * first, min(4 * (first + words.shape[1]), count))
+            yield elements, words.t().flatten()[: elements.stop - elements.start]
 
 
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,6 +78,13 @@ def random_words(seed: int, offset: int, first_call: int, calls: int, device: to
     return torch.stack(philox4x32(counter, (seed & LOW_32, (seed >> 32) & LOW_32)))
 
 
+def _blocks(seed: Tensor, offset: int, calls: int, step: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """The words of ``calls`` calls, ``step`` at a time: the first call of each block, and :func:`random_words`."""
+    key = int(seed)
+    for first in range(0, calls, step):
+        yield first, random_words(key, offset, first, min(step, calls - first), device)
+
+
 def normals_from_words(words: Tensor) -> Tensor:
     """Box-Muller: int64 [4, n] words to float32 [n, 4] independent N(0, 1), in call order when flattened.
 
@@ -86,13 +104,12 @@ def normal(seed: Tensor, offset: int, shape: Sequence[int], device: torch.device
         offset: the call that holds element 0.
         shape: of the result, which is contiguous: i is the index in row-major order.
     """
-    total, key = math.prod(shape), int(seed)
+    total = math.prod(shape)
     calls = -(-total // 4)
     out = torch.empty((calls, 4), device=device, dtype=dtype)
-    block = CALLS_A_BLOCK if device.type == "cpu" else max(calls, 1)
-    for first in range(0, calls, block):
-        last = min(first + block, calls)
-        out[first:last] = normals_from_words(random_words(key, offset, first, last - first, device))
+    step = CALLS_A_BLOCK if device.type == "cpu" else max(calls, 1)
+    for first, words in _blocks(seed, offset, calls, step, device):
+        out[first : first + words.shape[1]] = normals_from_words(words)
     return out.flatten()[:total].view(shape)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.core.check import check_precision
+from bqnn.core.ensemble import Ensemble
 from bqnn.engine.calibrate import calibrate
 from bqnn.engine.capture import Captured, capture
 from bqnn.engine.compiled import CompiledNetwork, compile_captured
@@ -37,8 +38,8 @@ def compile(
 
     Args:
         net: on the CPU; Bayes layers in it are packed first, and plain layers are taken with their dense weights. A
-            list or tuple of networks that take the same inputs becomes an ensemble; each has to return one tensor, all
-            of the same shape.
+            list or tuple of networks that take the same inputs, or a :class:`bqnn.Ensemble` of them, becomes an
+            ensemble; each has to return one tensor, all of the same shape.
         example: an input [batch, ...], or a tuple of the inputs; their shapes count, but for the batch's size, which
             has to be 1 or more. To the network, inputs that are floating point or uint8 are float32.
         precision: "fp32"; "bf16", which at present computes as "fp32" does; or "int8", quantized activations and
@@ -46,8 +47,8 @@ def compile(
         calibration: for "int8", batches of inputs like ``example``, whose ranges the scales are made of.
 
     Returns:
-        a module that takes inputs as ``net`` does, positional ones alone, and returns what it returns; of a list or
-        tuple a :class:`CompiledEnsemble`, which returns what each network returns, stacked: [networks, batch, classes].
+        a module that takes inputs as ``net`` does, positional ones alone, and returns what it returns; of several
+        networks a :class:`CompiledEnsemble`, which returns what each of them does, stacked: [networks, batch, classes].
 
     Raises:
         TypeError, ValueError: an argument is wrong, or torch.export can not capture the network with a batch of any
@@ -71,6 +72,8 @@ def compile(
         return compiled if calibration is None else _quantized(compiled, calibration)
 
     with torch.autocast("cpu", enabled=False):
+        if isinstance(net, Ensemble):
+            net = list(net)
         if not isinstance(net, (list, tuple)):
             return finished(captured(net))
         if not net:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bqnn.core.ensemble import Ensemble
+from bqnn.core.ensemble import Stacked
 from bqnn.engine.capture import Captured
 from bqnn.engine.compiled import CompiledNetwork
 from bqnn.engine.graph import Graph, Node, Value
@@ -18,7 +18,7 @@ from bqnn.engine.partition import EnginePart, Part, TorchPart
 Rename = Callable[[str], str]
 
 
-class CompiledEnsemble(CompiledNetwork, Ensemble):
+class CompiledEnsemble(CompiledNetwork, Stacked):
     """Networks that :func:`bqnn.compile` made one of.
 
     ``forward`` takes what each of the networks takes, as a :class:`CompiledNetwork` does, and gives the output of each,

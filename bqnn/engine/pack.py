@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from bqnn.bayes.base import BayesLayer
 from bqnn.bayes.layers import BayesConv2d, BayesLinear, bayes_layers
+from bqnn.core.chances import chances_of
 from bqnn.core.check import check_flag, check_module, check_precision
 from bqnn.core.codes import pack_codes
+from bqnn.core.quantizer import Posterior
 from bqnn.core.readers import drop_parameter, readers
 from bqnn.core.references import copy_network
 from bqnn.core.replace import become, bound_methods, check_own_forward, rebind
@@ -46,8 +48,12 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
     nothing in the network can tap between them (:func:`bqnn.engine.relu.relu_after`): the packed layer does its work,
     an nn.Identity its place.
 
-    What is packed has no parameters: codes, levels and bias are buffers. ``next(net.parameters())`` of a network of
-    packed layers alone raises StopIteration; its dtype is that of ``layer.weight``.
+    Of a posterior a table of chances stays, M x M for a layer: how probable it is that a draw from the posterior has
+    which code, given the code of the mean. With it :func:`bqnn.sample` and :func:`bqnn.predict` draw networks from the
+    packed one; what it says is right where means have gathered at their levels. A deterministic layer has none.
+
+    What is packed has no parameters: codes, levels, bias and chances are buffers. ``next(net.parameters())`` of a
+    network of packed layers alone raises StopIteration; its dtype is that of ``layer.weight``.
 
     Args:
         net: a network that bqnn.convert made, or a single Bayes layer.
@@ -91,11 +97,15 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
 
 
 def _share_codes(replacements: Mapping[BayesLayer, PackedLayer]) -> None:
-    """Lets layers that shared a posterior share codes and levels."""
+    """Lets layers that shared a posterior share codes, levels and chances; a deterministic one has no chances."""
     firsts: dict[tuple[int, ...], PackedLayer] = {}
+    tables: dict[tuple[int, ...], Tensor] = {}
     for layer, packed in replacements.items():
-        first = firsts.setdefault(tuple(map(id, layer.weight_sources())), packed)
+        key = tuple(map(id, layer.weight_sources()))
+        first = firsts.setdefault(key, packed)
         packed.codes, packed.levels = first.codes, first.levels
+        if packed.chances is not None:
+            packed.chances = tables.setdefault(key, packed.chances)
 
 
 def pack_layer(
@@ -107,21 +117,20 @@ def pack_layer(
         TypeError: ``layer`` is neither a BayesLinear nor a BayesConv2d.
         ValueError: a parameter is not finite or out of range, or an argument is wrong.
     """
+    options: dict[str, Any] = {"precision": precision, "execution": execution, "relu": relu}
     if isinstance(layer, BayesLinear):
-        return PackedLinear(layer.in_features, *_packed_tensors(layer), precision, execution, relu)
+        return PackedLinear(layer.in_features, **_packed_tensors(layer), **options)
     if isinstance(layer, BayesConv2d):
         return PackedConv2d(
             layer.in_channels,
             layer.kernel_size,
-            *_packed_tensors(layer),
+            **_packed_tensors(layer),
             stride=layer.stride,
             padding=layer.padding,
             dilation=layer.dilation,
             groups=layer.groups,
             padding_mode=layer.padding_mode,
-            precision=precision,
-            execution=execution,
-            relu=relu,
+            **options,
         )
     raise TypeError(f"layer must be a BayesLinear or a BayesConv2d, got {type(layer).__name__}")
 
@@ -136,8 +145,14 @@ def _pack_named(name: str, layer: BayesLayer, precision: str, execution: str) ->
     return packed
 
 
-def _packed_tensors(layer: BayesLayer) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, levels and bias of a Bayes layer, as the packed layers take them."""
-    codes = pack_codes(layer.codes().flatten(1), layer.num_levels)
-    bias = None if layer.bias is None else layer.bias.detach().clone()
-    return codes, layer._codebook()[0].detach().to(torch.float32, copy=True), bias
+def _packed_tensors(layer: BayesLayer) -> dict[str, Any]:
+    """Codes, levels, bias and chances of a Bayes layer, as the packed layers take them."""
+    codes = layer.codes()
+    levels, thresholds = (tensor.detach() for tensor in layer.codebook())
+    posterior = Posterior(layer.mean.detach(), layer.log_sigma2.detach(), levels, thresholds)
+    return {
+        "codes": pack_codes(codes.flatten(1), layer.num_levels),
+        "levels": levels.to(torch.float32, copy=True),
+        "bias": None if layer.bias is None else layer.bias.detach().clone(),
+        "chances": chances_of(posterior, codes) if layer.has_posterior else None,
+    }

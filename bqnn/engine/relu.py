@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from bqnn.core.ensemble import Ensemble
 from bqnn.core.references import references
 from bqnn.engine.taps import Names, is_sequential
 
@@ -18,8 +19,13 @@ def relu_after(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[int, 
     Nothing in the network may see what is between them. Both, and every module around them, are referred to once in all
     of ``net``, lists, closures and bound methods included, and have no hook. And the network's code only calls the
     Sequential and what is around it, up to the network itself or to modules that say what they call by name: it does
-    not iterate, index or hand on any of them. A network that is read from outside is not seen.
+    not iterate, index or hand on any of them. A network that is read from outside is not seen. An ensemble is as many
+    networks, which have no layer in common that is among the result.
     """
+    if isinstance(net, Ensemble):
+        found = [relu_after(network, kinds) for network in dict.fromkeys(net)]
+        uses = Counter(id(module) for network in dict.fromkeys(net) for module in network.modules())
+        return {layer: relu for each in found for layer, relu in each.items() if uses[layer] == 1}
     count = Counter(id(each.value) for each in references(net) if isinstance(each.value, nn.Module))
     relus: dict[int, nn.ReLU] = {}
     names: Names | None = None

@@ -150,6 +150,7 @@ def layers(net: CompiledNetwork) -> dict[str, dict[str, Any]]:
             "granularity": "channel" if book is not None and len(book) > 1 else "tensor",
             "bytes": sum(tensor.nbytes for tensor in own.values()),
             "bits_per_weight": 8 * weight.nbytes / (len(weight) * columns),
+            "posterior_bytes": 0,
         }
     return found
 

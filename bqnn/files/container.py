@@ -20,6 +20,8 @@ from torch import Tensor
 from bqnn.core.files import FormatError
 
 VERSION = 1
+"""Of what every file has. A tensor or a field that files can do without is no new version: whoever does not know it
+refuses the file and names it, and a file without it has the bytes that it always had."""
 KEY = "bqnn"
 DTYPES = {
     "BOOL": torch.bool,
@@ -71,13 +73,20 @@ class Contents(NamedTuple):
     header_bytes: int
     file_bytes: int
     source: BinaryIO
+    prefix: str = ""
+    """What the names of a part of the file begin with; who asks for the part names them without it."""
+    part: dict[str, Entry] | None = None
+    """The tensors of a part by all of their names, without the prefix."""
 
     def stored_as(self, name: str) -> str:
         """The name under which the file stores the tensor ``name``: another one where it is an alias."""
-        return self.metadata.get("alias", {}).get(name, name)
+        full = self.prefix + name
+        return self.metadata.get("alias", {}).get(full, full)
 
     def by_name(self) -> dict[str, Entry]:
         """The tensors by every name that they have."""
+        if self.part is not None:
+            return self.part
         alias = self.metadata.get("alias", {})
         return self.entries | {name: self.entries[stored] for name, stored in alias.items()}
 

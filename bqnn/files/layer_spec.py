@@ -18,7 +18,8 @@ from bqnn.packed.layers import PADDING_MODES, PackedConv2d, PackedLinear
 # What a convolution has if its description does not say otherwise.
 GEOMETRY = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1, "padding_mode": "zeros"}
 DIMENSIONS = {"linear": 2, "conv2d": 4}
-PARTS = ("codes", "levels", "bias")  # the tensors of a layer; the last may be missing
+NEEDED, OPTIONAL = ("codes", "levels"), ("bias", "chances")
+PARTS = (*NEEDED, *OPTIONAL)  # the tensors of a layer
 LARGEST_GEOMETRY = (1 << 31) - 1  # torch's convolutions and ours count positions in 32 bits
 
 
@@ -120,13 +121,16 @@ def check_tensors(name: str, spec: Mapping[str, Any], entries: Mapping[str, Entr
 
     ``entries`` are the tensors of the file by every name that they have.
     """
-    codes, levels, bias = (tensor_name(name, part) for part in PARTS)
+    codes, levels, bias, chances = (tensor_name(name, part) for part in PARTS)
     if missing := [tensor for tensor in (codes, levels) if tensor not in entries]:
         raise FormatError(f"tensor {missing[0]!r} is missing")
     shape, num_levels = spec["shape"], spec["num_levels"]
     codebooks = shape[0] if spec.get("granularity") == "channel" else 1
     width = packed_width(math.prod(shape[1:]), num_levels)
-    for tensor, dtype, needed in ((levels, "F32", [codebooks, num_levels]), (codes, "U8", [shape[0], width])):
+    tables = [(levels, "F32", [codebooks, num_levels]), (codes, "U8", [shape[0], width])]
+    if chances in entries:
+        tables.append((chances, "F32", [num_levels, num_levels]))
+    for tensor, dtype, needed in tables:
         if entries[tensor].shape != needed:
             raise FormatError(f"tensor {tensor!r} must have the shape {needed}, got {entries[tensor].shape}")
         if entries[tensor].dtype != dtype:
@@ -142,17 +146,17 @@ def check_tensors(name: str, spec: Mapping[str, Any], entries: Mapping[str, Entr
 def build_layer(
     name: str, spec: Mapping[str, Any], part: Callable[[str], Tensor | None], precision: str, execution: str
 ) -> PackedLayer:
-    """The layer that ``spec`` describes, both checked; ``part`` gives it codes, levels and bias to keep.
+    """The layer that ``spec`` describes, both checked; ``part`` gives it each of :data:`PARTS` to keep.
 
     Raises:
         FormatError: a tensor has a value that no layer can have; names the tensor.
     """
-    codes, levels, bias = (part(each) for each in PARTS)
+    codes, levels, bias, chances = (part(each) for each in PARTS)
     assert codes is not None and levels is not None
     shape, relu = spec["shape"], "relu" in spec
     try:
         if spec["kind"] == "linear":
-            return PackedLinear(shape[1], codes, levels, bias, precision, execution, relu)
+            return PackedLinear(shape[1], codes, levels, bias, precision, execution, relu, chances)
         geometry: dict[str, Any] = {key: spec.get(key, default) for key, default in GEOMETRY.items()}
         return PackedConv2d(
             shape[1] * geometry["groups"],
@@ -164,6 +168,7 @@ def build_layer(
             precision=precision,
             execution=execution,
             relu=relu,
+            chances=chances,
         )
     except (TypeError, ValueError) as error:
         # The message starts with the name of the argument, which is the last part of the tensor's name.

@@ -15,7 +15,7 @@ from bqnn.core.references import copy_network
 from bqnn.core.replace import become, bound_methods, rebind
 from bqnn.engine.relu import relu_after
 from bqnn.files.container import DTYPES, Contents
-from bqnn.files.layer_spec import PARTS, build_layer, check_fits, tensor_name
+from bqnn.files.layer_spec import NEEDED, PARTS, build_layer, check_fits, tensor_name
 from bqnn.packed.base import PackedLayer
 
 CREATORS = frozenset({torch.empty, torch.ones, torch.zeros, torch.tensor})  # what modules make their tensors with
@@ -135,6 +135,7 @@ def fill(contents: Contents, skeleton: nn.Module, precision: str, execution: str
     replacements: dict[int, Any] = {}
     layers: dict[nn.Module, PackedLayer] = {}
     tied: dict[tuple[Any, ...], PackedLayer] = {}
+    tables: dict[tuple[Any, ...], Tensor] = {}
     for name, spec in specs.items():
         module: Any = skeleton.get_submodule(name)
         if module in layers:
@@ -148,6 +149,9 @@ def fill(contents: Contents, skeleton: nn.Module, precision: str, execution: str
         stored = (contents.stored_as(tensor_name(name, kind)) for kind in ("codes", "levels"))
         first = tied.setdefault((module.weight, *stored), packed)
         packed.codes, packed.levels = first.codes, first.levels
+        if packed.chances is not None:
+            stored_table = contents.stored_as(tensor_name(name, "chances"))
+            packed.chances = tables.setdefault((module.weight, stored_table), packed.chances)
         replacements |= {id(tensor): tensor for _, tensor in _held(module)}
     for _, tensor in _held(skeleton):
         if id(tensor) in others:
@@ -200,9 +204,9 @@ def _above(name: str) -> Iterator[str]:
 
 
 def _tensors_of(specs: Mapping[str, Any], entries: Mapping[str, Any]) -> list[str]:
-    """The names of the layers' tensors, of those that must be there and of biases that are."""
-    names = [tensor_name(layer, part) for layer in specs for part in PARTS]
-    return [name for name in names if name in entries or not name.endswith("bias")]
+    """The names of the layers' tensors, of those that must be there and of others that are."""
+    names = [(tensor_name(layer, part), part) for layer in specs for part in PARTS]
+    return [name for name, part in names if part in NEEDED or name in entries]
 
 
 def _other_state(net: nn.Module, specs: Mapping[str, Any]) -> dict[str, Tensor]:

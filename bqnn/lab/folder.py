@@ -23,6 +23,8 @@ METADATA = "run"
 SPLITS = ("test", "validation")
 CHECKPOINT, WEIGHTS, METRICS = "checkpoint.pt", "model.safetensors", "metrics.json"
 UNCERTAINTY = {split: f"uncertainty-{split}.json" for split in SPLITS}
+MEMBERS = "members.json"
+"""What the folder of an ensemble has, whose members are runs in folders of their own."""
 LOCK = ".lock"
 NUMBERS = (int, float)
 # What a record of an epoch has, and which of it may be None.

@@ -15,6 +15,7 @@ from torch import nn
 
 from bqnn import models
 from bqnn.bayes.layers import bayes_layers
+from bqnn.core.ensemble import Ensemble
 from bqnn.core.files import open_regular, write_atomically
 from bqnn.core.text import shown
 from bqnn.data.splits import Splits, load_dataset
@@ -24,6 +25,7 @@ from bqnn.files.skeleton import built_in
 from bqnn.lab.checkpoint import read_checkpoint
 from bqnn.lab.folder import (
     CHECKPOINT,
+    MEMBERS,
     METADATA,
     METRICS,
     SPLITS,
@@ -79,7 +81,9 @@ def load_run(folder: str | Path) -> Run:
     """
     path = Path(folder) / METRICS
     if not path.exists():
-        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {METRICS}")
+        several = f"; it has an ensemble, whose members are runs: {folder}/member-0 and so on"
+        more = several if (Path(folder) / MEMBERS).exists() else ""
+        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {METRICS}{more}")
     return Run(Path(folder), *read_metrics(path, SPLITS))
 
 
@@ -175,14 +179,15 @@ def add_scores(run: Run, split: str, scores: Mapping[str, Any]) -> Run:
 
 
 def save_packed(net: nn.Module, path: str | Path) -> nn.Module:
-    """Packs a trained Bayes network into a file, loads it again and returns that.
+    """Packs a trained Bayes network, or an ensemble of them, into a file, loads it again and returns that.
 
     Raises:
         ValueError: ``net`` has no Bayes layer, or a parameter that is not finite.
         RuntimeError: a layer of the file does not decode to the weight it was made of.
     """
     network.save(pack(net), path)
-    packed = network.load(path, None if hasattr(net, "factory") else net)
+    model = net[0] if isinstance(net, Ensemble) else net
+    packed = network.load(path, None if hasattr(model, "factory") else model)
     for name, layer in bayes_layers(net).items():
         twin = packed.get_submodule(name)
         if not isinstance(twin, PackedLayer) or not torch.equal(twin.decode(), layer.quantized_weight().float().cpu()):

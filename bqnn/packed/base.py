@@ -1,4 +1,4 @@
-"""What the packed layers share: buffers, what is made of them once, and the choice between two ways to run.
+"""What the packed layers share: what is made of their buffers once, and the choice between two ways to run.
 
 Each runs in one of two ways, with the same result up to the order of summation: "packed" multiplies from the codes, or
 from a layout that a backend makes of them; "dense" multiplies with the weight, decoded once and kept. "auto" takes, for
@@ -8,7 +8,6 @@ each shape, the one that bqnn.packed.cost expects to be faster.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,18 +15,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bqnn.core.check import check_choice, check_flag, check_precision
-from bqnn.core.codes import find_bad_byte
-from bqnn.core.computed_weight import weight_of
 from bqnn.core.derived import version_of
 from bqnn.core.geometry import Geometry
 from bqnn.core.int8 import integer_limit
 from bqnn.ops import dispatch
-from bqnn.ops.backends import dense_packed
 from bqnn.ops.dispatch import Backend, Bound
-from bqnn.ops.packed_product import PackedCall, check_weight, decode
+from bqnn.ops.packed_product import PackedCall
 from bqnn.ops.register import call, is_plain
 from bqnn.packed.cost import Winning
 from bqnn.packed.probes import packed_rows
+from bqnn.packed.weight import PackedWeight
 
 EXECUTIONS = ("auto", "packed", "dense")
 
@@ -51,26 +48,21 @@ class Prepared(NamedTuple):
     """By dtype and shape of x: what runs it, with everything looked up."""
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(PackedWeight):
     """What the packed layers share.
 
-    Buffers: ``codes`` uint8 [N, packed_width(K, M)], ``levels`` float32 [1 or N, M], ``bias`` [N] or None. ``levels``
-    stays float32 when the module is cast. Buffers may be assigned, loaded, changed in place or swapped for a call
-    (torch.func.functional_call): the layer sees it, by identity and by the count of changes that autograd keeps. What
-    that one does not count, a change through ``tensor.data`` or of an inference tensor, the layer does not see. How a
-    shape runs is decided in its first call: a later change of BQNN_BACKEND leaves alone what the layer has run before.
+    Buffers, those of :class:`bqnn.packed.weight.PackedWeight`, may be assigned, loaded, changed in place or swapped for
+    a call (torch.func.functional_call): the layer sees it, by identity and by the count of changes that autograd keeps.
+    What that one does not count, a change through ``tensor.data`` or of an inference tensor, the layer does not see.
+    How a shape runs is decided in its first call: a later change of BQNN_BACKEND leaves alone what the layer has run
+    before.
     """
 
     op: str
-    codes: Tensor
-    levels: Tensor
-    bias: Tensor | None
     relu: bool = False
     """Whether negative outputs become 0."""
     _relu_of: tuple[nn.Module, ...] = ()
     """The module, now an nn.Identity, whose ReLU the layer does; in a tuple, as it is no part of the layer."""
-    weight_dtype: torch.dtype = torch.float32
-    """Of :attr:`weight`, as code outside the layer reads it: that of the network, or what it has been cast to."""
     _prepared: Prepared | None = None
 
     def __init__(
@@ -82,34 +74,17 @@ class PackedLayer(nn.Module):
         precision: str = "fp32",
         execution: str = "auto",
         relu: bool = False,
+        chances: Tensor | None = None,
     ) -> None:
-        super().__init__()
         check_precision(precision)
         check_execution(execution)  # before nn.Module sees it, which keeps a module as one of its own
         check_flag("relu", relu)
-        columns = math.prod(shape[1:])
-        check_weight(codes, levels, bias, columns)
+        super().__init__(shape, codes, levels, bias, chances)
         if precision == "int8":
-            integer_limit(columns, levels.shape[1])
-        _check_values(codes, levels, columns)
-        self.shape = shape
+            integer_limit(math.prod(shape[1:]), self.num_levels)
         self._precision = precision
         self.relu = relu
-        for name, tensor in (("codes", codes), ("levels", levels), ("bias", bias)):
-            self.register_buffer(name, None if tensor is None else _counted(tensor.detach()))
-        if bias is not None:
-            self.weight_dtype = bias.dtype
         self.execution = execution
-
-    @property
-    def num_levels(self) -> int:
-        """M, 2..16."""
-        return self.levels.shape[1]
-
-    @property
-    def granularity(self) -> str:
-        """ "tensor" (one codebook) or "channel" (one an output channel)."""
-        return "tensor" if self.levels.shape[0] == 1 else "channel"
 
     @property
     def precision(self) -> str:
@@ -129,37 +104,9 @@ class PackedLayer(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, levels and bias. A decoded weight and a layout, where they are kept, are not counted."""
+        """Bytes of codes, levels and bias: the network without a posterior. A decoded weight and a layout, where they
+        are kept, are not counted."""
         return sum(tensor.nbytes for tensor in (self.codes, self.levels, self.bias) if tensor is not None)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight in the layer's shape, for who reads it past the forward pass: decoded when it is used and
-        then kept, in float32; its dtype is that of the network. A change in place raises RuntimeError."""
-        return weight_of(self)
-
-    def weight_sources(self) -> tuple[Tensor, ...]:
-        return self.codes, self.levels
-
-    def weight_like(self) -> Tensor:
-        return self.levels.new_empty(self.shape, dtype=self.weight_dtype)
-
-    def weight_value(self) -> Tensor:
-        if not is_plain([self.codes, self.levels]):
-            return self.decode().to(self.weight_dtype)
-        values = dense_packed.weights((self.codes, self.levels), math.prod(self.shape[1:]), "fp32").values
-        return values.view(self.shape).to(self.weight_dtype)
-
-    def weight_target(self) -> Tensor:
-        raise RuntimeError(f"weight of a {type(self).__name__} is decoded from its codes and can not be changed")
-
-    def freeze_weight(self, requires_grad: bool) -> None:
-        if requires_grad:
-            self.weight_target()
-
-    def decode(self) -> Tensor:
-        """The dense float32 weight in the layer's shape."""
-        return decode(self.codes, self.levels, math.prod(self.shape[1:])).view(self.shape)
 
     def rows(self, x: Tensor) -> int:
         """How many output positions the layer computes for ``x``, over the whole batch."""
@@ -292,44 +239,12 @@ class PackedLayer(nn.Module):
             self._prepared = prepared
         return prepared
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
-        levels = self.levels
-        super()._apply(fn, recurse)
-        self.weight_dtype = fn(levels.new_empty(0, dtype=self.weight_dtype)).dtype
-        if self.levels.dtype != torch.float32:
-            self.levels = levels.to(self.levels.device)
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *messages: list[str]
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *messages)
-        try:
-            _check_values(self.codes, self.levels, math.prod(self.shape[1:]))
-        except ValueError as error:
-            messages[-1].append(prefix + str(error))
-
 
 def _name_of(execution: str) -> str | None:
     """The backend that is asked for: "packed" leaves it to the choice among those that multiply codes."""
     return "dense" if execution == "dense" else None
 
 
-def _counted(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of an inference tensor, whose changes nothing counts."""
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        return tensor.clone()
-
-
 def check_execution(execution: str) -> None:
     """Raises ValueError where ``execution`` is not one of :data:`EXECUTIONS`."""
     check_choice("execution", execution, EXECUTIONS)
-
-
-def _check_values(codes: Tensor, levels: Tensor, columns: int) -> None:
-    if not (levels.isfinite().all() and (levels[:, 1:] > levels[:, :-1]).all()):
-        raise ValueError(f"levels must be finite and strictly increasing in each row, got {levels.tolist()}")
-    if problem := find_bad_byte(codes, levels.shape[1], columns):
-        raise ValueError(f"codes {problem}")

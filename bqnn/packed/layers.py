@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -12,9 +11,6 @@ from bqnn.core.check import check_choice, check_conv2d_input, check_integer, che
 from bqnn.core.geometry import Conv2dGeometry, LinearGeometry, explicit_padding, output_size, pair, symmetric_padding
 from bqnn.ops.packed_product import check_codes
 from bqnn.packed.base import PackedLayer
-
-if TYPE_CHECKING:
-    pass
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -30,6 +26,8 @@ class PackedLinear(PackedLayer):
         precision: "fp32", "bf16" or "int8".
         execution: "auto", "packed" or "dense".
         relu: whether negative outputs become 0; NaN stays.
+        chances: float32 [M, M] or None: row m has the chances of the codes that :func:`bqnn.sample` draws for a weight
+            with code m.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message starts with its name.
@@ -46,10 +44,11 @@ class PackedLinear(PackedLayer):
         precision: str = "fp32",
         execution: str = "auto",
         relu: bool = False,
+        chances: Tensor | None = None,
     ) -> None:
         check_integer("in_features", in_features)
         check_codes(codes)
-        super().__init__((len(codes), in_features), codes, levels, bias, precision, execution, relu)
+        super().__init__((len(codes), in_features), codes, levels, bias, precision, execution, relu, chances)
         self.in_features, self.out_features = in_features, len(codes)
 
     def rows(self, x: Tensor) -> int:
@@ -78,6 +77,8 @@ class PackedConv2d(PackedLayer):
         precision: "fp32", "bf16" or "int8".
         execution: "auto", "packed" or "dense".
         relu: whether negative outputs become 0; NaN stays.
+        chances: float32 [M, M] or None: row m has the chances of the codes that :func:`bqnn.sample` draws for a weight
+            with code m.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message starts with its name.
@@ -100,6 +101,7 @@ class PackedConv2d(PackedLayer):
         precision: str = "fp32",
         execution: str = "auto",
         relu: bool = False,
+        chances: Tensor | None = None,
     ) -> None:
         check_integer("in_channels", in_channels)
         check_integer("groups", groups)
@@ -111,7 +113,7 @@ class PackedConv2d(PackedLayer):
             )
         kernel = pair("kernel_size", kernel_size, 1)
         shape = (channels, in_channels // groups, *kernel)
-        super().__init__(shape, codes, levels, bias, precision, execution, relu)
+        super().__init__(shape, codes, levels, bias, precision, execution, relu, chances)
         self.in_channels, self.out_channels, self.kernel_size, self.groups = in_channels, channels, kernel, groups
         self.stride, self.dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
         self.padding = padding if isinstance(padding, str) else pair("padding", padding, 0)

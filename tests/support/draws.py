@@ -107,6 +107,11 @@ def levels(draw: Draw) -> Tensor:
     return draw.facts["levels"].clone()
 
 
+def chances(draw: Draw) -> Tensor:
+    """Rows that sum to 1: [M, M]."""
+    return draw.normal(*draw.shape("M", "M")).softmax(1)
+
+
 def thresholds(draw: Draw) -> Tensor:
     """[G, M - 1], between levels."""
     c = levels(draw)

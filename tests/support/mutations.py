@@ -36,7 +36,7 @@ from tests.support.packed_nets import Apart, Odd, Shared, packed_odd
 
 SECONDS, MEGABYTES = 2.0, 200  # what a file of a few kilobytes may cost
 # What is wrong with a tensor whose dtype and shape are right; only load reads values.
-VALUES = ("must hold base-", "must be finite", "must have bytes of 0 and 1")
+VALUES = ("must hold base-", "must be finite", "must have bytes of 0 and 1", "must be from 0 to 1")
 ALIEN = [None, True, False, -1, 0, 1, 2, 3, 1.0, 1e300, 2**31, 2**62, 2**63, 10**30, "", "\ud800", "codes", [], {}]
 ALIEN += [[1, 1], [0, 0], [2**62] * 3, [1] * 70, [[[[[[[[[]]]]]]]]], {"a": {"b": {}}}, ["lenet5", {}], "0.weight"]
 DTYPES = [*container.DTYPES, "U4", "F4"]
@@ -70,12 +70,15 @@ def seeds() -> list[Seed]:
     torch.manual_seed(0)
     nets: list[tuple[nn.Module, Callable[[], nn.Module]]] = [
         (pack(bqnn.convert(small())), small),
-        (packed_odd(granularity="channel"), Odd),
+        (packed_odd(granularity="channel", start_sigma=0.5), Odd),
+        (pack(bqnn.convert(small(), estimator="deterministic")), small),
         (pack(bqnn.convert(Shared())), Shared),
         (pack(bqnn.convert(Shared())), Apart),
         (pack(bqnn.convert(Apart())), Shared),
         (pack(bqnn.convert(tiny(), num_levels=4)), tiny),
         (pack(bqnn.BayesLinear(7, 3)), lambda: nn.Linear(7, 3)),
+        (bqnn.Ensemble([pack(bqnn.convert(small(), num_levels=number)) for number in (2, 3)]), small),
+        (bqnn.Ensemble([bqnn.sample(pack(bqnn.convert(tiny(), start_sigma=1.0)), seed) for seed in (0, 1)]), tiny),
     ]
     with tempfile.TemporaryDirectory() as folder:
         path, result = Path(folder) / "net", []
@@ -189,11 +192,28 @@ def change_alias(draw: random.Random, header: dict[str, Any], metadata: dict[str
             del alias[name]
 
 
+def change_networks(draw: random.Random, header: dict[str, Any], metadata: dict[str, Any], data: bytearray) -> None:
+    metadata["ensemble"] = copy.deepcopy(draw.choice([*ALIEN, 2, 2, 4]))
+    for names in (header, metadata.get("layers")):
+        if isinstance(names, dict) and names and draw.random() < 0.5:
+            name = draw.choice(list(names))
+            names[draw.choice(("0.", "1.", "2.", "00.", "x")) + name.partition(".")[2]] = names.pop(name)
+
+
 def change_factory(draw: random.Random, header: dict[str, Any], metadata: dict[str, Any], data: bytearray) -> None:
     metadata["factory"] = copy.deepcopy(draw.choice([*FACTORIES, None]))
 
 
-CHANGES = (change_data, change_length, change_entry, change_metadata, change_spec, change_alias, change_factory)
+CHANGES = (
+    change_data,
+    change_length,
+    change_entry,
+    change_metadata,
+    change_spec,
+    change_alias,
+    change_factory,
+    change_networks,
+)
 
 
 def change_value(draw: random.Random, value: Any) -> None:
@@ -252,7 +272,9 @@ def judge(blob: bytes, path: Path, model: nn.Module) -> str:
         else:
             assert told, f"info refuses what load takes: {refused}"
             check_declared(blob, net)
-            assert given is not None or list(net.factory) == taken_apart(blob)[1]["factory"]
+            networks = net if isinstance(net, bqnn.Ensemble) else [net]
+            factory = taken_apart(blob)[1]["factory"]
+            assert given is not None or all(list(each.factory) == factory for each in networks)
     assert time.process_time() - started < SECONDS, "it takes too long"
     return refused
 

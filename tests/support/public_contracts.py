@@ -127,6 +127,12 @@ def sampled_net(draw: Draw) -> nn.Module:
     return net
 
 
+def packed_net(draw: Draw) -> nn.Module:
+    """What :func:`sampled_net` is packed to."""
+    draw.facts["net"] = bqnn.pack(sampled_net(draw))
+    return draw.facts["net"]
+
+
 @cache
 def _network(number: int) -> nn.Module:
     draw = Draw(f"network {number}")
@@ -136,7 +142,7 @@ def _network(number: int) -> nn.Module:
 def net_input(draw: Draw) -> Tensor:
     """Of the network that was drawn last."""
     net = draw.facts["net"]
-    has_images = any(isinstance(each, nn.Conv2d) for each in net.modules())
+    has_images = any(isinstance(each, (nn.Conv2d, bqnn.PackedConv2d)) for each in net.modules())
     return draw.normal(5, 1, 4, 4) if has_images else draw.normal(5, 4)
 
 
@@ -208,6 +214,7 @@ BAYES_CONV2D = {
     "padding_mode": padding_mode,
 }
 PACKED_LAYER = {"codes": draws.codes, "levels": draws.levels, "bias": optional(numbers("N"))}
+PACKED_LAYER["chances"] = optional(draws.chances)
 RUN = {"execution": one_of("auto", "packed", "dense"), "relu": flag}
 
 
@@ -299,6 +306,12 @@ def public() -> dict[str, Contract]:
             unknown,
         ),
         "sample": (bqnn.sample, {"net": sampled_net, "seed": one_of(None, 0, 5)}, unknown),
+        "sample_packed": (bqnn.sample, {"net": packed_net, "seed": one_of(None, 0, 5)}, unknown),
+        "predict_packed": (
+            bqnn.predict,
+            {"net": packed_net, "x": net_input, "samples": one_of(1, 2), "seed": one_of(None, 0, 5)},
+            unknown,
+        ),
         "kl_divergence": (bqnn.kl_divergence, {"net": bayes_net}, unknown),
         "kl_warmup": (bqnn.kl_warmup, {"progress": one_of(0.0, 0.5, 3), "length": one_of(0.0, 1.0, 5)}, unknown),
         "elbo": (
@@ -331,6 +344,7 @@ MADE = frozenset({"weight", "weights", "layer"})
 _KEPT = {
     "BayesLinear": frozenset({"in_features", "out_features"}),
     "predict": frozenset({"x"}),
+    "predict_packed": frozenset({"x"}),
     "elbo": frozenset({"output", "target"}),
     "BayesConv2d": frozenset(BAYES_CONV2D) - {"x"},
 }
