@@ -149,7 +149,7 @@ def test_a_file_of_an_ensemble(evaluated: Command, trained: Path, tmp_path: Path
 
 MISTAKES = [
     pytest.param("fpnn", ["--samples", "2"], "no Bayes layer with a posterior", id="samples-of-fpnn"),
-    pytest.param("bayes/packed.safetensors", ["--samples", "2"], "posterior", id="samples-of-packed"),
+    pytest.param("certain.safetensors", ["--dataset", "digits", "--samples", "2"], "posterior", id="no-posterior"),
     pytest.param("bayes", ["--samples", "0"], "samples must be at least 1", id="no-sample"),
     pytest.param("bayes", ["--samples", "2", "--seed", "-1"], "seed must be from 0", id="seed"),
     pytest.param("alone.safetensors", [], "--dataset must say what to test", id="unknown-data-set"),
@@ -164,6 +164,8 @@ def test_a_mistake_is_one_line_and_status_2(
     evaluated: Command, trained: Path, tmp_path: Path, path: str, arguments: list[str], message: str
 ) -> None:
     (trained / "alone.safetensors").write_bytes((trained / "bayes" / "packed.safetensors").read_bytes())
+    net = bqnn.load(trained / "alone.safetensors")
+    bqnn.save(bqnn.sample(net), trained / "certain.safetensors")
     result = evaluated(trained / path, *(each.format(tmp=tmp_path) for each in arguments))
     assert result.status == 2
     assert result.err.startswith("bqnn: error: ") and result.err.count("\n") == 1

@@ -179,26 +179,11 @@ def test_drawn_networks_stay_what_they_are(bayes: nn.Module, data: Splits) -> No
     assert torch.equal(bayes(x), before)
 
 
-class Two(Ensemble):
-    """Two networks as an ensemble."""
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList([first, second])
-
-    @property
-    def num_networks(self) -> int:
-        return 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([network(x) for network in self.networks])
-
-
 def test_an_ensemble_is_the_mean_of_its_networks(net: nn.Module, bayes: nn.Module, data: Splits) -> None:
     first, second = (
         ask(drawn_networks(each, data, 1, 0), [data.test.images], data) for each in (net, bqnn.pack(bayes))
     )
-    together = ask([Two(net, bqnn.pack(bayes)).eval()], data.test.images.split(7), data)
+    together = ask([Ensemble([net, bqnn.pack(bayes)]).eval()], data.test.images.split(7), data)
     probs = (first.probs + second.probs) / 2
     assert torch.allclose(together.probs, probs, rtol=1e-6)
     entropy = torch.special.entr(probs).sum(1)
@@ -207,11 +192,20 @@ def test_an_ensemble_is_the_mean_of_its_networks(net: nn.Module, bayes: nn.Modul
     assert torch.allclose(together.mutual_information, information.clamp(min=0), atol=1e-6)
 
 
+def test_networks_of_an_ensemble_are_drawn_in_equal_numbers(bayes: nn.Module, data: Splits) -> None:
+    x, packed = normalise(data.test.images, data.mean, data.std), bqnn.pack(bayes)
+    together = drawn_networks(Ensemble([bayes, packed]), data, 4, 7)
+    alone = [*drawn_networks(bayes, data, 2, 7), *drawn_networks(packed, data, 2, 9)]
+    assert all(torch.equal(one(x), other(x)) for one, other in zip(together, alone, strict=True))
+    with pytest.raises(ValueError, match="samples must be a multiple of the 2 networks"):
+        drawn_networks(Ensemble([bayes, packed]), data, 3, 7)
+
+
 def test_an_ensemble_s_networks_are_counted(
     net: nn.Module, bayes: nn.Module, data: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uncertainty, "CORRUPTIONS", {"fog": CORRUPTIONS["fog"]})
-    found = measure(Two(net, bqnn.pack(bayes)), data, data_root=tmp_path)
+    found = measure(Ensemble([net, bqnn.pack(bayes)]), data, data_root=tmp_path)
     assert found["samples"] == 2 and found["clean"]["mutual_information"] > 0
     assert list(found["ood"]["inverted"]) == ["entropy", "mutual_information"]
 

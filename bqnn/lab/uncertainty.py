@@ -39,7 +39,7 @@ from tqdm import tqdm
 from bqnn.bayes.predict import Prediction, of_draws
 from bqnn.bayes.sample import check_posterior, sampled_networks
 from bqnn.core.check import check_integer
-from bqnn.core.ensemble import Ensemble
+from bqnn.core.ensemble import Ensemble, Stacked
 from bqnn.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 from bqnn.data.out_of_distribution import other_images, other_name, outside_images
 from bqnn.data.splits import Split, Splits, normalise
@@ -104,7 +104,7 @@ def measure(
             return scores(prediction, images.labels, temperature)
 
         corruptions = {name: [scores_of(name, each) for each in STRENGTHS] for name in CORRUPTIONS}
-    number = net.num_networks if isinstance(net, Ensemble) else samples
+    number = net.num_networks if isinstance(net, Stacked) and samples == 1 else samples
     return {
         "dataset": data.name,
         "split": split,
@@ -144,7 +144,8 @@ def outside_sets(data: Splits, split: str, data_root: str | Path) -> dict[str, T
 
 
 def drawn_networks(net: nn.Module, data: Splits, samples: int, seed: int) -> list[nn.Module]:
-    """The networks that are averaged over: ``net`` itself, or with more than one sample that many of its posterior.
+    """The networks that are averaged over: ``net`` itself, or with more than one sample that many of its posterior, of
+    an ensemble as many from each network.
 
     The codes of each are drawn once, and its BatchNorm statistics measured on training images of ``data``. They share
     all other tensors with ``net``, and each keeps its quantized weights, 4 bytes a weight.
@@ -160,7 +161,9 @@ def drawn_networks(net: nn.Module, data: Splits, samples: int, seed: int) -> lis
         return [net.eval()]
     check_posterior(net, samples)
     given = list(statistics_batches(data, STATISTICS_SEED, device_of(net)))
-    return [next(sampled_networks(net, 1, seed + number, given)) for number in range(samples)]
+    members = list(net) if isinstance(net, Ensemble) else [net]
+    each = samples // len(members)
+    return [next(sampled_networks(members[number // each], 1, seed + number, given)) for number in range(samples)]
 
 
 @torch.no_grad()
