@@ -11,6 +11,7 @@ from bqnn.core.files import FormatError
 from bqnn.core.native import cpu_isa
 from bqnn.engine.compile import compile
 from bqnn.engine.compiled import CompiledNetwork
+from bqnn.engine.dequantize import dequantize
 from bqnn.engine.ensemble import CompiledEnsemble
 from bqnn.engine.pack import pack, pack_
 from bqnn.files.network import info, load, save
@@ -37,6 +38,7 @@ __all__ = [
     "convert",
     "convert_",
     "cpu_isa",
+    "dequantize",
     "elbo",
     "explain_speed",
     "info",

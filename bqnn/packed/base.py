@@ -223,12 +223,16 @@ class PackedLayer(nn.Module):
         hook that would see the outputs before it."""
         self.relu, self._relu_of = True, (relu,)
 
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As of any module. A ReLU that the layer had taken over is a module of its own again."""
+    def give_back_relu(self) -> None:
+        """Makes the ReLU that the layer has taken over, if there is one, a module of its own again."""
         for module in self._relu_of:
             module.__class__ = nn.ReLU
             module.inplace = False  # type: ignore[assignment]
             self.relu, self._relu_of, self._prepared = False, (), None
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As of any module. A ReLU that the layer had taken over is a module of its own again."""
+        self.give_back_relu()
         return super().register_forward_hook(*args, **kwargs)
 
     def extra_repr(self) -> str:
