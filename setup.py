@@ -168,7 +168,8 @@ class BuildOrSkip(build_ext):
             for old in folder.glob(f"{extension.rpartition('.')[2]}.*"):
                 old.unlink()
         record = {extension: skipped.get(extension, "") for extension in KINDS}
-        (folder / RECORD).write_text(json.dumps({"skipped": record, "torch": torch_version()}, indent=1) + "\n")
+        torch = getattr(sys.modules.get("torch"), "__version__", "")  # where something is built it has been imported
+        (folder / RECORD).write_text(json.dumps({"skipped": record, "torch": torch}, indent=1) + "\n")
 
     def build_extensions(self) -> None:
         compile_cpp = self.compiler.compile
@@ -211,15 +212,6 @@ class WheelOfWhatWasBuilt(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         self.root_is_pure = skipped.keys() == KINDS.keys()
         return super().get_tag()
-
-
-def torch_version() -> str:
-    """Of the torch that extensions are built with; empty where there is none."""
-    try:
-        import torch
-    except ImportError:
-        return ""
-    return torch.__version__
 
 
 def compile_cuda(source: str, output_dir: str) -> str:

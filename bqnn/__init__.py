@@ -13,6 +13,7 @@ from bqnn.engine.compile import compile
 from bqnn.engine.compiled import CompiledNetwork
 from bqnn.engine.dequantize import dequantize
 from bqnn.engine.ensemble import CompiledEnsemble
+from bqnn.engine.export_onnx import export_onnx
 from bqnn.engine.pack import pack, pack_
 from bqnn.files.network import info, load, save
 from bqnn.ops.dispatch import BackendError, backends
@@ -41,6 +42,7 @@ __all__ = [
     "dequantize",
     "elbo",
     "explain_speed",
+    "export_onnx",
     "info",
     "kl_divergence",
     "kl_warmup",
