@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.hooks import RemovableHandle
 
 from bqnn.core.check import check_choice, check_flag, check_precision
@@ -21,6 +22,7 @@ from bqnn.core.computed_weight import weight_of
 from bqnn.core.derived import version_of
 from bqnn.core.geometry import Geometry
 from bqnn.core.int8 import integer_limit
+from bqnn.core.leaf import node_of
 from bqnn.ops import dispatch
 from bqnn.ops.backends import dense_packed
 from bqnn.ops.dispatch import Backend, Bound
@@ -30,6 +32,8 @@ from bqnn.packed.cost import Winning
 from bqnn.packed.probes import packed_rows
 
 EXECUTIONS = ("auto", "packed", "dense")
+
+_watching_modes = torch._C._len_torch_dispatch_stack  # TorchDispatchMode, which sees ops and not what backends do
 
 # A layer remembers how it runs so many shapes; with more it starts again.
 MAX_PLANS = 64
@@ -199,6 +203,7 @@ class PackedLayer(nn.Module):
             not torch.compiler.is_dynamo_compiling()
             and type(x) is Tensor  # no subclass: such a tensor may have no data
             and x.is_cpu
+            and not _watching_modes()
             and not (x.requires_grad and torch.is_grad_enabled())
         ):
             prepared = self._prepared
@@ -260,6 +265,9 @@ class PackedLayer(nn.Module):
         return PackedCall(x, self.codes, self.levels, self.bias, geometry, self.precision, None, self.relu)
 
     def _run_checked(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            self.give_back_relu()  # whoever has the graph may look at what comes before it
+            return node_of(self, x)
         self._check_input(x)
         if not is_plain([x]) or (x.requires_grad and torch.is_grad_enabled()):
             # Codes and levels go into the graph: what runs it makes its layout of them, and sees them change.
