@@ -40,7 +40,8 @@ def run_setup(folder: Path, *arguments: str, **environment: str) -> None:
 
 @pytest.fixture
 def source_tree(tmp_path: Path) -> Path:
-    """All that setup.py reads, with a package of one module and an extension that an earlier build has left in it."""
+    """All that setup.py reads, a package of one module with an extension that an earlier build has left, and a torch
+    that is imported in no time."""
     folder = tmp_path / "source"
     (folder / "bqnn").mkdir(parents=True)
     (folder / "kernels").mkdir()
@@ -48,6 +49,10 @@ def source_tree(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, folder / name)
     (folder / "bqnn" / "__init__.py").touch()
     (folder / "csrc").symlink_to(ROOT / "csrc")
+    torch = folder / "stub" / "torch"
+    (torch / "utils").mkdir(parents=True)
+    (torch / "__init__.py").write_text("__version__ = '2.98'")
+    (torch / "utils" / "cpp_extension.py").write_text("include_paths = library_paths = lambda: []")
     (folder / "bqnn" / "_C.abi3.so").touch()
     return folder
 
@@ -59,10 +64,11 @@ def build(source_tree: Path, script: str, switch: str = "") -> tuple[str, dict[s
         compiler.write_text(f"#!/bin/sh\n{script}\n")
         compiler.chmod(0o755)
     tools = dict.fromkeys(("CC", "CXX"), str(compiler))
+    tools["PYTHONPATH"] = str(source_tree / "stub")
     run_setup(source_tree, "build_ext", "--inplace", "bdist_wheel", BQNN_CPU=switch, **tools)
     (wheel,) = (source_tree / "dist").glob("*.whl")
     record = json.loads((source_tree / "bqnn" / "_build.json").read_text())
-    assert record["torch"] == ("" if switch == "0" else torch.__version__)
+    assert record["torch"] == ("" if switch == "0" else "2.98")
     return wheel.stem.partition(f"-{bqnn.__version__}-")[2], record["skipped"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import subprocess
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import bqnn
 from bqnn.core.imports import when_imported
-
-GRAD_MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+from bqnn.ops.flops import start_counting
 
 
 def plain(groups: int = 2) -> Any:
@@ -108,18 +107,16 @@ def test_flops_with_exact_variances_include_that_of_the_variance_made_again() ->
     assert flops(lambda: net(x).sum().backward()) == 2 * step + forward
 
 
-def test_counting_starts_when_the_counter_is_imported_after_bqnn() -> None:
-    program = """
-import sys, torch, bqnn
-assert "torch.utils.flop_counter" not in sys.modules
-from torch.utils.flop_counter import FlopCounterMode
-layer = bqnn.PackedLinear(3, torch.zeros(2, 1, dtype=torch.uint8), torch.tensor([[-1.0, 1.0]]))
-with FlopCounterMode(display=False) as counter:
-    layer(torch.ones(5, 3))
-print(counter.get_total_flops())
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.stdout.split() == ["60"], run.stderr
+def test_counting_starts_when_the_counter_is_imported_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils, "flop_counter", sys.modules["torch.utils.flop_counter"])  # as it was, afterwards
+    monkeypatch.delitem(sys.modules, "torch.utils.flop_counter")
+    start_counting()
+    later: Any = importlib.import_module("torch.utils.flop_counter")
+    assert later.FlopCounterMode is not FlopCounterMode
+    layer = bqnn.PackedLinear(3, torch.zeros(2, 1, dtype=torch.uint8), torch.tensor([[-1.0, 1.0]]))
+    with later.FlopCounterMode(display=False) as counter:
+        layer(torch.ones(5, 3))
+    assert counter.get_total_flops() == 2 * 5 * 2 * 3
 
 
 def test_when_imported(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,25 +134,17 @@ def test_when_imported(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert imported_later.value == 3
 
 
-@pytest.mark.parametrize("mode", GRAD_MODES, ids=lambda mode: mode.__name__)
 @pytest.mark.parametrize("make", QUANTIZED)
-def test_torch_compile_in_every_grad_mode(make: Callable[[], Any], mode: Callable[[], Any]) -> None:
-    net, x = make(), images()
-    compiled = torch.compile(copy.deepcopy(net), backend="aot_eager", fullgraph=True)
-    with mode():
-        for _ in range(2):
-            torch.testing.assert_close(compiled(x), net(x))
-
-
-@pytest.mark.parametrize("make", QUANTIZED)
-def test_a_compiled_network_follows_the_grad_mode(make: Callable[[], Any]) -> None:
-    torch._dynamo.reset()  # of all compilations so far, one limit counts
+def test_torch_compile_in_every_grad_mode(make: Callable[[], Any]) -> None:
     net = make()
     compiled = torch.compile(copy.deepcopy(net), backend="aot_eager", fullgraph=True)
-    with torch.inference_mode():
-        compiled(images())
-    with torch.no_grad():
-        assert not compiled(images()).requires_grad
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            for _ in range(2):
+                y = compiled(images())
+                torch.testing.assert_close(y, net(images()))
+        if mode is not torch.enable_grad:
+            assert not y.requires_grad
     found, expected = images().requires_grad_(), images().requires_grad_()
     compiled(found).sum().backward()
     net(expected).sum().backward()

@@ -48,7 +48,8 @@ def warn_of_missing() -> None:
     """Warns once where there are no CPU kernels; called by what runs something else in their place."""
     if MISSING:
         slow = "bqnn runs plain PyTorch, which takes many times as long"
-        warnings.warn(f"{slow}: {MISSING}. BQNN_BACKEND=reference asks for it", RuntimeWarning, stacklevel=2)
+        quiet = "With BQNN_BACKEND=reference it does so without this warning"
+        warnings.warn(f"{slow}: {MISSING}. {quiet}.", RuntimeWarning, stacklevel=2)
 
 
 ISAS = ("scalar", "avx2", "avx512", "amx")
