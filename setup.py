@@ -1,4 +1,4 @@
-"""Package metadata and the build of the extension; everything else that is configured stands in pyproject.toml.
+"""The build of the extensions; what the package is and needs stands in pyproject.toml.
 
 What is built:
 
@@ -11,31 +11,62 @@ What is built:
     unset           the CUDA kernels where torch is a CUDA build and a toolkit of the same major version is at hand
                     (CUDA_HOME, CUDA_PATH, nvcc on PATH, /usr/local/cuda), else none; says which and why
 
+    MAX_JOBS=n      how many files are compiled at a time; by default as many as there are processors
+
 Which architectures get CUDA kernels is a matter of the toolkit, never of a visible GPU: those of cuda_toolkit.py that
 its compiler knows, and PTX of the newest.
+
+"torch" is that of the build environment. pip makes one with the newest torch, unless it is called with
+--no-build-isolation. The bindings keep to the ABI of torch 2.10 and Python 3.10, so that what is built with one torch
+runs with all from there on; CUDA kernels run with those of the same major version of CUDA.
+
+What became of each extension is written beside it, into bqnn/_build.json, and is what `bqnn.backends()` says of one
+that is not there: pip shows none of these messages unless it is called with -v. A wheel with an extension is tagged
+for its platform, and one without any is pure.
 """
 
+import json
 import os
 import platform
 import runpy
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Distribution, Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TORCH_ABI = "0x020a000000000000"  # torch 2.10, the oldest whose stable ABI the bindings use
 PYTHON_ABI = "0x030A0000"  # Python 3.10
-CUDA = "bqnn._CUDA"
+CPU, CUDA = "bqnn._C", "bqnn._CUDA"
+KINDS = {CPU: "CPU", CUDA: "CUDA"}
+RECORD = "_build.json"  # what bqnn/core/native.py reads
+NO_TORCH = "torch is not in the build environment"
 find_toolkit = runpy.run_path(str(ROOT / "cuda_toolkit.py"))["find_toolkit"]
+
+skipped: dict[str, str] = {}
+"""Why there is no extension, of those that are not built."""
 
 
 def say(message: str) -> None:
     print(f"bqnn: {message}", file=sys.stderr)
+
+
+def demanded(extension: str) -> bool:
+    return os.environ.get(f"BQNN_{KINDS[extension]}") == "1"
+
+
+def skip(extension: str, reason: str) -> list[Extension]:
+    if demanded(extension):
+        raise RuntimeError(f"BQNN_{KINDS[extension]}=1, and {reason}")
+    skipped[extension] = reason
+    say(f"{KINDS[extension]} kernels skipped: {reason}")
+    return []
 
 
 def files_of(folder: str, pattern: str) -> list[str]:
@@ -45,20 +76,16 @@ def files_of(folder: str, pattern: str) -> list[str]:
 
 def cpu_extensions() -> list[Extension]:
     if os.environ.get("BQNN_CPU") == "0":
-        say("CPU kernels skipped: BQNN_CPU=0")
-        return []
+        return skip(CPU, "BQNN_CPU=0")
     try:
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError:
-        if os.environ.get("BQNN_CPU") == "1":
-            raise
-        say("CPU kernels skipped: torch is not in the build environment (pip install --no-build-isolation)")
-        return []
+        return skip(CPU, NO_TORCH)
     bindings = [f"csrc/bindings/{name}.cpp" for name in ("training", "packed", "engine")]
     sources = [*bindings, *files_of("cpu", "*.cpp")]
     return [
         Extension(
-            "bqnn._C",
+            CPU,
             sources,
             depends=[*files_of("bindings", "*.h"), *files_of("cpu", "*.h"), *files_of("cpu", "*.inl")],
             include_dirs=[str(ROOT / "csrc"), *include_paths()],
@@ -88,7 +115,7 @@ def cuda_obstacle() -> str:
     try:
         import torch
     except ImportError:
-        return "torch is not in the build environment (pip install --no-build-isolation)"
+        return NO_TORCH
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     toolkit = find_toolkit()
@@ -103,10 +130,7 @@ def cuda_obstacle() -> str:
 def cuda_extensions() -> list[Extension]:
     obstacle = cuda_obstacle()
     if obstacle:
-        if os.environ.get("BQNN_CUDA") == "1":
-            raise RuntimeError(f"BQNN_CUDA=1, and {obstacle}")
-        say(f"CUDA kernels skipped: {obstacle}")
-        return []
+        return skip(CUDA, obstacle)
     from torch.utils.cpp_extension import include_paths, library_paths
 
     toolkit = find_toolkit()
@@ -126,8 +150,26 @@ def cuda_extensions() -> list[Extension]:
     ]
 
 
+class WithExtensions(Distribution):
+    """Runs build_ext even where nothing is left to build, for the record that it writes."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
 class BuildOrSkip(build_ext):
     """Builds the extensions; where that fails and was not demanded, says why and installs without it."""
+
+    def run(self) -> None:
+        super().run()
+        folder = Path(self.get_ext_fullpath(CPU)).parent  # in the source tree for an editable installation
+        folder.mkdir(parents=True, exist_ok=True)
+        for extension in skipped:  # one of an earlier build would be installed in its place
+            for old in folder.glob(f"{extension.rpartition('.')[2]}.*"):
+                old.unlink()
+        record = {extension: skipped.get(extension, "") for extension in KINDS}
+        torch = getattr(sys.modules.get("torch"), "__version__", "")  # where something is built it has been imported
+        (folder / RECORD).write_text(json.dumps({"skipped": record, "torch": torch}, indent=1) + "\n")
 
     def build_extensions(self) -> None:
         compile_cpp = self.compiler.compile
@@ -138,7 +180,7 @@ class BuildOrSkip(build_ext):
             return compile_cpp([source], output_dir, *args, **kwargs)
 
         def compile_all(sources: list[str], output_dir: str, *args: Any, **kwargs: Any) -> list[str]:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
                 objects = pool.map(lambda source: compile_one(source, output_dir, *args, **kwargs), sources)
                 return [name for names in objects for name in names]
 
@@ -146,17 +188,30 @@ class BuildOrSkip(build_ext):
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
-        kind, switch = ("CUDA", "BQNN_CUDA") if ext.name == CUDA else ("CPU", "BQNN_CPU")
         try:
             super().build_extension(ext)
         except Exception as error:
-            if os.environ.get(switch) == "1":
+            if demanded(ext.name):
                 raise
-            say(f"{kind} kernels skipped, other backends will run instead: {error}")
+            say(str(error))
+            skip(ext.name, self.missing_compiler() or "they did not compile, and pip's option -v shows why")
             ext.optional = True
         else:
             built_for = ", ".join(find_toolkit().architectures()) if ext.name == CUDA else platform.machine()
-            say(f"{kind} kernels built for {built_for}")
+            say(f"{KINDS[ext.name]} kernels built for {built_for}")
+
+    def missing_compiler(self) -> str:
+        """That there is no C++ compiler; empty where there is one, or where the system knows it by no command."""
+        command = getattr(self.compiler, "compiler_cxx", None)
+        return "" if not command or shutil.which(command[0]) else f"no C++ compiler was found ({command[0]})"
+
+
+class WheelOfWhatWasBuilt(bdist_wheel):
+    """Tags the wheel by what it holds, which is known after the build alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        self.root_is_pure = skipped.keys() == KINDS.keys()
+        return super().get_tag()
 
 
 def compile_cuda(source: str, output_dir: str) -> str:
@@ -168,39 +223,11 @@ def compile_cuda(source: str, output_dir: str) -> str:
 
 
 setup(
-    name="bqnn",
-    version=runpy.run_path(str(ROOT / "bqnn" / "_version.py"))["__version__"],
-    description="Bayesian asymmetric M-ary quantized networks for PyTorch",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license_expression="Apache-2.0",
-    license_files=["LICENSE"],
-    python_requires=">=3.10",
+    distclass=WithExtensions,
     ext_modules=[*cpu_extensions(), *cuda_extensions()],
-    cmdclass={"build_ext": BuildOrSkip},
+    cmdclass={"build_ext": BuildOrSkip, "bdist_wheel": WheelOfWhatWasBuilt},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     packages=[*find_packages(include=["bqnn", "bqnn.*"]), "bqnn.kernels"],
     package_dir={"bqnn.kernels": "kernels"},
     package_data={"bqnn": ["py.typed"]},
-    install_requires=[
-        "torch>=2.10",
-        "torchvision",  # each release asks for its own torch
-        "numpy>=1.26",
-        "safetensors>=0.4.3",
-        "filelock>=3.13",
-        "platformdirs>=3.0",
-        "tqdm>=4.66",
-        "matplotlib>=3.8",
-        "scikit-learn>=1.4",  # the digits data set
-    ],
-    extras_require={
-        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"],
-        # rivals; onnxscript exports a network for ONNX Runtime, and nncf quantizes one for OpenVINO
-        "bench": ["onnx>=1.17", "onnxruntime>=1.23", "onnxscript>=0.5", "openvino>=2025.3", "nncf>=2.18"],
-        "dev": ["ruff>=0.12", "mypy>=1.15"],
-    },
-    entry_points={
-        "console_scripts": ["bqnn = bqnn.cli.main:main"],
-        "torch_dynamo_backends": ["bqnn = bqnn.engine.dynamo:backend"],
-    },
 )

@@ -12,7 +12,9 @@ from bqnn.core.files import FormatError
 from bqnn.core.native import cpu_isa
 from bqnn.engine.compile import compile
 from bqnn.engine.compiled import CompiledNetwork
+from bqnn.engine.dequantize import dequantize
 from bqnn.engine.ensemble import CompiledEnsemble
+from bqnn.engine.export_onnx import export_onnx
 from bqnn.engine.pack import pack, pack_
 from bqnn.files.network import info, load, save
 from bqnn.ops.dispatch import BackendError, backends
@@ -39,8 +41,10 @@ __all__ = [
     "convert",
     "convert_",
     "cpu_isa",
+    "dequantize",
     "elbo",
     "explain_speed",
+    "export_onnx",
     "info",
     "kl_divergence",
     "kl_warmup",

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
-import runpy
 from collections.abc import Callable
-from pathlib import Path
+from importlib.metadata import entry_points
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import bqnn
 from bqnn.engine import compiled, dynamo
 from tests.support.compiled import Function, packed
 
-ROOT = Path(__file__).resolve().parent.parent
 X = torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(11))
 
 
@@ -160,16 +157,6 @@ def test_precision_is_an_option(runs: list[int], caplog: pytest.LogCaptureFixtur
     assert "precision must be 'fp32' or 'bf16'" in caplog.text
 
 
-def test_setup_names_the_backend_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr("setuptools.setup", lambda **options: seen.update(options))
-    monkeypatch.setenv("BQNN_CPU", "0")
-    monkeypatch.setenv("BQNN_CUDA", "0")
-    monkeypatch.chdir(ROOT)
-    runpy.run_path(str(ROOT / "setup.py"))
-    (entry,) = seen["entry_points"]["torch_dynamo_backends"]
-    name, _, target = entry.partition(" = ")
-    module, _, attribute = target.partition(":")
-    assert name == "bqnn"
-    assert getattr(__import__(module, fromlist=[attribute]), attribute) is dynamo.backend
-    assert bqnn.__name__ == "bqnn"
+def test_the_package_names_the_backend_to_torch() -> None:
+    (entry,) = entry_points(group="torch_dynamo_backends", name="bqnn")
+    assert entry.load() is dynamo.backend

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from bqnn import ops
 from bqnn.bayes.base import SIGMA_PER_GAP, SLAB_SHARE, SPIKE_WIDTH, BayesLayer
 from bqnn.bayes.estimator import sampled_layers
 from bqnn.core.check import check_conv2d_input, check_linear_input, check_module
 from bqnn.core.geometry import convolved, explicit_padding
+from bqnn.core.leaf import node_of
 
 
 class BayesLinear(BayesLayer, nn.Linear):  # type: ignore[override]
@@ -68,6 +70,8 @@ class BayesLinear(BayesLayer, nn.Linear):  # type: ignore[override]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         check_linear_input(x, self.in_features)
         if self.training or self.sampling:
             return self._product(x, ops.sample_linear, ops.moment_linear, {})
@@ -119,6 +123,8 @@ class BayesConv2d(BayesLayer, nn.Conv2d):  # type: ignore[override]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, N, H', W'], or without the batch dimension."""
+        if isinstance(x, Proxy):
+            return node_of(self, x)
         if isinstance(x, Tensor) and x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         check_conv2d_input(x, self.in_channels, self.out_channels, self.groups)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-class _Entry(NamedTuple, Generic[T]):
+@dataclass(frozen=True)  # a NamedTuple is not generic before Python 3.11
+class _Entry(Generic[T]):
     sources: tuple[weakref.ref[Tensor], ...]
     versions: tuple[int, ...]
     value: T

@@ -30,6 +30,11 @@ class Posterior(NamedTuple):
     thresholds: Tensor
     """[G, M - 1]."""
 
+    @property
+    def columns(self) -> int:
+        """Weights of an output channel."""
+        return math.prod(self.weight.shape[1:])
+
     def contiguous(self) -> Posterior:
         return Posterior(*(None if tensor is None else tensor.contiguous() for tensor in self))  # type: ignore[arg-type]
 

@@ -61,6 +61,18 @@ def read_weight_of(module: nn.Module, name: str, layer: nn.Module) -> None:
     drop_parameter(module, name)
 
 
+def read_parameter_of(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Undoes :func:`read_weight_of`: ``module.<name>`` is a parameter of the module again, this one."""
+    layers = dict(module.__dict__[_LAYERS])
+    del layers[name]
+    kind = type(module).__mro__[2]
+    module.__class__ = _class(kind, tuple(layers)) if layers else kind
+    module.__dict__[_LAYERS] = layers
+    if not layers:
+        del module.__dict__[_LAYERS]
+    module._parameters[name] = parameter
+
+
 def readers(net: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Every reading module of ``net``, the attribute, and the layer whose weight it reads."""
     for module in net.modules():

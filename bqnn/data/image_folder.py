@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bqnn.core.extras import needs
 from bqnn.core.files import open_regular, write_atomically
 from bqnn.core.text import shown
 
@@ -148,7 +149,8 @@ def _size(pixels: Tensor) -> str:
 
 def _decode_one(file: Path, image_size: int | None) -> tuple[Tensor, bool]:
     """One image as uint8 [3, H, W], and whether it is grey."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    with needs("train"):
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
     Image.init()
     formats, problem = [name for name in FORMATS if name in Image.OPEN], ""

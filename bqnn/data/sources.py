@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bqnn.core.extras import needs
 from bqnn.data.image_folder import class_names, read_image_folder
 
 # The name of each data set's class in torchvision.
@@ -78,10 +79,8 @@ def read_digits() -> Source:
     Raises:
         ImportError: scikit-learn is not installed.
     """
-    try:
+    with needs("train"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("the data set digits needs scikit-learn: pip install scikit-learn") from error
     digits = load_digits()
     images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(digits.target).long()
@@ -96,10 +95,8 @@ def read_torchvision(name: str, root: Path, download: bool) -> Source:
         ImportError: torchvision is not installed.
         FileNotFoundError: the files are not there, or are damaged, and ``download`` is False.
     """
-    try:
+    with needs("train"):
         from torchvision import datasets
-    except ImportError as error:
-        raise ImportError(f"the data set {name} needs torchvision: pip install torchvision") from error
     make = getattr(datasets, TORCHVISION[name])
     try:
         train, test = (make(root, train=train, download=download) for train in (True, False))

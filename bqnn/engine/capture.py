@@ -89,7 +89,7 @@ def capture_as_is(net: nn.Module, example: tuple[Tensor, ...], strict: tuple[boo
             takes several times as long, and reads the network's Python: it knows what ``len(x)`` is.
     """
     inputs = tuple(each.new_empty((BATCH, *each.shape[1:])) for each in example)
-    return _captured(*without_writes(_export(net, inputs, strict)))
+    return _captured(*without_writes(export(net, inputs, strict)))
 
 
 def _copied(net: nn.Module) -> nn.Module:
@@ -106,14 +106,27 @@ def _copied(net: nn.Module) -> nn.Module:
 def _name_inputs(inputs: Sequence[fx.Node], net: nn.Module) -> None:
     """Gives inputs the names that the network's forward has for them, as far as it has."""
     taken = {node.name for node in inputs[0].graph.nodes}
+    for node, name in zip(inputs, names_of_inputs(net)):
+        if name not in taken:
+            node.name = name
+
+
+def names_of_inputs(net: nn.Module) -> list[str]:
+    """What the network's forward calls its positional arguments, as far as it names them."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(net.forward).parameters.values()
-    for node, parameter in zip(inputs, parameters):
-        if parameter.kind in positional and parameter.name not in taken:
-            node.name = parameter.name
+    return [each.name for each in inspect.signature(net.forward).parameters.values() if each.kind in positional]
 
 
-def _export(net: nn.Module, inputs: tuple[Tensor, ...], strict: tuple[bool, ...]) -> ExportedProgram:
+def export(net: nn.Module, inputs: tuple[Tensor, ...], strict: tuple[bool, ...]) -> ExportedProgram:
+    """What torch.export makes of ``net``, which is called "net" in it, with the size of the batch left open.
+
+    Args:
+        inputs: with a batch of :data:`BATCH`.
+        strict: as for :func:`capture_as_is`.
+
+    Raises:
+        ValueError: it fails; the message says why.
+    """
     import torch._dynamo.config  # export imports it too, and it takes seconds
 
     batch = Dim("batch")

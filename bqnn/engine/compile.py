@@ -55,7 +55,7 @@ def compile(
             size; the message says why, and which network of an ensemble it is about.
     """
     check_precision(precision)
-    inputs = _checked_inputs(example)
+    inputs = tuple(x.float() if x.is_floating_point() or x.dtype == torch.uint8 else x for x in checked_inputs(example))
     if (precision == "int8") != (calibration is not None):
         raise ValueError(
             "calibration must be batches of inputs where precision is 'int8', and None elsewhere, got "
@@ -118,12 +118,12 @@ def _quantized(net: CompiledNetwork, batches: Batches) -> CompiledNetwork:
 def _checked_network(net: Any) -> nn.Module:
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-    _check_device(*net.parameters(), *net.buffers())
+    check_device(*net.parameters(), *net.buffers())
     return net
 
 
-def _checked_inputs(example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The inputs that networks are captured with."""
+def checked_inputs(example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs of ``example``: one or more, on the CPU and with one batch; TypeError or ValueError otherwise."""
     inputs = (example,) if isinstance(example, Tensor) else example
     if not isinstance(inputs, (tuple, list)) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
         raise TypeError(f"example must be a tensor or a tuple of tensors, got {type(example).__name__}")
@@ -131,11 +131,12 @@ def _checked_inputs(example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not x.dim() or len(x) != len(inputs[0]) or not len(x):
             shapes = ", ".join(str(list(x.shape)) for x in inputs)
             raise ValueError(f"example must have one batch of 1 or more as the first dimension, got {shapes}")
-    _check_device(*inputs)
-    return tuple(x.float() if x.is_floating_point() or x.dtype == torch.uint8 else x for x in inputs)
+    check_device(*inputs)
+    return tuple(inputs)
 
 
-def _check_device(*tensors: Tensor) -> None:
+def check_device(*tensors: Tensor) -> None:
+    """Raises ValueError unless all of a network's tensors and inputs are on the CPU."""
     for tensor in tensors:
         if tensor.device.type != "cpu":
             raise ValueError(f"net and example must be on the CPU, got a tensor on {tensor.device}")

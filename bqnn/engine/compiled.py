@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bqnn.core.native import cpu_isa
+from bqnn.core.native import cpu_isa, warn_of_missing
 from bqnn.engine import reference
 from bqnn.engine.capture import Captured, Structure, nested
 from bqnn.engine.graph import RELU, Activation, Graph
@@ -28,6 +28,7 @@ Run = Callable[[Sequence[Tensor]], Sequence[Any]]
 def executor(graph: Graph, precision: str) -> Run:
     """What runs a graph: it takes float32 tensors [batch, *shape] and gives those of its outputs."""
     if cpu_isa() == "none":
+        warn_of_missing()
         return partial(reference.run, graph, dtype=torch.float32)
     return Program(graph)
 

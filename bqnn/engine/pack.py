@@ -81,7 +81,7 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
     methods = bound_methods(net, {layer: name for name, layer in layers.items()})
     relus = relu_after(net, _KINDS) if fuse_relu else {}
     replacements = {layer: _pack_named(name, layer, precision, execution) for name, layer in layers.items()}
-    templates = {kind: kind(*[1] * (3 if kind is BayesConv2d else 2), device="meta") for kind in _KINDS}
+    templates = {kind: _template(kind) for kind in _KINDS}
     _share_codes(replacements)
     # Only now, with nothing left that could fail.
     for layer, replacement in replacements.items():
@@ -94,6 +94,14 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
         drop_parameter(module, name)
     rebind(methods)
     return net.eval()
+
+
+def _template(kind: Any) -> BayesLayer:
+    """A layer that has whatever attribute a Bayes layer may come to have by itself."""
+    template = kind(*[1] * (3 if kind is BayesConv2d else 2), device="meta")
+    template.freeze_weight(True)
+    template.tie((template,))
+    return template
 
 
 def _share_codes(replacements: Mapping[BayesLayer, PackedLayer]) -> None:

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
-from tqdm import tqdm
 
 from bqnn import models
 from bqnn.bayes.batchnorm import refresh_batchnorm
@@ -45,6 +44,7 @@ from bqnn.lab.folder import (
     print_now,
     read_scores,
 )
+from bqnn.lab.progress import progress_bar
 from bqnn.lab.recipe import BAYES, DETERMINISTIC, FULL_PRECISION, LAYER_OPTIONS, Recipe
 from bqnn.reports.report import report
 
@@ -211,7 +211,7 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64)
         self.net.train()
         rows = batches(self.data.train, recipe.batch_size, self.generator, shuffle=True, drop_last=self.drop_last)
-        bar = tqdm(rows, f"epoch {self.epoch + 1}", self.steps_an_epoch, leave=False, disable=not progress)
+        bar = progress_bar(rows, f"epoch {self.epoch + 1}", self.steps_an_epoch) if progress else rows
         for step, (images, labels) in enumerate(bar):
             x = augment(normalise(images, self.data.mean, self.data.std), self.generator, recipe.augment)
             output, labels = self.net(x.to(self.device)), labels.to(self.device)

@@ -162,6 +162,8 @@ def _candidates(op: str, device_type: str, forced: str | None) -> tuple[Backend,
         if not usable:
             raise BackendError(f"backend {named(forced)} can not run bqnn::{op}: {reason}")
         return (_backends[op][forced],)
+    if device_type == "cpu":
+        native.warn_of_missing()
     return tuple(_backends[op][name] for name in ORDER if status(op, name, device_type).usable)
 
 

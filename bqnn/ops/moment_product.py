@@ -192,6 +192,10 @@ def register(name: str, product: Callable[..., Product], geometry: str = "") -> 
         Structure(MomentBackwardCall, product=product),
         moment_product_backward,
         _fake_backward,
+        # Two products, of means and of variances, and that of the variances again where their slope was not kept.
+        flops=lambda call, _: (
+            (2 * (1 + call.input_gradient) + (call.slope is None)) * (2 * call.grad.numel() * call.posterior.columns)
+        ),
     )
     register_op(
         name,
@@ -202,6 +206,7 @@ def register(name: str, product: Callable[..., Product], geometry: str = "") -> 
         _fake,
         save,
         backward,
+        lambda call, outputs: 2 * (2 * outputs[0].numel() * call.posterior.columns),
     )
 
 

@@ -185,6 +185,7 @@ def register(name: str, geometry: Callable[..., Geometry], schema: str = "") -> 
         Structure(PackedBackwardCall, geometry=geometry),
         packed_product_backward,
         _fake_backward,
+        flops=lambda call, _: 2 * call.grad.numel() * call.geometry.columns(call.x),
     )
     register_op(
         name,
@@ -195,6 +196,7 @@ def register(name: str, geometry: Callable[..., Geometry], schema: str = "") -> 
         _fake,
         save,
         backward,
+        lambda call, y: 2 * y.numel() * call.columns,
     )
 
 

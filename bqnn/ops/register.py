@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from bqnn.core.structure import Structure
 from bqnn.ops import dispatch
+from bqnn.ops.flops import count_flops
 
 
 class _Op(NamedTuple):
@@ -39,6 +40,7 @@ def register_op(
     fake: Callable[[Any], Any],
     save: Callable[[Any, Any, Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
+    flops: Callable[[Any, Any], int] | None = None,
 ) -> None:
     """Declares ``bqnn::name`` with ``signature``, e.g. ``(Tensor x, str? backend=None) -> Tensor``.
 
@@ -51,6 +53,7 @@ def register_op(
         backward: (ctx, *gradients of the outputs) -> the gradients, in the structure of the call; None for what has
             none. ``ctx.wants`` has, in the same structure, whether each is wanted. An op without it has no gradient,
             and says so when one is asked for.
+        flops: (call, outputs) -> what torch's FLOP counter counts for the call; of an op that multiplies.
 
     Raises:
         ValueError: schema and structure name other arguments.
@@ -135,6 +138,8 @@ def register_op(
     transformed: Any = type(name, (torch.autograd.Function,), methods)
     _ops[name] = _Op(overload, structure, order, positional, function, transformed)
     dispatch.register(name, "reference", reference)
+    if flops is not None:
+        count_flops(name, lambda *args, out_val, **keywords: flops(nest(args, keywords)[0], out_val))
     torch.library.impl(qualified, "CompositeExplicitAutograd", run)
     torch.library.register_fake(qualified, run_fake)
     torch.library.register_autograd(

@@ -120,6 +120,7 @@ def register(name: str, product: Callable[..., Product], geometry: str = "") -> 
         Structure(SampledBackwardCall, product=product),
         sampled_product_backward,
         _fake_backward,
+        flops=lambda call, _: (1 + call.input_gradient) * 2 * call.grad.numel() * call.posterior.columns,
     )
     register_op(
         name,
@@ -129,6 +130,7 @@ def register(name: str, product: Callable[..., Product], geometry: str = "") -> 
         _fake,
         save,
         backward,
+        lambda call, y: 2 * y.numel() * call.posterior.columns,
     )
 
 

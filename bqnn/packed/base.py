@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.hooks import RemovableHandle
 
 from bqnn.core.check import check_choice, check_flag, check_precision
 from bqnn.core.derived import version_of
 from bqnn.core.geometry import Geometry
 from bqnn.core.int8 import integer_limit
+from bqnn.core.leaf import node_of
 from bqnn.ops import dispatch
 from bqnn.ops.dispatch import Backend, Bound
 from bqnn.ops.packed_product import PackedCall
@@ -27,6 +29,8 @@ from bqnn.packed.probes import packed_rows
 from bqnn.packed.weight import PackedWeight
 
 EXECUTIONS = ("auto", "packed", "dense")
+
+_watching_modes = torch._C._len_torch_dispatch_stack  # TorchDispatchMode, which sees ops and not what backends do
 
 # A layer remembers how it runs so many shapes; with more it starts again.
 MAX_PLANS = 64
@@ -146,6 +150,7 @@ class PackedLayer(PackedWeight):
             not torch.compiler.is_dynamo_compiling()
             and type(x) is Tensor  # no subclass: such a tensor may have no data
             and x.is_cpu
+            and not _watching_modes()
             and not (x.requires_grad and torch.is_grad_enabled())
         ):
             prepared = self._prepared
@@ -170,12 +175,16 @@ class PackedLayer(PackedWeight):
         hook that would see the outputs before it."""
         self.relu, self._relu_of = True, (relu,)
 
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As of any module. A ReLU that the layer had taken over is a module of its own again."""
+    def give_back_relu(self) -> None:
+        """Makes the ReLU that the layer has taken over, if there is one, a module of its own again."""
         for module in self._relu_of:
             module.__class__ = nn.ReLU
             module.inplace = False  # type: ignore[assignment]
             self.relu, self._relu_of, self._prepared = False, (), None
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As of any module. A ReLU that the layer had taken over is a module of its own again."""
+        self.give_back_relu()
         return super().register_forward_hook(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -203,6 +212,9 @@ class PackedLayer(PackedWeight):
         return PackedCall(x, self.codes, self.levels, self.bias, geometry, self.precision, None, self.relu)
 
     def _run_checked(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            self.give_back_relu()  # whoever has the graph may look at what comes before it
+            return node_of(self, x)
         self._check_input(x)
         if not is_plain([x]) or (x.requires_grad and torch.is_grad_enabled()):
             # Codes and levels go into the graph: what runs it makes its layout of them, and sees them change.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bqnn.bayes.base import BayesLayer
+from bqnn.core.extras import needs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,8 +60,9 @@ class _Drawing:
     """One pair of axes in matplotlib's SVG; ``key`` makes its ids unlike those of other drawings on the page."""
 
     def __init__(self, key: str, title: str, x_label: str, y_label: str) -> None:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
+        with needs("report"):
+            from matplotlib import rc_context
+            from matplotlib.figure import Figure
 
         self.key, self.title = key, title
         with rc_context(STYLE):

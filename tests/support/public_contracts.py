@@ -328,6 +328,7 @@ def public() -> dict[str, Contract]:
         ),
         "convert": (bqnn.convert, {"net": plain_net, **OPTIONS, **FLAGS}, unknown),
         "pack": (bqnn.pack, {"net": bayes_net, **PACK, "fuse_relu": flag}, unknown),
+        "dequantize": (bqnn.dequantize, {"net": bayes_net}, unknown),
     }
     return {
         name: Contract(

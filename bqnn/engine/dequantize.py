@@ -1,0 +1,98 @@
+"""dequantize: a packed network to one of torch's own layers, for whatever takes those and knows no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bqnn.bayes.layers import bayes_layers
+from bqnn.core.check import check_module
+from bqnn.core.readers import read_parameter_of, readers
+from bqnn.core.references import copy_network
+from bqnn.core.replace import become, bound_methods, check_own_forward, rebind
+from bqnn.engine.pack import pack
+from bqnn.packed.base import PackedLayer
+from bqnn.packed.layers import PackedConv2d, PackedLinear
+
+
+@torch.inference_mode(False)  # whose tensors could not be trained
+def dequantize(net: nn.Module) -> nn.Module:
+    """A copy of ``net`` with nn.Linear and nn.Conv2d in place of packed and Bayes layers, in evaluation mode.
+
+    A weight is the decoded one, in the network's dtype, whatever the precision that a packed layer computes with; it
+    gives the outputs of the packed network of precision "fp32" up to the order of summation. Tied weights are one
+    parameter, of embeddings too. An nn.ReLU that a packed layer has taken over is a module of its own again; a packed
+    layer with a ReLU that never was one becomes an nn.Sequential of both. All else stays as it is, hooks too. Weights
+    and biases require gradients, so that the network can be trained further.
+
+    Args:
+        net: a network with packed layers, Bayes layers or both; a single layer, too.
+
+    Returns:
+        the copy; ``net`` stays as it is.
+
+    Raises:
+        TypeError: ``net`` is no module.
+        ValueError: it has neither packed nor Bayes layers; a parameter of a Bayes layer is not finite or out of range;
+            a layer has a forward of its own; ``net`` can not be copied, as :func:`bqnn.convert` says.
+    """
+    check_module("net", net)
+    if not (bayes_layers(net) or packed_layers(net)):
+        raise ValueError("net must have packed or Bayes layers, as bqnn.pack and bqnn.convert make them, got none")
+    # Codes are most of the memory of a packed layer, and the copy has no use for them.
+    shared = {id(layer.codes): layer.codes for layer in packed_layers(net).values()}
+    copied = pack(net, fuse_relu=False) if bayes_layers(net) else copy_network(net, shared)
+    layers = packed_layers(copied)
+    methods = bound_methods(copied, {layer: name for name, layer in layers.items()})
+    for name, layer in layers.items():
+        check_own_forward(name, layer)
+    templates: dict[type, PackedLayer] = {kind: _template(kind) for kind in (PackedLinear, PackedConv2d)}
+    parameters: dict[tuple[Any, ...], nn.Parameter] = {}
+    weights: dict[nn.Module, nn.Parameter] = {}
+    for layer in layers.values():
+        key = *map(id, layer.weight_sources()), layer.shape
+        if key not in parameters:
+            parameters[key] = _parameter(layer.decode().to(layer.weight_dtype))
+        weights[layer] = parameters[key]
+        layer.give_back_relu()
+    for packed, weight in weights.items():
+        become(packed, _plain(packed, weight), templates[type(packed)])
+    for module, name, owner in list(readers(copied)):
+        read_parameter_of(module, name, weights[owner])
+    rebind(methods)
+    return copied.eval()
+
+
+def packed_layers(net: nn.Module) -> dict[str, PackedLinear | PackedConv2d]:
+    """The packed layers of a network by name, each once."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, (PackedLinear, PackedConv2d))}
+
+
+def _parameter(values: Tensor) -> nn.Parameter:
+    """A parameter with memory of its own."""
+    return nn.Parameter(values.detach().clone())
+
+
+def _plain(layer: Any, weight: nn.Parameter) -> nn.Module:
+    """The layer of torch's own, and the ReLU that it does, where it does one."""
+    plain: Any
+    if isinstance(layer, PackedLinear):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    else:
+        sizes = layer.in_channels, layer.out_channels, layer.kernel_size
+        steps = layer.stride, layer.padding, layer.dilation, layer.groups
+        plain = nn.Conv2d(*sizes, *steps, bias=False, padding_mode=layer.padding_mode, device="meta")
+    plain.weight = weight
+    if layer.bias is not None:
+        plain.bias = _parameter(layer.bias)
+    return nn.Sequential(plain, nn.ReLU()) if layer.relu else plain
+
+
+def _template(kind: Any) -> PackedLayer:
+    """A layer that has whatever attribute a packed layer may come to have by itself."""
+    sizes = (1,) if kind is PackedLinear else (1, 1)
+    template = kind(*sizes, torch.zeros(1, 1, dtype=torch.uint8), torch.tensor([[0.0, 1.0]]), torch.zeros(1))
+    template.take_over(nn.ReLU())
+    return template
