@@ -26,8 +26,8 @@ def sample(net: nn.Module, seed: int | None = None, batches: Iterable[Tensor] | 
     Of a Bayes layer the code of a weight is that of mu + sigma * noise, computed in float32 at least; the means of the
     copy lie at the levels of these codes, and its layers are deterministic, so that :func:`bqnn.pack` packs it like any
     other network. Of a packed layer with a posterior it is drawn from the row of ``chances`` that belongs to the code
-    of the mean; in the copy the layer is packed, without chances. Means that have gathered at their levels give both
-    the same distribution, but the two draw different codes from one seed.
+    of the mean; in the copy the layer is packed, without chances. Means that have gathered at their levels, with
+    variances that are alike, give both the same distribution, but the two draw different codes from one seed.
 
     A code is drawn once: a convolution has the same weight at every place. Layers that share a posterior share their
     codes; a layer without one keeps its own.

@@ -1,7 +1,8 @@
 """The posterior of a packed weight: a table of the chances that a draw changes one code into another.
 
-Once means have gathered at their levels, the chance of each code depends on the code of the mean alone. So one table
-[M, M] stands for the means and variances of a whole layer, and no weight takes a bit more.
+Where means have gathered at their levels and variances are alike, the chance of each code depends on the code of the
+mean alone. So one table [M, M] stands for the means and variances of a whole layer, and no weight takes a bit more.
+Elsewhere it has the right share of changes for each code, and says nothing of which weights they fall on.
 """
 
 from __future__ import annotations

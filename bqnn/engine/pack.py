@@ -50,7 +50,8 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
 
     Of a posterior a table of chances stays, M x M for a layer: how probable it is that a draw from the posterior has
     which code, given the code of the mean. With it :func:`bqnn.sample` and :func:`bqnn.predict` draw networks from the
-    packed one; what it says is right where means have gathered at their levels. A deterministic layer has none.
+    packed one, as from ``net`` where means have gathered at their levels and variances are alike. A deterministic
+    layer has none.
 
     What is packed has no parameters: codes, levels, bias and chances are buffers. ``next(net.parameters())`` of a
     network of packed layers alone raises StopIteration; its dtype is that of ``layer.weight``.
