@@ -41,7 +41,8 @@ __attribute__((noinline)) void multiply_codes(const Codebook& book, const char* 
 using MultiplyCodes = void(const Codebook& book, const char* x, const uint32_t* const* words, int64_t count,
                            uint32_t* products);
 
-constexpr int kIntegerStrips = 1, kFloatStrips = BQNN_LANES == 4 ? 1 : 3;  // so many fill the registers
+// Of codes, so many strips fill the registers.
+constexpr int kIntegerStrips = BQNN_LANES == 16 ? kStrips : 1, kFloatStrips = BQNN_LANES == 4 ? 1 : kStrips;
 
 // The kernel that multiplies by so many bits a code.
 inline MultiplyCodes* codes_kernel(const Conv& conv, int bits) {

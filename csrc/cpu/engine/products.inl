@@ -114,7 +114,8 @@ using MultiplyTile = void(const char* const* position, const Chunk& chunk, const
 using MultiplyStrips = void(const char* position, const Chunk& chunk, const uint32_t* weight, int64_t stride,
                             uint32_t* products, bool first);
 
-constexpr int kStrips = 3;  // that are multiplied together where there is one position
+// Strips that are multiplied together where there is one position: each of their sums waits for itself.
+constexpr int kStrips = BQNN_LANES == 16 ? 4 : 3;
 
 // The kernels of a call: of a whole tile, of few positions, of one, and of one with kStrips strips.
 struct Tiles {
