@@ -14,6 +14,9 @@ from bqnn.bayes.layers import bayes_layers
 from bqnn.core.check import check_number
 from bqnn.core.precision import wide, wide_dtype
 
+CODEBOOK_LR, VARIANCE_LR = 0.1, 0.3
+"""Learning rates of levels and thresholds, and of log_sigma2, as factors: docs/recipe.md."""
+
 
 class Elbo(NamedTuple):
     """The negative evidence lower bound of a batch, a sample: ``loss = nll + kl_weight * kl / dataset_size``."""
@@ -87,9 +90,14 @@ def kl_warmup(progress: float, length: float) -> float:
 
 
 def parameter_groups(
-    net: nn.Module, lr: float, *, codebook_lr: float = 0.1, variance_lr: float = 1.0, weight_decay: float = 0.0
+    net: nn.Module,
+    lr: float,
+    *,
+    codebook_lr: float = CODEBOOK_LR,
+    variance_lr: float = VARIANCE_LR,
+    weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Optimizer parameter groups: levels and thresholds learn slower, and only plain weights decay.
+    """Optimizer parameter groups: levels, thresholds and variances learn slower, and only plain weights decay.
 
     Args:
         net: any network; without Bayes layers the codebook and variance groups are left out.

@@ -15,7 +15,7 @@ TIERS = (
     ("bqnn.kernels", "bqnn.models", "bqnn.data"),
     ("bqnn.ops",),
     ("bqnn.bayes", "bqnn.packed"),
-    ("bqnn.engine",),
+    ("bqnn.engine", "bqnn.training"),
     ("bqnn.reports",),
     ("bqnn.files",),
     ("bqnn.lab",),
