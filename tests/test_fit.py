@@ -48,6 +48,7 @@ def test_a_network_is_trained_in_three_phases() -> None:
     before = state(net)
     result = bqnn.fit(net, BATCHES, validation=BATCHES, epochs=(2, 1, 2), log=lines.append)
     assert same(state(net), before), "the network that was given is as it was"
+    assert all(parameter.grad is None for parameter in result.net.parameters())
     assert len(bayes_layers(result.net)) == 2 and not result.net.training and result.noise_variance is None
     assert {layer.estimator for layer in bayes_layers(result.net).values()} == {"moment"}
     assert [r["phase"] for r in result.history] == ["full precision"] * 2 + ["deterministic"] + ["bayes"] * 2

@@ -232,6 +232,7 @@ class _Fit:
                     self._epoch(phase, done, *cycle)
         if not self.plan.phases[BAYES].epochs:
             self._validate()
+        self.net.zero_grad(set_to_none=True)  # as much memory as the parameters take
         return FitResult(self.net.eval(), self.history, self._noise_variance())
 
     def _enter(self, phase: int) -> None:
