@@ -357,6 +357,8 @@ def test_shares_of_epochs(total: int, converted: bool) -> None:
         ({"dataset_size": 0}, "dataset_size must be from 1 to"),
         ({"dataset_size": 4.5}, "dataset_size must be an int, got float"),
         ({"seed": -1}, "seed must be from 0"),
+        ({"checkpoint": 3}, "checkpoint must be a path, got 3"),
+        ({"checkpoint": "none/such/file"}, "checkpoint must be a file in a folder that is there, got none/such/file"),
         ({"log": 3}, "log must be a function that takes a line, as print does, got 3"),
         ({"task": "regression"}, "target must have the shape of the network's output"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,13 @@ class Likelihood:
     def summarize(self, mean: Tensor) -> float:
         """The figure that belongs to :meth:`average`."""
         raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what :meth:`state_dict` gave."""
 
 
 class CategoricalLikelihood(Likelihood):
@@ -142,6 +150,12 @@ class GaussianLikelihood(Likelihood):
 
     def average(self, losses: Tensor) -> Tensor:
         return losses.mean(0) if losses.dim() == 2 else losses.mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"variance": self.variance, "weight": self._weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.variance, self._weight = state["variance"], state["weight"]
 
     def _update(self, squares: Tensor, target: Tensor) -> None:
         if not squares.numel():

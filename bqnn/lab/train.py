@@ -23,11 +23,12 @@ from bqnn import models
 from bqnn.bayes.batchnorm import refresh_batchnorm
 from bqnn.bayes.convert import convert
 from bqnn.bayes.layers import bayes_layers
+from bqnn.core.checkpoint import digest_of, write_checkpoint
 from bqnn.core.files import open_regular, remove_leftovers, write_atomically
 from bqnn.core.text import shown
 from bqnn.data.augment import augment
 from bqnn.data.splits import Splits, batches, leaves_one, load_dataset, normalise
-from bqnn.lab.checkpoint import check_progress, digest_of, read_checkpoint, write_checkpoint
+from bqnn.lab.checkpoint import check_progress, read_checkpoint
 from bqnn.lab.evaluate import evaluate, statistics_batches
 from bqnn.lab.folder import (
     CHECKPOINT,
