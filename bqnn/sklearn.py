@@ -20,7 +20,7 @@ with needs("sklearn"):
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted
 
-MOST_SEED = 2**31 - 1
+SEEDS = 2**31  # what a RandomState of NumPy draws from on every platform
 
 
 class _BayesEstimator(BaseEstimator):
@@ -45,7 +45,7 @@ class _BayesEstimator(BaseEstimator):
 
     def _fit_net(self, x: Any, target: Tensor, outputs: int, task: str) -> Any:
         self.n_features_in_ = x.shape[1]
-        self.seed_ = int(check_random_state(self.random_state).randint(MOST_SEED))
+        self.seed_ = int(check_random_state(self.random_state).randint(SEEDS))
         with torch.random.fork_rng([]):
             torch.manual_seed(self.seed_)
             net = (self.make_net or self._mlp)(self.n_features_in_, outputs)

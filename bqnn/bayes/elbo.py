@@ -65,7 +65,7 @@ def elbo(
         net: the network, for the divergence of its Bayes layers.
         dataset_size: number of training samples, over which the divergence is spread.
         kl_weight: 0 to 1 while the divergence is ramped in (:func:`kl_warmup`).
-        nll: mean negative log likelihood, in nats a sample.
+        nll: mean negative log likelihood, in nats a sample; of a regression a :class:`bqnn.GaussianLikelihood`.
 
     Raises:
         ValueError: dataset_size < 1, kl_weight < 0, or a network without Bayes layers.

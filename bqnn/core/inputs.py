@@ -1,4 +1,4 @@
-"""Inputs of a network: one tensor, or a tuple or dict of its arguments."""
+"""Inputs of a network: one tensor, or a tuple or dict of its arguments; and where they have to be."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, (tuple, list)):
         return [to_device(each, device) for each in value]
     return value
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """Where a network's tensors are; the CPU for one that has none."""
+    return next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))

@@ -40,10 +40,11 @@ from bqnn.bayes.predict import Prediction, of_draws
 from bqnn.bayes.sample import check_posterior, sampled_networks
 from bqnn.core.check import check_integer
 from bqnn.core.ensemble import Ensemble, Stacked
+from bqnn.core.inputs import device_of
 from bqnn.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 from bqnn.data.out_of_distribution import other_images, other_name, outside_images
 from bqnn.data.splits import Split, Splits, normalise
-from bqnn.lab.evaluate import EVAL_BATCH, device_of, find_split, statistics_batches
+from bqnn.lab.evaluate import EVAL_BATCH, find_split, statistics_batches
 from bqnn.lab.metrics import (
     best_temperature,
     brier_of,

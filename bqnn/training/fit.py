@@ -16,6 +16,7 @@ from bqnn.bayes.convert import convert
 from bqnn.bayes.elbo import CODEBOOK_LR, VARIANCE_LR
 from bqnn.bayes.layers import bayes_layers
 from bqnn.bayes.likelihood import likelihood_of
+from bqnn.bayes.sample import MOST_SEED
 from bqnn.core.check import check_int, check_module, named
 from bqnn.core.references import copy_network
 from bqnn.training.loader import check_loader, measure
@@ -30,8 +31,6 @@ from bqnn.training.phases import (
 )
 from bqnn.training.plan import Plan, make_plan
 from bqnn.training.run import Training
-
-MOST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bqnn.bayes.convert import convert_
 from bqnn.bayes.layers import bayes_layers
 from bqnn.bayes.likelihood import GaussianLikelihood, Likelihood
 from bqnn.core.checkpoint import read_checkpoint, write_checkpoint
-from bqnn.core.inputs import call_network
+from bqnn.core.inputs import call_network, device_of
 from bqnn.core.text import shown
 from bqnn.training.epoch import Objective, train_epoch
 from bqnn.training.loader import Size, batches_of
@@ -41,11 +41,6 @@ FIELDS: dict[str, type] = {
     "likelihood": dict,
     "generators": list,
 }
-
-
-def device_of(net: nn.Module) -> torch.device:
-    """Where a network is; the CPU for one without tensors."""
-    return next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
 
 
 class Score:
