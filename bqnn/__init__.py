@@ -5,7 +5,8 @@ from bqnn.bayes.batchnorm import refresh_batchnorm
 from bqnn.bayes.convert import convert, convert_
 from bqnn.bayes.elbo import Elbo, elbo, kl_divergence, kl_warmup, parameter_groups
 from bqnn.bayes.layers import BayesConv2d, BayesLinear, sampling
-from bqnn.bayes.predict import Prediction, predict
+from bqnn.bayes.likelihood import GaussianLikelihood
+from bqnn.bayes.predict import Prediction, RegressionPrediction, predict
 from bqnn.bayes.sample import sample
 from bqnn.core.ensemble import Ensemble
 from bqnn.core.files import FormatError
@@ -21,6 +22,7 @@ from bqnn.ops.dispatch import BackendError, backends
 from bqnn.packed.layers import PackedConv2d, PackedLinear
 from bqnn.reports.explain import explain_speed
 from bqnn.reports.report import Report, report
+from bqnn.training.fit import FitResult, fit
 
 __all__ = [
     "BackendError",
@@ -30,10 +32,13 @@ __all__ = [
     "CompiledNetwork",
     "Elbo",
     "Ensemble",
+    "FitResult",
     "FormatError",
+    "GaussianLikelihood",
     "PackedConv2d",
     "PackedLinear",
     "Prediction",
+    "RegressionPrediction",
     "Report",
     "__version__",
     "backends",
@@ -45,6 +50,7 @@ __all__ = [
     "elbo",
     "explain_speed",
     "export_onnx",
+    "fit",
     "info",
     "kl_divergence",
     "kl_warmup",

@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from bqnn.lab import checkpoint, runs
-from bqnn.lab.checkpoint import DIGEST_BYTES, FIELDS, digest_of, read_checkpoint, write_checkpoint
+from bqnn.core import checkpoint
+from bqnn.core.checkpoint import DIGEST_BYTES, digest_of, write_checkpoint
+from bqnn.lab import runs
+from bqnn.lab.checkpoint import FIELDS, read_checkpoint
 from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import Trainer
@@ -253,7 +255,8 @@ def test_a_run_that_another_has_taken_further_is_not_written(path: Path, state: 
 FULL = """
 import resource, sys
 from pathlib import Path
-from bqnn.lab.checkpoint import read_checkpoint, write_checkpoint
+from bqnn.core.checkpoint import write_checkpoint
+from bqnn.lab.checkpoint import read_checkpoint
 path = Path(sys.argv[1])
 state = read_checkpoint(path)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))

@@ -12,10 +12,11 @@ from torch import nn
 
 import bqnn
 from bqnn.cli import main as cli
+from bqnn.core.checkpoint import write_checkpoint
 from bqnn.data.splits import Split, Splits, leaves_one
 from bqnn.engine.pack import pack
 from bqnn.files import network
-from bqnn.lab.checkpoint import read_checkpoint, write_checkpoint
+from bqnn.lab.checkpoint import read_checkpoint
 from bqnn.lab.evaluate import statistics_batches
 from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
 from bqnn.lab.recipe import Recipe

@@ -114,3 +114,25 @@ def test_a_parameter_that_is_not_finite_names_the_layer(parameter: str, value: f
         getattr(net.nested["inner"][0], parameter).view(-1)[1] = value
     with pytest.raises(ValueError, match=f"layer 'nested.inner.0': {parameter} must be finite"):
         pack(net)
+
+
+def trained(net: nn.Module, likelihood_alone: bool) -> nn.Module:
+    output, target = net(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])
+    nll = nn.functional.cross_entropy(output, target)
+    (nll if likelihood_alone else bqnn.elbo(output, target, net, 5).loss).backward()
+    return net
+
+
+def test_a_training_without_the_divergence_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    overrides = {"1": {"estimator": "deterministic"}}
+    net = bqnn.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), overrides=overrides)
+    bqnn.pack(net)
+    bqnn.pack(trained(bqnn.convert(nn.Linear(4, 3)), likelihood_alone=False))
+    assert not caplog.records
+    bqnn.pack(trained(net, likelihood_alone=True))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("trained without the divergence from the prior") and "'0';" in record.message
+    caplog.clear()
+    bqnn.pack(trained(net, likelihood_alone=False))
+    assert not caplog.records

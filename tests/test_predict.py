@@ -124,3 +124,69 @@ def test_samples_of_a_network_without_posterior(net: nn.Module) -> None:
     with pytest.raises(ValueError, match="net has no Bayes layer with a posterior to draw 2 samples"):
         predict(net, X, samples=2)
     assert predict(net, X).probs.shape[0] == 7
+
+
+@pytest.mark.parametrize("noise", [None, 0.25, torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])], ids=["none", "one", "each"])
+def test_regression(noise: float | Tensor | None) -> None:
+    net = make_net().train()
+    found = predict(net, X, 6, task="regression", noise_variance=noise, seed=3)
+    with torch.no_grad():
+        draws = torch.stack([sample(net, 3 + k)(X).double() for k in range(6)])
+    variance = draws.var(0, correction=0)
+    assert (variance > 0.0).any()
+    torch.testing.assert_close(found.mean.double(), draws.mean(0), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.epistemic.double(), variance.sqrt(), rtol=1e-5, atol=1e-7)
+    total = (variance + (0.0 if noise is None else noise)).sqrt()
+    torch.testing.assert_close(found.deviation.double(), total, rtol=1e-5, atol=1e-7)
+    assert not found.mean.requires_grad
+
+
+def test_regression_of_one_network() -> None:
+    net = make_net()
+    found = predict(net, X, task="regression", noise_variance=4.0)
+    assert torch.equal(found.mean, net.eval()(X))
+    assert torch.equal(found.epistemic, torch.zeros(7, 5))
+    assert torch.equal(found.deviation, torch.full((7, 5), 2.0))
+    both = predict(bqnn.Ensemble([net, nn.Linear(11, 5)]), X, task="regression")
+    assert torch.equal(both.deviation, both.epistemic) and (both.epistemic > 0.0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"task": "ranking"}, "task must be one of classification, regression, got 'ranking'"),
+        ({"noise_variance": 1.0}, 'noise_variance must be None but for task="regression", got 1.0'),
+        ({"task": "regression", "noise_variance": -1.0}, "noise_variance must be at least 0, got -1.0"),
+        ({"task": "regression", "noise_variance": float("nan")}, "noise_variance must be at least 0, got nan"),
+        ({"task": "regression", "noise_variance": torch.ones(4)}, r"must go with the output \[7, 5\], got \[4\]"),
+    ],
+)
+def test_arguments_of_a_task(options: dict[str, object], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        predict(make_net(), X, **options)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_one_logit_is_no_classification(samples: int) -> None:
+    net = BayesLinear(11, 1)
+    with pytest.raises(ValueError, match=r'two classes or more, got the shape \[7, 1\]; task="regression"'):
+        predict(net, X, samples)
+    assert predict(net, X, samples, task="regression").mean.shape == (7, 1)
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = BayesLinear(11, 3)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return self.layer(x) + shift
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_inputs_by_position_and_by_name(samples: int) -> None:
+    net, shift = Sum(), torch.arange(3.0)
+    by_position = predict(net, (X, shift), samples, seed=0)
+    assert torch.equal(by_position.probs, predict(net, {"x": X, "shift": shift}, samples, seed=0).probs)
+    if samples == 1:
+        assert torch.equal(by_position.probs, net.eval()(X, shift).softmax(-1))

@@ -48,6 +48,8 @@ class BayesLayer(DrawnWeight):
     raw_thresholds: nn.Parameter | None
     level_scale: Tensor
     prior_sigma2: Tensor
+    asked_for_kl = False
+    """Whether somebody has called :meth:`kl_divergence`, as who maximizes the evidence lower bound does."""
 
     def _init_bayes(
         self,
@@ -278,6 +280,7 @@ class BayesLayer(DrawnWeight):
         posterior. The Gaussian prior is N(0, S^2), S^2 the mean square of the weights that the codebook was fitted to,
         or the one to expect where they were all the same; it is the slab of the prior "mixture".
         """
+        self.asked_for_kl = True
         if self.estimator == "deterministic":
             return wide(self.mean.new_zeros(()))
         if self.prior == "gaussian":

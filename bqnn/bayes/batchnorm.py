@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bqnn.core.inputs import call_network
 from bqnn.core.modes import replica
 from bqnn.core.precision import wide
 
@@ -18,7 +19,7 @@ MOST_BATCHES = 20  # are enough
 
 
 @torch.no_grad()
-def refresh_batchnorm(net: nn.Module, batches: Iterable[Tensor], limit: int = MOST_BATCHES) -> nn.Module:
+def refresh_batchnorm(net: nn.Module, batches: Iterable[Any], limit: int = MOST_BATCHES) -> nn.Module:
     """Re-estimates the running statistics of every BatchNorm with the network in evaluation mode.
 
     The weights of training are noisy and those of the test are not, so the activations' statistics differ. The new
@@ -29,7 +30,8 @@ def refresh_batchnorm(net: nn.Module, batches: Iterable[Tensor], limit: int = MO
 
     Args:
         net: any network; the statistics are changed in place, and nothing else.
-        batches: inputs, as the network takes them; those taken are kept until the end.
+        batches: inputs, each a tensor, or a tuple, list or dict of the network's arguments; those taken are kept until
+            the end.
         limit: the number of batches at most.
 
     Returns:
@@ -115,7 +117,7 @@ class _Calibration:
         self._next: Any = None
         self._found: _Statistics | None = None
 
-    def run(self, batches: list[Tensor]) -> None:
+    def run(self, batches: list[Any]) -> None:
         """Puts the statistics of these inputs into the network that the replica is one of, when all are known."""
         while self._measure_next(batches):
             pass
@@ -125,13 +127,13 @@ class _Calibration:
                 variance.copy_(norm.running_var)
                 batches_tracked.fill_(len(batches))
 
-    def _measure_next(self, batches: list[Tensor]) -> bool:
+    def _measure_next(self, batches: list[Any]) -> bool:
         """A pass as far as the next norm; False where there is none any more."""
         self._next = self._found = None
         for x in batches:
             self._calls.clear()
             try:
-                self._net(x)
+                call_network(self._net, x)
             except _Reached:
                 continue
             if self._next is None:

@@ -14,6 +14,9 @@ from bqnn.bayes.layers import bayes_layers
 from bqnn.core.check import check_number
 from bqnn.core.precision import wide, wide_dtype
 
+CODEBOOK_LR, VARIANCE_LR = 0.1, 0.3
+"""Learning rates of levels and thresholds, and of log_sigma2, as factors: docs/recipe.md."""
+
 
 class Elbo(NamedTuple):
     """The negative evidence lower bound of a batch, a sample: ``loss = nll + kl_weight * kl / dataset_size``."""
@@ -62,7 +65,7 @@ def elbo(
         net: the network, for the divergence of its Bayes layers.
         dataset_size: number of training samples, over which the divergence is spread.
         kl_weight: 0 to 1 while the divergence is ramped in (:func:`kl_warmup`).
-        nll: mean negative log likelihood, in nats a sample.
+        nll: mean negative log likelihood, in nats a sample; of a regression a :class:`bqnn.GaussianLikelihood`.
 
     Raises:
         ValueError: dataset_size < 1, kl_weight < 0, or a network without Bayes layers.
@@ -87,9 +90,14 @@ def kl_warmup(progress: float, length: float) -> float:
 
 
 def parameter_groups(
-    net: nn.Module, lr: float, *, codebook_lr: float = 0.1, variance_lr: float = 1.0, weight_decay: float = 0.0
+    net: nn.Module,
+    lr: float,
+    *,
+    codebook_lr: float = CODEBOOK_LR,
+    variance_lr: float = VARIANCE_LR,
+    weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Optimizer parameter groups: levels and thresholds learn slower, and only plain weights decay.
+    """Optimizer parameter groups: levels, thresholds and variances learn slower, and only plain weights decay.
 
     Args:
         net: any network; without Bayes layers the codebook and variance groups are left out.

@@ -147,9 +147,10 @@ def bayes_layers(net: nn.Module) -> dict[str, BayesLayer]:
 
 
 def bound_means_(layers: Iterable[BayesLayer]) -> None:
-    """Bounds the means of those layers that need it: the ones with a posterior under the prior "mixture"."""
+    """Bounds the means of those layers that need it: the ones with a posterior under the prior "mixture" that
+    are not frozen."""
     for layer in layers:
-        if layer.prior == "mixture" and layer.estimator != "deterministic":
+        if layer.prior == "mixture" and layer.estimator != "deterministic" and layer.mean.requires_grad:
             layer.bound_means_()
 
 

@@ -20,7 +20,7 @@ from bqnn.core.references import copy_network
 MOST_SEED = 2**63 - 1
 
 
-def sample(net: nn.Module, seed: int | None = None, batches: Iterable[Tensor] | None = None) -> nn.Module:
+def sample(net: nn.Module, seed: int | None = None, batches: Iterable[Any] | None = None) -> nn.Module:
     """One network out of the posterior: a copy of ``net`` whose layers have a code drawn for each weight.
 
     Of a Bayes layer the code of a weight is that of mu + sigma * noise, computed in float32 at least; the means of the
@@ -81,7 +81,7 @@ def _check_layers(net: nn.Module, samples: int) -> None:
 
 
 def sampled_networks(
-    net: nn.Module, samples: int, seed: int | None = None, batches: Iterable[Tensor] | None = None
+    net: nn.Module, samples: int, seed: int | None = None, batches: Iterable[Any] | None = None
 ) -> Iterator[nn.Module]:
     """Network after network as :func:`sample` draws them, number k with ``seed`` + k, without a copy.
 
@@ -106,7 +106,7 @@ def draws_each(net: Ensemble, samples: int) -> int:
     return each
 
 
-def _of_one(net: nn.Module, numbers: range, seed: int | None, kept: list[Tensor] | None) -> Iterator[nn.Module]:
+def _of_one(net: nn.Module, numbers: range, seed: int | None, kept: list[Any] | None) -> Iterator[nn.Module]:
     """The networks with these numbers, all drawn from ``net``."""
     # Two replicas: the second becomes a sample, and both have the same names, other than a network that is compiled.
     source, twin = replica(net), replica(net).eval()

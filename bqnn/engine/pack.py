@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from bqnn.core.replace import become, bound_methods, check_own_forward, rebind
 from bqnn.engine.relu import relu_after
 from bqnn.packed.base import PackedLayer, check_execution
 from bqnn.packed.layers import PackedConv2d, PackedLinear
+
+_log = logging.getLogger("bqnn")
 
 _KINDS: tuple[Any, ...] = (BayesLinear, BayesConv2d)
 
@@ -56,6 +59,9 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
     What is packed has no parameters: codes, levels, bias and chances are buffers. ``next(net.parameters())`` of a
     network of packed layers alone raises StopIteration; its dtype is that of ``layer.weight``.
 
+    Layers that were trained in this process by their likelihood alone, without their divergence from the prior, are
+    named in the log.
+
     Args:
         net: a network that bqnn.convert made, or a single Bayes layer.
         precision: "fp32", "bf16" or "int8" (bqnn.ops.packed_linear says what each computes).
@@ -84,6 +90,7 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
     replacements = {layer: _pack_named(name, layer, precision, execution) for name, layer in layers.items()}
     templates = {kind: _template(kind) for kind in _KINDS}
     _share_codes(replacements)
+    _warn_without_divergence(layers)
     # Only now, with nothing left that could fail.
     for layer, replacement in replacements.items():
         become(layer, replacement, templates[type(layer)])
@@ -97,11 +104,23 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
     return net.eval()
 
 
+def _warn_without_divergence(layers: Mapping[str, BayesLayer]) -> None:
+    """Names the layers that have been trained here by the likelihood alone; of a layer that was loaded nobody knows."""
+    learning = {name: layer for name, layer in layers.items() if layer.has_posterior and not layer.asked_for_kl}
+    if without := [name for name, layer in learning.items() if layer.log_sigma2.grad is not None]:
+        _log.warning(
+            "trained without the divergence from the prior, which gathers means at their levels: %s; "
+            "minimize bqnn.elbo(...).loss, or call bqnn.fit",
+            ", ".join(map(repr, without)),
+        )
+
+
 def _template(kind: Any) -> BayesLayer:
     """A layer that has whatever attribute a Bayes layer may come to have by itself."""
     template = kind(*[1] * (3 if kind is BayesConv2d else 2), device="meta")
     template.freeze_weight(True)
     template.tie((template,))
+    template.asked_for_kl = True
     return template
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bqnn.bayes.predict import of_draws
 from bqnn.bayes.sample import check_posterior, sampled_networks
 from bqnn.core.ensemble import Stacked
+from bqnn.core.inputs import device_of
 from bqnn.data.splits import Split, Splits, batches, leaves_one, normalise
 from bqnn.lab.metrics import error_of, expected_calibration_error, nll_of
 
@@ -29,11 +30,6 @@ class Score:
     nll: float  # nats an image
     predictions: Tensor  # int64 [N]
     logits: Tensor  # float32 [N, classes]
-
-
-def device_of(net: nn.Module) -> torch.device:
-    """Where a network's tensors are; the CPU for one that has none."""
-    return next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
 
 
 def evaluate(net: Callable[[Tensor], Tensor], split: Split, data: Splits, batch_size: int = EVAL_BATCH) -> Score:

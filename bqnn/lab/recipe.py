@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from bqnn import models
 from bqnn.bayes.base import (
@@ -15,10 +14,23 @@ from bqnn.bayes.base import (
     SPIKE_WIDTH,
     check_start_sigma,
 )
+from bqnn.bayes.elbo import CODEBOOK_LR, VARIANCE_LR
 from bqnn.bayes.estimator import ESTIMATORS
 from bqnn.core.check import check_num_levels
 from bqnn.data.augment import KINDS
 from bqnn.ops.mixture_kl import check_mixture
+from bqnn.training.phases import (
+    BAYES_LR,
+    DETERMINISTIC_LR,
+    EPOCHS,
+    KL_WARMUP,
+    LR,
+    LR_NAMES,
+    Phase,
+    Rates,
+    locate,
+    phases_of,
+)
 
 METHODS = ("bayes", "fpnn")
 # What each field of a recipe may be; `bqnn train` offers the same.
@@ -33,15 +45,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 # The fields that are options of the layers.
 LAYER_OPTIONS = ("estimator", "prior", "partition", "granularity", "spike_width", "slab_share", "start_sigma")
-FULL_PRECISION, DETERMINISTIC, BAYES = range(3)  # the phases of a recipe
-
-
-class Phase(NamedTuple):
-    """A stretch of training with an optimizer and a learning-rate cycle of its own."""
-
-    name: str
-    epochs: int
-    lr: float
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,17 @@ class Recipe:
     start_sigma: float = SIGMA_PER_GAP
     partition: str = "nearest"
     granularity: str = "tensor"
-    pretrain_epochs: int = 6
-    deterministic_epochs: int = 10
-    epochs: int = 4
+    pretrain_epochs: int = EPOCHS[0]
+    deterministic_epochs: int = EPOCHS[1]
+    epochs: int = EPOCHS[2]
     batch_size: int = 128
-    lr: float = 4e-3
-    deterministic_lr: float = 3e-3
-    bayes_lr: float = 5e-3
-    codebook_lr: float = 0.1
-    variance_lr: float = 0.3
+    lr: float = LR
+    deterministic_lr: float = DETERMINISTIC_LR
+    bayes_lr: float = BAYES_LR
+    codebook_lr: float = CODEBOOK_LR
+    variance_lr: float = VARIANCE_LR
     weight_decay: float = 0.0
-    kl_warmup: float = 1.0
+    kl_warmup: float = KL_WARMUP
     augment: str = "none"
     image_size: int | None = None
     validation: int | None = None
@@ -91,11 +94,12 @@ class Recipe:
 
     @property
     def phases(self) -> tuple[Phase, Phase, Phase]:
-        return (
-            Phase("full precision", self.pretrain_epochs, self.lr),
-            Phase("deterministic", self.deterministic_epochs, self.deterministic_lr),
-            Phase("bayes", self.epochs, self.bayes_lr),
-        )
+        epochs = self.pretrain_epochs, self.deterministic_epochs, self.epochs
+        return phases_of(epochs, [getattr(self, name) for name in LR_NAMES])
+
+    @property
+    def rates(self) -> Rates:
+        return Rates(self.codebook_lr, self.variance_lr, self.weight_decay)
 
     @property
     def total_epochs(self) -> int:
@@ -103,11 +107,7 @@ class Recipe:
 
     def locate(self, epoch: int) -> tuple[int, int]:
         """The phase that an epoch (from 0) belongs to, and the epochs of it that are done; at the end, the last one."""
-        for index, phase in enumerate(self.phases):
-            if epoch < phase.epochs:
-                return index, epoch
-            epoch -= phase.epochs
-        return index, phase.epochs
+        return locate(self.phases, epoch)
 
 
 # Chosen on the validation split, by the measurements in docs/recipe.md.

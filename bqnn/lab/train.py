@@ -1,8 +1,6 @@
-"""Training in phases, with a checkpoint an epoch that a kill can't break.
+"""Runs of the command: training in the phases of a recipe, with a checkpoint an epoch that a kill can't break.
 
-First the full-precision network, then the M-ary one without Bayes, which settles what code each weight has, then the
-estimator of the recipe with its divergence, which makes the posterior and gathers the means at their levels.
-docs/recipe.md has the measurements that speak for this order.
+What a phase, its optimizer and a step are is in bqnn.training; here are the data, the checkpoints and the records.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,18 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from bqnn import models
 from bqnn.bayes.batchnorm import refresh_batchnorm
 from bqnn.bayes.convert import convert
-from bqnn.bayes.elbo import elbo, kl_warmup, parameter_groups
-from bqnn.bayes.layers import bayes_layers, bound_means_
+from bqnn.bayes.layers import bayes_layers
+from bqnn.core.checkpoint import digest_of, write_checkpoint
 from bqnn.core.files import open_regular, remove_leftovers, write_atomically
 from bqnn.core.text import shown
 from bqnn.data.augment import augment
 from bqnn.data.splits import Splits, batches, leaves_one, load_dataset, normalise
-from bqnn.lab.checkpoint import check_progress, digest_of, read_checkpoint, write_checkpoint
+from bqnn.lab.checkpoint import check_progress, read_checkpoint
 from bqnn.lab.evaluate import evaluate, statistics_batches
 from bqnn.lab.folder import (
     CHECKPOINT,
@@ -45,13 +43,10 @@ from bqnn.lab.folder import (
     read_scores,
 )
 from bqnn.lab.progress import progress_bar
-from bqnn.lab.recipe import BAYES, DETERMINISTIC, FULL_PRECISION, LAYER_OPTIONS, Recipe
+from bqnn.lab.recipe import LAYER_OPTIONS, Recipe
 from bqnn.reports.report import report
-
-# Of AdamW. A mean that has left a threshold has the small, steady gradient of the divergence alone: with a long memory
-# of the likelihood's large one it would hardly move.
-BETAS = ((0.9, 0.999), (0.9, 0.999), (0.9, 0.99))
-WARMUP = 0.1  # share of a phase's steps in which the learning rate rises
+from bqnn.training.epoch import Objective, train_epoch
+from bqnn.training.phases import BAYES, FULL_PRECISION, check_finite, enter_phase, make_optimizer
 
 
 def build_network(recipe: Recipe, data: Splits, phase: int = BAYES) -> nn.Module:
@@ -64,14 +59,10 @@ def quantize(net: nn.Module, recipe: Recipe, phase: int = BAYES) -> nn.Module:
     """``net`` as the recipe trains it in ``phase``: converted, if it is not yet, or itself at full precision."""
     if phase == FULL_PRECISION or recipe.method == "fpnn":
         return net
-    layers = bayes_layers(net)
-    if not layers:
+    if not bayes_layers(net):
         options = {name: getattr(recipe, name) for name in LAYER_OPTIONS}
         net = convert(net, recipe.num_levels, **options)
-        layers = bayes_layers(net)
-    for layer in layers.values():
-        layer.estimator = "deterministic" if phase == DETERMINISTIC else recipe.estimator
-        layer.reset_variances_()
+    enter_phase(net, phase, dict.fromkeys(bayes_layers(net), recipe.estimator))
     return net
 
 
@@ -149,26 +140,10 @@ class Trainer:
             raise ValueError(f"init must be a full-precision {self.recipe.model}, got {init}: {error}") from error
 
     def _start_phase(self, net: nn.Module) -> None:
-        recipe = self.recipe
         self.net = net.to(self.device)
-        _, epochs, lr = recipe.phases[self.phase]
-        groups = parameter_groups(
-            self.net,
-            lr,
-            codebook_lr=recipe.codebook_lr,
-            variance_lr=recipe.variance_lr,
-            weight_decay=recipe.weight_decay,
-        )
-        self.optimizer = torch.optim.AdamW(groups, betas=BETAS[self.phase], fused=True)
+        _, epochs, lr = self.recipe.phases[self.phase]
         steps = max(1, epochs * self.steps_an_epoch)
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            [group["lr"] for group in groups],
-            total_steps=steps,
-            # The scheduler divides by the steps of the rise less one: a rise of exactly one step is none it can do.
-            pct_start=min(0.75, max(WARMUP, 2 / steps)),
-            cycle_momentum=False,
-        )
+        self.optimizer, self.scheduler = make_optimizer(self.net, self.phase, lr, steps, self.recipe.rates)
 
     def run(self, progress: bool = True, log: Callable[[str], object] = print_now) -> nn.Module:
         """Trains to the end from where the run stands, and returns the network in evaluation mode.
@@ -204,36 +179,22 @@ class Trainer:
         self._write_metrics()
         return self.net
 
+    def _batches(self, progress: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of the next epoch, as the network takes them."""
+        data, recipe = self.data, self.recipe
+        rows = batches(data.train, recipe.batch_size, self.generator, shuffle=True, drop_last=self.drop_last)
+        for images, labels in progress_bar(rows, f"epoch {self.epoch + 1}", self.steps_an_epoch) if progress else rows:
+            x = augment(normalise(images, data.mean, data.std), self.generator, recipe.augment)
+            yield x.to(self.device), labels.to(self.device)
+
     def _run_epoch(self, progress: bool) -> dict[str, Any]:
         recipe, started = self.recipe, time.perf_counter()
         phase, done = recipe.locate(self.epoch)
-        layers = bayes_layers(self.net).values()
-        sums = torch.zeros(3, dtype=torch.float64)
-        self.net.train()
-        rows = batches(self.data.train, recipe.batch_size, self.generator, shuffle=True, drop_last=self.drop_last)
-        bar = progress_bar(rows, f"epoch {self.epoch + 1}", self.steps_an_epoch) if progress else rows
-        for step, (images, labels) in enumerate(bar):
-            x = augment(normalise(images, self.data.mean, self.data.std), self.generator, recipe.augment)
-            output, labels = self.net(x.to(self.device)), labels.to(self.device)
-            if layers:
-                weight = kl_warmup(done + step / self.steps_an_epoch, recipe.kl_warmup)
-                loss, nll, kl = elbo(output, labels, self.net, len(self.data.train), weight)
-            else:
-                loss = nll = F.cross_entropy(output, labels)
-                kl = torch.zeros(())
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            bound_means_(layers)
-            self.scheduler.step()
-            sums += torch.stack([loss.detach(), nll.detach(), kl.detach().to(loss)]).double().cpu()
-        loss_mean, nll_mean, kl_mean = (sums / self.steps_an_epoch).tolist()
-        if not math.isfinite(loss_mean):
-            name = ("lr", "deterministic_lr", "bayes_lr")[phase]
-            raise FloatingPointError(
-                f"the loss of epoch {self.epoch + 1} is {loss_mean}; a smaller {name} ({getattr(recipe, name)} now) "
-                "may help"
-            )
+        objective = Objective(F.cross_entropy, len(self.data.train), recipe.kl_warmup)
+        drawn, steps = self._batches(progress), self.steps_an_epoch
+        means = train_epoch(self.net, drawn, self.optimizer, self.scheduler, objective, done, steps)
+        check_finite(means.loss, self.epoch + 1, phase, recipe.phases[phase].lr)
+        layers = bayes_layers(self.net)
         if layers:
             refresh_batchnorm(self.net, statistics_batches(self.data, recipe.seed, self.device))
         error, validation_nll = self._validate()
@@ -241,9 +202,7 @@ class Trainer:
         return {
             "epoch": self.epoch + 1,
             "phase": recipe.phases[phase if layers else FULL_PRECISION].name,
-            "loss": loss_mean,
-            "nll": nll_mean,
-            "kl": kl_mean,
+            **means._asdict(),
             "validation_error": error,
             "validation_nll": validation_nll,
             "quantization_loss": codebooks.quantization_loss if codebooks else None,

@@ -34,16 +34,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bqnn.bayes.predict import Prediction, of_draws
 from bqnn.bayes.sample import check_posterior, sampled_networks
 from bqnn.core.check import check_integer
 from bqnn.core.ensemble import Ensemble, Stacked
+from bqnn.core.inputs import device_of
 from bqnn.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 from bqnn.data.out_of_distribution import other_images, other_name, outside_images
 from bqnn.data.splits import Split, Splits, normalise
-from bqnn.lab.evaluate import EVAL_BATCH, device_of, find_split, statistics_batches
+from bqnn.lab.evaluate import EVAL_BATCH, find_split, statistics_batches
 from bqnn.lab.metrics import (
     best_temperature,
     brier_of,
@@ -55,6 +55,7 @@ from bqnn.lab.metrics import (
     scaled,
     separation,
 )
+from bqnn.lab.progress import progress_bar
 
 IMAGE_SEED = 0  # of corruptions and images from outside
 STATISTICS_SEED = 0  # of the training images that the norms of drawn networks are measured on
@@ -96,14 +97,11 @@ def measure(
     outside = {
         name: ask(networks, each.split(EVAL_BATCH), data) for name, each in outside_sets(data, split, data_root).items()
     }
-    with tqdm(desc="corruptions", total=len(CORRUPTIONS) * len(STRENGTHS), leave=False, disable=not progress) as bar:
-
-        def scores_of(name: str, strength: int) -> dict[str, float]:
-            prediction = ask(networks, corrupted(images, name, strength), data)
-            bar.update()
-            return scores(prediction, images.labels, temperature)
-
-        corruptions = {name: [scores_of(name, each) for each in STRENGTHS] for name in CORRUPTIONS}
+    cases = [(name, strength) for name in CORRUPTIONS for strength in STRENGTHS]
+    corruptions: dict[str, list[dict[str, float]]] = {name: [] for name in CORRUPTIONS}
+    for name, strength in progress_bar(cases, "corruptions", len(cases)) if progress else cases:
+        prediction = ask(networks, corrupted(images, name, strength), data)
+        corruptions[name].append(scores(prediction, images.labels, temperature))
     number = net.num_networks if isinstance(net, Stacked) and samples == 1 else samples
     return {
         "dataset": data.name,
