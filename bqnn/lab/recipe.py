@@ -1,9 +1,11 @@
-"""Recipes: everything that a training run depends on, and those that the README recommends."""
+"""Recipe: everything that a training run depends on."""
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bqnn import models
 from bqnn.bayes.base import (
@@ -89,6 +91,24 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
+    @classmethod
+    def of_fields(cls, content: Mapping[str, Any]) -> Recipe:
+        """The recipe with the fields ``content``, as JSON or TOML have them; one that is missing has its default.
+
+        Raises:
+            ValueError: a field is unknown, or of a wrong type or value.
+        """
+        kinds = typing.get_type_hints(cls)
+        for name, value in content.items():
+            if name not in kinds:
+                raise ValueError(f"recipe has the unknown field {name!r:.80}")
+            options = typing.get_args(kinds[name]) or (kinds[name],)
+            allowed = (*options, int) if float in options else options
+            if type(value) not in allowed:
+                wanted = " or ".join(kind.__name__ for kind in options)
+                raise ValueError(f"{name} of the recipe must be {wanted}, got {value!r:.80}")
+        return cls(**content)
+
     @property
     def phases(self) -> tuple[Phase, Phase, Phase]:
         return (
@@ -108,16 +128,3 @@ class Recipe:
                 return index, epoch
             epoch -= phase.epochs
         return index, phase.epochs
-
-
-# Chosen on the validation split, by the measurements in docs/recipe.md.
-LENET5_MNIST = Recipe(model="lenet5", dataset="mnist", augment="affine")
-LENET5_DIGITS = Recipe(
-    model="lenet5",
-    dataset="digits",
-    augment="affine",
-    pretrain_epochs=30,
-    deterministic_epochs=20,
-    epochs=20,
-    bayes_lr=1e-2,
-)
