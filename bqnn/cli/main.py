@@ -50,6 +50,8 @@ HELP = {
     "weight_decay": "of weights that have no prior",
     "kl_warmup": "epochs over which the divergence from the prior is ramped in",
     "augment": "how training images are varied",
+    "label_smoothing": "share of each label that goes to all classes alike, in the loss of training alone",
+    "autocast": "dtype of products in training and tests, where the device has it; weights and losses stay float32",
     "image_size": "pixels a side to resize to, or none",
     "validation": "training images held out, or none for the data set's own number",
     "seed": "of initial weights, order, augmentation and sampling",

@@ -27,7 +27,13 @@ MEMBERS = "members.json"
 LOCK = ".lock"
 # Fields of a recipe that earlier versions wrote no value of, and what their runs had: a default that changes later
 # leaves these as they are.
-ADDED: dict[str, Any] = {"spike_width": 0.25, "slab_share": 0.1, "start_sigma": 0.1}
+ADDED: dict[str, Any] = {
+    "spike_width": 0.25,
+    "slab_share": 0.1,
+    "start_sigma": 0.1,
+    "label_smoothing": 0.0,
+    "autocast": "none",
+}
 NUMBERS = (int, float)
 # What a record of an epoch has, and which of it may be None.
 RECORD: dict[str, tuple[type, ...]] = {

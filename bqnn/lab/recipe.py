@@ -23,6 +23,7 @@ from bqnn.data.augment import KINDS
 from bqnn.ops.mixture_kl import check_mixture
 
 METHODS = ("bayes", "fpnn")
+AUTOCASTS = ("none", "bfloat16")
 # What each field of a recipe may be; `bqnn train` offers the same.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model": models.NAMES,
@@ -32,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "partition": PARTITIONS,
     "granularity": GRANULARITIES,
     "augment": KINDS,
+    "autocast": AUTOCASTS,
 }
 # The fields that are options of the layers.
 LAYER_OPTIONS = ("estimator", "prior", "partition", "granularity", "spike_width", "slab_share", "start_sigma")
@@ -73,6 +75,8 @@ class Recipe:
     weight_decay: float = 0.0
     kl_warmup: float = 1.0
     augment: str = "none"
+    label_smoothing: float = 0.0
+    autocast: str = "none"
     image_size: int | None = None
     validation: int | None = None
     seed: int = 0
@@ -84,6 +88,8 @@ class Recipe:
         check_num_levels(self.num_levels)
         check_mixture(self.spike_width, self.slab_share)
         check_start_sigma(self.start_sigma)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {self.label_smoothing}")
         for name in ("pretrain_epochs", "deterministic_epochs", "epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from bqnn.lab.folder import (
     print_now,
     read_scores,
 )
+from bqnn.lab.precision import autocast
 from bqnn.lab.progress import progress_bar
 from bqnn.lab.recipe import BAYES, DETERMINISTIC, FULL_PRECISION, LAYER_OPTIONS, Recipe
 from bqnn.reports.report import report
@@ -208,18 +210,20 @@ class Trainer:
         recipe, started = self.recipe, time.perf_counter()
         phase, done = recipe.locate(self.epoch)
         layers = bayes_layers(self.net).values()
+        cross_entropy = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
         sums = torch.zeros(3, dtype=torch.float64)
         self.net.train()
         rows = batches(self.data.train, recipe.batch_size, self.generator, shuffle=True, drop_last=self.drop_last)
         bar = progress_bar(rows, f"epoch {self.epoch + 1}", self.steps_an_epoch) if progress else rows
         for step, (images, labels) in enumerate(bar):
             x = augment(normalise(images, self.data.mean, self.data.std), self.generator, recipe.augment)
-            output, labels = self.net(x.to(self.device)), labels.to(self.device)
+            with autocast(recipe, self.device):
+                output, labels = self.net(x.to(self.device)), labels.to(self.device)
             if layers:
                 weight = kl_warmup(done + step / self.steps_an_epoch, recipe.kl_warmup)
-                loss, nll, kl = elbo(output, labels, self.net, len(self.data.train), weight)
+                loss, nll, kl = elbo(output, labels, self.net, len(self.data.train), weight, cross_entropy)
             else:
-                loss = nll = F.cross_entropy(output, labels)
+                loss = nll = cross_entropy(output.float(), labels)
                 kl = torch.zeros(())
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -234,9 +238,10 @@ class Trainer:
                 f"the loss of epoch {self.epoch + 1} is {loss_mean}; a smaller {name} ({getattr(recipe, name)} now) "
                 "may help"
             )
-        if layers:
-            refresh_batchnorm(self.net, statistics_batches(self.data, recipe.seed, self.device))
-        error, validation_nll = self._validate()
+        with autocast(recipe, self.device):
+            if layers:
+                refresh_batchnorm(self.net, statistics_batches(self.data, recipe.seed, self.device))
+            error, validation_nll = self._validate()
         codebooks = report(self.net) if layers else None
         return {
             "epoch": self.epoch + 1,
