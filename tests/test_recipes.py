@@ -23,6 +23,7 @@ from bqnn.lab.train import Trainer
 
 SMALL = Recipe(pretrain_epochs=1, deterministic_epochs=1, epochs=1, validation=1260, batch_size=60)
 EXPERIMENTS = {
+    "airbench-cifar10": ("airbench", "cifar10"),
     "densenet40-cifar10": ("densenet", "cifar10"),
     "lenet5-caffe-mnist": ("lenet5_caffe", "mnist"),
     "lenet5-digits": ("lenet5", "digits"),

@@ -57,9 +57,11 @@ WARMUP = 0.1  # share of a phase's steps in which the learning rate rises
 
 
 def build_network(recipe: Recipe, data: Splits, phase: int = BAYES) -> nn.Module:
-    """The network of a phase, freshly initialised."""
+    """The network of a phase, freshly initialised, from training images where it is made of them."""
     sizes = {"in_channels": data.in_channels, "num_classes": data.num_classes, "image_size": data.image_size}
-    return quantize(models.build(recipe.model, sizes), recipe, phase)
+    net = models.build(recipe.model, sizes)
+    net.initialise(statistics_batches(data, recipe.seed, torch.device("cpu")))
+    return quantize(net, recipe, phase)
 
 
 def quantize(net: nn.Module, recipe: Recipe, phase: int = BAYES) -> nn.Module:
@@ -68,6 +70,7 @@ def quantize(net: nn.Module, recipe: Recipe, phase: int = BAYES) -> nn.Module:
         return net
     layers = bayes_layers(net)
     if not layers:
+        net.requires_grad_(True)  # of what a network freezes nothing is left when it is quantized: it learns again
         options = {name: getattr(recipe, name) for name in LAYER_OPTIONS}
         net = convert(net, recipe.num_levels, **options)
         layers = bayes_layers(net)
@@ -106,11 +109,7 @@ class Trainer:
         self.recipe, self.folder, self.device = recipe, Path(folder), torch.device(device)
         self.from_init = init is not None
         self.data = load_dataset(
-            recipe.dataset,
-            data_root,
-            image_size=recipe.image_size,
-            validation=recipe.validation,
-            download=download,
+            recipe.dataset, data_root, image_size=recipe.image_size, validation=recipe.validation, download=download
         )
         if self.steps_an_epoch == 0:
             raise ValueError(f"dataset must have at least 2 images to train on, got {len(self.data.train)}")
