@@ -16,12 +16,12 @@ from bqnn import models
 from bqnn.cli import main as cli
 from bqnn.lab import recipes, runs
 from bqnn.lab.checkpoint import read_checkpoint, write_checkpoint
-from bqnn.lab.folder import ADDED, CHECKPOINT, METADATA, METRICS, WEIGHTS
+from bqnn.lab.folder import ADDED, CHECKPOINT, METADATA, METRICS, WEIGHTS, read_recipe
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.recipes import NAMES, load_recipe
 from bqnn.lab.train import Trainer
 
-SMALL = Recipe(pretrain_epochs=1, deterministic_epochs=1, epochs=1, validation=1260, batch_size=60)
+SMALL = Recipe(pretrain_epochs=1, deterministic_epochs=1, epochs=1, validation=1260, batch_size=60, **ADDED)
 EXPERIMENTS = {
     "airbench-cifar10": ("airbench", "cifar10"),
     "densenet40-cifar10": ("densenet", "cifar10"),
@@ -138,9 +138,11 @@ def strip(recipe: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if name not in ADDED}
 
 
-def test_added_fields_have_what_old_runs_had() -> None:
+def test_added_fields_have_what_old_runs_had_whatever_the_default_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(ADDED) < {field.name for field in fields(Recipe)}
-    assert Recipe.of_fields(ADDED) == Recipe()
+    monkeypatch.setitem(ADDED, "start_sigma", 0.3)
+    assert read_recipe(strip(asdict(SMALL))) == replace(SMALL, start_sigma=0.3)
+    assert read_recipe({**strip(asdict(SMALL)), "start_sigma": 0.2}) == replace(SMALL, start_sigma=0.2)
 
 
 @pytest.fixture
