@@ -27,7 +27,8 @@ import bqnn
 from bench.machine import RESULTS, describe_machine
 from bqnn.core.files import write_atomically
 from bqnn.lab.evaluate import evaluate
-from bqnn.lab.recipe import LENET5_MNIST, Recipe
+from bqnn.lab.recipe import Recipe
+from bqnn.lab.recipes import load_recipe
 from bqnn.lab.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,7 @@ class Row:
 
 
 def rows() -> list[Row]:
-    moment = replace(LENET5_MNIST, validation=0)
+    moment = replace(load_recipe("lenet5-mnist"), validation=0)
     single = replace(moment, deterministic_epochs=moment.deterministic_epochs + moment.epochs, epochs=0)
     limits = {2: 0.95, 3: 0.75, 4: 0.70, 5: 0.70, 8: 0.70, 16: 0.70}
     table = [Row("fpnn", replace(single, method="fpnn"))]
@@ -91,7 +92,9 @@ def run(row: Row, seed: int, data: Path, out: Path) -> None:
 
 def pretrain(seed: int, data: Path, out: Path) -> None:
     """The full-precision phase, which all rows of a seed share."""
-    recipe = replace(LENET5_MNIST, method="fpnn", validation=0, deterministic_epochs=0, epochs=0, seed=seed)
+    recipe = replace(
+        load_recipe("lenet5-mnist"), method="fpnn", validation=0, deterministic_epochs=0, epochs=0, seed=seed
+    )
     trainer = Trainer(recipe, out / f"pretrained-seed{seed}", data_root=data)
     trainer.resume()
     trainer.run(progress=False)

@@ -28,7 +28,8 @@ from bqnn.core.files import write_atomically
 from bqnn.data.splits import Splits, batches, normalise
 from bqnn.lab.evaluate import EVAL_BATCH, find_split
 from bqnn.lab.metrics import best_temperature
-from bqnn.lab.recipe import LENET5_MNIST, Recipe
+from bqnn.lab.recipe import Recipe
+from bqnn.lab.recipes import load_recipe
 from bqnn.lab.train import Trainer
 from bqnn.lab.uncertainty import ask, drawn_networks, scores
 
@@ -36,13 +37,14 @@ TABLE = RESULTS / "uncertainty_lenet5.json"
 SAMPLES, SEED = 16, 0
 NOISE = 1.0  # deviations of a standardised pixel
 
-TRUNK = replace(LENET5_MNIST, method="fpnn", deterministic_epochs=0, epochs=0)
+MNIST = load_recipe("lenet5-mnist")
+TRUNK = replace(MNIST, method="fpnn", deterministic_epochs=0, epochs=0)
 RECIPES = {
-    "fpnn": replace(LENET5_MNIST, method="fpnn"),
-    "deterministic": replace(LENET5_MNIST, estimator="deterministic"),
-    "default": LENET5_MNIST,
-    "mixture": replace(LENET5_MNIST, prior="mixture", estimator="sample"),
-    "mixture-moment": replace(LENET5_MNIST, prior="mixture"),
+    "fpnn": replace(MNIST, method="fpnn"),
+    "deterministic": replace(MNIST, estimator="deterministic"),
+    "default": MNIST,
+    "mixture": replace(MNIST, prior="mixture", estimator="sample"),
+    "mixture-moment": replace(MNIST, prior="mixture"),
 }
 
 Row = dict[str, Any]

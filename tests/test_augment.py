@@ -42,8 +42,8 @@ def only(monkeypatch: pytest.MonkeyPatch, kept: str) -> None:
         monkeypatch.setattr(module, name, 0.0)
 
 
-@pytest.mark.parametrize("kind", ["affine", "crop_flip"])
-@pytest.mark.parametrize("shape", [(5, 1, 28, 28), (1, 3, 8, 8), (3, 2, 9, 13)], ids=str)
+@pytest.mark.parametrize("kind", module.KINDS[1:])
+@pytest.mark.parametrize("shape", [(5, 1, 28, 28), (2, 3, 8, 8), (3, 2, 9, 13)], ids=str)
 def test_same_generator_same_images(kind: str, shape: tuple[int, ...]) -> None:
     images = torch.randn(shape, generator=generator())
     source = generator(1)
@@ -58,7 +58,7 @@ def test_same_generator_same_images(kind: str, shape: tuple[int, ...]) -> None:
     assert torch.equal(augment(images, resumed, kind), second)
 
 
-@pytest.mark.parametrize("kind", ["affine", "crop_flip"])
+@pytest.mark.parametrize("kind", module.KINDS[1:])
 def test_default_generator_is_the_global_one(kind: str) -> None:
     images = torch.randn(4, 1, 8, 8, generator=generator())
     torch.manual_seed(7)
@@ -67,7 +67,7 @@ def test_default_generator_is_the_global_one(kind: str) -> None:
     assert torch.equal(augment(images, None, kind), first)
 
 
-@pytest.mark.parametrize("kind", ["none", "affine", "crop_flip"])
+@pytest.mark.parametrize("kind", module.KINDS)
 def test_input_is_left_alone_and_empty_batch_works(kind: str) -> None:
     images = torch.rand(6, 1, 12, 12, generator=generator())
     before = images.clone()
@@ -137,13 +137,18 @@ def test_affine_turns_rigidly_where_the_image_is_not_square(monkeypatch: pytest.
     torch.testing.assert_close(turned, augment(blob(50), generator(), "affine"), rtol=0, atol=1e-3)
 
 
-def test_crop_flip_gives_every_crop_and_its_mirror() -> None:
+def crops(padded: Tensor, size: int) -> set[tuple[float, ...]]:
+    """Every crop of an image [C, size + 8, size + 8], and its mirror image, as numbers."""
+    parts = [padded[:, i : i + size, j : j + size] for i in range(9) for j in range(9)]
+    return {tuple(crop.flatten().tolist()) for part in parts for crop in (part, part.flip(-1))}
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("crop_flip", "constant"), ("flip-crop", "reflect")])
+def test_crop_gives_every_crop_and_its_mirror(kind: str, mode: str) -> None:
     size, batch = 6, 3000
     image = torch.arange(1.0, 2 * size * size + 1).view(1, 2, size, size)
-    padded = F.pad(image, (4, 4, 4, 4))[0]
-    crops = [padded[:, i : i + size, j : j + size] for i in range(9) for j in range(9)]
-    expected = {tuple(crop.flatten().tolist()) for whole in crops for crop in (whole, whole.flip(-1))}
-    result = augment(image.expand(batch, -1, -1, -1), generator(), "crop_flip")
+    expected = crops(F.pad(image, (4, 4, 4, 4), mode)[0], size)
+    result = augment(image.expand(batch, -1, -1, -1), generator(), kind)
     counts: dict[tuple[float, ...], int] = {}
     for row in result.flatten(1).tolist():
         counts[tuple(row)] = counts.get(tuple(row), 0) + 1
@@ -151,10 +156,38 @@ def test_crop_flip_gives_every_crop_and_its_mirror() -> None:
     assert max(counts.values()) < 3 * batch / len(expected)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_images_smaller_than_the_shift_are_reflected_again(size: int) -> None:
+    image = torch.arange(1.0, size * size + 1).view(1, 1, size, size)
+    bounce = [*range(size), *range(size - 2, 0, -1)]
+    to_and_fro = [bounce[place % len(bounce)] for place in range(-4, size + 4)]
+    expected = crops(image[0][:, to_and_fro][:, :, to_and_fro], size)
+    result = augment(image.expand(2000, -1, -1, -1), generator(), "flip-crop")
+    assert {tuple(row) for row in result.flatten(1).tolist()} == expected
+
+
+def test_cutout_is_flip_crop_with_a_square_of_zeros() -> None:
+    images = torch.rand(4000, 2, 16, 20, generator=generator()) + 1
+    whole, cut = (augment(images, generator(3), kind) for kind in ("flip-crop", "flip-crop-cutout"))
+    gone = cut == 0
+    assert torch.equal(cut, whole.masked_fill(gone, 0.0))
+    assert torch.equal(gone[:, 0], gone[:, 1]), "the same square in every channel"
+    rows, columns = gone[:, 0].any(2), gone[:, 0].any(1)
+    assert torch.equal(gone[:, 0], rows[:, :, None] & columns[:, None, :])
+    # 12 pixels in 32 of each side, and at least half of them where the middle is at an edge.
+    assert (rows.sum(1).min(), rows.sum(1).max()) == (3, 6) and (columns.sum(1).min(), columns.sum(1).max()) == (4, 8)
+    for places in (rows, columns):
+        steps = places.int().diff(dim=1).abs().sum(1)
+        assert steps.max() <= 2, "in one piece"
+        assert places.float().mean(0).min() > 0.15, "anywhere"
+
+
 @pytest.mark.parametrize(
     ("images", "kind", "message"),
     [
-        pytest.param(torch.zeros(2, 1, 8, 8), "flip", "kind must be one of none, affine, crop_flip", id="kind"),
+        pytest.param(
+            torch.zeros(2, 1, 8, 8), "flip", "kind must be one of none, affine, crop_flip, flip-crop", id="kind"
+        ),
         pytest.param(torch.zeros(2, 8, 8), "affine", "images must be float .* \\[2, 8, 8\\]", id="shape"),
         pytest.param(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "affine", "got torch.uint8", id="dtype"),
     ],

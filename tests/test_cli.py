@@ -106,6 +106,8 @@ def test_every_field_of_a_recipe_is_an_option() -> None:
         "image_size": 16,
         "validation": 7,
         "slab_share": 0.3,
+        "label_smoothing": 0.1,
+        "autocast": "bfloat16",
     }
     arguments = []
     for field in fields(Recipe):

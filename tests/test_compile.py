@@ -46,6 +46,7 @@ X = images(2, 6, 3)
         pytest.param(models.resnet20, images(3, 32), id="resnet20"),
         pytest.param(lambda: models.vgg7(image_size=16), images(3, 16), id="vgg7"),
         pytest.param(lambda: models.densenet(depth=22), images(3, 32), id="densenet"),
+        pytest.param(models.airbench, images(3, 32), id="airbench"),
     ],
 )
 def test_built_in_networks_run_in_the_engine_alone(build: Callable[[], nn.Module], x: Tensor) -> None:

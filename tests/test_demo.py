@@ -13,10 +13,10 @@ from bqnn.cli import demo
 from bqnn.cli import main as cli
 from bqnn.cli.demo import format_table, run_demo
 from bqnn.files import network
-from bqnn.lab.recipe import LENET5_DIGITS
+from bqnn.lab.recipes import load_recipe
 from bqnn.lab.runs import load_run
 
-SHORT = replace(LENET5_DIGITS, pretrain_epochs=2, deterministic_epochs=1, epochs=1)
+SHORT = replace(load_recipe("lenet5-digits"), pretrain_epochs=2, deterministic_epochs=1, epochs=1)
 
 
 def test_short_demo(tmp_path: Path) -> None:

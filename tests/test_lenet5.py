@@ -14,7 +14,7 @@ import bqnn
 from bqnn.bayes.convert import convert
 from bqnn.data.splits import Splits, load_dataset, normalise
 from bqnn.lab.evaluate import evaluate
-from bqnn.lab.recipe import LENET5_MNIST
+from bqnn.lab.recipes import load_recipe
 from bqnn.lab.train import Trainer
 from bqnn.models import lenet5
 
@@ -32,7 +32,9 @@ def mnist() -> Splits:
 
 def train(folder: Path, **changes: object) -> Trainer:
     """One epoch of each phase, on a third of the images: the recipe in small."""
-    recipe = replace(LENET5_MNIST, pretrain_epochs=1, deterministic_epochs=1, epochs=1, validation=40_000, **changes)
+    recipe = replace(
+        load_recipe("lenet5-mnist"), pretrain_epochs=1, deterministic_epochs=1, epochs=1, validation=40_000, **changes
+    )
     trainer = Trainer(recipe, folder, data_root=DATA)
     trainer.run(progress=False, log=silent)
     return trainer

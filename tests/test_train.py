@@ -74,6 +74,7 @@ def processes() -> Any:
         pytest.param({"estimator": "sample", "prior": "mixture", "spike_width": 0.4}, id="sample-mixture"),
         pytest.param({"estimator": "deterministic"}, id="deterministic"),
         pytest.param({"method": "fpnn", "augment": "affine", "weight_decay": 0.01}, id="fpnn-affine"),
+        pytest.param({"augment": "flip-crop-cutout", "autocast": "bfloat16", "label_smoothing": 0.2}, id="bfloat16"),
     ],
 )
 def test_same_seed_same_bits_and_resumed_anywhere_too(tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from bqnn.lab.compile_run import calibration, compiled_path, remove_compiled, sa
 from bqnn.lab.ensemble import EnsembleRun, EnsembleTrainer, clear_ensemble_run, load_ensemble_run, parts_of
 from bqnn.lab.folder import CHECKPOINT, MEMBERS, METRICS, WEIGHTS, print_now
 from bqnn.lab.recipe import Recipe
+from bqnn.lab.recipes import NAMES, load_recipe, summary_of, text_of
 from bqnn.lab.train import Trainer
 from bqnn.reports.report import report
 from bqnn.view.html import write_html
@@ -37,7 +38,8 @@ def _device(name: str) -> str:
 def train(options: Namespace) -> None:
     """`bqnn train`."""
     folder: Path = options.out
-    given = {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
+    base = {} if options.recipe is None else asdict(load_recipe(options.recipe))
+    given = base | {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
     if not (options.resume or options.force):
         _refuse_used(folder)
     ensemble = load_ensemble_run(folder) if options.resume else None
@@ -108,6 +110,16 @@ def _refuse_used(folder: Path) -> None:
 
 def _ignore(line: str) -> None:
     pass
+
+
+def recipes(options: Namespace) -> None:
+    """`bqnn recipes`."""
+    if options.name is not None:
+        print(text_of(options.name), end="")
+        return
+    width = max(map(len, NAMES)) + 2
+    for name in NAMES:
+        print(f"{name:<{width}}{summary_of(name)}")
 
 
 def evaluate(options: Namespace) -> None:

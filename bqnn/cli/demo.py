@@ -16,7 +16,8 @@ from bqnn.files.network import info
 from bqnn.lab.compile_run import COMPILED, calibration, compiled_path, save_compiled
 from bqnn.lab.evaluate import evaluate, find_split, score_network
 from bqnn.lab.folder import WEIGHTS, print_now
-from bqnn.lab.recipe import LENET5_DIGITS, Recipe
+from bqnn.lab.recipe import Recipe
+from bqnn.lab.recipes import load_recipe
 from bqnn.lab.runs import add_scores, clear_run, fpnn_bytes, load_factory, load_run, save_packed
 from bqnn.lab.train import Trainer
 from bqnn.reports.report import report
@@ -25,11 +26,13 @@ from bqnn.view.html import BATCH, FPNN_BITS, write_html
 
 def run_demo(
     out: str | Path,
-    recipe: Recipe = LENET5_DIGITS,
+    recipe: Recipe | None = None,
     progress: bool = False,
     log: Callable[[str], object] = print_now,
 ) -> dict[str, dict[str, float]]:
     """Trains, packs, compiles, saves, loads and tests; prints a table and writes ``out``/report.html.
+
+    ``recipe`` is by default the built-in "lenet5-digits".
 
     Returns:
         for "fpnn", "packed", "compiled-fp32" and "compiled-int8": ``accuracy`` (percent of the test images), ``bits`` a
@@ -38,7 +41,7 @@ def run_demo(
     Raises:
         RuntimeError: the packed network decodes to other weights, or predicts another class, than the unpacked one.
     """
-    out = Path(out)
+    out, recipe = Path(out), recipe or load_recipe("lenet5-digits")
     fpnn = replace(recipe, method="fpnn")
     log("Full precision, the phase that both networks begin with")
     _train(replace(fpnn, deterministic_epochs=0, epochs=0), out / "start", None, progress, log)

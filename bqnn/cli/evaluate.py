@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from bqnn.lab.compile_run import load_compiled
 from bqnn.lab.ensemble import load_ensemble_run, recipe_in
 from bqnn.lab.evaluate import find_split, score_ensemble, score_network
 from bqnn.lab.folder import METRICS
+from bqnn.lab.precision import autocast
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.runs import Run, add_scores, load_data, load_network, load_run
 from bqnn.view.html import BATCH
@@ -46,14 +48,18 @@ def evaluate(options: Namespace, device: str) -> None:
     asked = _runs(options) if path.is_dir() else _file(options, device)
     torch.manual_seed(options.seed)
     split = find_split(asked.data, options.split)
+    # A run is tested in the dtype that it was trained in; a file has a precision of its own.
+    computing = autocast(asked.runs[0].recipe, device) if asked.runs else nullcontext()
     if options.uncertainty:
-        return evaluate_uncertainty(asked.net.to(device), asked.data, asked.name, asked.runs, options)
+        with computing:
+            return evaluate_uncertainty(asked.net.to(device), asked.data, asked.name, asked.runs, options)
     nets = {asked.name: asked.net}
     if asked.name == "packed":
         nets |= {f"compiled, {precision}": fast for precision, fast in load_compiled(path).items()}
     times = None if asked.runs else _times(nets, split, asked.data)
     refresh = asked.seed if options.refresh else None
-    scores = _score(asked.net.to(device), split, asked.data, options.samples, refresh)
+    with computing:
+        scores = _score(asked.net.to(device), split, asked.data, options.samples, refresh)
     print(f"{path}: {options.split} split of {asked.data.name}, {scores['images']} images")
     _print_network(asked.name, scores)
     for name, net in list(nets.items())[1:]:

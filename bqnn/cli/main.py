@@ -1,4 +1,4 @@
-"""The command `bqnn`: train, eval, pack, report, info, demo."""
+"""The command `bqnn`: train, recipes, eval, pack, report, info, demo."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ HELP = {
     "weight_decay": "of weights that have no prior",
     "kl_warmup": "epochs over which the divergence from the prior is ramped in",
     "augment": "how training images are varied",
+    "label_smoothing": "share of each label that goes to all classes alike, in the loss of training alone",
+    "autocast": "dtype of products in training and tests, where the device has it; weights and losses stay float32",
     "image_size": "pixels a side to resize to, or none",
     "validation": "training images held out, or none for the data set's own number",
     "seed": "of initial weights, order, augmentation and sampling",
@@ -99,7 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
         return sub
 
     sub = add(commands.train, "train", "train a network, quantized or at full precision")
-    recipe = sub.add_argument_group("recipe")
+    recipe = sub.add_argument_group("recipe", "A recipe, and options that override its fields.")
+    text = "a built-in recipe (bqnn recipes lists them), or a file, whose name ends in .toml or has a folder"
+    recipe.add_argument("--recipe", metavar="NAME|FILE", help=text)
     _add_recipe(recipe)
     sub.add_argument("--out", type=_path, required=True, metavar="DIR", help="folder of the run")
     sub.add_argument(
@@ -112,6 +116,9 @@ def make_parser() -> argparse.ArgumentParser:
     exclusive.add_argument("--force", action="store_true", help="replace the run that is in DIR")
     sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
     _add_data(sub, download=True)
+
+    sub = add(commands.recipes, "recipes", "list the built-in recipes, or show one")
+    sub.add_argument("name", nargs="?", metavar="NAME", help="the recipe to show, as a file that --recipe takes")
 
     sub = add(
         commands.evaluate, "eval", "test a run, or a packed file and those compiled of it: error, NLL, calibration"

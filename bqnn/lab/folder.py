@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,15 @@ UNCERTAINTY = {split: f"uncertainty-{split}.json" for split in SPLITS}
 MEMBERS = "members.json"
 """What the folder of an ensemble has, whose members are runs in folders of their own."""
 LOCK = ".lock"
+# Fields of a recipe that earlier versions wrote no value of, and what their runs had: a default that changes later
+# leaves these as they are.
+ADDED: dict[str, Any] = {
+    "spike_width": 0.25,
+    "slab_share": 0.1,
+    "start_sigma": 0.1,
+    "label_smoothing": 0.0,
+    "autocast": "none",
+}
 NUMBERS = (int, float)
 # What a record of an epoch has, and which of it may be None.
 RECORD: dict[str, tuple[type, ...]] = {
@@ -110,28 +118,26 @@ def read_scores(path: Path, splits: Sequence[str], recipe: Recipe) -> dict[str, 
 
 
 def read_recipe(content: Any) -> Recipe:
-    """The recipe with the fields ``content``, as JSON has them; one that is missing has its default.
+    """The recipe with the fields ``content``, as JSON has them.
+
+    One that is missing has what runs had before it was added, or its default.
 
     Raises:
         ValueError: a field is unknown, or of a wrong type or value.
     """
     if not isinstance(content, dict):
         raise ValueError(f"recipe must be an object, got {type(content).__name__}")
-    kinds = typing.get_type_hints(Recipe)
-    for name, value in content.items():
-        if name not in kinds:
-            raise ValueError(f"recipe has the unknown field {name!r:.80}")
-        options = typing.get_args(kinds[name]) or (kinds[name],)
-        allowed = (*options, int) if float in options else options
-        if type(value) not in allowed:
-            wanted = " or ".join(kind.__name__ for kind in options)
-            raise ValueError(f"{name} of the recipe must be {wanted}, got {value!r:.80}")
-    return Recipe(**content)
+    return Recipe.of_fields(with_added_fields(content))
+
+
+def with_added_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a stored recipe, and those of :data:`ADDED` that it was written too early to have."""
+    return {**ADDED, **stored}
 
 
 def check_same(path: Path, stored: Mapping[str, Any], recipe: Recipe) -> None:
     """Raises ValueError, with what differs, unless ``stored``, from ``path``, are the fields of ``recipe``."""
-    mine = asdict(recipe)
+    mine, stored = asdict(recipe), with_added_fields(stored)
     if names := [name for name in mine if mine[name] != stored.get(name)]:
         changes = ", ".join(f"{name} was {stored.get(name)!r:.80}, now {mine[name]!r}" for name in names)
         raise ValueError(f"{path} is of another recipe: {changes}")

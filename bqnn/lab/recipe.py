@@ -1,8 +1,11 @@
-"""Recipes: everything that a training run depends on, and those that the README recommends."""
+"""Recipe: everything that a training run depends on."""
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bqnn import models
 from bqnn.bayes.base import (
@@ -33,6 +36,7 @@ from bqnn.training.phases import (
 )
 
 METHODS = ("bayes", "fpnn")
+AUTOCASTS = ("none", "bfloat16")
 # What each field of a recipe may be; `bqnn train` offers the same.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model": models.NAMES,
@@ -42,6 +46,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "partition": PARTITIONS,
     "granularity": GRANULARITIES,
     "augment": KINDS,
+    "autocast": AUTOCASTS,
 }
 # The fields that are options of the layers.
 LAYER_OPTIONS = ("estimator", "prior", "partition", "granularity", "spike_width", "slab_share", "start_sigma")
@@ -74,6 +79,8 @@ class Recipe:
     weight_decay: float = 0.0
     kl_warmup: float = KL_WARMUP
     augment: str = "none"
+    label_smoothing: float = 0.0
+    autocast: str = "none"
     image_size: int | None = None
     validation: int | None = None
     seed: int = 0
@@ -85,12 +92,32 @@ class Recipe:
         check_num_levels(self.num_levels)
         check_mixture(self.spike_width, self.slab_share)
         check_start_sigma(self.start_sigma)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {self.label_smoothing}")
         for name in ("pretrain_epochs", "deterministic_epochs", "epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("batch_size", "lr", "deterministic_lr", "bayes_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    @classmethod
+    def of_fields(cls, content: Mapping[str, Any]) -> Recipe:
+        """The recipe with the fields ``content``, as JSON or TOML have them; one that is missing has its default.
+
+        Raises:
+            ValueError: a field is unknown, or of a wrong type or value.
+        """
+        kinds = typing.get_type_hints(cls)
+        for name, value in content.items():
+            if name not in kinds:
+                raise ValueError(f"recipe has the unknown field {name!r:.80}")
+            options = typing.get_args(kinds[name]) or (kinds[name],)
+            allowed = (*options, int) if float in options else options
+            if type(value) not in allowed:
+                wanted = " or ".join(kind.__name__ for kind in options)
+                raise ValueError(f"{name} of the recipe must be {wanted}, got {value!r:.80}")
+        return cls(**content)
 
     @property
     def phases(self) -> tuple[Phase, Phase, Phase]:
@@ -108,16 +135,3 @@ class Recipe:
     def locate(self, epoch: int) -> tuple[int, int]:
         """The phase that an epoch (from 0) belongs to, and the epochs of it that are done; at the end, the last one."""
         return locate(self.phases, epoch)
-
-
-# Chosen on the validation split, by the measurements in docs/recipe.md.
-LENET5_MNIST = Recipe(model="lenet5", dataset="mnist", augment="affine")
-LENET5_DIGITS = Recipe(
-    model="lenet5",
-    dataset="digits",
-    augment="affine",
-    pretrain_epochs=30,
-    deterministic_epochs=20,
-    epochs=20,
-    bayes_lr=1e-2,
-)

@@ -34,6 +34,7 @@ from bqnn.lab.folder import (
     RunLock,
     read_metrics,
     read_recipe,
+    with_added_fields,
 )
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import quantize
@@ -126,7 +127,8 @@ def load_factory(run: Run) -> tuple[str, dict[str, Any]]:
         recipe, (name, arguments) = metadata["recipe"], metadata["factory"]
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not what bqnn train writes: {shown(str(error))}") from error
-    if recipe != asdict(run.recipe) or name != run.recipe.model:
+    known = isinstance(recipe, dict) and with_added_fields(recipe) == asdict(run.recipe)
+    if not known or name != run.recipe.model:
         raise ValueError(f"{path} is of another recipe than {METRICS} beside it")
     return name, arguments
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from bqnn.lab.folder import (
     print_now,
     read_scores,
 )
+from bqnn.lab.precision import autocast
 from bqnn.lab.progress import progress_bar
 from bqnn.lab.recipe import LAYER_OPTIONS, Recipe
 from bqnn.reports.report import report
@@ -50,9 +52,11 @@ from bqnn.training.phases import BAYES, FULL_PRECISION, check_finite, enter_phas
 
 
 def build_network(recipe: Recipe, data: Splits, phase: int = BAYES) -> nn.Module:
-    """The network of a phase, freshly initialised."""
+    """The network of a phase, freshly initialised, from training images where it is made of them."""
     sizes = {"in_channels": data.in_channels, "num_classes": data.num_classes, "image_size": data.image_size}
-    return quantize(models.build(recipe.model, sizes), recipe, phase)
+    net = models.build(recipe.model, sizes)
+    net.initialise(statistics_batches(data, recipe.seed, torch.device("cpu")))
+    return quantize(net, recipe, phase)
 
 
 def quantize(net: nn.Module, recipe: Recipe, phase: int = BAYES) -> nn.Module:
@@ -60,6 +64,7 @@ def quantize(net: nn.Module, recipe: Recipe, phase: int = BAYES) -> nn.Module:
     if phase == FULL_PRECISION or recipe.method == "fpnn":
         return net
     if not bayes_layers(net):
+        net.requires_grad_(True)  # of what a network freezes nothing is left when it is quantized: it learns again
         options = {name: getattr(recipe, name) for name in LAYER_OPTIONS}
         net = convert(net, recipe.num_levels, **options)
     enter_phase(net, phase, dict.fromkeys(bayes_layers(net), recipe.estimator))
@@ -95,11 +100,7 @@ class Trainer:
         self.recipe, self.folder, self.device = recipe, Path(folder), torch.device(device)
         self.from_init = init is not None
         self.data = load_dataset(
-            recipe.dataset,
-            data_root,
-            image_size=recipe.image_size,
-            validation=recipe.validation,
-            download=download,
+            recipe.dataset, data_root, image_size=recipe.image_size, validation=recipe.validation, download=download
         )
         if self.steps_an_epoch == 0:
             raise ValueError(f"dataset must have at least 2 images to train on, got {len(self.data.train)}")
@@ -190,14 +191,17 @@ class Trainer:
     def _run_epoch(self, progress: bool) -> dict[str, Any]:
         recipe, started = self.recipe, time.perf_counter()
         phase, done = recipe.locate(self.epoch)
-        objective = Objective(F.cross_entropy, len(self.data.train), recipe.kl_warmup)
+        likelihood = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
+        context = autocast(recipe, self.device)
+        objective = Objective(likelihood, len(self.data.train), recipe.kl_warmup, autocast=context)
         drawn, steps = self._batches(progress), self.steps_an_epoch
         means = train_epoch(self.net, drawn, self.optimizer, self.scheduler, objective, done, steps)
         check_finite(means.loss, self.epoch + 1, phase, recipe.phases[phase].lr)
         layers = bayes_layers(self.net)
-        if layers:
-            refresh_batchnorm(self.net, statistics_batches(self.data, recipe.seed, self.device))
-        error, validation_nll = self._validate()
+        with context:
+            if layers:
+                refresh_batchnorm(self.net, statistics_batches(self.data, recipe.seed, self.device))
+            error, validation_nll = self._validate()
         codebooks = report(self.net) if layers else None
         return {
             "epoch": self.epoch + 1,

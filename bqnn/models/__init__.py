@@ -11,14 +11,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bqnn.models._common import Network
+from bqnn.models.airbench import airbench
 from bqnn.models.densenet import densenet
 from bqnn.models.lenet import lenet5, lenet5_caffe
 from bqnn.models.resnet import resnet20
 from bqnn.models.vgg import vgg7
 
-__all__ = ["NAMES", "Network", "build", "densenet", "lenet5", "lenet5_caffe", "resnet20", "vgg7"]
+__all__ = ["NAMES", "Network", "airbench", "build", "densenet", "lenet5", "lenet5_caffe", "resnet20", "vgg7"]
 
 _FACTORIES: dict[str, Callable[..., Network]] = {
+    "airbench": airbench,
     "densenet": densenet,
     "lenet5": lenet5,
     "lenet5_caffe": lenet5_caffe,

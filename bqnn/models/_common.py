@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 LARGEST = (
     65_536  # arguments may come from a damaged file: a bound keeps such a file from asking for a network of any size
@@ -18,6 +19,9 @@ class Network(nn.Module):
     """
 
     factory: tuple[str, dict[str, Any]]
+
+    def initialise(self, batches: Iterable[Tensor]) -> None:
+        """Starts weights from training images, batches float [B, C, H, W]; by default does nothing, and reads none."""
 
 
 N = TypeVar("N", bound=Network)
@@ -47,5 +51,10 @@ def finish(net: N, name: str, **arguments: Any) -> N:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    return record(net, name, **arguments)
+
+
+def record(net: N, name: str, **arguments: Any) -> N:
+    """Records the factory of ``net``, which has the initial weights that it needs."""
     net.factory = (name, arguments)
     return net

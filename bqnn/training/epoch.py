@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ class Objective(NamedTuple):
     """In epochs of the phase."""
     max_grad_norm: float | None = None
     """Of all gradients together; longer ones are shortened."""
-    autocast: torch.autocast | None = None
+    autocast: AbstractContextManager[object] | None = None
     """Around the forward pass alone."""
 
 
@@ -63,7 +63,7 @@ def train_epoch(
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     net.train()
     for step, (inputs, target) in enumerate(batches):
-        with objective.autocast or contextlib.nullcontext():
+        with objective.autocast or nullcontext():
             output = call_network(net, inputs)
         if layers:
             weight = kl_warmup(done + step / steps, objective.kl_warmup)
