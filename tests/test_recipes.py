@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from bqnn import models
 from bqnn.cli import main as cli
+from bqnn.core.checkpoint import write_checkpoint
 from bqnn.lab import recipes, runs
-from bqnn.lab.checkpoint import read_checkpoint, write_checkpoint
+from bqnn.lab.checkpoint import read_checkpoint
 from bqnn.lab.folder import ADDED, CHECKPOINT, METADATA, METRICS, WEIGHTS, read_recipe
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.recipes import NAMES, load_recipe
