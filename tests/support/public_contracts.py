@@ -338,7 +338,7 @@ def public() -> dict[str, Contract]:
     }
 
 
-COSTLY = {"samples": (1000, math.inf), "padding": (300, 2**20)}
+COSTLY = {"samples": (1000, math.inf), "padding": (300, 2**31)}
 """Values between these are taken and cost what they ask for; larger paddings are more than memory holds."""
 MADE = frozenset({"weight", "weights", "layer"})
 """What an error may name beside the arguments: what is made of them."""
