@@ -79,11 +79,10 @@ class ThreeLevels {
     // All three levels give way to each other in proportion to what they may.
     const double moved = off / slack_;
     const double move[3] = {-moved * half_[0], moved * half_[1], -moved * half_[2]};
-    const float step[3] = {static_cast<float>(low), static_cast<float>(middle), static_cast<float>(high)};
-    const double scale = shorten((span_ + move[2] - move[0]) / (high - low));
+    AffineLevels affine{0.0, shorten((span_ + move[2] - move[0]) / (high - low)),
+                        {static_cast<float>(low), static_cast<float>(middle), static_cast<float>(high)}};
     // Exact at the level that is nearest to zero, where a unit is least.
-    const double offset = levels_[smallest_] + move[smallest_] - scale * step[smallest_];
-    const AffineLevels affine{offset, scale, {step[0], step[1], step[2]}};
+    affine.offset = levels_[smallest_] + move[smallest_] - affine.scale * affine.step[smallest_];
     if (!gives_levels(levels_, 3, affine)) return false;
     *found_ = affine;
     return true;

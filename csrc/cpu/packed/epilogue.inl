@@ -54,6 +54,23 @@ struct Finish {
   static_assert(!kShifted || Op::kZero == kInt8Offset, "the layout's shift is of another offset");
 };
 
+// Writes rows of a matrix from `first` on, `width` channels from a block on. Products go on to the end of a block, and
+// are `stride` apart from those of the next row; each row has its scale.
+template <class Op>
+inline void finish_rows(const PackedCall& call, const typename Op::Product* products, int64_t stride, int64_t first,
+                        int64_t count, int64_t block, int64_t width, const float* scales) {
+  const Epilogue channels = epilogue<Op>(call, 0, block);
+  with_elements(call.y, [&](auto* y) {
+    y += first * call.y.image_stride + block * kBlock;
+    for (int64_t row = 0; row < count; ++row, y += call.y.image_stride, products += stride)
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const int lanes = lanes_left(width - i);
+        store_numbers(y + i, Finish<Op>(channels, i, lanes)(load_lanes(products + i), Op::kInt8 ? scales[row] : 1.0f),
+                      lanes);
+      }
+  });
+}
+
 // Writes `count` outputs of `width` channels from a block on, from output pixel `first` of an image on; products of a
 // pixel are `stride` apart from those of the next.
 template <class Op>
@@ -85,14 +102,4 @@ inline void finish_pixels(const PackedCall& call, const typename Op::Product* pr
       }
     }
   });
-}
-
-// Writes rows of a matrix, which are images of one pixel, from `first` on, `width` channels from a block on. Products go
-// on to the end of a block, and are `stride` apart from those of the next row; each row has its scale.
-template <class Op>
-inline void finish_rows(const PackedCall& call, const typename Op::Product* products, int64_t stride, int64_t first,
-                        int64_t count, int64_t block, int64_t width, const float* scales) {
-  for (int64_t row = 0; row < count; ++row)
-    finish_pixels<Op>(call, products + row * stride, stride, first + row, 0, 1, 0, block, width,
-                      Op::kInt8 ? scales[row] : 1.0f);
 }

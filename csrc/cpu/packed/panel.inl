@@ -81,9 +81,7 @@ __attribute__((noinline)) void multiply_strip(const PackedLayout& layout, int64_
       at += weights;
       if (at == layout.segment) at = 0, ++segment;
     }
-    if (blocks == 1)
-      multiply_positions<Op, 1>(position, count, pieces, num_pieces, panel, products, first);
-    else
-      multiply_positions<Op, kStripBlocks>(position, count, pieces, num_pieces, panel, products, first);
+    const auto multiply = blocks == 1 ? multiply_positions<Op, 1> : multiply_positions<Op, kStripBlocks>;
+    multiply(position, count, pieces, num_pieces, panel, products, first);
   }
 }

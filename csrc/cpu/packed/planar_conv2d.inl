@@ -232,10 +232,8 @@ void run_planar_conv2d(const PackedCall& call, const Parallel& parallel) {
     }
   };
 
-  if (groups > 1 || !images_for_all(call.images, parallel.threads)) {
-    const int64_t wave = images_of_wave(call, plan.image * 4, parallel.threads);
-    return run_images(parallel, 0, call.images, wave, false);
-  }
+  if (groups > 1 || !images_for_all(call.images, parallel.threads))
+    return run_images(parallel, 0, call.images, images_of_wave(call, plan.image * 4, parallel.threads), false);
   // Each thread takes images whole, one after the other.
   parallel_for(parallel, call.images, 1 + kTaskWork / (outputs * layout.columns),
                [&](int64_t begin, int64_t end) { run_images({nullptr, 1}, begin, end, 1, true); });

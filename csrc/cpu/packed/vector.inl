@@ -17,11 +17,8 @@
 #include "cpu/packed/lut_conv2d.inl"
 #endif
 
-#define BQNN_KERNEL(name, ...)                                   \
-  bool name(const PackedCall& call, const Parallel& parallel) {  \
-    __VA_ARGS__(call, parallel);                                 \
-    return true;                                                 \
-  }
+#define BQNN_KERNEL(name, ...) \
+  bool name(const PackedCall& call, const Parallel& parallel) { return __VA_ARGS__(call, parallel), true; }
 
 BQNN_KERNEL(linear_fp32, run_linear<FloatOperand>)
 BQNN_KERNEL(linear_bf16, run_linear<Bfloat16Operand>)
