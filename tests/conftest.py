@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.support.command import Command, Result
 from tests.support.shapes import INTERPRETED
 
 
@@ -59,3 +60,16 @@ def nothing_compiled_before() -> None:
     """Each file starts without compiled code: Dynamo gives up on a function that others have had compiled too often."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process; every argument becomes a string."""
+    from bqnn.cli import main as cli  # most tests have no use for all that it imports
+
+    def command(*arguments: object) -> Result:
+        capsys.readouterr()
+        status = cli.main([str(argument) for argument in arguments])
+        return Result(status, *capsys.readouterr())
+
+    return command

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +27,10 @@ from bqnn.lab.evaluate import find_split, statistics_batches
 from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import Trainer
+from tests.support.command import Result
 
 EPOCHS = ["--pretrain-epochs", "1", "--deterministic-epochs", "1", "--epochs", "1"]
 SHORT = [*EPOCHS, "--validation", "1260", "--quiet"]
-
-
-@dataclass
-class Result:
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs the command in this process; every argument becomes a string."""
-
-    def command(*arguments: object) -> Result:
-        capsys.readouterr()
-        status = cli.main([str(argument) for argument in arguments])
-        return Result(status, *capsys.readouterr())
-
-    return command
 
 
 @pytest.fixture(scope="module")

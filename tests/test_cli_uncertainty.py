@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,19 +17,11 @@ from bqnn.lab import runs, uncertainty
 from bqnn.lab.folder import METRICS
 from bqnn.lab.uncertainty import measure
 from bqnn.lab.uncertainty_file import read_uncertainty
+from tests.support.command import Command, Result
 from tests.support.measured import measured
 from tests.support.page import Page
 
 EPOCHS = ["--pretrain-epochs", "1", "--deterministic-epochs", "1", "--epochs", "1", "--start-sigma", "0.4"]
-
-
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +37,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def evaluated(capsys: pytest.CaptureFixture[str], trained: Path) -> Command:
+def evaluated(run: Command, trained: Path) -> Command:
     """Runs `bqnn eval PATH --uncertainty`, without other data sets; every argument becomes a string."""
 
     def command(path: Path, *arguments: object, flags: tuple[str, ...] = ("--uncertainty",)) -> Result:
-        capsys.readouterr()
-        given = ["eval", path, *flags, "--data-root", trained / "empty", *arguments]
-        status = cli.main([str(argument) for argument in given])
-        return Result(status, *capsys.readouterr())
+        return run("eval", path, *flags, "--data-root", trained / "empty", *arguments)
 
     return command
 

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -22,22 +22,6 @@ from bqnn.lab.train import Trainer
 
 EPOCHS = ["--pretrain-epochs", "2", "--deterministic-epochs", "1", "--epochs", "1"]
 SHORT = [*EPOCHS, "--validation", "1180", "--start-sigma", "0.3", "--quiet"]
-
-
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def command(*arguments: object) -> Result:
-        capsys.readouterr()
-        status = cli.main([str(argument) for argument in arguments])
-        return Result(status, *capsys.readouterr())
-
-    return command
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from bqnn.core.codes import pack_codes, unpack_codes
 from bqnn.core.philox import Noise, random_words
 from bqnn.core.quantizer import Posterior
 from bqnn.packed.base import PackedLayer
+from tests.support.odd_nets import Tied, TiedRows
 
 X = torch.randn(9, 2, 6, 6, generator=torch.Generator().manual_seed(1))
 BATCHES = [torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
@@ -137,16 +138,6 @@ def test_only_a_posterior_has_a_table() -> None:
     assert torch.equal(found[4].codes, packed[4].codes) and not torch.equal(found[0].codes, packed[0].codes)
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(30, 30), nn.Linear(30, 30)
-        self.b.weight = self.a.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.relu(self.a(x)))
-
-
 def test_layers_that_share_a_posterior_share_table_and_draw(tmp_path: Path) -> None:
     torch.manual_seed(0)
     packed = pack(bqnn.convert(Tied(), 3, start_sigma=0.4))
@@ -159,19 +150,9 @@ def test_layers_that_share_a_posterior_share_table_and_draw(tmp_path: Path) -> N
         assert found.a.codes is found.b.codes and not torch.equal(found.a.codes, packed.a.codes)
 
 
-class Readers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(30, 8), nn.Linear(8, 30, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.embedding(x))
-
-
 def test_who_reads_the_weight_sees_the_draw() -> None:
     torch.manual_seed(0)
-    packed, x = pack(bqnn.convert(Readers(), 3, start_sigma=0.4), execution="packed"), torch.arange(30)
+    packed, x = pack(bqnn.convert(TiedRows(), 3, start_sigma=0.4), execution="packed"), torch.arange(30)
     found = sample(packed, seed=0)
     weight = found.head.decode()
     assert not torch.equal(weight, packed.head.decode())

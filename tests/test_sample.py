@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import bqnn
 from bqnn import BayesConv2d, BayesLinear, predict, sample
 from bqnn.bayes.layers import bayes_layers
+from tests.support.odd_nets import TiedRows
 
 X = torch.randn(9, 2, 6, 6, generator=torch.Generator().manual_seed(1))
 BATCHES = [torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
@@ -143,17 +144,8 @@ def test_half_precision_draws_the_codes_of_its_numbers_in_float32(dtype: torch.d
 
 
 def test_tied_layers_share_their_codes_and_readers_see_them() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.head = nn.Embedding(30, 8), nn.Linear(8, 30, bias=False)
-            self.head.weight = self.embedding.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.embedding(x))
-
     torch.manual_seed(0)
-    net = bqnn.convert(Tied(), 3, start_sigma=0.4).eval()
+    net = bqnn.convert(TiedRows(), 3, start_sigma=0.4).eval()
     x = torch.arange(30)
     found = sample(net, seed=0)
     weight = found.head.quantized_weight()

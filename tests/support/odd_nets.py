@@ -231,6 +231,18 @@ class TiedEmbedding(nn.Module):
         return self.head(torch.tanh(self.embedding(x)))
 
 
+class TiedRows(nn.Module):
+    """An embedding and a head with its weight, and nothing between them: what both read is seen in the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(30, 8), nn.Linear(8, 30, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embedding(x))
+
+
 class TiedParameter(Net):
     """The weight is a parameter of the network and of an nn.ParameterDict, too."""
 
