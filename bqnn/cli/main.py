@@ -107,7 +107,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_recipe(recipe)
     sub.add_argument("--out", type=_path, required=True, metavar="DIR", help="folder of the run")
     sub.add_argument(
-        "--init", type=_path, metavar="FILE", help=f"{WEIGHTS} of a full-precision run, for the first phase"
+        "--init",
+        type=_path,
+        metavar="FILE",
+        help=f"{WEIGHTS} of a full-precision run, for the first phase; of a quantized one, for two",
     )
     text = "train an ensemble of S networks from one full-precision trunk, each with its own seed"
     sub.add_argument("--members", type=int, metavar="S", help=text)

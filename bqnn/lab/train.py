@@ -48,7 +48,7 @@ from bqnn.lab.progress import progress_bar
 from bqnn.lab.recipe import LAYER_OPTIONS, Recipe
 from bqnn.reports.report import report
 from bqnn.training.epoch import Objective, train_epoch
-from bqnn.training.phases import BAYES, FULL_PRECISION, check_finite, enter_phase, make_optimizer
+from bqnn.training.phases import BAYES, DETERMINISTIC, FULL_PRECISION, check_finite, enter_phase, make_optimizer
 
 
 def build_network(recipe: Recipe, data: Splits, phase: int = BAYES) -> nn.Module:
@@ -80,7 +80,8 @@ class Trainer:
         data_root: where the data sets are.
         device: "cpu" or "cuda".
         download: let torchvision download what is missing.
-        init: a model.safetensors of the full-precision network, in place of the first phase, whose epochs are not run.
+        init: a model.safetensors of the full-precision network, in place of the first phase, or of a quantized one with
+            as many levels, in place of the first two; their epochs are not run.
 
     Raises:
         ValueError: the network or the data set does not fit the recipe, or ``init`` does not fit the network.
@@ -116,7 +117,6 @@ class Trainer:
             raise ValueError(f"batch_size must be at least 2, since {recipe.model} has BatchNorm, got 1")
         if init is not None:
             self._load_init(init)
-            self.epoch = recipe.pretrain_epochs
         self._start_phase(quantize(self.net, recipe, self.phase))
 
     @property
@@ -135,10 +135,19 @@ class Trainer:
 
     def _load_init(self, init: str | Path) -> None:
         open_regular(init).close()
+        recipe = self.recipe
         try:
-            self.net.load_state_dict(load_file(init))
+            weights = load_file(init)
+            self.epoch = recipe.pretrain_epochs
+            if recipe.method == "bayes" and any(name.endswith("raw_levels") for name in weights):
+                self.epoch += recipe.deterministic_epochs
+                self.net = quantize(self.net, recipe, DETERMINISTIC)
+            self.net.load_state_dict(weights)
         except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"init must be a full-precision {self.recipe.model}, got {init}: {error}") from error
+            kinds = f"a full-precision {recipe.model}"
+            if recipe.method == "bayes":
+                kinds += f" or one of {recipe.num_levels} levels"
+            raise ValueError(f"init must be {kinds}, got {init}: {error}") from error
 
     def _start_phase(self, net: nn.Module) -> None:
         self.net = net.to(self.device)
