@@ -54,7 +54,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "fpnn": {"method": "fpnn"},
     "deterministic": {"estimator": "deterministic"},
     "default": {},
-    "mixture": {"prior": "mixture", "estimator": "sample", "start_sigma": 0.25, "variance_lr": 1.0},
+    "mixture": {
+        "prior": "mixture",
+        "estimator": "sample",
+        "spike_width": 0.26,
+        "start_sigma": 0.26,
+        "variance_lr": 1.0,
+    },
 }
 """What each network's recipe changes in that of the case."""
 
