@@ -62,7 +62,7 @@ def test_train_writes_a_run_and_a_line_an_epoch(run: Any, tmp_path: Path) -> Non
     result = run("train", "--out", tmp_path / "run", *EPOCHS, "--num-levels", 4, "--threads", torch.get_num_threads())
     assert result.status == 0
     lines = result.out.splitlines()
-    assert [line.split()[:2] for line in lines[:3]] == [["epoch", "1"], ["epoch", "2"], ["epoch", "3"]]
+    assert [line.split()[:2] for line in lines[:3]] == [["epoch", f"{i}/3"] for i in (1, 2, 3)]
     assert lines[3:] == [f"{tmp_path / 'run' / WEIGHTS} is written"]
     assert result.err == "", "no progress bar where stderr is no terminal"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [CHECKPOINT, METRICS, WEIGHTS]

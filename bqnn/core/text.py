@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 LONGEST = 1000  # characters of a message
+LEAST_LIKENESS = 0.5  # of a word and what it may have meant: of two letters one
 HEAD_SHARE = 0.7  # of a message that is cut, what stays of its beginning; the rest is its end
 
 
@@ -23,7 +24,7 @@ def shown(text: str, longest: int = LONGEST) -> str:
 
 def suggestion(word: str, choices: Iterable[str]) -> str:
     """What to add to a message about ``word``, which is none of ``choices``: the closest of them, or nothing."""
-    close = difflib.get_close_matches(word, list(choices), n=1)
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=LEAST_LIKENESS)
     return f"; did you mean {close[0]}?" if close else ""
 
 
