@@ -174,6 +174,8 @@ def make_mistakes(files: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     own = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     bqnn.save(bqnn.pack(bqnn.convert(own)), tmp_path / "own", KNOWN)
+    maps = bqnn.compile(bqnn.pack(bqnn.convert(nn.Sequential(nn.Conv2d(1, 2, 3)))), torch.zeros(2, 1, 8, 8))
+    bqnn.save(maps, tmp_path / "maps", Metadata(mean=(0.4,), std=(0.3,)))
 
 
 MISTAKES = [
@@ -182,6 +184,7 @@ MISTAKES = [
     (["predict", "{files}/packed.safetensors", "{tmp}/empty"], "{tmp}/empty: no images in it"),
     (["predict", "{tmp}/unknown", "{files}/png"], "{tmp}/unknown does not say how images are sized and normalised"),
     (["predict", "{tmp}/own", "{files}/png"], "{tmp}/own has a network of somebody's own"),
+    (["predict", "{tmp}/maps", "{files}/png"], "{tmp}/maps is no classifier: it gives [2, 6, 6] for an image"),
     (["predict", "{tmp}/no", "{files}/png"], "{tmp}/no"),
     (["predict", "{tmp}/empty", "{files}/png"], "{tmp}/empty is not the folder of a run"),
     (["predict", "{files}/packed.safetensors", "{files}/png", "--samples", "0"], "--samples must be at least 1"),

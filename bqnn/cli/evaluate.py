@@ -31,7 +31,8 @@ def evaluate(options: Namespace, device: str) -> None:
     if options.output is not None and not options.uncertainty:
         raise ValueError("--output is for --uncertainty")
     path, opened = options.path, open_network(options, device)
-    data, seed = _data_of_run(opened.runs, options) if opened.runs else _data_of_file(opened, options)
+    found, seed = _data_of_run(opened.runs, options) if opened.runs else _data_of_file(opened, options)
+    data = as_taken(found, opened.metadata, logits_of(opened.net, opened.metadata, found))
     torch.manual_seed(options.seed)
     split = find_split(data, options.split)
     if options.uncertainty:
@@ -44,7 +45,8 @@ def evaluate(options: Namespace, device: str) -> None:
     refresh = seed if options.refresh else None
     with opened.computing(device):
         scores = _score(opened.net, split, data, options.samples, refresh)
-    print(f"{path}: {_described(split, data, options)}, {scores['images']} images")
+    what = f"{options.split} split" if options.data is None else "all"
+    print(f"{path}: {what} of {data.name}, {scores['images']} images")
     _print_network(opened.name, scores)
     for name, net in list(nets.items())[1:]:
         found = _score(net, split, data)
@@ -66,7 +68,7 @@ def _data_of_run(runs: list[Run], options: Namespace) -> tuple[Splits, int]:
 
 
 def _data_of_file(opened: Opened, options: Namespace) -> tuple[Splits, int]:
-    """What a file is to be tested on, as its network takes it, and a seed."""
+    """What a file is to be tested on, and a seed."""
     path, metadata, seed = options.path, opened.metadata, Recipe.seed
     if options.data is not None:
         return _folder(opened, options), seed
@@ -78,7 +80,7 @@ def _data_of_file(opened: Opened, options: Namespace) -> tuple[Splits, int]:
         raise ValueError(f"--dataset or --data must say what to test {path} on: there is no {METRICS} beside it")
     if metadata.mean is None:
         print(f"{path} does not say how images are normalised: as the training images of {data.name} are")
-    return as_taken(data, metadata, logits_of(opened.net, metadata, data)), seed
+    return data, seed
 
 
 def _folder(opened: Opened, options: Namespace) -> Splits:
@@ -94,12 +96,7 @@ def _folder(opened: Opened, options: Namespace) -> Splits:
     none = Split(found.images[:0], found.labels[:0])
     channels, size = found.images.shape[1:3]
     mean, std = metadata.mean or (), metadata.std or ()
-    data = Splits(str(path), none, none, found, tuple(classes), channels, size, mean, std)
-    return as_taken(data, metadata, logits_of(opened.net, metadata, data))
-
-
-def _described(split: Split, data: Splits, options: Namespace) -> str:
-    return f"all of {data.name}" if options.data is not None else f"{options.split} split of {data.name}"
+    return Splits(str(path), none, none, found, tuple(classes), channels, size, mean, std)
 
 
 def _score(net: nn.Module, split: Split, data: Splits, samples: int = 1, refresh: int | None = None) -> dict[str, Any]:

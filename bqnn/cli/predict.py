@@ -51,6 +51,8 @@ def _rows(opened: Opened, files: Sequence[Path], options: Namespace, device: str
         images = read_images(batch, metadata.in_channels or 0, metadata.image_size or 0)
         with torch.no_grad(), opened.computing(device):
             found = ask(opened.net, prepared(images, metadata).to(device), samples, seed=options.seed)
+        if found.probs.dim() != 2:
+            raise ValueError(f"{options.path} is no classifier: it gives {list(found.probs.shape[1:])} for an image")
         names = metadata.classes or tuple(map(str, range(found.probs.shape[1])))
         for file, *values in zip(batch, *(each.tolist() for each in found), strict=True):
             probs, *spread = values

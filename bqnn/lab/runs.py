@@ -128,19 +128,22 @@ def load_metadata(run: Run, data_root: str | Path) -> Metadata:
     """What a finished run knows of its images and classes; raises as :func:`load_factory` does.
 
     Runs of earlier versions do not have it: of these it is what the data set in ``data_root`` says, or, where that can
-    not be read, name and sizes alone.
+    not be read, sizes alone.
     """
     about = _about_weights(run)
-    if DATA in about:
-        try:
-            return read_fields(about[DATA])
-        except ValueError as error:
-            raise ValueError(f"{run.folder / WEIGHTS} is not what bqnn train writes: {shown(str(error))}") from error
     try:
-        return metadata_of(load_data(run.recipe, data_root))
+        sizes = {name: about["factory"][1][name] for name in network.SIZES}
+        data = read_fields(about[DATA]) if DATA in about else _data_of_recipe(run.recipe, data_root)
+        return data.fitted(**sizes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{run.folder / WEIGHTS} is not what bqnn train writes: {shown(str(error))}") from error
+
+
+def _data_of_recipe(recipe: Recipe, data_root: str | Path) -> Metadata:
+    try:
+        return metadata_of(load_data(recipe, data_root))
     except (ValueError, OSError, ImportError):
-        sizes = about["factory"][1]
-        return Metadata(run.recipe.dataset, in_channels=sizes["in_channels"], image_size=sizes["image_size"])
+        return Metadata()
 
 
 def _about_weights(run: Run) -> dict[str, Any]:
