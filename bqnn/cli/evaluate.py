@@ -31,8 +31,8 @@ def evaluate(options: Namespace, device: str) -> None:
     if options.output is not None and not options.uncertainty:
         raise ValueError("--output is for --uncertainty")
     path, opened = options.path, open_network(options, device)
-    found, seed = _data_of_run(opened.runs, options) if opened.runs else _data_of_file(opened, options)
-    data = as_taken(found, opened.metadata, logits_of(opened.net, opened.metadata, found))
+    given, seed = _data_of_run(opened.runs, options) if opened.runs else _data_of_file(opened, options)
+    data = as_taken(given, opened.metadata, logits_of(opened.net, opened.metadata, given))
     torch.manual_seed(options.seed)
     split = find_split(data, options.split)
     if options.uncertainty:
