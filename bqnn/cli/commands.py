@@ -19,7 +19,7 @@ from bqnn.files.metadata import Metadata
 from bqnn.lab import runs
 from bqnn.lab.compile_run import calibration, compiled_path, remove_compiled, save_compiled
 from bqnn.lab.ensemble import EnsembleRun, EnsembleTrainer, clear_ensemble_run, load_ensemble_run, parts_of
-from bqnn.lab.folder import CHECKPOINT, MEMBERS, METRICS, WEIGHTS, print_now
+from bqnn.lab.folder import CHECKPOINT, LOCK, MEMBERS, METRICS, WEIGHTS, print_now
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.recipes import NAMES, load_recipe, summary_of, text_of
 from bqnn.lab.train import Trainer
@@ -125,7 +125,7 @@ def _refuse_used(folder: Path) -> None:
 
 def _refuse_unused(folder: Path) -> None:
     """For --resume: raises ValueError where there is no run, with the name of one beside it that may be meant."""
-    if not has_run(folder):
+    if not has_run(folder) and not (folder / LOCK).exists():  # of a run that somebody begins, the lock tells
         beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
         hint = suggestion(folder.name, [each.name for each in beside if each.is_dir() and has_run(each)])
         raise ValueError(f"{folder} has no run to resume; without --resume one begins there{hint}")
