@@ -17,6 +17,7 @@ from bqnn.engine.dequantize import dequantize
 from bqnn.engine.ensemble import CompiledEnsemble
 from bqnn.engine.export_onnx import export_onnx
 from bqnn.engine.pack import pack, pack_
+from bqnn.files.metadata import Metadata
 from bqnn.files.network import info, load, save
 from bqnn.ops.dispatch import BackendError, backends
 from bqnn.packed.layers import PackedConv2d, PackedLinear
@@ -35,6 +36,7 @@ __all__ = [
     "FitResult",
     "FormatError",
     "GaussianLikelihood",
+    "Metadata",
     "PackedConv2d",
     "PackedLinear",
     "Prediction",

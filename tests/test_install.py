@@ -45,7 +45,8 @@ def source_tree(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     (folder / "bqnn").mkdir(parents=True)
     (folder / "kernels").mkdir()
-    for name in ("setup.py", "cuda_toolkit.py", "pyproject.toml", "README.md", "LICENSE", "bqnn/_version.py"):
+    scripts = ("setup.py", "cuda_toolkit.py", "bqnn_command.py")
+    for name in (*scripts, "pyproject.toml", "README.md", "LICENSE", "bqnn/_version.py"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "bqnn" / "__init__.py").touch()
     (folder / "csrc").symlink_to(ROOT / "csrc")

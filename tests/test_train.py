@@ -251,7 +251,7 @@ def test_phases_and_records(tmp_path: Path) -> None:
     assert [record["epoch"] for record in trainer.history] == [1, 2, 3, 4, 5]
     assert [record["quantization_loss"] is None for record in trainer.history] == [True, True, False, False, False]
     assert [record["kl"] > 0 for record in trainer.history] == [False, False, False, True, True]
-    assert [line.split()[:2] for line in lines] == [["epoch", str(i)] for i in range(1, 6)]
+    assert [line.split()[:2] for line in lines] == [["epoch", f"{i}/5"] for i in range(1, 6)]
     assert "validation error" in lines[0] and "near a level" not in lines[0] and "near a level" in lines[2]
     assert not trainer.net.training
     last = trainer.history[-1]

@@ -18,7 +18,8 @@ from bqnn.core.text import shown
 from bqnn.lab.recipe import Recipe
 
 METADATA = "run"
-"""The key of the metadata of model.safetensors under which recipe and factory stand."""
+"""The key of the metadata of model.safetensors under which recipe, factory and what is known of the data stand."""
+DATA = "data"
 SPLITS = ("test", "validation")
 CHECKPOINT, WEIGHTS, METRICS = "checkpoint.pt", "model.safetensors", "metrics.json"
 UNCERTAINTY = {split: f"uncertainty-{split}.json" for split in SPLITS}

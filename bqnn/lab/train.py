@@ -26,13 +26,14 @@ from bqnn.bayes.convert import convert
 from bqnn.bayes.layers import bayes_layers
 from bqnn.core.checkpoint import digest_of, write_checkpoint
 from bqnn.core.files import open_regular, remove_leftovers, write_atomically
-from bqnn.core.text import shown
+from bqnn.core.text import duration, shown
 from bqnn.data.augment import augment
 from bqnn.data.splits import Splits, batches, leaves_one, load_dataset, normalise
 from bqnn.lab.checkpoint import check_progress, read_checkpoint
 from bqnn.lab.evaluate import evaluate, statistics_batches
 from bqnn.lab.folder import (
     CHECKPOINT,
+    DATA,
     METADATA,
     METRICS,
     SPLITS,
@@ -43,12 +44,13 @@ from bqnn.lab.folder import (
     print_now,
     read_scores,
 )
+from bqnn.lab.labels import metadata_of
 from bqnn.lab.precision import autocast
 from bqnn.lab.progress import progress_bar
 from bqnn.lab.recipe import LAYER_OPTIONS, Recipe
 from bqnn.reports.report import report
 from bqnn.training.epoch import Objective, train_epoch
-from bqnn.training.phases import BAYES, DETERMINISTIC, FULL_PRECISION, check_finite, enter_phase, make_optimizer
+from bqnn.training.phases import BAYES, DETERMINISTIC, FULL_PRECISION, NAMES, check_finite, enter_phase, make_optimizer
 
 
 def build_network(recipe: Recipe, data: Splits, phase: int = BAYES) -> nn.Module:
@@ -103,6 +105,8 @@ class Trainer:
         self.data = load_dataset(
             recipe.dataset, data_root, image_size=recipe.image_size, validation=recipe.validation, download=download
         )
+        if self.data.num_classes < 2:
+            raise ValueError(f"dataset must have two classes or more, got one: {shown(self.data.classes[0])}")
         if self.steps_an_epoch == 0:
             raise ValueError(f"dataset must have at least 2 images to train on, got {len(self.data.train)}")
         self.lock = RunLock(self.folder)
@@ -183,7 +187,7 @@ class Trainer:
             if self.phase != phase:
                 self._start_phase(quantize(self.net, self.recipe, self.phase))
             self.save_checkpoint()
-            log(describe(record))
+            log(describe(record, self.recipe.total_epochs))
         self.net.eval()
         self._write_weights()
         self._write_metrics()
@@ -193,7 +197,11 @@ class Trainer:
         """Images and labels of the next epoch, as the network takes them."""
         data, recipe = self.data, self.recipe
         rows = batches(data.train, recipe.batch_size, self.generator, shuffle=True, drop_last=self.drop_last)
-        for images, labels in progress_bar(rows, f"epoch {self.epoch + 1}", self.steps_an_epoch) if progress else rows:
+        for images, labels in (
+            progress_bar(rows, f"epoch {self.epoch + 1}/{recipe.total_epochs}", self.steps_an_epoch)
+            if progress
+            else rows
+        ):
             x = augment(normalise(images, data.mean, data.std), self.generator, recipe.augment)
             yield x.to(self.device), labels.to(self.device)
 
@@ -295,7 +303,8 @@ class Trainer:
     def _write_weights(self) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
         # One entry: safetensors writes several in an order that changes from process to process.
-        metadata = {METADATA: json.dumps({"recipe": asdict(self.recipe), "factory": self.net.factory})}
+        about = {"recipe": asdict(self.recipe), "factory": self.net.factory, DATA: metadata_of(self.data).known()}
+        metadata = {METADATA: json.dumps(about)}
         blob = save(tensors, metadata)
         write_atomically(self.folder / WEIGHTS, lambda path: Path(path).write_bytes(blob))
 
@@ -304,12 +313,19 @@ class Trainer:
         write_atomically(self.folder / METRICS, lambda path: Path(path).write_text(text))
 
 
-def describe(record: dict[str, Any]) -> str:
-    """A record of the history in one line."""
-    parts = [f"epoch {record['epoch']:3d}", f"{record['phase']:<14}", f"loss {record['loss']:.4f}"]
+def describe(record: dict[str, Any], total: int) -> str:
+    """A record of the history in one line, with the time that the rest of ``total`` epochs may take."""
+    left = total - record["epoch"]
+    epoch = f"{record['epoch']}/{total}"
+    parts = [f"epoch {epoch:>{2 * len(str(total)) + 1}}", f"{record['phase']:<14}", f"nll {record['nll']:.4f}"]
+    if record["phase"] == NAMES[BAYES]:
+        parts.append(f"kl {record['kl']:,.0f} nats")
     if record["validation_error"] is not None:
         parts.append(f"validation error {record['validation_error']:.2f} %")
     if record["quantization_loss"] is not None:
         parts.append(f"quantization loss {record['quantization_loss']:.4f}")
         parts.append(f"near a level {100 * record['near_share']:.1f} %")
-    return "  ".join((*parts, f"{record['seconds']:.1f} s"))
+    parts.append(f"{record['seconds']:.1f} s")
+    if left:
+        parts.append(f"about {duration(left * record['seconds'])} left")
+    return "  ".join(parts)
