@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.core.computed_weight import weight_of
+from bqnn.core.leaf import NotScriptable
 from bqnn.core.precision import is_half
 from bqnn.core.readers import read_weight_of
 from bqnn.core.sharded import is_resharding, is_sharded
@@ -17,7 +18,7 @@ POSTERIOR = ("weight", "log_sigma2", "raw_levels", "raw_thresholds")
 FITTED = ("level_scale", "prior_sigma2")
 
 
-class PosteriorWeight(nn.Module):
+class PosteriorWeight(NotScriptable, nn.Module):
     """What a layer says of its weight, and what may be done with it.
 
     ``mean`` is the parameter, which is called "weight" in state dicts and by ``named_parameters``. ``weight`` is what
