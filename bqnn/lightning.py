@@ -58,7 +58,7 @@ def first_of_pair(batch: Any) -> Any:
     )
 
 
-class ThreePhases(_lightning.Callback):  # type: ignore[misc]
+class ThreePhases(_lightning.Callback):
     """Trains a LightningModule as :func:`bqnn.fit` trains a network: at full precision, then deterministic, then with a
     posterior.
 

@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import ResNet, resnet18
 
 import bqnn
-
-SIZE = 16
 
 
 def make_net() -> ResNet:
@@ -32,17 +29,16 @@ def make_net() -> ResNet:
 
 
 def load() -> tuple[Tensor, Tensor]:
-    """Images [number, 3, SIZE, SIZE], pixels from -1 to 1, and labels, in random order."""
+    """Images [number, 3, 8, 8], pixels from -1 to 1, and labels, in random order."""
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
-    pixels = torch.tensor(digits.images, dtype=torch.float32)[order].unsqueeze(1) / 8 - 1
-    images = F.interpolate(pixels, size=SIZE, mode="bilinear").expand(-1, 3, -1, -1)
-    return images, torch.tensor(digits.target)[order]
+    images = torch.tensor(digits.images, dtype=torch.float32)[order].unsqueeze(1) / 8 - 1
+    return images.expand(-1, 3, -1, -1), torch.tensor(digits.target)[order]
 
 
 def main(images: int = 512, epochs: Any = (1, 2, 1)) -> dict[str, float]:
     x, y = load()
-    held_out = x[images : images + 200], y[images : images + 200]
+    held_out = x[-100:], y[-100:]
     loader = DataLoader(TensorDataset(x[:images], y[:images]), batch_size=32, shuffle=True)
     torch.manual_seed(0)
     result = bqnn.fit(make_net(), loader, validation=[held_out], epochs=epochs, num_levels=3, seed=0, log=print)
