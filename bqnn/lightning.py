@@ -129,6 +129,7 @@ class ThreePhases(_lightning.Callback):
             self._loading = pl_module.register_load_state_dict_pre_hook(self._before_loading)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._kept = []
         if self._loading is not None:
             self._loading.remove()
             self._loading = None
