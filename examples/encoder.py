@@ -38,7 +38,7 @@ def draw(number: int, seed: int) -> tuple[Tensor, Tensor]:
     return sequences, (sequences[:, 1:] == sequences[:, :1]).sum(1).clamp(max=MOST)
 
 
-def main(sequences: int = 4000, epochs: int = 12) -> dict[str, float]:
+def main(sequences: int = 4000, epochs: Any = 12) -> dict[str, float]:
     loader = DataLoader(TensorDataset(*draw(sequences, seed=1)), batch_size=64, shuffle=True)
     x, y = draw(500, seed=2)
     torch.manual_seed(0)

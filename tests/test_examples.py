@@ -53,8 +53,8 @@ def test_mlp(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_encoder(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run("encoder.py", sequences=800, epochs=4)
-    assert found["right"] > 0.3, "as much as whoever says the same of all"
+    found = run("encoder.py", sequences=1000, epochs=(8, 1, 1))
+    assert found["right"] > 0.25, "whoever says the same of all is right as often"
     assert "entropy" in capsys.readouterr().out
 
 
