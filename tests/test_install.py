@@ -26,7 +26,7 @@ from bqnn.ops.assign_codes import assign_codes
 from bqnn.view.figures import _Drawing
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL = ("PIL", "matplotlib", "sklearn", "torchvision", "tqdm")
+OPTIONAL = ("PIL", "lightning", "matplotlib", "pytorch_lightning", "sklearn", "torchvision", "tqdm")
 TOUCHES_ITS_OUTPUT = 'while [ "$1" != -o ]; do shift; done; touch "$2"'
 
 

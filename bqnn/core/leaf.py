@@ -1,8 +1,8 @@
-"""A layer as one node of a graph that torch.fx traces."""
+"""What a quantized layer is to those who read networks: one node to torch.fx, and nothing to torch.jit.script."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.fx import Proxy
@@ -16,3 +16,13 @@ def node_of(layer: nn.Module, x: Proxy) -> Any:
     feature extractors, a quantized layer is what the layer was that it stands for.
     """
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})  # type: ignore[attr-defined]
+
+
+class NotScriptable:
+    """A module whose Python is more than torch.jit.script reads."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            f"torch.jit.script can not read a {type(self).__name__}; torch.export, torch.compile and torch.jit.trace "
+            "capture it"
+        )
