@@ -229,5 +229,5 @@ setup(
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     packages=[*find_packages(include=["bqnn", "bqnn.*"]), "bqnn.kernels"],
     package_dir={"bqnn.kernels": "kernels"},
-    package_data={"bqnn": ["py.typed", "recipes/*.toml"]},
+    package_data={"bqnn": ["py.typed", "recipes/*.toml", "view/templates/*"]},
 )
