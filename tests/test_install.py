@@ -24,6 +24,7 @@ from bqnn.lab.progress import progress_bar
 from bqnn.ops import dispatch
 from bqnn.ops.assign_codes import assign_codes
 from bqnn.view.figures import _Drawing
+from bqnn.view.page import write_page
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("PIL", "matplotlib", "sklearn", "torchvision", "tqdm")
@@ -170,7 +171,8 @@ def test_without_kernels_a_compiled_network_warns(no_kernels: str, monkeypatch: 
         pytest.param("sklearn", lambda: load_dataset("digits"), "train", id="digits"),
         pytest.param("torchvision", lambda: load_dataset("mnist"), "train", id="mnist"),
         pytest.param("tqdm", lambda: progress_bar([1], "epoch", 1), "train", id="training"),
-        pytest.param("matplotlib", lambda: _Drawing("key", "title", "x", "y"), "report", id="report"),
+        pytest.param("matplotlib", lambda: _Drawing("key", "title", "x", "y"), "report", id="figures"),
+        pytest.param("jinja2", lambda: write_page("page.html", "page.html", title=""), "report", id="page"),
     ],
 )
 def test_a_package_that_is_missing_names_its_extra(
@@ -195,6 +197,23 @@ print(tuple(net(torch.ones(2, 4)).shape))
 """
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.strip() == "(2, 3)", run.stderr
+
+
+def test_the_citation_is_of_this_version_and_of_the_paper() -> None:
+    yaml = pytest.importorskip("yaml")
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(found), "what the format demands"
+    assert (found["version"], found["license"]) == (bqnn.__version__, "Apache-2.0")
+    paper = found["preferred-citation"]
+    assert {"type", "title", "authors", "journal", "year", "doi"} <= set(paper)
+    assert all({"family-names", "given-names"} == set(author) for author in paper["authors"])
+
+
+def test_pins_are_of_every_package_that_an_extra_asks_for() -> None:
+    pins = {re.split("[= ]", line)[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    wanted = re.findall(r'"([A-Za-z0-9-]+)[\[>"]', (ROOT / "pyproject.toml").read_text().split("[project.scripts]")[0])
+    extras = {name.lower() for name in wanted[wanted.index("torch") :]} - {"bqnn", "setuptools"}
+    assert "mkdocs-material" in extras and extras - pins <= {"tomli"}, "tomli is for Python 3.10 alone"
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="nothing tells which files belong to the project")
