@@ -209,18 +209,26 @@ def test_the_citation_is_of_this_version_and_of_the_paper() -> None:
     assert all({"family-names", "given-names"} == set(author) for author in paper["authors"])
 
 
-def test_pins_are_of_every_package_that_an_extra_asks_for() -> None:
-    pins = {re.split("[= ]", line)[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    wanted = re.findall(r'"([A-Za-z0-9-]+)[\[>"]', (ROOT / "pyproject.toml").read_text().split("[project.scripts]")[0])
-    extras = {name.lower() for name in wanted[wanted.index("torch") :]} - {"bqnn", "setuptools"}
-    assert "mkdocs-material" in extras and extras - pins <= {"tomli"}, "tomli is for Python 3.10 alone"
+def test_every_package_that_is_asked_for_has_a_pin() -> None:
+    pins = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]
+    names = {re.split(r"[\[>;]", each)[0].lower() for each in asked}
+    assert names - pins == {"bqnn", "tomli"}, "tomli is for Python 3.10 alone"
+
+
+def tracked() -> set[str]:
+    """The files of the project that are there."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return {name for name in names if (ROOT / name).exists()}
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="nothing tells which files belong to the project")
-def test_the_source_package_has_every_file_of_the_project(tmp_path: Path) -> None:
-    run_setup(ROOT, "egg_info", "--egg-base", str(tmp_path), BQNN_CPU="0")
+def test_the_packages_have_every_file_of_the_project(tmp_path: Path) -> None:
+    commands = ["egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")]
+    run_setup(ROOT, *commands, BQNN_CPU="0")
     packed = set((tmp_path / "bqnn.egg-info" / "SOURCES.txt").read_text().splitlines())
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    present = {name for name in tracked if (ROOT / name).exists()}
-    assert present - packed == {".gitignore"}
+    assert tracked() - packed == {".gitignore"}, "of the source package"
     assert not {name for name in packed if name.endswith((".so", ".pyc", "_build.json"))}
+    installed = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*")}
+    assert {name for name in tracked() if name.startswith("bqnn/")} <= installed, "templates and recipes, too"
