@@ -27,7 +27,7 @@ from bqnn.view.figures import _Drawing
 from bqnn.view.page import write_page
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL = ("PIL", "matplotlib", "sklearn", "torchvision", "tqdm")
+OPTIONAL = ("PIL", "jinja2", "matplotlib", "sklearn", "torchvision", "tqdm")
 TOUCHES_ITS_OUTPUT = 'while [ "$1" != -o ]; do shift; done; touch "$2"'
 
 
