@@ -47,7 +47,7 @@ def write_html(
     """Writes a page with tables and figures of ``runs``: one file, no script, nothing fetched.
 
     Args:
-        runs: what bqnn.lab.runs.load_run read; of a run that is not finished, only the curves are shown.
+        runs: what bqnn.lab.runs.load_run read; of a run that is not finished, errors and curves alone are shown.
         path: the HTML file.
         log_counts: a logarithmic axis for the counts of the histograms, on which spikes leave the rest visible.
         measure: time a forward pass of each network beside that of its full-precision network, on the CPU.
