@@ -10,7 +10,7 @@ UNPACK := ../shared/data/unpack.py
 export BQNN_DATA ?= $(CURDIR)/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo test ready checked lint unit interpret sanitize bench accuracy gpu wheel check-install clean
+.PHONY: help setup data demo test ready checked lint docs unit interpret sanitize bench accuracy gpu wheel check-install clean
 
 # What can run side by side does, in as many processes as there are processors; the output of each stays together.
 JOBS := -j "$$(nproc)" --output-sync=target --no-print-directory
@@ -25,7 +25,7 @@ SOURCES := setup.py cuda_toolkit.py pyproject.toml constraints.txt $(shell find 
 $(STAMP): $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt setuptools torch  # what the extension is built with
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[test,dev]"
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[test,dev,docs]"
 	touch $@
 
 data:  ## put MNIST and CIFAR-10 into $BQNN_DATA (default: data/)
@@ -35,18 +35,21 @@ data:  ## put MNIST and CIFAR-10 into $BQNN_DATA (default: data/)
 demo: setup  ## run the demonstration
 	$(VENV)/bin/bqnn demo
 
-test: ready checked interpret unit  ## lint, then all tests
+test: ready checked interpret unit  ## lint and documentation, then all tests
 
 ready:
 	@$(MAKE) $(JOBS) setup $(WITHOUT_TORCH)
 
 checked:
-	@$(MAKE) $(JOBS) lint $(CHECKS)
+	@$(MAKE) $(JOBS) lint docs $(CHECKS)
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: setup  ## the documentation site, into build/site; warnings are errors
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
 unit: setup data  ## pytest, two processes of one thread each
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --dist worksteal --benchmark-disable $(ARGS)

@@ -230,5 +230,5 @@ setup(
     packages=[*find_packages(include=["bqnn", "bqnn.*"]), "bqnn.kernels"],
     py_modules=["bqnn_command"],
     package_dir={"bqnn.kernels": "kernels"},
-    package_data={"bqnn": ["py.typed", "recipes/*.toml"]},
+    package_data={"bqnn": ["py.typed", "recipes/*.toml", "view/templates/*"]},
 )

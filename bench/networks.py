@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 import bqnn
 from bench.interleaved import Pace, Race
-from bench.machine import cpu_name, describe_cpu
+from bench.machine import cpu_name
 from bench.network_rivals import CHANNELS_LAST, COMPILED, RIVALS, Call, Rivals
 from bench.packed import PRECISIONS
 from bench.save import describe
 from bench.summary import fastest, times_faster
+from bqnn.core.machine import describe_cpu
 from bqnn.models import densenet, lenet5, resnet20, vgg7
 from bqnn.packed.base import PackedLayer
 from tests.support.packed_products import relative_error

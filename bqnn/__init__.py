@@ -24,6 +24,7 @@ from bqnn.packed.layers import PackedConv2d, PackedLinear
 from bqnn.reports.explain import explain_speed
 from bqnn.reports.report import Report, report
 from bqnn.training.fit import FitResult, fit
+from bqnn.view.network import write_report
 
 __all__ = [
     "BackendError",
@@ -66,4 +67,5 @@ __all__ = [
     "sample",
     "sampling",
     "save",
+    "write_report",
 ]

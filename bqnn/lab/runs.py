@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Run:
     recipe: Recipe
     history: list[dict[str, Any]]
     scores: dict[str, dict[str, Any]]  # by split, what `bqnn eval` found
+    images: dict[str, int] = field(default_factory=dict)  # by split; empty where the run is older than this field
 
     @property
     def finished(self) -> bool:

@@ -34,6 +34,7 @@ from bqnn.lab.evaluate import evaluate, statistics_batches
 from bqnn.lab.folder import (
     CHECKPOINT,
     DATA,
+    IMAGES,
     METADATA,
     METRICS,
     SPLITS,
@@ -309,7 +310,9 @@ class Trainer:
         write_atomically(self.folder / WEIGHTS, lambda path: Path(path).write_bytes(blob))
 
     def _write_metrics(self) -> None:
-        text = json.dumps({"recipe": asdict(self.recipe), "history": self.history, **self.scores}, indent=1)
+        images = {name: len(getattr(self.data, name)) for name in IMAGES}
+        stored = {"recipe": asdict(self.recipe), "history": self.history, "images": images, **self.scores}
+        text = json.dumps(stored, indent=1)
         write_atomically(self.folder / METRICS, lambda path: Path(path).write_text(text))
 
 
