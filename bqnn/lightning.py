@@ -116,6 +116,8 @@ class ThreePhases(_lightning.Callback):
         self._plan: Plan
         self._phased: PhasedNetwork
         self._loading: Any = None
+        self._kept: list[Any] = []  # inputs on which BatchNorm's statistics are estimated
+        self._losses = torch.zeros((), dtype=torch.float64)  # the sum over the epoch's steps
         self._start_epoch()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -251,7 +253,7 @@ class ThreePhases(_lightning.Callback):
         return self._dataset_size
 
     def _start_epoch(self) -> None:
-        self._kept: list[Any] = []  # inputs on which BatchNorm's statistics are estimated
+        self._kept = []
         self._progress, self._steps = 0.0, 0
         self._losses = torch.zeros((), dtype=torch.float64)
         self._refreshed = False
