@@ -142,7 +142,7 @@ $(RIVALS): $(STAMP)
 accuracy: setup data  ## train LeNet-5 on MNIST for the table of the README; over an hour, goes on where it stopped
 	$(VENV)/bin/python -m bench.accuracy_lenet5 --data "$(BQNN_DATA)" $(ARGS)
 
-gpu:  ## on a machine with a GPU, torch, triton and pytest, and no network: tests, benches, bench/results/<gpu>.json
+gpu:  ## on a machine with a GPU, torch, triton and pytest, and no network: in stages, to bench/results/<gpu>.json
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --editable .
 	$(PYTHON) -m bench.gpu $(ARGS)
 

@@ -13,7 +13,9 @@ import torch
 
 import bqnn
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+"""The folder of the repository: benches run from any other one too."""
+RESULTS = ROOT / "bench" / "results"
 RIVAL_PACKAGES = ("onnxruntime", "openvino", "nncf")
 
 

@@ -22,7 +22,7 @@ from bqnn.ops.packed_product import PackedCall
 from tests.support.packed_products import conv2d_case, linear_case
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from tests.support import aot  # noqa: E402
+from tests.support.launches import launches_stand_in  # noqa: E402
 
 # By these ops a value comes back from the GPU, as a number or as the shape of a result.
 READS = {
@@ -47,18 +47,12 @@ class NothingIsRead(TorchDispatchMode):
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the kernels that would have been launched."""
-    done: list[str] = []
-
-    def launch(self: Any, *arguments: Any, **keywords: Any) -> None:
-        done.append(self.fn.__name__)
-
     if triton.knobs.runtime.interpret:
         pytest.skip("the interpreter has no launches")
-    monkeypatch.setattr(aot.JITFunction, "run", launch)
-    monkeypatch.setattr(aot.driver, "_active", aot._Driver(90))
-    monkeypatch.setattr(cuda_packed, "_launch", lambda *arguments: done.append("packed_linear"))
-    monkeypatch.setattr(cuda_packed, "_round_rows", lambda *arguments: done.append("round_rows"))
-    yield done
+    with launches_stand_in() as done:
+        monkeypatch.setattr(cuda_packed, "_launch", lambda *arguments: done.append("packed_linear"))
+        monkeypatch.setattr(cuda_packed, "_round_rows", lambda *arguments: done.append("round_rows"))
+        yield done
 
 
 def watched(call: Callable[[], Tensor]) -> Tensor:
