@@ -1,4 +1,4 @@
-"""No packed op reads a value back while it runs: that would wait for the GPU, and no CUDA graph could hold it.
+"""No op reads a value back while it runs: that would wait for the GPU, and no CUDA graph could hold it.
 
 The backends run as they would on a GPU, on CPU tensors, with launches that do nothing; every op of torch is looked at.
 """

@@ -23,18 +23,47 @@ CAPABILITY, PROCESSORS = 90, 132
 """Of an H200."""
 
 
+_NUMBERS = 2000
+"""Added to a capability it gives the number of a GPU whose kernels do nothing: caches are kept by number."""
+
+
+class _Gpu(Driver):
+    """The driver of such a GPU; it knows what was launched."""
+
+    def __init__(self, capability: int) -> None:
+        super().__init__(_NUMBERS + capability)
+        self.launched: list[str] = []
+
+
+class _Kernel:
+    """A compiled kernel, as JITFunction.run looks at one, that notes when it is launched."""
+
+    function, packed_metadata = 0, ()
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def launch_metadata(self, *arguments: Any) -> None:
+        return None
+
+    def run(self, *arguments: Any) -> None:
+        driver.active.launched.append(self._name)
+
+
 @contextmanager
 def launches_stand_in(capability: int = CAPABILITY) -> Iterator[list[str]]:
-    """Launches do nothing but note the names of their kernels, which the context gives."""
-    done: list[str] = []
+    """Kernels are bound, looked up and launched as ever, but none is compiled, and one that is launched does nothing
+    but note its name; the names are what the context gives."""
 
-    def note(self: Any, *arguments: Any, **keywords: Any) -> None:
-        done.append(self.fn.__name__)
+    def compile_nothing(self: Any, key: Any, signature: Any, device: int, *others: Any) -> _Kernel:
+        kernel = self.device_caches[device][0][key] = _Kernel(self.fn.__name__)
+        return kernel
 
+    gpu = _Gpu(capability)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", note)
-        patch.setattr(driver, "_active", Driver(capability))
-        yield done
+        patch.setattr(JITFunction, "_do_compile", compile_nothing)
+        patch.setattr(driver, "_active", gpu)
+        yield gpu.launched
 
 
 @contextmanager
