@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bqnn import ops
 from bqnn.core.philox import Noise
 from bqnn.core.product import (
     ROWS_OF_A_PART,
@@ -28,6 +29,7 @@ from bqnn.ops import dispatch
 from bqnn.ops.moment_product import MomentBackwardCall, MomentCall
 from bqnn.ops.sampled_product import SampledBackwardCall, SampledCall
 from tests.support.helpers import make_case
+from tests.support.reads import NothingIsRead
 from tests.support.shapes import INTERPRETED, Conv2dShape, LinearShape
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -102,6 +104,34 @@ class Step:
                 dispatch.backend(name, "triton").run(call)
             found.append(living.most)
         return found
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no launches")
+@pytest.mark.parametrize("kind", ["sample", "moment"])
+@pytest.mark.parametrize("shape", [FUSED, MADE_BEFORE, WIDE, NARROW], ids=lambda shape: shape.id)
+def test_nothing_but_the_seed_is_read(kind: str, shape: LinearShape | Conv2dShape) -> None:
+    """The seed is on the CPU, where nobody waits for it."""
+    step = Step(kind, shape)
+    with gpu_stands_in():
+        for name, call in zip((step.op, f"{step.op}_backward"), step.calls, strict=True):
+            run = dispatch.backend(name, "triton").run
+            with NothingIsRead(call.noise.seed) as watching:
+                run(call)
+            assert watching.seen.count("_local_scalar_dense.default") == 1
+            with NothingIsRead(), pytest.raises(AssertionError, match="_local_scalar_dense.default waits for the GPU"):
+                run(call)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no launches")
+@pytest.mark.parametrize("op", ["spike_slab_kl", "mixture_kl"])
+def test_a_divergence_reads_nothing(op: str) -> None:
+    case = make_case(FUSED, NUM_LEVELS, "tensor").leaves()
+    leaves = [case.weight, case.log_sigma2, case.levels]
+    prior = {"spike_slab_kl": (torch.full_like(case.levels, 0.1),), "mixture_kl": (torch.full((), 0.25), 0.25, 0.1)}
+    with gpu_stands_in() as launched, NothingIsRead() as watching:
+        value = getattr(ops, op)(*leaves, *prior[op], backend="triton")
+        torch.autograd.grad(value, leaves)
+    assert watching.seen and launched == [f"{op}_fwd_kernel", f"{op}_bwd_kernel"]
 
 
 def test_memory_is_counted() -> None:

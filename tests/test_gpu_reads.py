@@ -6,12 +6,10 @@ The backends run as they would on a GPU, on CPU tensors, with launches that do n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bqnn.core.check import PRECISIONS
 from bqnn.core.geometry import Conv2dGeometry, LinearGeometry
@@ -20,28 +18,12 @@ from bqnn.ops.backends import cuda_packed
 from bqnn.ops.backends.gpu_layout import make_gpu_layout
 from bqnn.ops.packed_product import PackedCall
 from tests.support.packed_products import conv2d_case, linear_case
+from tests.support.reads import NothingIsRead
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 from tests.support.launches import launches_stand_in  # noqa: E402
 
-# By these ops a value comes back from the GPU, as a number or as the shape of a result.
-READS = {
-    *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim", "_unique2"),
-    *("repeat_interleave.Tensor", "bincount", "histc", "_assert_async"),
-}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-class NothingIsRead(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).removeprefix("aten.")
-        self.seen.append(name)
-        assert name not in READS and name.split(".")[0] not in READS, f"{name} waits for the GPU"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
