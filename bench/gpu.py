@@ -31,7 +31,7 @@ import torch
 
 from bench.gpu_record import DONE, Record
 from bench.gpu_rows import Row
-from bench.gpu_stages import PLAN, STAGES, TINY, Setting, bandwidth, free_memory
+from bench.gpu_stages import PLAN, STAGES, TINY, Setting, bandwidth, finish
 from bench.gpu_timing import DryMeter, GpuMeter
 from bench.gpu_verdicts import stage_line, verdicts
 from bench.machine import RESULTS, ROOT, describe_machine
@@ -84,7 +84,7 @@ class Session:
             if found["state"] != DONE:
                 print(f"{task.name}: {found['state']}, {found['said']}", flush=True)
             try:
-                free_memory(setting.meter.device)
+                finish(setting.meter.device)
             except RuntimeError as error:
                 print(f"{task.name} has left the GPU broken: {error}", flush=True)
                 return BROKEN
@@ -100,8 +100,8 @@ class Session:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = subprocess.run(command, cwd=ROOT, timeout=left + GRACE, check=False).returncode
 
-    def run(self, stage: str, here: bool) -> int:
-        """A stage, and the line that says what became of it."""
+    def run(self, stage: str, here: bool, is_child: bool = False) -> int:
+        """A stage and, but in the process that another one has started for it, the line that says what became of it."""
         start, status = time.monotonic(), 0
         if self.again:
             self.record().forget(stage)
@@ -110,7 +110,7 @@ class Session:
         else:
             options = ["--out", str(self.out), "--data", str(self.data), *(["--dry-run"] if self.dry else [])]
             self.run_apart(stage, options)
-        if status == 0:
+        if not is_child:
             self._tell(stage, time.monotonic() - start)
         return status
 
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.enter_context(gpu_stands_in())
         session = Session(options)
         for stage in options.stages or STAGES:
-            status = session.run(stage, options.here or options.dry_run)
+            status = session.run(stage, options.here or options.dry_run, is_child=options.here)
             if status != 0:
                 return status
     if not options.here:

@@ -168,7 +168,13 @@ STAGES: dict[str, Callable[[Setting], Iterator[Task]]] = {
 }
 
 
-def free_memory(device: torch.device) -> None:
-    """Gives back what a task has left, so that the next one's peak is its own."""
+def finish(device: torch.device) -> None:
+    """Waits for what a task has begun, and gives back the memory that it has left, so that the next one's peak is its
+    own.
+
+    Raises:
+        RuntimeError: the GPU does nothing any more.
+    """
     if device.type == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()

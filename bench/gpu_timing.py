@@ -26,6 +26,8 @@ QUEUED_SECONDS = 3e-3
 """The host may spend so long on handing over the calls of one measurement: a queue holds about a thousand launches."""
 GRAPH_CALLS = 10
 """A graph has at least so many calls, of which each then bears a share of what it takes to start one."""
+SAID = 300
+"""Characters of an error that are kept."""
 CYCLES = 2e9
 """Cycles that a GPU's clock does not exceed in a second."""
 
@@ -53,7 +55,8 @@ class Meter(Protocol):
     device: torch.device
 
     def costs(self, variants: Mapping[str, Sequence[Call]]) -> dict[str, Cost]:
-        """The cost of every variant, which is one call for each of the inputs that take turns."""
+        """The cost of every variant, which is one call for each of the inputs that take turns. A variant that raises
+        has no times, and says why; where all do, so does this."""
         ...
 
     def copies(self, n_bytes: float) -> int:
@@ -85,14 +88,23 @@ class GpuMeter:
         return torch.compile(function)
 
     def costs(self, variants: Mapping[str, Sequence[Call]]) -> dict[str, Cost]:
-        runs = {name: _Variant(calls) for name, calls in variants.items()}
+        runs: dict[str, _Variant] = {}
+        found: dict[str, Cost] = {}
+        for name, calls in variants.items():
+            try:
+                runs[name] = _Variant(calls)
+            except Exception as error:  # the others are still worth their time
+                if len(found) + 1 == len(variants):
+                    raise
+                found[name] = Cost(said=f"{type(error).__name__}: {error}"[:SAID])
         end = time.monotonic() + self._seconds
         for i in range(self._rounds):
             if i > 2 and time.monotonic() > end:
                 break
             for run in runs.values():
                 run.measure()
-        return {name: run.cost() for name, run in runs.items()}
+        found |= {name: run.cost() for name, run in runs.items()}
+        return {name: found[name] for name in variants}
 
 
 class _Variant:
@@ -173,7 +185,7 @@ def _captured(call: Call) -> tuple[torch.cuda.CUDAGraph | None, str]:
             call()
     except Exception as error:  # whatever a variant does that no graph can hold is an answer, not a failure
         torch.cuda.synchronize()
-        return None, f"no graph: {type(error).__name__}: {error}"[:300]
+        return None, f"no graph: {type(error).__name__}: {error}"[:SAID]
     return graph, ""
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import gpu, gpu_checks, gpu_packed, gpu_rivals, gpu_runs, gpu_stages, gpu_training
+from bench import gpu, gpu_checks, gpu_packed, gpu_rivals, gpu_runs, gpu_stages, gpu_timing, gpu_training
 from bench.gpu_record import ATTEMPTS, Record
 from bench.gpu_rows import Row, Task, Unfinished
 from bench.gpu_timing import Call, Cost, DryMeter, relative_distance
@@ -167,6 +167,30 @@ def test_a_stage_goes_on_after_a_task_that_ends_its_process(tmp_path: Path, monk
     session.limit = 0.0
     session.run_apart("smoke", [])
     assert len(limits) == 1
+
+
+def test_a_variant_that_raises_costs_no_other_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Variant:
+        def __init__(self, calls: Sequence[Call]) -> None:
+            self.measured = 0
+            calls[0]()
+
+        def measure(self) -> None:
+            self.measured += 1
+
+        def cost(self) -> Cost:
+            return Cost(float(self.measured))
+
+    def wrong() -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(gpu_timing, "_Variant", Variant)
+    meter = gpu_timing.GpuMeter(torch.device("cpu"), rounds=4)
+    found = meter.costs({"wrong": [wrong], "right": [lambda: None]})
+    assert found == {"wrong": Cost(said="RuntimeError: no such operator"), "right": Cost(4.0)}
+    assert list(found) == ["wrong", "right"]
+    with pytest.raises(RuntimeError, match="no such operator"):
+        meter.costs({"wrong": [wrong], "also": [wrong]})
 
 
 def test_a_run_without_time_or_data_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
