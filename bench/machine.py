@@ -13,7 +13,9 @@ import torch
 from bqnn.core.machine import cpuinfo, describe_cpu
 from bqnn.core.machine import versions as own_versions
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+"""The folder of the repository: benches run from any other one too."""
+RESULTS = ROOT / "bench" / "results"
 RIVAL_PACKAGES = ("onnxruntime", "openvino", "nncf")
 
 
