@@ -115,6 +115,7 @@ class ThreePhases(_lightning.Callback):
         self._phase = -1  # that has been entered
         self._plan: Plan
         self._phased: PhasedNetwork
+        self._losses: Tensor
         self._loading: Any = None
         self._kept: list[Any] = []  # inputs on which BatchNorm's statistics are estimated
         self._losses = torch.zeros((), dtype=torch.float64)  # the sum over the epoch's steps
