@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -45,22 +45,17 @@ TABLE = RESULTS / "uncertainty_lenet5.json"
 SAMPLES, SEED = 16, 0
 NOISE = 1.0  # deviations of a standardised pixel
 
+MNIST, MIXTURE = load_recipe("lenet5-mnist"), load_recipe("lenet5-mnist-mixture")
 CASES = {
-    "lenet5-mnist": load_recipe("lenet5-mnist"),
+    "lenet5-mnist": MNIST,
     "lenet5-caffe-mnist": load_recipe("lenet5-caffe-mnist"),
-    "lenet5-cifar10": replace(load_recipe("lenet5-mnist"), dataset="cifar10", augment="crop_flip"),
+    "lenet5-cifar10": replace(MNIST, dataset="cifar10", augment="crop_flip"),
 }
 NETWORKS: dict[str, dict[str, Any]] = {
     "fpnn": {"method": "fpnn"},
     "deterministic": {"estimator": "deterministic"},
     "default": {},
-    "mixture": {
-        "prior": "mixture",
-        "estimator": "sample",
-        "spike_width": 0.26,
-        "start_sigma": 0.26,
-        "variance_lr": 1.0,
-    },
+    "mixture": {name: value for name, value in asdict(MIXTURE).items() if value != asdict(MNIST)[name]},
 }
 """What each network's recipe changes in that of the case."""
 

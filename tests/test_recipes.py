@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "lenet5-caffe-mnist": ("lenet5_caffe", "mnist"),
     "lenet5-digits": ("lenet5", "digits"),
     "lenet5-mnist": ("lenet5", "mnist"),
+    "lenet5-mnist-mixture": ("lenet5", "mnist"),
     "resnet20-cifar10": ("resnet20", "cifar10"),
     "vgg7-cifar10": ("vgg7", "cifar10"),
 }
