@@ -317,8 +317,13 @@ def test_init_takes_the_place_of_the_first_two_phases(tmp_path: Path) -> None:
         assert torch.equal(layer.mean, given[f"{name}.weight"]), "the means are those of the file"
         gap = layer.levels.diff().amin()
         assert torch.allclose(layer.log_sigma2.exp().sqrt(), 0.25 * gap), "the variances begin as the recipe says"
-    trainer.run(progress=False, log=silent)
-    assert [record["epoch"] for record in trainer.history] == [4, 5]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(progress=False, log=interrupt)
+    shared.unlink()
+    again = Trainer(recipe, tmp_path / "third")
+    assert again.resume(), "the checkpoint has what init gave"
+    again.run(progress=False, log=silent)
+    assert [record["epoch"] for record in again.history] == [4, 5]
 
 
 def test_init_for_a_run_that_began_without_raises(tmp_path: Path) -> None:

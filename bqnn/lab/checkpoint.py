@@ -35,12 +35,13 @@ def read_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "
 def check_progress(state: Mapping[str, Any], recipe: Recipe) -> None:
     """Raises ValueError unless the epoch of a checkpoint is the last of its history, and one of ``recipe``.
 
-    A run that began with a network from elsewhere (``init``) has no history of the first phase.
+    A run that began with a network from elsewhere (``init``) has no history of the first phase, or of the first two.
     """
-    start, epoch = recipe.pretrain_epochs if state["init"] else 0, state["epoch"]
-    found = [record["epoch"] for record in state["history"]]
-    agree = len(found) == epoch - start and found == list(range(start + 1, epoch + 1))
+    first, second, _ = (phase.epochs for phase in recipe.phases)
+    starts = (first, first + second) if state["init"] else (0,)
+    found, epoch = [record["epoch"] for record in state["history"]], state["epoch"]
+    agree = epoch - len(found) in starts and found == list(range(epoch - len(found) + 1, epoch + 1))
     if not agree or epoch > recipe.total_epochs:
         raise ValueError(
-            f"epoch must be that of the history, {start + len(found)} of {recipe.total_epochs}, got {epoch}"
+            f"epoch must be that of the history, {starts[0] + len(found)} of {recipe.total_epochs}, got {epoch}"
         )
