@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import bench_lenet5, bench_networks, bench_packed_conv2d, bench_packed_linear, bench_training
+from bench import uncertainty_lenet5 as lenets
 from bench.machine import RESULTS
 from bench.networks import NETWORKS, group_name
 from bench.summary import DISTURBED, fastest, times_faster
@@ -254,6 +255,21 @@ def _bits_a_weight(num_levels: int) -> float:
     return 8 * n_bytes / sum(weight.numel() for weight in weights)
 
 
+def uncertainty(folder: Path, each: bool = False) -> Lines:
+    """What posteriors say, network by network of the paper's LeNets."""
+    for case, found in json.loads((folder / lenets.TABLE.name).read_text()).items():
+        rows = found["rows"]
+        seeds, split = len({row["seed"] for row in rows}), {row["split"] for row in rows}
+        yield from ("", f"{case}, {seeds} seeds, {' and '.join(sorted(split))} images:", "")
+        yield from lenets.table(rows, each)
+        yield ""
+
+
+def corruptions(folder: Path) -> Lines:
+    """The same, with every corruption by itself."""
+    yield from uncertainty(folder, each=True)
+
+
 def gpu(folder: Path) -> Lines:
     """Training ops and steps: what `make gpu` wrote, in ms, and the bytes at the peak."""
     for path in sorted(folder.glob("nvidia-*.json")):
@@ -298,7 +314,9 @@ BENCHES = {
     "network": ("lenet5",),
     "elementwise": ("spike_slab_kl", "assign_codes"),
 }
-OF_A_FILE: dict[str, Callable[[Path], Lines]] = {"accuracy": accuracy, "gpu": gpu}
+OF_A_FILE: dict[str, Callable[[Path], Lines]] = {
+    table.__name__: table for table in (accuracy, uncertainty, corruptions, gpu)
+}
 
 
 def main() -> None:

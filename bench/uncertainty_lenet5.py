@@ -149,10 +149,11 @@ def verdicts(rows: Sequence[Row]) -> Iterator[Verdict]:
     yield Verdict(f"0.1 over |T - 1|, T = {temperature:.3f}", 1.0, 0.1 / max(1e-9, abs(temperature - 1)))
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """A Markdown table of means over the seeds, with their standard deviation where there are several."""
+def table(rows: Sequence[Row], each: bool = True) -> Iterator[str]:
+    """A Markdown table of means over the seeds, with their standard deviation where there are several; with ``each``
+    corruption and set of images from outside by itself."""
     corruptions = list(rows[0].get("corruptions", ()))
-    names = ["clean", "noise 1.0", *corruptions, *(["all corruptions"] if corruptions else [])]
+    names = ["clean", "noise 1.0", *(corruptions if each else []), *(["all corruptions"] if corruptions else [])]
     yield "| | " + " | ".join(f"{name}, {count}" for name, count in _columns(rows)) + " |"
     yield "|---" * (1 + len(_columns(rows))) + "|"
     groups = [[row for row in rows if (row["network"], row["samples"]) == column] for column in _columns(rows)]
@@ -161,7 +162,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         yield _line(
             f"{name}: error %, NLL, ECE %, MI", [_cell([_scores(row, name) for row in each]) for each in groups]
         )
-    for outside in rows[0].get("ood", ()):
+    for outside in rows[0].get("ood", ()) if each else ():
         found = [fmean(row["ood"][outside]["entropy"]["auroc"] for row in group) for group in groups]
         yield _line(f"{outside}: AUROC by entropy", [f"{each:.3f}" for each in found])
 
