@@ -4,10 +4,10 @@
 
 Trains what is missing, one network after the other, M = 3 with every layer quantized and as many epochs for each. The
 networks of a seed have their full-precision phase in common, the quantized ones the deterministic phase too; a run that
-is stopped goes on where it was. Each is tested as it is and, where it has a posterior, as the mean of 16 networks that
-are drawn from its *packed* form: codes drawn once, BatchNorm statistics of their own. Without ``--test`` that is on the
-validation images, clean and with Gaussian noise of the deviation 1 of a standardised pixel; with it, for the end, on
-the test images, with every corruption and image from outside that bqnn.lab.uncertainty has.
+is stopped goes on where it was. Each is tested as it is, and the one with the prior "mixture" also as the mean of 16
+networks that are drawn from its *packed* form: codes drawn once, BatchNorm statistics of their own. Without ``--test``
+that is on the validation images, clean and with Gaussian noise of the deviation 1 of a standardised pixel; with it, for
+the end, on the test images, with every corruption and image from outside that bqnn.lab.uncertainty has.
 
 T is the temperature of the least NLL on clean validation images: 1 is calibrated. NLL and mutual information (MI) are
 in nats an image, error and ECE (15 bins) in percent. ``--save`` writes the rows to bench/results/, in place of those
@@ -58,6 +58,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "mixture": {name: value for name, value in asdict(MIXTURE).items() if value != asdict(MNIST)[name]},
 }
 """What each network's recipe changes in that of the case."""
+DRAWN = ("mixture",)
+"""The networks that are also tested as the mean of several: draws from the default's posterior are all alike."""
 
 Row = dict[str, Any]
 Scores = Mapping[str, float]
@@ -90,10 +92,9 @@ def inputs_of(data: Splits, split: str, noise: float) -> Iterator[Tensor]:
 
 
 def rows_of(name: str, trainer: Trainer, split: str, data_root: Path) -> Iterator[Row]:
-    """A row of the network itself and, where it has a posterior, one of several networks drawn from its packed form."""
-    layers = bayes_layers(trainer.net).values()
-    net = pack(trainer.net) if layers else trainer.net
-    for samples in (1, SAMPLES) if any(layer.has_posterior for layer in layers) else (1,):
+    """A row of the network itself and, of :data:`DRAWN`, one of several networks drawn from its packed form."""
+    net = pack(trainer.net) if bayes_layers(trainer.net) else trainer.net
+    for samples in (1, SAMPLES) if name in DRAWN else (1,):
         found = _tested(net, trainer.data, samples, split, data_root)
         yield {"network": name, "samples": samples, "seed": trainer.recipe.seed, "split": split, **found}
 

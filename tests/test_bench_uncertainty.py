@@ -76,5 +76,6 @@ def test_noise_is_the_same_for_all_networks_and_has_its_deviation(tmp_path: Path
     assert float((noisy - clean).std()) == pytest.approx(2, rel=0.02)
 
 
-def test_a_network_without_a_posterior_has_one_row(trained: dict[str, Trainer], tmp_path: Path) -> None:
-    assert [row["samples"] for row in bench.rows_of("fpnn", trained["fpnn"], "validation", tmp_path)] == [1]
+def test_only_the_mixture_is_drawn_from(trained: dict[str, Trainer], tmp_path: Path) -> None:
+    for name in ("fpnn", "default"):
+        assert [row["samples"] for row in bench.rows_of(name, trained[name], "validation", tmp_path)] == [1]
