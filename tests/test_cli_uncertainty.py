@@ -139,7 +139,7 @@ MISTAKES = [
     pytest.param("certain.safetensors", ["--dataset", "digits", "--samples", "2"], "posterior", id="no-posterior"),
     pytest.param("bayes", ["--samples", "0"], "samples must be at least 1", id="no-sample"),
     pytest.param("bayes", ["--samples", "2", "--seed", "-1"], "seed must be from 0", id="seed"),
-    pytest.param("alone.safetensors", [], "--dataset must say what to test", id="unknown-data-set"),
+    pytest.param("alone.safetensors", [], "--dataset or --data must say what to test", id="unknown-data-set"),
     pytest.param("alone.safetensors", ["--dataset", "kmnist"], "kmnist is not in", id="no-data"),
     pytest.param("bayes", ["-o", "{tmp}/no/found.json"], "{tmp}/no", id="output-into-nothing"),
 ]

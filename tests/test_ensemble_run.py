@@ -115,7 +115,7 @@ def test_an_init_is_the_trunk(trained: Path, run: Any, tmp_path: Path) -> None:
         pytest.param(["--resume", "--members", "3"], "is of 2 members, now there are 3", id="other-number"),
         pytest.param(["--resume", "--seed", "9"], "is of another recipe: seed was 3, now 9", id="other-recipe"),
         pytest.param(["--force", "--members", "0"], "members must be from 1 to 1000, got 0", id="none"),
-        pytest.param(["--force", "--members", "2", "--dataset", "mnst"], "name must be one of", id="data"),
+        pytest.param(["--force", "--members", "2", "--dataset", "mnst"], "--dataset must be one of", id="data"),
     ],
 )
 def test_what_is_refused_changes_nothing(folder: Path, run: Any, arguments: list[str], message: str) -> None:
@@ -192,7 +192,8 @@ def test_pack_says_what_it_wrote(folder: Path, run: Any, tmp_path: Path) -> None
     assert result.out.startswith(f"{tmp_path / 'net'}: {size:,} bytes of 2 networks; one at full precision: ")
     info = run("info", tmp_path / "net").out
     assert "2 networks, each lenet5(" in info and "1.fc3" in info
-    rows = [int(line.split()[-1].replace(",", "")) for line in info.splitlines()[2:]]
+    _, table = info.split("\nlayer", 1)
+    rows = [int(line.split()[-1].replace(",", "")) for line in table.splitlines()[1:]]
     assert sum(rows[:-1]) == rows[-1] == size
 
 
