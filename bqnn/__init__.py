@@ -3,8 +3,9 @@
 from bqnn._version import __version__
 from bqnn.bayes.batchnorm import refresh_batchnorm
 from bqnn.bayes.convert import convert, convert_
+from bqnn.bayes.convolutions import BayesConv1d, BayesConv2d
 from bqnn.bayes.elbo import Elbo, elbo, kl_divergence, kl_warmup, parameter_groups
-from bqnn.bayes.layers import BayesConv2d, BayesLinear, sampling
+from bqnn.bayes.layers import BayesLinear, sampling
 from bqnn.bayes.likelihood import GaussianLikelihood
 from bqnn.bayes.predict import Prediction, RegressionPrediction, predict
 from bqnn.bayes.sample import sample
@@ -19,13 +20,15 @@ from bqnn.engine.export_onnx import export_onnx
 from bqnn.engine.pack import pack, pack_
 from bqnn.files.network import info, load, save
 from bqnn.ops.dispatch import BackendError, backends
-from bqnn.packed.layers import PackedConv2d, PackedLinear
+from bqnn.packed.convolutions import PackedConv1d, PackedConv2d
+from bqnn.packed.layers import PackedLinear
 from bqnn.reports.explain import explain_speed
 from bqnn.reports.report import Report, report
 from bqnn.training.fit import FitResult, fit
 
 __all__ = [
     "BackendError",
+    "BayesConv1d",
     "BayesConv2d",
     "BayesLinear",
     "CompiledEnsemble",
@@ -35,6 +38,7 @@ __all__ = [
     "FitResult",
     "FormatError",
     "GaussianLikelihood",
+    "PackedConv1d",
     "PackedConv2d",
     "PackedLinear",
     "Prediction",

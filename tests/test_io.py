@@ -19,7 +19,8 @@ from bqnn.core.check import PRECISIONS
 from bqnn.core.files import FormatError
 from bqnn.engine.pack import pack
 from bqnn.files.network import info, load, save
-from bqnn.packed.layers import PackedConv2d, PackedLinear
+from bqnn.packed.convolutions import PackedConv2d
+from bqnn.packed.layers import PackedLinear
 from tests.support.packed_nets import Apart, Odd, Shared, packed_odd
 
 EVERY_M = [pytest.param(m, id=f"M{m}") for m in range(2, 17)]

@@ -10,7 +10,8 @@ from torch import nn
 
 from bqnn import models
 from bqnn.bayes.convert import convert
-from bqnn.bayes.layers import BayesConv2d, BayesLinear
+from bqnn.bayes.convolutions import BayesConv2d
+from bqnn.bayes.layers import BayesLinear
 from bqnn.engine.pack import pack
 from bqnn.files import network
 from bqnn.reports.report import Report, report

@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from bqnn.bayes.base import BayesLayer
-from bqnn.bayes.layers import BayesConv2d, BayesLinear
+from bqnn.bayes.convolutions import BayesConv1d, BayesConv2d
+from bqnn.bayes.layers import BayesLinear
 from bqnn.bayes.ties import Ties, find_ties
 from bqnn.core.check import check_module
 from bqnn.core.references import copy_network
-from bqnn.core.replace import become, bound_methods, check_own_forward, rebind
+from bqnn.core.replace import become, bound_methods, check_own_forward, fresh, rebind
 
 _log = logging.getLogger("bqnn")
 
@@ -24,38 +25,29 @@ Skip = Iterable[str | type[nn.Module] | nn.Module]
 
 
 def _bayes_linear(layer: nn.Linear, options: Mapping[str, Any]) -> BayesLinear:
+    has_bias = layer.bias is not None
     return BayesLinear(
-        layer.in_features,
-        layer.out_features,
-        layer.bias is not None,
-        device="meta",
-        dtype=layer.weight.dtype,
-        **options,
+        layer.in_features, layer.out_features, has_bias, device="meta", dtype=layer.weight.dtype, **options
     )
 
 
-def _bayes_conv2d(layer: Any, options: Mapping[str, Any]) -> BayesConv2d:
-    return BayesConv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-        layer.bias is not None,
-        layer.padding_mode,
-        device="meta",
-        dtype=layer.weight.dtype,
-        **options,
-    )
+def _bayes_convolution(kind: type[BayesConv1d | BayesConv2d]) -> Callable[[Any, Mapping[str, Any]], BayesLayer]:
+    def make(layer: Any, options: Mapping[str, Any]) -> BayesLayer:
+        sizes = layer.in_channels, layer.out_channels, layer.kernel_size
+        steps = layer.stride, layer.padding, layer.dilation, layer.groups
+        ends = layer.bias is not None, layer.padding_mode
+        return kind(*sizes, *steps, *ends, device="meta", dtype=layer.weight.dtype, **options)
+
+    return make
 
 
 # Subclasses are left alone: what else they do with their weight is their own.
 CONVERTERS: dict[type[nn.Module], Callable[[Any, Mapping[str, Any]], BayesLayer]] = {
     nn.Linear: _bayes_linear,
-    nn.Conv2d: _bayes_conv2d,
+    nn.Conv1d: _bayes_convolution(BayesConv1d),
+    nn.Conv2d: _bayes_convolution(BayesConv2d),
 }
+_KINDS = tuple(CONVERTERS)
 
 
 def convert(
@@ -144,7 +136,7 @@ def convert_(
     }
     # Only now, with nothing left that could fail.
     for layer, replacement in replacements.items():
-        become(layer, replacement, type(layer)(*[1] * (3 if isinstance(layer, nn.Conv2d) else 2), device="meta"))
+        become(layer, replacement, fresh(type(layer)))
     _tie(ties)
     rebind(methods)
     _log.info("converted %d layers", len(replacements))
@@ -185,7 +177,7 @@ def _skipped(names: Mapping[nn.Module, list[str]], skip: Skip) -> set[nn.Module]
 
 def _is_convertible(name: str, layer: nn.Module) -> bool:
     """Whether a layer is one of :data:`CONVERTERS`; ValueError for one whose weight is not a plain parameter."""
-    computed = is_parametrized(layer) and isinstance(layer, (nn.Linear, nn.Conv2d))
+    computed = is_parametrized(layer) and isinstance(layer, _KINDS)
     if computed or (type(layer) in CONVERTERS and "weight" not in layer._parameters):
         raise ValueError(f"layer {name!r} has a parametrized weight; remove the parametrization first, or skip it")
     if type(layer) in CONVERTERS:
@@ -195,7 +187,7 @@ def _is_convertible(name: str, layer: nn.Module) -> bool:
 
 def _is_left(module: nn.Module) -> bool:
     """Whether it is, or does the work of, a layer that is not converted."""
-    others = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+    others = (*_KINDS, nn.MultiheadAttention)
     return isinstance(module, others) and not isinstance(module, BayesLayer)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bqnn.core.product import PRODUCT_LAYERS
 from bqnn.core.references import references
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -58,7 +59,7 @@ def find_ties(net: nn.Module, names: Mapping[Any, str]) -> Ties:
                 continue
             is_weight = module in names and name == "weight"
             if not is_weight and (layers := sharing.get(id(parameter))):
-                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                if isinstance(module, PRODUCT_LAYERS):
                     raise ValueError(
                         f"layer {names[layers[0]]!r} shares its weight with {path!r}, a {type(module).__name__} that "
                         "is not converted; skip both or neither"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from bqnn.core.references import copy_network
 from bqnn.core.replace import become, bound_methods, check_own_forward, rebind
 from bqnn.engine.pack import pack
 from bqnn.packed.base import PackedLayer
-from bqnn.packed.layers import PackedConv2d, PackedLinear
+from bqnn.packed.convolutions import PackedConv1d, PackedConv2d, PackedConvolution
+from bqnn.packed.layers import PackedLinear
 
 
 @torch.inference_mode(False)  # whose tensors could not be trained
@@ -48,7 +50,7 @@ def dequantize(net: nn.Module) -> nn.Module:
     methods = bound_methods(copied, {layer: name for name, layer in layers.items()})
     for name, layer in layers.items():
         check_own_forward(name, layer)
-    templates: dict[type, PackedLayer] = {kind: _template(kind) for kind in (PackedLinear, PackedConv2d)}
+    templates: dict[type, PackedLayer] = {kind: _template(kind) for kind in _PLAIN}
     parameters: dict[tuple[Any, ...], nn.Parameter] = {}
     weights: dict[nn.Module, nn.Parameter] = {}
     for layer in layers.values():
@@ -65,9 +67,9 @@ def dequantize(net: nn.Module) -> nn.Module:
     return copied.eval()
 
 
-def packed_layers(net: nn.Module) -> dict[str, PackedLinear | PackedConv2d]:
+def packed_layers(net: nn.Module) -> dict[str, PackedLayer]:
     """The packed layers of a network by name, each once."""
-    return {name: module for name, module in net.named_modules() if isinstance(module, (PackedLinear, PackedConv2d))}
+    return {name: module for name, module in net.named_modules() if isinstance(module, PackedLayer)}
 
 
 def _parameter(values: Tensor) -> nn.Parameter:
@@ -75,15 +77,29 @@ def _parameter(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values.detach().clone())
 
 
-def _plain(layer: Any, weight: nn.Parameter) -> nn.Module:
-    """The layer of torch's own, and the ReLU that it does, where it does one."""
-    plain: Any
-    if isinstance(layer, PackedLinear):
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    else:
+def _linear(layer: PackedLinear) -> nn.Module:
+    return nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+
+
+def _convolution(kind: Any) -> Callable[[Any], nn.Module]:
+    def make(layer: Any) -> nn.Module:
         sizes = layer.in_channels, layer.out_channels, layer.kernel_size
         steps = layer.stride, layer.padding, layer.dilation, layer.groups
-        plain = nn.Conv2d(*sizes, *steps, bias=False, padding_mode=layer.padding_mode, device="meta")
+        return kind(*sizes, *steps, bias=False, padding_mode=layer.padding_mode, device="meta")
+
+    return make
+
+
+_PLAIN: dict[type[PackedLayer], Callable[[Any], nn.Module]] = {
+    PackedLinear: _linear,
+    PackedConv1d: _convolution(nn.Conv1d),
+    PackedConv2d: _convolution(nn.Conv2d),
+}
+
+
+def _plain(layer: Any, weight: nn.Parameter) -> nn.Module:
+    """The layer of torch's own, and the ReLU that it does, where it does one."""
+    plain: Any = _PLAIN[type(layer)](layer)
     plain.weight = weight
     if layer.bias is not None:
         plain.bias = _parameter(layer.bias)
@@ -92,7 +108,7 @@ def _plain(layer: Any, weight: nn.Parameter) -> nn.Module:
 
 def _template(kind: Any) -> PackedLayer:
     """A layer that has whatever attribute a packed layer may come to have by itself."""
-    sizes = (1,) if kind is PackedLinear else (1, 1)
+    sizes = (1, 1) if issubclass(kind, PackedConvolution) else (1,)
     template = kind(*sizes, torch.zeros(1, 1, dtype=torch.uint8), torch.tensor([[0.0, 1.0]]), torch.zeros(1))
     template.take_over(nn.ReLU())
     return template

@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bqnn.bayes.base import BayesLayer
-from bqnn.bayes.layers import BayesConv2d, BayesLinear, bayes_layers
+from bqnn.bayes.convolutions import BayesConv1d, BayesConv2d
+from bqnn.bayes.layers import BayesLinear, bayes_layers
 from bqnn.core.chances import chances_of
 from bqnn.core.check import check_flag, check_module, check_precision
 from bqnn.core.codes import pack_codes
 from bqnn.core.quantizer import Posterior
 from bqnn.core.readers import drop_parameter, readers
 from bqnn.core.references import copy_network
-from bqnn.core.replace import become, bound_methods, check_own_forward, rebind
+from bqnn.core.replace import become, bound_methods, check_own_forward, fresh, rebind
 from bqnn.engine.relu import relu_after
 from bqnn.packed.base import PackedLayer, check_execution
-from bqnn.packed.layers import PackedConv2d, PackedLinear
+from bqnn.packed.convolutions import PackedConv1d, PackedConv2d, PackedConvolution
+from bqnn.packed.layers import PackedLinear
 
 _log = logging.getLogger("bqnn")
 
-_KINDS: tuple[Any, ...] = (BayesLinear, BayesConv2d)
+
+def _linear(layer: BayesLinear) -> tuple[Any, dict[str, Any]]:
+    return PackedLinear, {"in_features": layer.in_features}
+
+
+def _convolution(kind: type[PackedConvolution]) -> Callable[[Any], tuple[Any, dict[str, Any]]]:
+    names = "in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+    return lambda layer: (kind, {name: getattr(layer, name) for name in names})
+
+
+# Of each Bayes layer the packed class, and what this takes beside the tensors.
+PACKERS: dict[type[BayesLayer], Callable[[Any], tuple[Any, dict[str, Any]]]] = {
+    BayesLinear: _linear,
+    BayesConv1d: _convolution(PackedConv1d),
+    BayesConv2d: _convolution(PackedConv2d),
+}
+_PRODUCTS = (BayesLinear, BayesConv1d, BayesConv2d)
 
 
 def pack(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse_relu: bool = True) -> nn.Module:
@@ -86,9 +104,9 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
     if not layers:
         raise ValueError("net must have a Bayes layer, as bqnn.convert makes them, got none")
     methods = bound_methods(net, {layer: name for name, layer in layers.items()})
-    relus = relu_after(net, _KINDS) if fuse_relu else {}
+    relus = relu_after(net, _PRODUCTS) if fuse_relu else {}
     replacements = {layer: _pack_named(name, layer, precision, execution) for name, layer in layers.items()}
-    templates = {kind: _template(kind) for kind in _KINDS}
+    templates = {kind: _template(kind) for kind in PACKERS}
     _share_codes(replacements)
     _warn_without_divergence(layers)
     # Only now, with nothing left that could fail.
@@ -115,9 +133,9 @@ def _warn_without_divergence(layers: Mapping[str, BayesLayer]) -> None:
         )
 
 
-def _template(kind: Any) -> BayesLayer:
+def _template(kind: type[BayesLayer]) -> Any:
     """A layer that has whatever attribute a Bayes layer may come to have by itself."""
-    template = kind(*[1] * (3 if kind is BayesConv2d else 2), device="meta")
+    template: Any = fresh(kind)
     template.freeze_weight(True)
     template.tie((template,))
     template.asked_for_kl = True
@@ -136,31 +154,18 @@ def _share_codes(replacements: Mapping[BayesLayer, PackedLayer]) -> None:
             packed.chances = tables.setdefault(key, packed.chances)
 
 
-def pack_layer(
-    layer: BayesLayer, precision: str = "fp32", execution: str = "auto", relu: bool = False
-) -> PackedLinear | PackedConv2d:
+def pack_layer(layer: BayesLayer, precision: str = "fp32", execution: str = "auto", relu: bool = False) -> PackedLayer:
     """The packed form of one Bayes layer; the arguments are those of the packed layers.
 
     Raises:
-        TypeError: ``layer`` is neither a BayesLinear nor a BayesConv2d.
+        TypeError: ``layer`` is none of :data:`PACKERS`.
         ValueError: a parameter is not finite or out of range, or an argument is wrong.
     """
-    options: dict[str, Any] = {"precision": precision, "execution": execution, "relu": relu}
-    if isinstance(layer, BayesLinear):
-        return PackedLinear(layer.in_features, **_packed_tensors(layer), **options)
-    if isinstance(layer, BayesConv2d):
-        return PackedConv2d(
-            layer.in_channels,
-            layer.kernel_size,
-            **_packed_tensors(layer),
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            padding_mode=layer.padding_mode,
-            **options,
-        )
-    raise TypeError(f"layer must be a BayesLinear or a BayesConv2d, got {type(layer).__name__}")
+    packer = next((packer for kind, packer in PACKERS.items() if isinstance(layer, kind)), None)
+    if packer is None:
+        raise TypeError(f"layer must be one of {', '.join(k.__name__ for k in PACKERS)}, got {type(layer).__name__}")
+    kind, sizes = packer(layer)
+    return kind(**sizes, **_packed_tensors(layer), precision=precision, execution=execution, relu=relu)
 
 
 def _pack_named(name: str, layer: BayesLayer, precision: str, execution: str) -> PackedLayer:

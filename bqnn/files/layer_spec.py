@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -13,11 +13,23 @@ from bqnn.core.codes import packed_width
 from bqnn.core.files import FormatError
 from bqnn.files.container import DTYPES, Entry, is_count
 from bqnn.packed.base import PackedLayer
-from bqnn.packed.layers import PADDING_MODES, PackedConv2d, PackedLinear
+from bqnn.packed.convolutions import PADDING_MODES, PackedConv1d, PackedConv2d
+from bqnn.packed.layers import PackedLinear
 
-# What a convolution has if its description does not say otherwise.
-GEOMETRY = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1, "padding_mode": "zeros"}
-DIMENSIONS = {"linear": 2, "conv2d": 4}
+
+class Kind(NamedTuple):
+    """What a description calls a layer by: its packed class, torch's, and how many numbers each of its steps has."""
+
+    packed: type[PackedLayer]
+    plain: type[nn.Module]
+    steps: int = 0
+
+
+KINDS = {
+    "linear": Kind(PackedLinear, nn.Linear),
+    "conv1d": Kind(PackedConv1d, nn.Conv1d, 1),
+    "conv2d": Kind(PackedConv2d, nn.Conv2d, 2),
+}
 NEEDED, OPTIONAL = ("codes", "levels"), ("bias", "chances")
 PARTS = (*NEEDED, *OPTIONAL)  # the tensors of a layer
 LARGEST_GEOMETRY = (1 << 31) - 1  # torch's convolutions and ours count positions in 32 bits
@@ -30,7 +42,7 @@ def tensor_name(layer: str, part: str) -> str:
 
 def describe(layer: PackedLayer) -> dict[str, Any]:
     """The description of ``layer``, JSON-able, without what is as usual."""
-    spec = {**_describe_product(layer), "num_levels": layer.num_levels}
+    spec = {**_describe_plain(layer), "num_levels": layer.num_levels}
     if layer.granularity != "tensor":
         spec["granularity"] = layer.granularity
     if layer.relu:
@@ -38,26 +50,33 @@ def describe(layer: PackedLayer) -> dict[str, Any]:
     return spec
 
 
-def _describe_product(layer: nn.Module) -> dict[str, Any]:
-    """Kind, shape and geometry of a linear layer or convolution, packed or not.
+def _usual(steps: int) -> dict[str, Any]:
+    """What a convolution has if its description does not say otherwise."""
+    ones, zeros = [1] * steps, [0] * steps
+    return {"stride": ones, "padding": zeros, "dilation": ones, "groups": 1, "padding_mode": "zeros"}
+
+
+def _describe_plain(layer: nn.Module) -> dict[str, Any]:
+    """Kind, shape and geometry of a layer, packed or not.
 
     Raises:
-        FormatError: ``layer`` is neither.
+        FormatError: ``layer`` is none of :data:`KINDS`.
     """
-    if not isinstance(layer, (nn.Linear, nn.Conv2d, PackedLayer)):
-        raise FormatError(f"model must have a linear layer or a convolution there, got {type(layer).__name__}")
-    shape = list(layer.shape if isinstance(layer, PackedLayer) else layer.weight.shape)
-    if isinstance(layer, (nn.Linear, PackedLinear)):
-        return {"kind": "linear", "shape": shape}
-    values = {name: getattr(layer, name) for name in GEOMETRY}
+    found = [name for name, each in KINDS.items() if isinstance(layer, (each.packed, each.plain))]
+    if not found:
+        raise FormatError(f"model must have a layer of the kinds {', '.join(KINDS)} there, got {type(layer).__name__}")
+    kind, module = found[0], cast(Any, layer)
+    described = {"kind": kind, "shape": list(module.shape if isinstance(layer, PackedLayer) else module.weight.shape)}
+    usual = _usual(KINDS[kind].steps) if KINDS[kind].steps else {}
+    values = {name: getattr(layer, name) for name in usual}
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return {"kind": "conv2d", "shape": shape, **{k: v for k, v in values.items() if v != GEOMETRY[k]}}
+    return {**described, **{name: value for name, value in values.items() if value != usual[name]}}
 
 
 def check_fits(name: str, layer: nn.Module, spec: Mapping[str, Any], has_bias: bool) -> None:
     """Raises FormatError unless ``layer``, of the network to be filled, is of the kind that ``spec`` describes."""
     try:
-        own = _describe_product(layer)
+        own = _describe_plain(layer)
     except FormatError as error:
         raise FormatError(f"layer {name!r}: {error}") from error
     stored = {key: value for key, value in spec.items() if key not in ("num_levels", "granularity", "relu")}
@@ -75,10 +94,11 @@ def check_spec(name: str, spec: Any) -> None:
     if not isinstance(spec, dict):
         raise FormatError(f"layer {name!r} must be described by an object, got {spec!r:.80}")
     kind = spec.get("kind")
-    if not isinstance(kind, str) or kind not in DIMENSIONS:
-        raise FormatError(f"layer {name!r}: kind must be one of {', '.join(DIMENSIONS)}, got {kind!r:.80}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise FormatError(f"layer {name!r}: kind must be one of {', '.join(KINDS)}, got {kind!r:.80}")
     shape: Any = spec.get("shape")
-    if not _are_integers(shape, DIMENSIONS[kind], least=1):
+    steps = KINDS[kind].steps
+    if not _are_integers(shape, 2 + steps, least=1):
         raise FormatError(f"layer {name!r}: shape can not be {shape!r:.80}")
     checks = {
         "kind": True,
@@ -88,17 +108,17 @@ def check_spec(name: str, spec: Any) -> None:
         "granularity": spec.get("granularity") == "channel" and shape[0] > 1,
         "relu": spec.get("relu") is True,
     }
-    if kind == "conv2d":
-        values = {**GEOMETRY, **spec}
-        checks |= {name: _are_geometry(values[name], 2, least=1) for name in ("stride", "dilation")}
-        checks["padding"] = isinstance(values["padding"], str) or _are_geometry(values["padding"], 2, least=0)
+    if steps:
+        values = {**_usual(steps), **spec}
+        checks |= {name: _are_geometry(values[name], steps, least=1) for name in ("stride", "dilation")}
+        checks["padding"] = isinstance(values["padding"], str) or _are_geometry(values["padding"], steps, least=0)
         checks["groups"] = _are_geometry([values["groups"]], 1, least=1)
         checks["padding_mode"] = isinstance(values["padding_mode"], str)
-        checks |= {name: checks[name] and spec[name] != usual for name, usual in GEOMETRY.items() if name in spec}
+        checks |= {name: checks[name] and spec[name] != usual for name, usual in _usual(steps).items() if name in spec}
     for field in ("num_levels", *spec):
         if not checks.get(field, False):
             raise FormatError(f"layer {name!r}: {field} can not be {spec.get(field)!r:.80}")
-    if kind == "conv2d":
+    if steps:
         _check_geometry(name, values)
 
 
@@ -109,7 +129,7 @@ def _check_geometry(name: str, values: Mapping[str, Any]) -> None:
         raise FormatError(f"{tensor_name(name, 'groups')} must divide the {channels} channels, got {groups}")
     if isinstance(padding, str) and padding not in ("same", "valid"):
         raise FormatError(f"{tensor_name(name, 'padding')} must be numbers, 'same' or 'valid', got {padding!r:.80}")
-    if padding == "same" and values["stride"] != [1, 1]:
+    if padding == "same" and max(values["stride"]) > 1:
         raise FormatError(f"{tensor_name(name, 'stride')} must be 1 with padding='same', got {values['stride']}")
     if mode not in PADDING_MODES:
         modes = ", ".join(PADDING_MODES)
@@ -155,21 +175,12 @@ def build_layer(
     assert codes is not None and levels is not None
     shape, relu = spec["shape"], "relu" in spec
     try:
-        if spec["kind"] == "linear":
-            return PackedLinear(shape[1], codes, levels, bias, precision, execution, relu, chances)
-        geometry: dict[str, Any] = {key: spec.get(key, default) for key, default in GEOMETRY.items()}
-        return PackedConv2d(
-            shape[1] * geometry["groups"],
-            shape[2:],
-            codes,
-            levels,
-            bias,
-            **geometry,
-            precision=precision,
-            execution=execution,
-            relu=relu,
-            chances=chances,
-        )
+        options = {"precision": precision, "execution": execution, "relu": relu, "chances": chances}
+        kind: Any = KINDS[spec["kind"]]
+        if not kind.steps:
+            return kind.packed(shape[1], codes, levels, bias, **options)
+        geometry: dict[str, Any] = {key: spec.get(key, default) for key, default in _usual(kind.steps).items()}
+        return kind.packed(shape[1] * geometry["groups"], shape[2:], codes, levels, bias, **geometry, **options)
     except (TypeError, ValueError) as error:
         # The message starts with the name of the argument, which is the last part of the tensor's name.
         raise FormatError(tensor_name(name, str(error))) from error

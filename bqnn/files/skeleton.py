@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from bqnn import models
 from bqnn.core.files import FormatError
+from bqnn.core.product import PRODUCT_LAYERS
 from bqnn.core.references import copy_network
 from bqnn.core.replace import become, bound_methods, rebind
 from bqnn.engine.relu import relu_after
@@ -68,7 +69,7 @@ def difference(made: nn.Module, net: nn.Module) -> str | None:
 def _alike(made: nn.Module, mine: nn.Module) -> bool:
     """Whether ``mine`` is the module ``made``, packed or not."""
     if isinstance(mine, PackedLayer):
-        return isinstance(made, (nn.Linear, nn.Conv2d))
+        return isinstance(made, PRODUCT_LAYERS)
     if isinstance(made, nn.ReLU) and type(mine) is nn.Identity:
         return True  # the layer before it does the work
     return type(made) is type(mine) and "forward" not in vars(mine) and _settings(made) == _settings(mine)
@@ -129,7 +130,7 @@ def fill(contents: Contents, skeleton: nn.Module, precision: str, execution: str
     specs, others, entries = contents.metadata["layers"], {}, contents.by_name()
     for name, tensor in _other_state(skeleton, contents.metadata["layers"]).items():
         others[id(tensor)] = name
-    relus = relu_after(skeleton, (nn.Linear, nn.Conv2d, PackedLayer))
+    relus = relu_after(skeleton, (*PRODUCT_LAYERS, PackedLayer))
     # copy_network takes what this holds for the copy. The tensors of the layers, which the copy has no use for, are not
     # copied, and none stays.
     replacements: dict[int, Any] = {}

@@ -13,7 +13,7 @@ from bqnn.core import codebook
 from bqnn.core.codes import packed_width, unpack_codes
 from bqnn.core.precision import wide
 from bqnn.core.quantizer import look_up
-from bqnn.packed.layers import PackedLayer
+from bqnn.packed.base import PackedLayer
 
 NEAR = 0.1  # "near a level": within this share of the level's gap
 
