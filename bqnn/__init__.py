@@ -5,6 +5,7 @@ from bqnn.bayes.batchnorm import refresh_batchnorm
 from bqnn.bayes.convert import convert, convert_
 from bqnn.bayes.convolutions import BayesConv1d, BayesConv2d
 from bqnn.bayes.elbo import Elbo, elbo, kl_divergence, kl_warmup, parameter_groups
+from bqnn.bayes.embedding import BayesEmbedding
 from bqnn.bayes.layers import BayesLinear, sampling
 from bqnn.bayes.likelihood import GaussianLikelihood
 from bqnn.bayes.predict import Prediction, RegressionPrediction, predict
@@ -21,6 +22,7 @@ from bqnn.engine.pack import pack, pack_
 from bqnn.files.network import info, load, save
 from bqnn.ops.dispatch import BackendError, backends
 from bqnn.packed.convolutions import PackedConv1d, PackedConv2d
+from bqnn.packed.embedding import PackedEmbedding
 from bqnn.packed.layers import PackedLinear
 from bqnn.reports.explain import explain_speed
 from bqnn.reports.report import Report, report
@@ -30,6 +32,7 @@ __all__ = [
     "BackendError",
     "BayesConv1d",
     "BayesConv2d",
+    "BayesEmbedding",
     "BayesLinear",
     "CompiledEnsemble",
     "CompiledNetwork",
@@ -40,6 +43,7 @@ __all__ = [
     "GaussianLikelihood",
     "PackedConv1d",
     "PackedConv2d",
+    "PackedEmbedding",
     "PackedLinear",
     "Prediction",
     "RegressionPrediction",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import bqnn
 from bqnn import BayesConv1d, BayesConv2d, PackedConv1d
 from bqnn.core.codes import pack_codes
+from bqnn.files.layer_spec import check_spec
 
 CASES = [
     pytest.param((3, 5, 3), {}, id="plain"),
@@ -144,3 +145,24 @@ def test_a_wrong_size_is_named(wrong: dict[str, Any], message: str) -> None:
 def test_an_empty_batch() -> None:
     packed = bqnn.pack(bqnn.convert(layer_of((4, 4, 3), {}), 3))
     assert packed(torch.zeros(0, 4, 9)).shape == F.conv1d(torch.zeros(0, 4, 9), torch.zeros(4, 4, 3)).shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride": [2, 2]}, "layer 'c': stride can not be"),
+        ({"stride": [1]}, "layer 'c': stride can not be"),
+        ({"dilation": [0]}, "layer 'c': dilation can not be"),
+        ({"padding": [-1]}, "layer 'c': padding can not be"),
+        ({"padding_idx": 1}, "layer 'c': padding_idx can not be"),
+        ({"shape": [4, 3]}, "layer 'c': shape can not be"),
+        ({"groups": 3}, "c.groups must divide the 4 channels"),
+        ({"padding": "same"}, "c.stride must be 1 with padding='same'"),
+    ],
+    ids=str,
+)
+def test_hostile_descriptions_are_refused(change: dict[str, Any], message: str) -> None:
+    spec = {"kind": "conv1d", "shape": [4, 3, 3], "num_levels": 3, "stride": [2]}
+    check_spec("c", spec)
+    with pytest.raises(bqnn.FormatError, match=message):
+        check_spec("c", {**spec, **change})

@@ -195,6 +195,13 @@ def check_convolution_input(x: Tensor, in_channels: int, out_channels: int, grou
         raise ValueError(f"x must have the shape {needed}, got {list(x.shape)}")
 
 
+def check_indices(indices: Tensor) -> None:
+    """Raises TypeError unless ``indices`` is a tensor of int32 or int64."""
+    check_tensor("indices", indices)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices must be torch.int32 or torch.int64, got {indices.dtype}")
+
+
 PRECISIONS = ("fp32", "bf16", "int8")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bqnn.bayes.base import BayesLayer
 from bqnn.bayes.convolutions import BayesConv1d, BayesConv2d
+from bqnn.bayes.embedding import BayesEmbedding
 from bqnn.bayes.layers import BayesLinear, bayes_layers
 from bqnn.core.chances import chances_of
 from bqnn.core.check import check_flag, check_module, check_precision
@@ -20,27 +21,35 @@ from bqnn.core.readers import drop_parameter, readers
 from bqnn.core.references import copy_network
 from bqnn.core.replace import become, bound_methods, check_own_forward, fresh, rebind
 from bqnn.engine.relu import relu_after
-from bqnn.packed.base import PackedLayer, check_execution
+from bqnn.packed.base import check_execution
 from bqnn.packed.convolutions import PackedConv1d, PackedConv2d, PackedConvolution
+from bqnn.packed.embedding import PackedEmbedding
 from bqnn.packed.layers import PackedLinear
+from bqnn.packed.weight import PackedWeight
 
 _log = logging.getLogger("bqnn")
 
 
-def _linear(layer: BayesLinear) -> tuple[Any, dict[str, Any]]:
-    return PackedLinear, {"in_features": layer.in_features}
+def _linear(layer: BayesLinear, tensors: dict[str, Any], run: dict[str, Any]) -> PackedWeight:
+    return PackedLinear(layer.in_features, **tensors, **run)
 
 
-def _convolution(kind: type[PackedConvolution]) -> Callable[[Any], tuple[Any, dict[str, Any]]]:
+def _convolution(kind: type[PackedConvolution]) -> Callable[..., PackedWeight]:
     names = "in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
-    return lambda layer: (kind, {name: getattr(layer, name) for name in names})
+    return lambda layer, tensors, run: kind(**{name: getattr(layer, name) for name in names}, **tensors, **run)
 
 
-# Of each Bayes layer the packed class, and what this takes beside the tensors.
-PACKERS: dict[type[BayesLayer], Callable[[Any], tuple[Any, dict[str, Any]]]] = {
+def _embedding(layer: BayesEmbedding, tensors: dict[str, Any], run: dict[str, Any]) -> PackedWeight:
+    own = {name: tensors[name] for name in ("codes", "levels", "chances")}
+    return PackedEmbedding(layer.embedding_dim, padding_idx=layer.padding_idx, **own)
+
+
+# Of each Bayes layer what packs it: the layer, its tensors, and how a product runs. The twin of convert's CONVERTERS.
+PACKERS: dict[type[BayesLayer], Callable[[Any, dict[str, Any], dict[str, Any]], PackedWeight]] = {
     BayesLinear: _linear,
     BayesConv1d: _convolution(PackedConv1d),
     BayesConv2d: _convolution(PackedConv2d),
+    BayesEmbedding: _embedding,
 }
 _PRODUCTS = (BayesLinear, BayesConv1d, BayesConv2d)
 
@@ -124,7 +133,11 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
 
 def _warn_without_divergence(layers: Mapping[str, BayesLayer]) -> None:
     """Names the layers that have been trained here by the likelihood alone; of a layer that was loaded nobody knows."""
-    learning = {name: layer for name, layer in layers.items() if layer.has_posterior and not layer.asked_for_kl}
+    learning = {
+        name: layer
+        for name, layer in layers.items()
+        if layer.has_posterior and not any(each.asked_for_kl for each in layer.sharing_layers())
+    }
     if without := [name for name, layer in learning.items() if layer.log_sigma2.grad is not None]:
         _log.warning(
             "trained without the divergence from the prior, which gathers means at their levels: %s; "
@@ -142,9 +155,9 @@ def _template(kind: type[BayesLayer]) -> Any:
     return template
 
 
-def _share_codes(replacements: Mapping[BayesLayer, PackedLayer]) -> None:
+def _share_codes(replacements: Mapping[BayesLayer, PackedWeight]) -> None:
     """Lets layers that shared a posterior share codes, levels and chances; a deterministic one has no chances."""
-    firsts: dict[tuple[int, ...], PackedLayer] = {}
+    firsts: dict[tuple[int, ...], PackedWeight] = {}
     tables: dict[tuple[int, ...], Tensor] = {}
     for layer, packed in replacements.items():
         key = tuple(map(id, layer.weight_sources()))
@@ -154,7 +167,7 @@ def _share_codes(replacements: Mapping[BayesLayer, PackedLayer]) -> None:
             packed.chances = tables.setdefault(key, packed.chances)
 
 
-def pack_layer(layer: BayesLayer, precision: str = "fp32", execution: str = "auto", relu: bool = False) -> PackedLayer:
+def pack_layer(layer: BayesLayer, precision: str = "fp32", execution: str = "auto", relu: bool = False) -> PackedWeight:
     """The packed form of one Bayes layer; the arguments are those of the packed layers.
 
     Raises:
@@ -164,11 +177,10 @@ def pack_layer(layer: BayesLayer, precision: str = "fp32", execution: str = "aut
     packer = next((packer for kind, packer in PACKERS.items() if isinstance(layer, kind)), None)
     if packer is None:
         raise TypeError(f"layer must be one of {', '.join(k.__name__ for k in PACKERS)}, got {type(layer).__name__}")
-    kind, sizes = packer(layer)
-    return kind(**sizes, **_packed_tensors(layer), precision=precision, execution=execution, relu=relu)
+    return packer(layer, _packed_tensors(layer), {"precision": precision, "execution": execution, "relu": relu})
 
 
-def _pack_named(name: str, layer: BayesLayer, precision: str, execution: str) -> PackedLayer:
+def _pack_named(name: str, layer: BayesLayer, precision: str, execution: str) -> PackedWeight:
     check_own_forward(name, layer)
     try:
         packed = pack_layer(layer, precision, execution)

@@ -14,13 +14,15 @@ from bqnn.core.files import FormatError
 from bqnn.files.container import DTYPES, Entry, is_count
 from bqnn.packed.base import PackedLayer
 from bqnn.packed.convolutions import PADDING_MODES, PackedConv1d, PackedConv2d
+from bqnn.packed.embedding import PackedEmbedding
 from bqnn.packed.layers import PackedLinear
+from bqnn.packed.weight import PackedWeight
 
 
 class Kind(NamedTuple):
     """What a description calls a layer by: its packed class, torch's, and how many numbers each of its steps has."""
 
-    packed: type[PackedLayer]
+    packed: type[PackedWeight]
     plain: type[nn.Module]
     steps: int = 0
 
@@ -29,6 +31,7 @@ KINDS = {
     "linear": Kind(PackedLinear, nn.Linear),
     "conv1d": Kind(PackedConv1d, nn.Conv1d, 1),
     "conv2d": Kind(PackedConv2d, nn.Conv2d, 2),
+    "embedding": Kind(PackedEmbedding, nn.Embedding),
 }
 NEEDED, OPTIONAL = ("codes", "levels"), ("bias", "chances")
 PARTS = (*NEEDED, *OPTIONAL)  # the tensors of a layer
@@ -40,18 +43,22 @@ def tensor_name(layer: str, part: str) -> str:
     return f"{layer}.{part}" if layer else part
 
 
-def describe(layer: PackedLayer) -> dict[str, Any]:
+def describe(layer: PackedWeight) -> dict[str, Any]:
     """The description of ``layer``, JSON-able, without what is as usual."""
     spec = {**_describe_plain(layer), "num_levels": layer.num_levels}
     if layer.granularity != "tensor":
         spec["granularity"] = layer.granularity
-    if layer.relu:
+    if isinstance(layer, PackedLayer) and layer.relu:
         spec["relu"] = True
     return spec
 
 
-def _usual(steps: int) -> dict[str, Any]:
-    """What a convolution has if its description does not say otherwise."""
+def _usual(kind: str) -> dict[str, Any]:
+    """What a layer of this kind has if its description does not say otherwise."""
+    if kind == "embedding":
+        return {"padding_idx": None}
+    if not (steps := KINDS[kind].steps):
+        return {}
     ones, zeros = [1] * steps, [0] * steps
     return {"stride": ones, "padding": zeros, "dilation": ones, "groups": 1, "padding_mode": "zeros"}
 
@@ -66,8 +73,8 @@ def _describe_plain(layer: nn.Module) -> dict[str, Any]:
     if not found:
         raise FormatError(f"model must have a layer of the kinds {', '.join(KINDS)} there, got {type(layer).__name__}")
     kind, module = found[0], cast(Any, layer)
-    described = {"kind": kind, "shape": list(module.shape if isinstance(layer, PackedLayer) else module.weight.shape)}
-    usual = _usual(KINDS[kind].steps) if KINDS[kind].steps else {}
+    described = {"kind": kind, "shape": list(module.shape if isinstance(layer, PackedWeight) else module.weight.shape)}
+    usual = _usual(kind)
     values = {name: getattr(layer, name) for name in usual}
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return {**described, **{name: value for name, value in values.items() if value != usual[name]}}
@@ -84,7 +91,7 @@ def check_fits(name: str, layer: nn.Module, spec: Mapping[str, Any], has_bias: b
         raise FormatError(f"layer {name!r} is {stored} in the file and {own} in the model")
     if isinstance(layer, PackedLayer) and layer.relu and "relu" not in spec:
         raise FormatError(f"layer {name!r} ends with a ReLU in the model and not in the file")
-    if (layer.bias is not None) != has_bias:
+    if (getattr(layer, "bias", None) is not None) != has_bias:
         where = ("file", "model") if has_bias else ("model", "file")
         raise FormatError(f"tensor {tensor_name(name, 'bias')!r} is in the {where[0]} and not in the {where[1]}")
 
@@ -106,15 +113,17 @@ def check_spec(name: str, spec: Any) -> None:
         "num_levels": type(spec.get("num_levels")) is int and MIN_LEVELS <= spec["num_levels"] <= MAX_LEVELS,
         # With one channel, one codebook a channel is one a tensor.
         "granularity": spec.get("granularity") == "channel" and shape[0] > 1,
-        "relu": spec.get("relu") is True,
+        "relu": spec.get("relu") is True and kind != "embedding",
     }
+    values = {**_usual(kind), **spec}
+    if kind == "embedding":
+        checks["padding_idx"] = is_count(values["padding_idx"], 0) and values["padding_idx"] < shape[0]
     if steps:
-        values = {**_usual(steps), **spec}
         checks |= {name: _are_geometry(values[name], steps, least=1) for name in ("stride", "dilation")}
         checks["padding"] = isinstance(values["padding"], str) or _are_geometry(values["padding"], steps, least=0)
         checks["groups"] = _are_geometry([values["groups"]], 1, least=1)
         checks["padding_mode"] = isinstance(values["padding_mode"], str)
-        checks |= {name: checks[name] and spec[name] != usual for name, usual in _usual(steps).items() if name in spec}
+    checks |= {name: checks[name] and spec[name] != usual for name, usual in _usual(kind).items() if name in spec}
     for field in ("num_levels", *spec):
         if not checks.get(field, False):
             raise FormatError(f"layer {name!r}: {field} can not be {spec.get(field)!r:.80}")
@@ -147,6 +156,8 @@ def check_tensors(name: str, spec: Mapping[str, Any], entries: Mapping[str, Entr
     shape, num_levels = spec["shape"], spec["num_levels"]
     codebooks = shape[0] if spec.get("granularity") == "channel" else 1
     width = packed_width(math.prod(shape[1:]), num_levels)
+    if spec["kind"] == "embedding" and bias in entries:
+        raise FormatError(f"tensor {bias!r} is of an embedding, which has none")
     tables = [(levels, "F32", [codebooks, num_levels]), (codes, "U8", [shape[0], width])]
     if chances in entries:
         tables.append((chances, "F32", [num_levels, num_levels]))
@@ -165,7 +176,7 @@ def check_tensors(name: str, spec: Mapping[str, Any], entries: Mapping[str, Entr
 
 def build_layer(
     name: str, spec: Mapping[str, Any], part: Callable[[str], Tensor | None], precision: str, execution: str
-) -> PackedLayer:
+) -> PackedWeight:
     """The layer that ``spec`` describes, both checked; ``part`` gives it each of :data:`PARTS` to keep.
 
     Raises:
@@ -175,12 +186,13 @@ def build_layer(
     assert codes is not None and levels is not None
     shape, relu = spec["shape"], "relu" in spec
     try:
-        options = {"precision": precision, "execution": execution, "relu": relu, "chances": chances}
-        kind: Any = KINDS[spec["kind"]]
-        if not kind.steps:
-            return kind.packed(shape[1], codes, levels, bias, **options)
-        geometry: dict[str, Any] = {key: spec.get(key, default) for key, default in _usual(kind.steps).items()}
-        return kind.packed(shape[1] * geometry["groups"], shape[2:], codes, levels, bias, **geometry, **options)
+        own: dict[str, Any] = {key: spec.get(key, default) for key, default in _usual(spec["kind"]).items()}
+        kind: Any = KINDS[spec["kind"]].packed
+        if spec["kind"] == "embedding":
+            return kind(shape[1], codes, levels, **own, chances=chances)
+        sizes = (shape[1] * own["groups"], shape[2:]) if own else (shape[1],)
+        run = {"precision": precision, "execution": execution, "relu": relu}
+        return kind(*sizes, codes, levels, bias, **own, **run, chances=chances)
     except (TypeError, ValueError) as error:
         # The message starts with the name of the argument, which is the last part of the tensor's name.
         raise FormatError(tensor_name(name, str(error))) from error

@@ -26,6 +26,7 @@ from bqnn import models
 from bqnn.core.check import check_precision
 from bqnn.core.ensemble import Ensemble, Stacked
 from bqnn.core.files import FormatError, open_regular, write_atomically
+from bqnn.core.forms import with_parts
 from bqnn.core.readers import with_readers
 from bqnn.core.text import shown
 from bqnn.core.wrappers import unwrapped
@@ -35,7 +36,8 @@ from bqnn.files.container import Contents
 from bqnn.files.layer_spec import PARTS, check_spec, check_tensors, describe, tensor_name
 from bqnn.files.members import FIELD, check_members, count_of, members, of_member
 from bqnn.files.skeleton import built_in, check_model, difference, fill
-from bqnn.packed.base import PackedLayer, check_execution
+from bqnn.packed.base import check_execution
+from bqnn.packed.weight import PackedWeight
 
 __all__ = ["FormatError", "info", "load", "save"]
 
@@ -62,10 +64,10 @@ def save(net: nn.Module, path: str | os.PathLike[str]) -> None:
         _save_compiled(net, path)
         return
     networks = list(net) if isinstance(net, Ensemble) else [net]
-    if not all(any(isinstance(module, PackedLayer) for module in network.modules()) for network in networks):
+    if not all(any(isinstance(module, PackedWeight) for module in network.modules()) for network in networks):
         raise ValueError("net must have a packed layer, in an ensemble each network, as bqnn.pack makes them, got none")
     layers = {
-        name: module for name, module in net.named_modules(remove_duplicate=False) if isinstance(module, PackedLayer)
+        name: module for name, module in net.named_modules(remove_duplicate=False) if isinstance(module, PackedWeight)
     }
     tensors, alias = _stored_tensors(net)
     factory = getattr(networks[0], "factory", None)
@@ -307,7 +309,8 @@ def _held_against(contents: Contents, model: nn.Module) -> list[nn.Module | None
     """For each network of the file what it is read into: ``model``, which has been checked against it."""
     found: list[nn.Module | None] = []
     for member in members(contents):
-        skeleton = with_readers(model, member.metadata["layers"])
+        layers = member.metadata["layers"]
+        skeleton = with_readers(with_parts(model, layers), layers)
         with of_member(member):
             check_model(member, skeleton)
         found.append(skeleton)

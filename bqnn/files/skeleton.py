@@ -18,6 +18,7 @@ from bqnn.engine.relu import relu_after
 from bqnn.files.container import DTYPES, Contents
 from bqnn.files.layer_spec import NEEDED, PARTS, build_layer, check_fits, tensor_name
 from bqnn.packed.base import PackedLayer
+from bqnn.packed.weight import PackedWeight
 
 CREATORS = frozenset({torch.empty, torch.ones, torch.zeros, torch.tensor})  # what modules make their tensors with
 FREE_TENSORS = 256  # as many are made in no time: of a network of another size than the file's, the layer is named
@@ -68,8 +69,8 @@ def difference(made: nn.Module, net: nn.Module) -> str | None:
 
 def _alike(made: nn.Module, mine: nn.Module) -> bool:
     """Whether ``mine`` is the module ``made``, packed or not."""
-    if isinstance(mine, PackedLayer):
-        return isinstance(made, PRODUCT_LAYERS)
+    if isinstance(mine, PackedWeight):
+        return isinstance(made, (*PRODUCT_LAYERS, nn.Embedding))
     if isinstance(made, nn.ReLU) and type(mine) is nn.Identity:
         return True  # the layer before it does the work
     return type(made) is type(mine) and "forward" not in vars(mine) and _settings(made) == _settings(mine)
@@ -134,8 +135,8 @@ def fill(contents: Contents, skeleton: nn.Module, precision: str, execution: str
     # copy_network takes what this holds for the copy. The tensors of the layers, which the copy has no use for, are not
     # copied, and none stays.
     replacements: dict[int, Any] = {}
-    layers: dict[nn.Module, PackedLayer] = {}
-    tied: dict[tuple[Any, ...], PackedLayer] = {}
+    layers: dict[nn.Module, PackedWeight] = {}
+    tied: dict[tuple[Any, ...], PackedWeight] = {}
     tables: dict[tuple[Any, ...], Tensor] = {}
     for name, spec in specs.items():
         module: Any = skeleton.get_submodule(name)
@@ -165,7 +166,7 @@ def fill(contents: Contents, skeleton: nn.Module, precision: str, execution: str
 
 
 def _with_layers(
-    skeleton: nn.Module, net: nn.Module, layers: Mapping[nn.Module, PackedLayer], relus: Mapping[int, nn.ReLU]
+    skeleton: nn.Module, net: nn.Module, layers: Mapping[nn.Module, PackedWeight], relus: Mapping[int, nn.ReLU]
 ) -> nn.Module:
     """``net``, a copy of ``skeleton``, whose ``layers`` have become packed ones, with all that refers to them.
 
@@ -179,7 +180,7 @@ def _with_layers(
     for module, layer in layers.items():
         packed: Any = twins[module]
         become(packed, layer, packed)
-        if packed.relu and id(module) in relus:
+        if isinstance(packed, PackedLayer) and packed.relu and id(module) in relus:
             relu = twins[relus[id(module)]]
             become(relu, nn.Identity(), relu)  # the layer's own does, and another would cost time
             packed.take_over(relu)
