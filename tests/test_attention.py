@@ -39,12 +39,10 @@ def inputs(options: dict[str, Any], batch: int | None = 3) -> list[Tensor]:
     return [each.transpose(0, 1) for each in tensors] if batch and options.get("batch_first") else tensors
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
-@pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("options", SIZES)
-def test_it_is_torchs_layer_with_the_quantized_weights(options: Any, need_weights: bool, granularity: str) -> None:
-    given = inputs(options)
-    check_equal(attention(options), lambda net: net(*given, need_weights=need_weights), granularity=granularity)
+def test_it_is_torchs_layer_with_the_quantized_weights(options: dict[str, Any]) -> None:
+    given, options_of_layers = inputs(options), {"granularity": "channel"} if options else {}
+    check_equal(attention(options), lambda net: [*net(*given), net(*given, need_weights=False)[0]], **options_of_layers)
 
 
 PADDING = torch.arange(7) >= torch.tensor([[7], [4], [5]])
@@ -58,22 +56,26 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("average", [True, False])
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("options", [SIZES[0], SIZES[3]])
-def test_masks(options: Any, mask: str, need_weights: bool, average: bool) -> None:
-    if mask == "causal" and options and not need_weights:
-        pytest.skip("torch's hint leaves out the columns that bias_k adds")
-    given = {"need_weights": need_weights, "average_attn_weights": average, **MASKS[mask]}
-    check_equal(attention(options), lambda net: net(*inputs(options), **given))
+def test_masks(options: dict[str, Any]) -> None:
+    *forms, plain = quantized(attention(options))
+    for name, mask in MASKS.items():
+        for need_weights, average in ((True, True), (True, False), (False, True)):
+            if name == "causal" and options and not need_weights:
+                continue  # torch's hint leaves out the columns that bias_k adds
+            given = {"need_weights": need_weights, "average_attn_weights": average, **mask}
+            expected = plain(*inputs(options), **given)
+            for form in forms:
+                found = form(*inputs(options), **given)
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
 
 
 def test_without_a_batch() -> None:
     given = {"key_padding_mask": torch.arange(7) > 5, "attn_mask": torch.rand(2, *LENGTHS) > 0.7}
-    for average in (True, False):
-        own = {"average_attn_weights": average, **given}
-        check_equal(attention({}), lambda net, own=own: net(*inputs({}, None), **own))
+    averages = (True, False)
+    check_equal(
+        attention({}), lambda net: [net(*inputs({}, None), average_attn_weights=each, **given) for each in averages]
+    )
 
 
 @pytest.mark.parametrize("norm_first", [True, False])

@@ -29,15 +29,13 @@ CASES = [
 def test_it_is_torchs_layer_with_the_quantized_weight(kind: Any, options: dict[str, Any], granularity: str) -> None:
     torch.manual_seed(0)
     net, x = kind(4, 8, 3, **options), torch.randn(2, 4, *(7, 6)[: 1 if kind is nn.ConvTranspose1d else 2])
-    for given in (x, x[0], x[:0]):
-        check_equal(net, lambda each, given=given: each(given), granularity=granularity)
+    check_equal(net, lambda each: [each(given) for given in (x, x[0], x[:0])], granularity=granularity)
 
 
 def test_pairs_and_the_size_of_the_output() -> None:
     net, x = nn.ConvTranspose2d(3, 5, (2, 3), (3, 1), (0, 1), dilation=(1, 2)), torch.randn(2, 3, 5, 4)
-    for size in ([15, 6], [2, 5, 16, 6]):
-        check_equal(net, lambda each, size=size: each(x, output_size=size))
-    check_equal(net, lambda each: each(x[0], output_size=[16, 6]))
+    sizes = [(x, [15, 6]), (x, [2, 5, 16, 6]), (x[0], [16, 6])]
+    check_equal(net, lambda each: [each(given, output_size=size) for given, size in sizes])
     for each in (bqnn.convert(net), bqnn.pack(bqnn.convert(net))):
         with pytest.raises(ValueError, match="requested an output size of"):
             each(x, output_size=[99, 6])
