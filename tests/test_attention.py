@@ -114,7 +114,7 @@ def test_from_convert_to_a_file_and_back(tmp_path: Path) -> None:
 
 def test_gradients_in_float64() -> None:
     net = attention({"kdim": 6, "batch_first": True}).double()
-    given = [each.double().requires_grad_() for each in inputs({"kdim": 6, "batch_first": True}, 1)]
+    given = [each[:, :2].double().requires_grad_() for each in inputs({"kdim": 6, "batch_first": True}, 1)]
     bayes = bqnn.convert(net, 3, estimator="deterministic")
     for each in (bayes, bqnn.pack(bayes)):
         assert torch.autograd.gradcheck(lambda *x, each=each: each(*x, need_weights=False)[0], given)
