@@ -72,7 +72,7 @@ def test_odd_networks(kind: Any, tmp_path: Path) -> None:
     x = kind.example()
     net = make(kind)
     before = net(x)
-    converted = bqnn.convert(net, 3)
+    converted = bqnn.convert(net, 3, skip=[nn.MultiheadAttention])  # which is read by the fast path, beside the layers
     assert torch.equal(net(x), before)
     assert len(decoded_weights(converted)) == sum(
         type(m) in (nn.Linear, nn.Conv2d, nn.Embedding) for m in net.modules()
