@@ -91,7 +91,7 @@ def test_odd_networks(kind: Any, tmp_path: Path) -> None:
     check(bqnn.load(tmp_path / "net", model=converted), kind, x)
     check(bqnn.load(tmp_path / "net", model=packed), kind, x)
     in_place = make(kind)
-    assert bqnn.pack_(bqnn.convert_(in_place, 3)) is in_place
+    assert bqnn.pack_(bqnn.convert_(in_place, 3, skip=[nn.MultiheadAttention])) is in_place
     check(in_place, kind, x)
 
 
