@@ -5,12 +5,14 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RIVALS := $(VENV)/.installed-bench
 PACKAGERS := $(VENV)/.installed-packagers
+CONSTRAINTS ?= constraints.txt
 UNPACK := ../shared/data/unpack.py
 
 export BQNN_DATA ?= $(CURDIR)/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo test ready checked lint unit interpret sanitize bench accuracy gpu wheel check-install clean
+.PHONY: help setup data demo test ready checked lint docs unit interpret sanitize bench accuracy gpu wheel check-install
+.PHONY: test-oldest clean
 
 # What can run side by side does, in as many processes as there are processors; the output of each stays together.
 JOBS := -j "$$(nproc)" --output-sync=target --no-print-directory
@@ -20,12 +22,12 @@ help:  ## this list
 
 setup: $(STAMP)  ## make .venv with the pinned versions and the package, editable
 
-SOURCES := setup.py cuda_toolkit.py pyproject.toml constraints.txt $(shell find csrc/bindings csrc/cpu csrc/cuda -type f)
+SOURCES := setup.py cuda_toolkit.py pyproject.toml $(CONSTRAINTS) $(shell find csrc/bindings csrc/cpu csrc/cuda -type f)
 
 $(STAMP): $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt setuptools torch  # what the extension is built with
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[test,dev]"
+	$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) setuptools torch  # what the extension is built with
+	$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e ".[test,dev,docs]"
 	touch $@
 
 data:  ## put MNIST and CIFAR-10 into $BQNN_DATA (default: data/)
@@ -35,18 +37,21 @@ data:  ## put MNIST and CIFAR-10 into $BQNN_DATA (default: data/)
 demo: setup  ## run the demonstration
 	$(VENV)/bin/bqnn demo
 
-test: ready checked interpret unit  ## lint, then all tests
+test: ready checked interpret unit  ## lint and documentation, then all tests
 
 ready:
 	@$(MAKE) $(JOBS) setup $(WITHOUT_TORCH)
 
 checked:
-	@$(MAKE) $(JOBS) lint $(CHECKS)
+	@$(MAKE) $(JOBS) lint docs $(CHECKS)
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: setup  ## the documentation site, into build/site; warnings are errors
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
 unit: setup data  ## pytest, two processes of one thread each
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --dist worksteal --benchmark-disable $(ARGS)
@@ -142,7 +147,7 @@ $(RIVALS): $(STAMP)
 accuracy: setup data  ## train LeNet-5 on MNIST for the table of the README; over an hour, goes on where it stopped
 	$(VENV)/bin/python -m bench.accuracy_lenet5 --data "$(BQNN_DATA)" $(ARGS)
 
-gpu:  ## on a machine with a GPU, torch, triton and pytest, and no network: tests, benches, bench/results/<gpu>.json
+gpu:  ## on a machine with a GPU, torch, triton and pytest, and no network: in stages, to bench/results/<gpu>.json
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --editable .
 	$(PYTHON) -m bench.gpu $(ARGS)
 
@@ -167,6 +172,13 @@ INSTALLS ?= $(PYTHON)=2.10.0 $(PYTHON)=$(shell sed -n 's/^torch==//p' constraint
 
 check-install: wheel  ## dist/ into fresh environments with several releases of torch; half an hour and gigabytes
 	$(VENV)/bin/python -m tests.support.installed dist $(INSTALLS)
+
+# The torch, Triton and Python of the machines with a GPU that there were; another Python where that one is not here.
+OLDEST = VENV=build/oldest CONSTRAINTS=tests/oldest.txt \
+	PYTHON="$$(python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))"
+
+test-oldest:  ## the build, and the tests, beside torch 2.11 with Triton 3.6 in an environment of its own; gigabytes
+	$(MAKE) --no-print-directory $(OLDEST) interpret unit
 
 clean:  ## remove what builds, tests and tools left; .venv and data stay
 	rm -rf build dist bqnn.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -228,6 +228,7 @@ setup(
     cmdclass={"build_ext": BuildOrSkip, "bdist_wheel": WheelOfWhatWasBuilt},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     packages=[*find_packages(include=["bqnn", "bqnn.*"]), "bqnn.kernels"],
+    py_modules=["bqnn_command"],
     package_dir={"bqnn.kernels": "kernels"},
-    package_data={"bqnn": ["py.typed", "recipes/*.toml"]},
+    package_data={"bqnn": ["py.typed", "recipes/*.toml", "view/templates/*"]},
 )

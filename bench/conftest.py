@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from bench.interleaved import Race, Replay
-from bench.machine import describe_cpu
 from bench.save import describe, save
 from bench.summary import Group, Measured, write_summary
+from bqnn.core.machine import describe_cpu
 
 REPLAY = Replay()
 RACES = pytest.StashKey[dict[Any, tuple[ModuleType, Race]]]()

@@ -1,12 +1,13 @@
 """Packed products on a GPU against cuBLAS and cuDNN in bfloat16 and against packages that are installed.
 
-What is timed are CUDA graphs of many calls over rotating weights.
+Weights take turns, so that none is found in a cache.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,14 +16,11 @@ from torch import Tensor, nn
 
 import bqnn
 from bench.gpu_rivals import RIVALS, Absent, Rival, find
-from bench.gpu_timing import ROUNDS, costs
-from bench.gpu_training import Row
+from bench.gpu_rows import Row, measured
+from bench.gpu_timing import Call, Meter
 from bench.summary import Verdict
 from bqnn.ops.backends.gpu_layout import row_words
 
-CALLS = 50
-ROTATED_BYTES = 256 << 20
-"""Bytes of the weights that take turns: more than a second-level cache holds."""
 NUM_LEVELS = 3
 BATCHES = (1, 8, 16, 64, 128, 1024)
 FASTER = {
@@ -62,29 +60,25 @@ def linear_case(size: int, batch: int) -> str:
     return f"packed_linear-{size}-B{batch}"
 
 
-def linear_rows(
-    size: int, batch: int, device: torch.device, known: Mapping[str, Rival] = RIVALS, rounds: int = ROUNDS
-) -> Iterator[Row]:
+def linear_rows(size: int, batch: int, meter: Meter, known: Mapping[str, Rival] = RIVALS) -> Iterator[Row]:
     """A linear layer: both precisions, nn.Linear in bfloat16, and rivals."""
-    x = torch.randn(batch, size, device=device).bfloat16()
+    x = torch.randn(batch, size, device=meter.device).bfloat16()
     problem = Problem(linear_case(size, batch), lambda: nn.Linear(size, size, bias=False), x, size * size, F.linear)
-    yield from _rows(problem, {name: _rival(problem, known[name], size) for name in rivals(known)[0]}, rounds)
+    yield from _rows(problem, meter, {name: known[name] for name in rivals(known)[0]}, size)
 
 
-def conv2d_rows(
-    device: torch.device, shape: tuple[int, int, int, int, int] = CONV, rounds: int = ROUNDS
-) -> Iterator[Row]:
+def conv2d_rows(shape: tuple[int, int, int, int, int], meter: Meter) -> Iterator[Row]:
     """A 3x3 layer, channels-last."""
     inputs, channels, kernel, image, batch = shape
-    x = torch.randn(batch, inputs, image, image, device=device).bfloat16().to(memory_format=torch.channels_last)
+    x = torch.randn(batch, inputs, image, image, device=meter.device).bfloat16()
     problem = Problem(
         "packed_conv2d",
         lambda: nn.Conv2d(inputs, channels, kernel, padding=1, bias=False),
-        x,
+        x.to(memory_format=torch.channels_last),
         inputs * channels * kernel * kernel,
         lambda x, weight: F.conv2d(x, weight, padding=1),
     )
-    yield from _rows(problem, {}, rounds)
+    yield from _rows(problem, meter)
 
 
 def rivals(known: Mapping[str, Rival] = RIVALS) -> tuple[list[str], dict[str, str]]:
@@ -101,96 +95,81 @@ def rivals(known: Mapping[str, Rival] = RIVALS) -> tuple[list[str], dict[str, st
 
 
 @torch.inference_mode()
-def _rows(problem: Problem, others: dict[str, Callable[[], Callable[[], object]]], rounds: int) -> Iterator[Row]:
-    case, make, x, weights, product = problem
+def _rows(problem: Problem, meter: Meter, known: Mapping[str, Rival] | None = None, size: int = 0) -> Iterator[Row]:
+    case, make, x, weights, _ = problem
     torch.manual_seed(0)
     quantized = bqnn.convert(nn.Sequential(make()), NUM_LEVELS).eval()
-    calls, errors, weight_bytes = {}, {}, {}
+    calls, errors, weight_bytes, said = {}, {}, {}, {}
     for precision in ALLOWED:
-        packed = [bqnn.pack(quantized, precision=precision).to(x.device) for _ in range(_copies(x, weights, 2))]
-        errors[precision] = _error(problem, packed[0], packed[0][0].decode())
-        assert errors[precision] <= ALLOWED[precision], f"{case}: {precision} is {errors[precision]:.2g} off"
-        calls[precision] = _replayed(packed, x)
-        weight_bytes[precision] = packed[0][0].codes.nbytes + packed[0][0].levels.nbytes
-        if packed[0][0].execution_for(x) == "dense":  # then that time says nothing of the kernel
-            forced = copy.deepcopy(packed)
+        packed = bqnn.pack(quantized, precision=precision).to(x.device)
+        errors[precision] = _checked(problem, packed, packed[0].decode(), ALLOWED[precision], meter)
+        layers = [copy.deepcopy(packed) for _ in range(meter.copies(weights / 4))]
+        calls[precision] = _calls(layers, x)
+        weight_bytes[precision] = packed[0].codes.nbytes + packed[0].levels.nbytes
+        if packed[0].execution_for(x) == "dense":  # then that time says nothing of the kernel
+            forced = copy.deepcopy(layers)
             for layer in forced:
                 layer[0].execution = "packed"
-            calls[f"{precision} packed"] = _replayed(forced, x)
-    dense = [make().to(x.device, torch.bfloat16) for _ in range(_copies(x, weights, 16))]
+            calls[f"{precision} packed"] = _calls(forced, x)
+    dense = [make().to(x.device, torch.bfloat16) for _ in range(meter.copies(2 * weights))]
     if x.dim() == 4:
         dense = [layer.to(memory_format=torch.channels_last) for layer in dense]
-    calls[DENSE], weight_bytes[DENSE] = _replayed(dense, x), 2 * weights
-    for name, other in others.items():
+    calls[DENSE], weight_bytes[DENSE] = _calls(dense, x), 2 * weights
+    for name, rival in (known or {}).items():
         try:
-            calls[name] = other()
+            calls[name] = _rival(problem, rival, size, meter)
         except Exception as error:  # a rival's trouble is not ours
-            print(f"{case}: no time for {name}, {type(error).__name__}: {error}", flush=True)
-    for variant, cost in costs(calls, x.device, rounds).items():
-        yield Row(case, variant, cost.seconds / CALLS, cost.peak_bytes, errors.get(variant), weight_bytes.get(variant))
+            said[name] = f"{type(error).__name__}: {error}"
+    for variant, cost in meter.costs(calls).items():
+        yield measured(case, variant, cost, errors.get(variant), weight_bytes.get(variant))
+    for name, reason in said.items():
+        yield Row(case, name, said=reason)
 
 
-def _rival(problem: Problem, rival: Rival, size: int) -> Callable[[], Callable[[], object]]:
-    """Makes what is timed, once its result is seen to be right."""
-
-    def make() -> Callable[[], object]:
-        copies = _copies(problem.x, problem.weights, rival.bits)
-        layers, dense = rival.make(size, copies, problem.x.device)
-        error = _error(problem, layers[0], dense)
-        assert error <= ALLOWED["bf16"], f"it is {error:.2g} off"
-        return _replayed(layers, problem.x)
-
-    return make
+def _rival(problem: Problem, rival: Rival, size: int, meter: Meter) -> list[Call]:
+    """What is timed, once its result is seen to be right."""
+    layers, dense = rival.make(size, meter.copies(problem.weights * rival.bits / 8), problem.x.device)
+    _checked(problem, layers[0], dense, ALLOWED["bf16"], meter)
+    return _calls(layers, problem.x)
 
 
-def _copies(x: Tensor, weights: int, bits: int) -> int:
-    return max(1, min(CALLS, 8 * ROTATED_BYTES // (bits * weights))) if x.is_cuda else 1
+def _calls(layers: Sequence[nn.Module], x: Tensor) -> list[Call]:
+    return [partial(layer, x) for layer in layers]
 
 
-def _error(problem: Problem, layer: nn.Module, dense: Tensor) -> float:
+def _checked(problem: Problem, layer: nn.Module, dense: Tensor, allowed: float, meter: Meter) -> float | None:
     """How far a layer's output is from the float32 product with the weight that it stands for."""
     exact = problem.product(problem.x.float(), dense.to(problem.x.device))
-    found = layer(problem.x).float()
-    return float((found - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+    error = meter.distance([layer(problem.x).float()], [exact])
+    assert error is None or error <= allowed, f"{problem.case}: {error:.2g} off"
+    return error
 
 
-def _replayed(layers: list[nn.Module], x: Tensor) -> Callable[[], object]:
-    """CALLS calls, the layers in turns, as one CUDA graph; on the CPU as a loop."""
-
-    def loop() -> None:
-        for i in range(CALLS):
-            layers[i % len(layers)](x)
-
-    if not x.is_cuda:
-        return loop
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        loop()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loop()
-    return graph.replay
-
-
-def verdicts(rows: list[Row], bandwidth: float, asked: Mapping[tuple[int, int], float] = FASTER) -> Iterator[Verdict]:
+def verdicts(
+    rows: Sequence[Row], bandwidth: float | None, asked: Mapping[tuple[int, int], float] = FASTER
+) -> Iterator[Verdict]:
     """One for each figure that is asked, where its rows are; ``bandwidth`` of a copy, bytes a second."""
     found = {(row.case, row.variant): row for row in rows}
 
+    def seconds(case: str, variant: str) -> float | None:
+        row = found.get((case, variant))
+        return None if row is None else row.best_seconds
+
     def faster(case: str, variant: str, factor: float) -> Iterator[Verdict]:
-        ours, dense = found.get((case, variant)), found.get((case, DENSE))
+        ours, dense = seconds(case, variant), seconds(case, DENSE)
         if ours and dense:
-            yield Verdict(f"{case}: time of {DENSE} over {variant}", factor, dense.seconds / ours.seconds)
+            yield Verdict(f"{case}: time of {DENSE} over {variant}", factor, dense / ours)
 
     for (size, batch), factor in asked.items():
         yield from faster(linear_case(size, batch), "bf16", factor)
         if (size, batch) in INT8_FASTER:
             yield from faster(linear_case(size, batch), "int8", INT8_FASTER[size, batch])
     size, _ = max(asked)
-    if gemv := found.get((linear_case(size, 1), "bf16")):
-        share = 4 * size * row_words(NUM_LEVELS, size) / gemv.seconds / bandwidth
-        yield Verdict(f"{gemv.case}: share of the copy's bandwidth, words of codes", GEMV_BANDWIDTH, share)
+    gemv = seconds(linear_case(size, 1), "bf16")
+    if gemv and bandwidth:
+        share = 4 * size * row_words(NUM_LEVELS, size) / gemv / bandwidth
+        case = linear_case(size, 1)
+        yield Verdict(f"{case}: share of the copy's bandwidth, words of codes", GEMV_BANDWIDTH, share)
     yield from faster("packed_conv2d", "bf16", CONV_FASTER)
     conv2d, dense = (found.get(("packed_conv2d", variant)) for variant in ("bf16", DENSE))
     if conv2d and dense and conv2d.weight_bytes and dense.weight_bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from importlib import metadata
 from pathlib import Path
@@ -11,21 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-import bqnn
+from bqnn.core.machine import cpuinfo, describe_cpu
+from bqnn.core.machine import versions as own_versions
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+"""The folder of the repository: benches run from any other one too."""
+RESULTS = ROOT / "bench" / "results"
 RIVAL_PACKAGES = ("onnxruntime", "openvino", "nncf")
-
-
-def describe_cpu() -> dict[str, Any]:
-    """The processor, the instruction set that kernels use, and the threads that torch uses."""
-    names = _cpuinfo()
-    return {
-        "cpu": names.get("model name", platform.processor()),
-        "cpu_family_model_stepping": [names.get(key) for key in ("cpu family", "model", "stepping")],
-        "cpu_isa": bqnn.cpu_isa(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def cpu_name(machine: dict[str, Any]) -> str:
@@ -37,7 +28,7 @@ def cpu_name(machine: dict[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python, torch, this package, and of the packages among RIVAL_PACKAGES that are installed."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "bqnn": bqnn.__version__}
+    found = own_versions()
     for package in RIVAL_PACKAGES:
         try:
             found[package] = metadata.version(package)
@@ -50,13 +41,6 @@ def describe_machine() -> dict[str, Any]:
     """Processor, cores that torch uses, GPU, and versions."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {**describe_cpu(), "gpu": gpu, **versions()}
-
-
-def _cpuinfo() -> dict[str, str]:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return {key.strip(): value.strip() for key, value in fields.items()}
 
 
 class Elsewhere:
@@ -116,5 +100,5 @@ buffers of each size, FMA and AMX tile products on registers. L2 is 2 MiB a core
 
 def known_limits() -> Limits | None:
     """The limits of this machine at its present number of threads, None where nobody measured them."""
-    names = _cpuinfo()
+    names = cpuinfo()
     return LIMITS.get((names.get("cpu family", ""), names.get("model", ""), torch.get_num_threads()))

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 import bqnn
 from bench.interleaved import Pace, Race
-from bench.machine import cpu_name, describe_cpu
+from bench.machine import cpu_name
 from bench.network_rivals import CHANNELS_LAST, COMPILED, RIVALS, Call, Rivals
 from bench.packed import PRECISIONS
 from bench.save import describe
 from bench.summary import fastest, times_faster
+from bqnn.core.machine import describe_cpu
 from bqnn.models import densenet, lenet5, resnet20, vgg7
 from bqnn.packed.base import PackedLayer
 from tests.support.packed_products import relative_error
@@ -148,12 +149,12 @@ def _decoded(net: str) -> nn.Module:
     return plain
 
 
-def _engine(net: str, x: Tensor, precision: str) -> Call:
+def compiled(net: str, x: Tensor, precision: str) -> nn.Module:
+    """The network, packed, for the engine."""
     if not hasattr(bqnn, "compile"):
         pytest.skip("this bqnn has no compile")
     batches = calibration(net) if precision == "int8" else None
-    fast = bqnn.compile(bqnn.pack(quantized(net)), x, precision=precision, calibration=batches)
-    return lambda: fast(x)
+    return bqnn.compile(bqnn.pack(quantized(net)), x, precision=precision, calibration=batches)
 
 
 class NetworkGroup:
@@ -169,7 +170,8 @@ class NetworkGroup:
     def call(self, variant: str) -> Call:
         library, precision = variant.rsplit(" ", 1)
         if library == ENGINE:
-            return _engine(self._net, self._x, precision)
+            fast = compiled(self._net, self._x, precision)
+            return lambda: fast(self._x)
         if library == "bqnn":
             packed = bqnn.pack(quantized(self._net), precision=precision)
             return lambda: packed(self._x)

@@ -260,7 +260,8 @@ def gpu(folder: Path) -> Lines:
         result = json.loads(path.read_text())
         machine, cases = result["machine"], {}
         for row in result["rows"]:
-            cases.setdefault(row["case"], {})[row["variant"]] = row
+            if row["case"].startswith(MEASURED_ON_A_GPU) and row["seconds"] is not None:
+                cases.setdefault(row["case"], {})[row["variant"]] = row
         yield from ("", f"{machine['gpu']}, torch {machine['torch']}:", "")
         columns = ("kernels", "plain PyTorch", "compiled", "ordinary layer or FPNN")
         yield from _header("ms, and MiB at the peak", *columns)
@@ -270,9 +271,18 @@ def gpu(folder: Path) -> Lines:
                 cells = []
                 for names in ((ours,), (plain,), ("compiled",), ("ordinary layer", "FPNN")):
                     row = next((rows[name] for name in names if name in rows), None)
-                    cells.append("" if row is None else f"{_ms(row['seconds'])}, {row['peak_bytes'] / 2**20:,.0f}")
+                    cells.append("" if row is None else f"{_ms(_gpu_seconds(row))}, {row['peak_bytes'] / 2**20:,.0f}")
                 yield _line([f"{case}{ours.removeprefix('triton')}", *cells])
         yield ""
+
+
+MEASURED_ON_A_GPU = ("sample_", "moment_", "spike_slab_kl", "mixture_kl", "step-")
+"""What the cases of that table begin with."""
+
+
+def _gpu_seconds(row: dict[str, Any]) -> float:
+    """Of the device: as a CUDA graph, where that is faster."""
+    return min(seconds for seconds in (row["seconds"], row.get("graph_seconds")) if seconds is not None)
 
 
 def _size(shape: tuple[int, int]) -> str:

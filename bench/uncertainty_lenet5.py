@@ -1,61 +1,89 @@
-"""What the posterior of LeNet-5 on MNIST says: calibration, and robustness against noise, on images held out.
+"""What the posterior of a small network says: calibration, and robustness against noise and corruption.
 
-    python -m bench.uncertainty_lenet5 --out runs/uncertainty [--only default mixture] [--test] [--save]
+    python -m bench.uncertainty_lenet5 --out runs/uncertainty [--case lenet5-mnist] [--seeds 0 1 2] [--test] [--save]
 
-Trains what is missing, one network after the other, M = 3 with every layer quantized, all from one full-precision
-phase and for as many epochs; a run that is stopped goes on where it was. Then each network is tested on the validation
-images, clean and with Gaussian noise of the deviation 1 of a standardised pixel, as it is (one sample) and, with a
-posterior, as the mean of 16 networks with codes drawn once and BatchNorm statistics of their own. ``--test`` takes the
-test images, which are for the end. T is the temperature of the least NLL on clean validation images: 1 is calibrated.
-NLL and mutual information (MI) are in nats an image, error and ECE (15 bins) in percent. ``--save`` writes the table
-to bench/results/, with the scores of bqnn.lab.uncertainty.
+Trains what is missing, one network after the other, M = 3 with every layer quantized and as many epochs for each. The
+networks of a seed have their full-precision phase in common, the quantized ones the deterministic phase too; a run that
+is stopped goes on where it was. Each is tested as it is and, where it has a posterior, as the mean of 16 networks that
+are drawn from its *packed* form: codes drawn once, BatchNorm statistics of their own. Without ``--test`` that is on the
+validation images, clean and with Gaussian noise of the deviation 1 of a standardised pixel; with it, for the end, on
+the test images, with every corruption and image from outside that bqnn.lab.uncertainty has.
+
+T is the temperature of the least NLL on clean validation images: 1 is calibrated. NLL and mutual information (MI) are
+in nats an image, error and ECE (15 bins) in percent. ``--save`` writes the rows to bench/results/, in place of those
+of the same case.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.machine import RESULTS, describe_machine
+from bench.summary import Verdict
+from bqnn.bayes.layers import bayes_layers
 from bqnn.core.files import write_atomically
 from bqnn.data.splits import Splits, batches, normalise
+from bqnn.engine.pack import pack
 from bqnn.lab.evaluate import EVAL_BATCH, find_split
+from bqnn.lab.folder import WEIGHTS
 from bqnn.lab.metrics import best_temperature
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.recipes import load_recipe
 from bqnn.lab.train import Trainer
-from bqnn.lab.uncertainty import ask, drawn_networks, scores
+from bqnn.lab.uncertainty import ask, drawn_networks, mean_scores, measure, scores
 
 TABLE = RESULTS / "uncertainty_lenet5.json"
 SAMPLES, SEED = 16, 0
 NOISE = 1.0  # deviations of a standardised pixel
 
-MNIST = load_recipe("lenet5-mnist")
-TRUNK = replace(MNIST, method="fpnn", deterministic_epochs=0, epochs=0)
-RECIPES = {
-    "fpnn": replace(MNIST, method="fpnn"),
-    "deterministic": replace(MNIST, estimator="deterministic"),
-    "default": MNIST,
-    "mixture": replace(MNIST, prior="mixture", estimator="sample"),
-    "mixture-moment": replace(MNIST, prior="mixture"),
+CASES = {
+    "lenet5-mnist": load_recipe("lenet5-mnist"),
+    "lenet5-caffe-mnist": load_recipe("lenet5-caffe-mnist"),
+    "lenet5-cifar10": replace(load_recipe("lenet5-mnist"), dataset="cifar10", augment="crop_flip"),
 }
+NETWORKS: dict[str, dict[str, Any]] = {
+    "fpnn": {"method": "fpnn"},
+    "deterministic": {"estimator": "deterministic"},
+    "default": {},
+    "mixture": {
+        "prior": "mixture",
+        "estimator": "sample",
+        "spike_width": 0.26,
+        "start_sigma": 0.26,
+        "variance_lr": 1.0,
+    },
+}
+"""What each network's recipe changes in that of the case."""
 
 Row = dict[str, Any]
+Scores = Mapping[str, float]
 
 
-def train(name: str, recipe: Recipe, data_root: Path, out: Path, init: Path | None = None) -> Trainer:
+def train(recipe: Recipe, folder: Path, data_root: Path, init: Path | None = None) -> Trainer:
     """The trainer of a finished run."""
-    trainer = Trainer(recipe, out / name, data_root=data_root, init=init)
+    trainer = Trainer(recipe, folder, data_root=data_root, init=init)
     trainer.resume()
     trainer.run(progress=False)
     return trainer
+
+
+def train_network(name: str, base: Recipe, folder: Path, data_root: Path) -> Trainer:
+    """The trainer of one of :data:`NETWORKS`, after what comes before it in ``folder``."""
+    changes = NETWORKS[name]
+    first = replace(base, method="fpnn", deterministic_epochs=0, epochs=0)
+    init = train(first, folder / "trunk", data_root).folder / WEIGHTS
+    if changes.get("method") != "fpnn":
+        init = train(replace(base, epochs=0), folder / "quantized", data_root, init).folder / WEIGHTS
+    return train(replace(base, **changes), folder / name, data_root, init)
 
 
 def inputs_of(data: Splits, split: str, noise: float) -> Iterator[Tensor]:
@@ -66,22 +94,32 @@ def inputs_of(data: Splits, split: str, noise: float) -> Iterator[Tensor]:
         yield x + noise * torch.randn(x.shape, generator=generator) if noise else x
 
 
-def rows_of(name: str, trainer: Trainer, split: str) -> Iterator[Row]:
-    """A row of the network itself and, where it has a posterior, one of several networks drawn from it."""
-    data = trainer.data
-    labels, held_out = find_split(data, split).labels, find_split(data, "validation").labels
-    has_posterior = trainer.recipe.method == "bayes" and trainer.recipe.estimator != "deterministic"
-    for samples in (1, SAMPLES) if has_posterior else (1,):
-        networks = drawn_networks(trainer.net, data, samples, SEED)
-        temperature = best_temperature(ask(networks, inputs_of(data, "validation", 0.0), data).probs, held_out)
-        row: Row = {"network": name, "samples": samples, "temperature": temperature}
-        for case, noise in (("clean", 0.0), ("noise", NOISE)):
-            row[case] = scores(ask(networks, inputs_of(data, split, noise), data), labels, temperature)
-        yield row
+def rows_of(name: str, trainer: Trainer, split: str, data_root: Path) -> Iterator[Row]:
+    """A row of the network itself and, where it has a posterior, one of several networks drawn from its packed form."""
+    layers = bayes_layers(trainer.net).values()
+    net = pack(trainer.net) if layers else trainer.net
+    for samples in (1, SAMPLES) if any(layer.has_posterior for layer in layers) else (1,):
+        found = _tested(net, trainer.data, samples, split, data_root)
+        yield {"network": name, "samples": samples, "seed": trainer.recipe.seed, "split": split, **found}
+
+
+def _tested(net: nn.Module, data: Splits, samples: int, split: str, data_root: Path) -> Row:
+    networks = drawn_networks(net, data, samples, SEED)
+    if split == "test":
+        found: Row = measure(net, data, split, samples=samples, seed=SEED, data_root=data_root)
+        corruptions = {name: mean_scores(strengths) for name, strengths in found["corruptions"].items()}
+        row = {key: found[key] for key in ("temperature", "clean", "mean", "ood")} | {"corruptions": corruptions}
+    else:
+        held_out = find_split(data, split).labels
+        clean = ask(networks, inputs_of(data, split, 0.0), data)
+        temperature = best_temperature(clean.probs, held_out)
+        row = {"temperature": temperature, "clean": scores(clean, held_out, temperature)}
+    noisy = ask(networks, inputs_of(data, split, NOISE), data)
+    return {**row, "noise": scores(noisy, find_split(data, split).labels, row["temperature"])}
 
 
 def show(row: Row) -> str:
-    parts = [f"{row['network']:<15}{row['samples']:>3} T {row['temperature']:.2f}"]
+    parts = [f"{row['network']:<15}{row['samples']:>3} seed {row['seed']} T {row['temperature']:.2f}"]
     for case in ("clean", "noise"):
         found = row[case]
         likelihood = f"error {found['error']:.2f} NLL {found['nll']:.4f} at T {found['scaled_nll']:.4f}"
@@ -89,27 +127,105 @@ def show(row: Row) -> str:
     return "  ".join(parts)
 
 
+def verdicts(rows: Sequence[Row]) -> Iterator[Verdict]:
+    """What is asked of the mean of 16 networks out of one packed file, as means over the seeds: times at least 1.
+
+    A quantity that has to be small stands as what is asked over what is measured.
+    """
+    by_name = {name: [row for row in rows if row["network"] == name] for name in NETWORKS}
+    drawn = [row for row in by_name["mixture"] if row["samples"] == SAMPLES]
+    point = by_name["deterministic"]
+    if not drawn or not point:
+        return
+
+    def mean(of: Sequence[Row], case: str, score: str) -> float:
+        return fmean(row[case][score] for row in of)
+
+    yield Verdict("MI under noise, over 0.01 nats", 1.0, mean(drawn, "noise", "mutual_information") / 0.01)
+    for score, share in (("nll", 0.75), ("ece", 0.5)):
+        text = f"{share} of the deterministic network's {score.upper()} under noise, over the measured"
+        yield Verdict(text, 1.0, share * mean(point, "noise", score) / mean(drawn, "noise", score))
+    others = [point, [row for row in by_name["default"] if row["samples"] == 1]]
+    best = min(mean(of, "clean", "error") for of in others if of)
+    yield Verdict(
+        "the best clean error and 0.05, over the measured", 1.0, (best + 0.05) / mean(drawn, "clean", "error")
+    )
+    temperature = fmean(row["temperature"] for row in drawn)
+    yield Verdict(f"0.1 over |T - 1|, T = {temperature:.3f}", 1.0, 0.1 / max(1e-9, abs(temperature - 1)))
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """A Markdown table of means over the seeds, with their standard deviation where there are several."""
+    corruptions = list(rows[0].get("corruptions", ()))
+    names = ["clean", "noise 1.0", *corruptions, *(["all corruptions"] if corruptions else [])]
+    yield "| | " + " | ".join(f"{name}, {count}" for name, count in _columns(rows)) + " |"
+    yield "|---" * (1 + len(_columns(rows))) + "|"
+    groups = [[row for row in rows if (row["network"], row["samples"]) == column] for column in _columns(rows)]
+    yield _line("T", [_spread([row["temperature"] for row in group], 2) for group in groups])
+    for name in names:
+        yield _line(
+            f"{name}: error %, NLL, ECE %, MI", [_cell([_scores(row, name) for row in each]) for each in groups]
+        )
+    for outside in rows[0].get("ood", ()):
+        found = [fmean(row["ood"][outside]["entropy"]["auroc"] for row in group) for group in groups]
+        yield _line(f"{outside}: AUROC by entropy", [f"{each:.3f}" for each in found])
+
+
+def _columns(rows: Sequence[Row]) -> list[tuple[str, int]]:
+    return list(dict.fromkeys((row["network"], row["samples"]) for row in rows))
+
+
+def _scores(row: Row, name: str) -> Scores:
+    found: Scores = row["corruptions"][name] if name in row.get("corruptions", ()) else row[_KEYS[name]]
+    return found
+
+
+_KEYS = {"clean": "clean", "noise 1.0": "noise", "all corruptions": "mean"}
+
+
+def _cell(found: Sequence[Scores]) -> str:
+    values = (("error", 1, 2), ("nll", 1, 4), ("ece", 100, 2), ("mutual_information", 1, 4))
+    return ", ".join(_spread([factor * each[name] for each in found], decimals) for name, factor, decimals in values)
+
+
+def _spread(values: Sequence[float], decimals: int) -> str:
+    mean = f"{fmean(values):.{decimals}f}"
+    return f"{mean} ± {stdev(values):.{decimals}f}" if len(values) > 1 else mean
+
+
+def _line(label: str, cells: Sequence[str]) -> str:
+    return f"| {label} | " + " | ".join(cells) + " |"
+
+
+def save(case: str, rows: Sequence[Row]) -> None:
+    """Puts rows into the file, in place of those of the same case."""
+    content = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    content[case] = {"machine": describe_machine(), "networks": NETWORKS, "rows": list(rows)}
+    write_atomically(TABLE, lambda path: Path(path).write_text(json.dumps(content, indent=1) + "\n"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NETWORK")
+    parser.add_argument("--case", choices=CASES, default="lenet5-mnist")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--test", action="store_true", help="test images, in place of those held out")
-    parser.add_argument("--save", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--save", action="store_true", help=f"write the rows to {TABLE.name}")
     arguments = parser.parse_args()
     split = "test" if arguments.test else "validation"
-    train("trunk", TRUNK, arguments.data, arguments.out)
     rows: list[Row] = []
-    for name in arguments.only:
-        init = arguments.out / "trunk" / "model.safetensors"
-        trainer = train(name, RECIPES[name], arguments.data, arguments.out, init)
-        for row in rows_of(name, trainer, split):
-            rows.append(row)
-            print(show(row), flush=True)
+    for seed in arguments.seeds:
+        base, folder = replace(CASES[arguments.case], seed=seed), arguments.out / f"{arguments.case}-{seed}"
+        for name in arguments.only:
+            trainer = train_network(name, base, folder, arguments.data)
+            for row in rows_of(name, trainer, split, arguments.data):
+                rows.append(row)
+                print(show(row), flush=True)
+    print("\n".join(["", *table(rows), "", *map(str, verdicts(rows))]))
     if arguments.save:
-        recipes = {name: asdict(RECIPES[name]) for name in arguments.only}
-        result = {"machine": describe_machine(), "split": split, "recipes": recipes, "rows": rows}
-        write_atomically(TABLE, lambda path: Path(path).write_text(json.dumps(result, indent=1) + "\n"))
+        save(arguments.case, rows)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from bqnn.engine.dequantize import dequantize
 from bqnn.engine.ensemble import CompiledEnsemble
 from bqnn.engine.export_onnx import export_onnx
 from bqnn.engine.pack import pack, pack_
+from bqnn.files.metadata import Metadata
 from bqnn.files.network import info, load, save
 from bqnn.ops.dispatch import BackendError, backends
 from bqnn.packed.convolutions import PackedConv1d, PackedConv2d
@@ -27,6 +28,7 @@ from bqnn.packed.layers import PackedLinear
 from bqnn.reports.explain import explain_speed
 from bqnn.reports.report import Report, report
 from bqnn.training.fit import FitResult, fit
+from bqnn.view.network import write_report
 
 __all__ = [
     "BackendError",
@@ -41,6 +43,7 @@ __all__ = [
     "FitResult",
     "FormatError",
     "GaussianLikelihood",
+    "Metadata",
     "PackedConv1d",
     "PackedConv2d",
     "PackedEmbedding",
@@ -72,4 +75,5 @@ __all__ = [
     "sample",
     "sampling",
     "save",
+    "write_report",
 ]

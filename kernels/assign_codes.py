@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from bqnn.core.codes import digits_per_byte
-from bqnn.kernels.launch import MATRIX_BLOCK
+from bqnn.kernels.launch import MATRIX_BLOCK, cdiv, power_of_2
 
 
 @triton.jit
@@ -53,12 +53,12 @@ def assign_codes(weight, thresholds, packed):
     N, K = weight.shape[0], weight.shape[1:].numel()
     num_levels = thresholds.shape[1] + 1
     digits = digits_per_byte(num_levels) if packed else 1
-    width = triton.cdiv(K, digits)
+    width = cdiv(K, digits)
     codes = torch.empty((N, width) if packed else weight.shape, device=weight.device, dtype=torch.uint8)
-    BD = triton.next_power_of_2(digits)
-    BB = min(MATRIX_BLOCK // BD, triton.next_power_of_2(width))
+    BD = power_of_2(digits)
+    BB = min(MATRIX_BLOCK // BD, power_of_2(width))
     BN = MATRIX_BLOCK // (BB * BD)
-    assign_codes_kernel[(triton.cdiv(N, BN), triton.cdiv(width, BB))](
+    assign_codes_kernel[(cdiv(N, BN), cdiv(width, BB))](
         weight, thresholds, codes, N, K, NUM_LEVELS=num_levels, PER_CHANNEL=int(thresholds.shape[0] > 1),
         DIGITS=digits, BD=BD, BN=BN, BB=BB,
     )  # fmt: skip

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.geometry import pixels_of
-from bqnn.kernels.launch import architecture, fewer_stages, processors, registers_of_product, splits_of
+from bqnn.kernels.geometry import output_shape, pixels_of
+from bqnn.kernels.launch import architecture, cdiv, planned, power_of_2, processors, splits_of, tile_limits
 
 # A tile of outputs has no more pixels than these.
 ROWS = 128
@@ -125,7 +125,7 @@ class Plan(NamedTuple):
 
 def tile_side(size, largest):
     """The largest power of two, from 16 on, that pads ``size`` by at most a quarter more than the best does."""
-    padded = {side: triton.cdiv(size, side) * side for side in (16, 32, 64, 128) if side <= largest}
+    padded = {side: cdiv(size, side) * side for side in (16, 32, 64, 128) if side <= largest}
     return max(side for side in padded if padded[side] <= 1.25 * min(padded.values()))
 
 
@@ -139,7 +139,7 @@ def order_of(channels, taps):
 
 
 def steps_of(channels, taps, order, BK):
-    return triton.cdiv(depth_of(channels, taps, order), BK) * (taps if order == "blocks" else 1)
+    return cdiv(depth_of(channels, taps, order), BK) * (taps if order == "blocks" else 1)
 
 
 def _tiles(outputs, depth, largest, order, dtype):
@@ -156,29 +156,29 @@ def _needs_warps(tile, gathered, order):
     return tile >= (8192 if architecture() >= 90 else 4096) or (order != "blocks" and gathered >= 2048)
 
 
-def _limits(order, dtype):
-    stages = fewer_stages() if order != "blocks" or dtype.itemsize == 4 else {}
-    return {**stages, **registers_of_product(dtype)}
-
-
 def product_plan(x, shape, taps, groups, largest, order=None):
     """The plan of a product y of this shape with so many taps; ``largest`` is the most (BN, BK), of 2 bytes each."""
     N, C = shape[1] // groups, x.shape[1] // groups
     order = order or order_of(C, taps)
-    BN, BK = _tiles(N, depth_of(C, taps, order), largest, order, x.dtype)
-    BM = min(ROWS if x.dtype.itemsize == 2 else 64, max(16, triton.next_power_of_2(pixels_of(shape))))
-    blocks = (triton.cdiv(pixels_of(shape), BM), triton.cdiv(N, BN), groups)
-    splits, _ = splits_of(blocks, steps_of(C, taps, order, BK), 1, x.device)
-    num_warps = 8 if x.dtype.itemsize == 4 or _needs_warps(BM * BN, BM * BK, order) else 4
-    tiles = {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps, **_limits(order, x.dtype)}
+    tiles = _product_tiles(pixels_of(shape), N, C, taps, largest, order, x.dtype, architecture())
+    blocks = (cdiv(pixels_of(shape), tiles["BM"]), cdiv(N, tiles["BN"]), groups)
+    splits, _ = splits_of(blocks, steps_of(C, taps, order, tiles["BK"]), 1, x.device)
     return Plan(order, tiles, splits)
+
+
+@planned
+def _product_tiles(pixels, N, C, taps, largest, order, dtype, architecture):
+    BN, BK = _tiles(N, depth_of(C, taps, order), largest, order, dtype)
+    BM = min(ROWS if dtype.itemsize == 2 else 64, max(16, power_of_2(pixels)))
+    num_warps = 8 if dtype.itemsize == 4 or _needs_warps(BM * BN, BM * BK, order) else 4
+    return {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps, **tile_limits(order == "blocks", dtype)}
 
 
 def product_launch(plan, places, groups, kernel):
     """Grid and arguments of one of a plan's products, for a weight of ``kernel`` taps, rows and columns."""
     geometry, weight_strides, y_strides = places
     steps = steps_of(geometry.C, kernel[0] * kernel[1], plan.order, plan.tiles["BK"])
-    blocks = triton.cdiv(geometry.M, plan.tiles["BM"]) * triton.cdiv(geometry.N, plan.tiles["BN"])
+    blocks = cdiv(geometry.M, plan.tiles["BM"]) * cdiv(geometry.N, plan.tiles["BN"])
     flags = {"TAPS_H": kernel[0], "TAPS_W": kernel[1], "ORDER": plan.order}
     return (blocks, groups, plan.splits), {
         "geometry": geometry,
@@ -186,7 +186,7 @@ def product_launch(plan, places, groups, kernel):
         "y_strides": y_strides,
         "groups": groups,
         "steps": steps,
-        "span": triton.cdiv(steps, plan.splits),
+        "span": cdiv(steps, plan.splits),
         **flags,
         **plan.tiles,
     }
@@ -197,13 +197,18 @@ def weight_plan(x, y, taps, groups, largest):
     as for the product."""
     N, C = y.shape[1] // groups, x.shape[1] // groups
     order = order_of(C, taps)
-    BN, BK = _tiles(N, depth_of(C, taps, order), largest, order, x.dtype)
-    BM = (64 if x.dtype.itemsize == 2 else 32) // (1 if order == "blocks" else 2)
-    blocks = (triton.cdiv(N, BN), steps_of(C, taps, order, BK), groups)
-    splits, _ = splits_of(blocks, pixels_of(y.shape), BM, x.device, most=processors(x.device))
-    num_warps = 8 if _needs_warps(BN * BK, BM * BK, order) else 4
-    tiles = {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps, **_limits(order, x.dtype)}
+    tiles = _weight_tiles(N, C, taps, largest, order, x.dtype, architecture())
+    blocks = (cdiv(N, tiles["BN"]), steps_of(C, taps, order, tiles["BK"]), groups)
+    splits, _ = splits_of(blocks, pixels_of(y.shape), tiles["BM"], x.device, most=processors(x.device))
     return Plan(order, tiles, splits)
+
+
+@planned
+def _weight_tiles(N, C, taps, largest, order, dtype, architecture):
+    BN, BK = _tiles(N, depth_of(C, taps, order), largest, order, dtype)
+    BM = (64 if dtype.itemsize == 2 else 32) // (1 if order == "blocks" else 2)
+    num_warps = 8 if _needs_warps(BN * BK, BM * BK, order) else 4
+    return {"BM": BM, "BN": BN, "BK": BK, "num_warps": num_warps, **tile_limits(order == "blocks", dtype)}
 
 
 def weight_launch(plan, places, groups, kernel):
@@ -211,15 +216,16 @@ def weight_launch(plan, places, groups, kernel):
     geometry, weight_strides, y_strides = places
     tiles = plan.tiles
     steps = steps_of(geometry.C, kernel[0] * kernel[1], plan.order, tiles["BK"])
-    span = triton.cdiv(triton.cdiv(geometry.M, tiles["BM"]), plan.splits) * tiles["BM"]
+    span = cdiv(cdiv(geometry.M, tiles["BM"]), plan.splits) * tiles["BM"]
     flags = {"TAPS_H": kernel[0], "TAPS_W": kernel[1], "ORDER": plan.order}
-    grid = (steps * triton.cdiv(geometry.N, tiles["BN"]), groups, plan.splits)
+    grid = (steps * cdiv(geometry.N, tiles["BN"]), groups, plan.splits)
     strides = {"weight_strides": weight_strides, "y_strides": y_strides}
     return grid, {"geometry": geometry, **strides, "groups": groups, "span": span, **flags, **tiles}
 
 
-def row_blocks(shape):
-    return triton.cdiv(pixels_of(shape), ROWS)
+def row_blocks(x, weight, product):
+    """Blocks of ROWS pixels of the product's output."""
+    return cdiv(pixels_of(output_shape(x, weight, product)), ROWS)
 
 
 def output_parts(plan, shape, memory_format, x, dtype=None):

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from bqnn.kernels.launch import planned
+
 
 class Axis(NamedTuple):
     """One direction of a product: pixel i of y gathers at tap t the pixel ``i * step + origin + t * delta`` of x."""
@@ -92,11 +94,17 @@ def gradient_axes(size, taps, stride, padding, dilation):
 
 def gradient_products(shape, kernel, product):
     """The products that the gradient for x [B, C, H, W] consists of: indices of pixels and of their taps, and axes."""
-    stride, padding, dilation, _ = product
-    rows, columns = (list(gradient_axes(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i])) for i in (0, 1))
-    for rows_h, taps_h, axis_h in rows:
-        for columns_w, taps_w, axis_w in columns:
-            yield (..., rows_h, columns_w), (..., taps_h, taps_w), (axis_h, axis_w)
+    return _gradient_products(tuple(shape[2:]), tuple(kernel), *(tuple(each) for each in product[:3]))
+
+
+@planned
+def _gradient_products(size, kernel, stride, padding, dilation):
+    rows, columns = (list(gradient_axes(size[i], kernel[i], stride[i], padding[i], dilation[i])) for i in (0, 1))
+    return [
+        ((..., rows_h, columns_w), (..., taps_h, taps_w), (axis_h, axis_w))
+        for rows_h, taps_h, axis_h in rows
+        for columns_w, taps_w, axis_w in columns
+    ]
 
 
 def image_strides(y):
@@ -148,16 +156,22 @@ def weight_roles(grad, x, kernel, product):
     return x, grad, forward_axes(product), False
 
 
+def output_shape(x, weight, product):
+    """The shape of a convolution's output, whether or not torch would refuse it."""
+    stride, padding, dilation, _ = product
+    sides = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+    return torch.Size((x.shape[0], weight.shape[0], *sides))
+
+
 def output_of(x, weight, product):
     """Shape and memory format of torch's own convolution, the latter as fakes tell it; raises where torch does."""
     stride, padding, dilation, groups = product
     arguments = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
     backend = torch._C._select_conv_backend(x, weight, None, *arguments)
-    sides = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    )
     memory_format = torch._C._conv_determine_backend_memory_format(x, weight, backend)
-    return torch.Size((x.shape[0], weight.shape[0], *sides)), memory_format
+    return output_shape(x, weight, product), memory_format
 
 
 def is_pointwise(weight, product):

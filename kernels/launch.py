@@ -1,12 +1,17 @@
 """What launchers share: flags, grids and the reductions that end a kernel's partial sums."""
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
 from triton.runtime import driver
 
+from bqnn.kernels.weight_tiles import MOST_ELEMENTS, MOST_TILES, PROGRAMS
+
+INTERPRETED = triton.knobs.runtime.interpret
+# What follows from shapes, dtypes and the GPU is found once for each: the host would take longer than kernels.
+planned = lru_cache(maxsize=4096)
 # A block has so many elements where every element is treated by itself.
 MATRIX_BLOCK = 1024
 # A kernel is given all registers where ptxas would spill a few of them to fit another block on a multiprocessor.
@@ -15,17 +20,28 @@ ALL_REGISTERS = {"maxnreg": 255}
 MAX_SPLITS = 8
 
 
+def cdiv(a, b):
+    """a / b, rounded up; triton.cdiv takes microseconds, since kernels may call it too."""
+    return -(-a // b)
+
+
+def power_of_2(n):
+    """The least power of two from n on, n being 1 or more."""
+    return 1 << (n - 1).bit_length()
+
+
+@planned
 def blocks_of_matrix(rows, columns):
     """Grid and tile sizes of a kernel that goes over a matrix once; rows are on the axis that has no small limit."""
-    BK = min(MATRIX_BLOCK, max(4, triton.next_power_of_2(columns)))
+    BK = min(MATRIX_BLOCK, max(4, power_of_2(columns)))
     BN = MATRIX_BLOCK // BK
-    return (triton.cdiv(rows, BN), triton.cdiv(columns, BK)), {"BN": BN, "BK": BK}
+    return (cdiv(rows, BN), cdiv(columns, BK)), {"BN": BN, "BK": BK}
 
 
 def level_sums(sums, codebook):
     """Sums [blocks, N, M], one of each row of each block, to the shape and dtype of the codebook they belong to."""
-    sums = sums.sum(0)
-    return (sums if codebook.shape[0] > 1 or sums.shape[0] == 1 else sums.sum(0, keepdim=True)).to(codebook.dtype)
+    by_row = codebook.shape[0] > 1
+    return (sums.sum(0) if by_row else sums.view(-1, sums.shape[-1]).sum(0, keepdim=True)).to(codebook.dtype)
 
 
 def flags_of_codebook(levels):
@@ -59,7 +75,13 @@ def processors(device):
 
 def architecture():
     """The architecture of the GPU that kernels are compiled for, 90 for sm_90; 0 in the interpreter."""
-    return 0 if triton.knobs.runtime.interpret else driver.active.get_current_target().arch
+    return 0 if INTERPRETED else _architecture_of(driver.active.get_current_device())
+
+
+@cache
+def _architecture_of(number):
+    """That of the GPU of this number, the present one: to ask its driver takes as long as a launch."""
+    return driver.active.get_current_target().arch
 
 
 def fewer_stages():
@@ -72,12 +94,31 @@ def registers_of_product(dtype):
     return {} if architecture() == 90 and dtype.itemsize == 2 else ALL_REGISTERS
 
 
+def tile_limits(in_blocks, dtype):
+    """Stages and registers of a convolution's tile: where taps share one, and in float32, ptxas may spill a few."""
+    stages = {} if in_blocks and dtype.itemsize == 2 else fewer_stages()
+    return {**stages, **registers_of_product(dtype)}
+
+
 def splits_of(blocks, length, step, device, most=MAX_SPLITS):
     """Into how many parts a contraction of ``length`` is cut so that the tiles keep a GPU busy, and a part's length."""
-    steps = triton.cdiv(length, step)
-    parts = max(1, min(steps, processors(device) // math.prod(blocks), most))
-    span = triton.cdiv(steps, parts)
-    return triton.cdiv(steps, span), span * step
+    return _splits_of(math.prod(blocks), length, step, processors(device), most)
+
+
+@planned
+def _splits_of(blocks, length, step, processors, most):
+    steps = cdiv(length, step)
+    parts = max(1, min(steps, processors // blocks, most))
+    span = cdiv(steps, parts)
+    return cdiv(steps, span), span * step
+
+
+def grid_of(columns, BN, rows, BM, length, step, device):
+    """Grid of a product [rows, length] @ [length, columns] in tiles of BM rows and BN columns, its third dimension the
+    parts that the contraction is cut into, and a part's length; see :func:`splits_of`."""
+    blocks = cdiv(columns, BN), cdiv(rows, BM)
+    splits, span = splits_of(blocks, length, step, device)
+    return (*blocks, splits), span
 
 
 def sum_of_splits(parts, bias, dtype):
@@ -88,12 +129,23 @@ def sum_of_splits(parts, bias, dtype):
     return (total if bias is None else total.add_(bias)).to(dtype)
 
 
-def leading(x):
-    """The product of all dimensions but the last."""
-    return math.prod(x.shape[:-1])
-
-
 def rows_of(x):
     """x [..., K] as a matrix whose rows are contiguous, a view if it can be."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def cut(weight, levels):
+    """For a kernel that goes over a weight once, as weight_tiles.py says: rows and columns of the matrix, tiles of a
+    program, numbers of programs along both, and sizes of a tile."""
+    return _cut(weight.numel(), *levels.shape)
+
+
+@planned
+def _cut(weights, rows, num_levels):
+    columns = weights // rows
+    size = MOST_ELEMENTS // (1 if num_levels <= 4 else 2 if num_levels <= 8 else 4)
+    BK = min(size, power_of_2(columns))
+    blocks = {"BN": size // BK, "BK": BK}
+    tiles = min(MOST_TILES, power_of_2(max(1, weights // (size * PROGRAMS))))
+    return (rows, columns, tiles), (cdiv(rows, blocks["BN"]), cdiv(columns, tiles * BK)), blocks

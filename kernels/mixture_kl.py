@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.launch import flags_of_codebook, level_sums
-from bqnn.kernels.weight_tiles import cut, heuristics_of_tiles, log2, offsets_of, place_of, reciprocal
+from bqnn.kernels.launch import cut, flags_of_codebook, level_sums
+from bqnn.kernels.weight_tiles import heuristics_of_tiles, log2, offsets_of, place_of, reciprocal
 
 LOG2E, HALF_LOG2E, LN2 = tl.constexpr(1.44269504), tl.constexpr(0.72134752), tl.constexpr(0.69314718)
 

@@ -144,9 +144,8 @@ def moment_conv2d_fwd_kernel(
 
 def is_fused(x, posterior, mode, product):
     """Whether the kernels here multiply; otherwise torch does, by moments made before."""
-    weight, groups = posterior.weight, product.groups
-    output_of(x, weight, product)  # this refuses what torch refuses
-    return groups == 1 or weight.shape[0] // groups >= 16  # otherwise most of a tile would be padding
+    groups = product.groups
+    return groups == 1 or posterior.weight.shape[0] // groups >= 16  # otherwise most of a tile would be padding
 
 
 def forward(x, posterior, bias, noise, mode, coarse, product):
@@ -213,7 +212,7 @@ class Source(NamedTuple):
 
 
 def _source(x, shape, posterior, mode, product):
-    taps, made = posterior.weight.shape[2:].numel(), row_blocks(shape) > MADE_BLOCKS
+    taps, made = posterior.weight.shape[2:].numel(), row_blocks(x, posterior.weight, product) > MADE_BLOCKS
     plain = (*product.stride, *product.dilation) == (1, 1, 1, 1) and architecture() < 100
     tile = FORWARD_TILE if plain else NARROW_TILE
     plan = product_plan(x, shape, taps, product.groups, tile, None if made else "contiguous")

@@ -11,12 +11,12 @@ import triton.language as tl
 from bqnn.kernels.arguments import gradients_of
 from bqnn.kernels.launch import (
     architecture,
+    cdiv,
     fewer_stages,
     flags_of_product,
-    leading,
+    grid_of,
     registers_of_product,
     rows_of,
-    splits_of,
     sum_of_splits,
 )
 from bqnn.kernels.moment import (
@@ -206,7 +206,7 @@ def moment_linear_bwd_kernel_weight(
 
 def _rows_of_block(rows, dtype):
     """The rows in as few blocks as registers have two accumulators for, since each makes the moments anew."""
-    return min(max(16, triton.next_power_of_2(rows)), 64 if dtype == torch.float32 else 128)
+    return min(max(16, 1 << (rows - 1).bit_length()), 64 if dtype == torch.float32 else 128)
 
 
 def _width(dtype):
@@ -236,9 +236,8 @@ def _weight_tiles(dtype, columns):
 
 def _grid(x, columns, length):
     """Grid, and a part's share of the contraction, of a product [rows of x, length] @ [length, columns]."""
-    blocks = (triton.cdiv(columns, _width(x.dtype)), triton.cdiv(len(x), _rows_of_block(len(x), x.dtype)))
-    splits, span = splits_of(blocks, length, _step(x.dtype), x.device)
-    return (*blocks, splits), span
+    BM, BN, BK = _rows_of_block(len(x), x.dtype), _width(x.dtype), _step(x.dtype)
+    return grid_of(columns, BN, len(x), BM, length, BK, x.device)
 
 
 def is_fused(x, posterior, mode, product):
@@ -246,7 +245,8 @@ def is_fused(x, posterior, mode, product):
     multiplies."""
     thresholds = posterior.thresholds.shape[1]
     cost = OPERATIONS_OF_THRESHOLD * thresholds if mode == "categorical" else OPERATIONS_OF_GAUSSIAN
-    blocks = triton.cdiv(leading(x), _rows_of_block(leading(x), x.dtype))
+    rows = x.numel() // x.shape[-1]
+    blocks = cdiv(rows, _rows_of_block(rows, x.dtype))
     return (blocks - 1) * cost <= OPERATIONS_FUSED
 
 
@@ -314,7 +314,7 @@ def backward(grad, slope, x, posterior, noise, mode, input_gradient, product, pi
         )  # fmt: skip
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
     tiles = _weight_tiles(x.dtype, K)
-    blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(K, tiles["BK"]))
+    blocks = (cdiv(N, tiles["BN"]), cdiv(K, tiles["BK"]))
     gradients = gradients_of(posterior, blocks[1], codebook_sums(posterior.levels.shape[1], mode))
     moment_linear_bwd_kernel_weight[blocks](
         grad, slope, rows, posterior, gradients, M, N, K, grad.stride(0), rows.stride(0), gradients.sums.shape[2],

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bqnn.kernels.launch import MATRIX_BLOCK, blocks_of_matrix
+from bqnn.kernels.launch import MATRIX_BLOCK, blocks_of_matrix, cdiv, power_of_2
 
 CODE_BITS = {2: 1, 3: 2, 4: 2}  # more levels take 4, as in bqnn.ops.backends.gpu_layout
 
@@ -91,8 +91,8 @@ def quantize_rows(x):
     M, K = x.shape
     largest = torch.linalg.vector_norm(x, float("inf"), dim=1)
     q, scale = torch.empty_like(x, dtype=torch.int8), torch.empty_like(largest, dtype=torch.float32)
-    BK = min(4 * MATRIX_BLOCK, max(16, triton.next_power_of_2(K)))
-    quantize_rows_kernel[(M, triton.cdiv(K, BK))](x, largest, q, scale, K, BK, enable_fp_fusion=False)
+    BK = min(4 * MATRIX_BLOCK, max(16, power_of_2(K)))
+    quantize_rows_kernel[(M, cdiv(K, BK))](x, largest, q, scale, K, BK, enable_fp_fusion=False)
     return q, scale
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from bqnn.kernels import packed_linear
 from bqnn.kernels.decode import codebook, decode, few_levels
-from bqnn.kernels.launch import splits_of
+from bqnn.kernels.launch import cdiv, power_of_2, splits_of
 from bqnn.kernels.packed import Epilogue, finish, flags_of_packed, quantize_rows, sum_of_parts, sums_of
 
 # A product's tile has at least so many channels, and for a layer of few channels no more.
@@ -143,9 +143,9 @@ def forward(x, weight, bias, precision, relu, geometry):
         return y.view(B, OH, OW, N).permute(0, 3, 1, 2)
     epilogue, flags = Epilogue(weight.scale, row_scale, bias), flags_of_packed(weight, precision, relu)
     config = packed_linear.configuration("packed_conv2d", P, images, precision, flags, N // groups, words)
-    config["BN"] = min(config["BN"], max(LEAST_BN, triton.next_power_of_2(N // groups)))
+    config["BN"] = min(config["BN"], max(LEAST_BN, power_of_2(N // groups)))
     del config["kernel"]  # a convolution is always a product
-    blocks = (triton.cdiv(P, config["BM"]), triton.cdiv(N // groups, config["BN"]))
+    blocks = (cdiv(P, config["BM"]), cdiv(N // groups, config["BN"]))
     splits, span = splits_of((*blocks, groups), words, config["BW"], x.device, config.pop("most_splits"))
     sums = sums_of(y, splits, epilogue)
     kernel_size, stride, padding, dilation, _ = geometry

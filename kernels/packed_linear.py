@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from bqnn.kernels.decode import codebook, decode, few_levels
-from bqnn.kernels.launch import ALL_REGISTERS, MAX_SPLITS, architecture, processors, rows_of, splits_of
+from bqnn.kernels.launch import ALL_REGISTERS, MAX_SPLITS, architecture, cdiv, processors, rows_of, splits_of
 from bqnn.kernels.packed import Epilogue, finish, flags_of_packed, quantize_rows, sum_of_parts, sums_of
 
 # Up to so many rows, each takes a pass of its own over the words. Float32 products are FMA, for which tiles of a few
@@ -228,11 +228,11 @@ def multiply(rows, weight, epilogue, y, precision, relu):
         rows = rows.to(torch.bfloat16)  # this rounds once, not in every block of channels
     config = configuration("packed_linear", M, rows, precision, flags, N, W)
     if config.pop("kernel") == "gemv":
-        packed_linear_gemv_kernel[(triton.cdiv(N, config["BN"]), M)](
+        packed_linear_gemv_kernel[(cdiv(N, config["BN"]), M)](
             rows, words, weight.levels, epilogue, y, N, K, W, rows.stride(0), **config, **flags
         )
         return y
-    blocks = (triton.cdiv(M, config["BM"]), triton.cdiv(N, config["BN"]))
+    blocks = (cdiv(M, config["BM"]), cdiv(N, config["BN"]))
     splits, span = splits_of(blocks, W, config["BW"], rows.device, config.pop("most_splits"))
     sums = sums_of(y, splits, epilogue)
     packed_linear_fwd_kernel[(*blocks, splits)](

@@ -153,13 +153,12 @@ def sample_conv2d_bwd_kernel_weight(
 def is_fused(x, posterior, product):
     """Whether the kernels here, or sample_linear's, multiply; otherwise torch does, by a weight sampled before."""
     weight = posterior.weight
-    shape, _ = output_of(x, weight, product)
     if is_pointwise(weight, product):
         return sample_linear.is_fused(pixels_last(x), posterior, LinearProduct())
     outputs = weight.shape[0] // product.groups
     if product.groups > 1 and outputs < 16:
         return False  # most of a tile would be padding
-    return outputs < NARROW or row_blocks(shape) <= SAMPLED_BLOCKS
+    return outputs < NARROW or row_blocks(x, weight, product) <= SAMPLED_BLOCKS
 
 
 def forward(x, posterior, bias, noise, product):
@@ -170,7 +169,7 @@ def forward(x, posterior, bias, noise, product):
     if is_pointwise(weight, product):
         y = sample_linear.forward(pixels_last(x), as_matrix(posterior), bias, noise, LinearProduct())
         return images_of(y, memory_format)
-    sampled, taps = row_blocks(shape) <= SAMPLED_BLOCKS, weight.shape[2:].numel()
+    sampled, taps = row_blocks(x, weight, product) <= SAMPLED_BLOCKS, weight.shape[2:].numel()
     plan = product_plan(x, shape, taps, product.groups, _product_tile(), "contiguous" if sampled else None)
     y = output_parts(plan, shape, memory_format, x)
     source = (posterior, None) if sampled else (None, sample(posterior, noise, x.dtype, torch.channels_last))

@@ -11,11 +11,11 @@ from bqnn.kernels.arguments import Noise, gradients_of
 from bqnn.kernels.launch import (
     ALL_REGISTERS,
     architecture,
+    cdiv,
     fewer_stages,
     flags_of_product,
-    leading,
+    grid_of,
     rows_of,
-    splits_of,
     sum_of_splits,
 )
 from bqnn.kernels.quantizer import codebook_of, quantize
@@ -164,12 +164,12 @@ def _flags(x, posterior):
 
 
 def _rows_of_block(rows):
-    return max(16, triton.next_power_of_2(rows))
+    return max(16, 1 << (rows - 1).bit_length())  # the next power of two
 
 
 def is_fused(x, posterior, product):
     """Whether the product, a LinearProduct, samples its weight; otherwise that is sampled once and torch multiplies."""
-    return leading(x) <= FUSED_ROWS
+    return x.numel() <= FUSED_ROWS * x.shape[-1]
 
 
 def forward(x, posterior, bias, noise, product):
@@ -178,11 +178,11 @@ def forward(x, posterior, bias, noise, product):
     rows = rows_of(x)
     (M, K), N = rows.shape, posterior.weight.shape[0]
     tiles = _tiles(M, x.dtype, K)
-    blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(M, tiles["BM"]))
-    splits, span = splits_of(blocks, K, tiles["BK"], x.device)
-    y = torch.empty((splits, M, N), device=x.device, dtype=x.dtype if splits == 1 else torch.float32)
-    sample_linear_fwd_kernel[(*blocks, splits)](
-        rows, posterior, bias if splits == 1 else None, noise.seed, noise.offset, y, M, N, K, rows.stride(0), span,
+    grid, span = grid_of(N, tiles["BN"], M, tiles["BM"], K, tiles["BK"], x.device)
+    whole = grid[2] == 1
+    y = torch.empty((grid[2], M, N), device=x.device, dtype=x.dtype if whole else torch.float32)
+    sample_linear_fwd_kernel[grid](
+        rows, posterior, bias if whole else None, noise.seed, noise.offset, y, M, N, K, rows.stride(0), span,
         **_flags(x, posterior), **tiles,
     )  # fmt: skip
     return sum_of_splits(y, bias, x.dtype).view(*x.shape[:-1], N)
@@ -195,15 +195,14 @@ def backward(grad, x, posterior, noise, input_gradient, product):
     tiles, flags = _tiles(M, x.dtype, K), _flags(x, posterior)
     grad_x = x.new_empty(0)
     if input_gradient:
-        blocks = (triton.cdiv(K, tiles["BK"]), triton.cdiv(M, tiles["BM"]))
-        splits, span = splits_of(blocks, N, tiles["BN"], x.device)
-        grad_x = torch.empty((splits, M, K), device=x.device, dtype=x.dtype if splits == 1 else torch.float32)
-        sample_linear_bwd_kernel_input[(*blocks, splits)](
+        grid, span = grid_of(K, tiles["BK"], M, tiles["BM"], N, tiles["BN"], x.device)
+        grad_x = torch.empty((grid[2], M, K), device=x.device, dtype=x.dtype if grid[2] == 1 else torch.float32)
+        sample_linear_bwd_kernel_input[grid](
             grad, posterior, noise.seed, noise.offset, grad_x, M, N, K, grad.stride(0), span, **flags, **tiles
         )
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
     tiles = _weight_tiles(x.dtype)
-    blocks = (triton.cdiv(N, tiles["BN"]), triton.cdiv(K, tiles["BK"]))
+    blocks = (cdiv(N, tiles["BN"]), cdiv(K, tiles["BK"]))
     gradients = gradients_of(posterior, blocks[1], posterior.levels.shape[1])
     partitioned = posterior._replace(levels=None)  # an address that is not read costs registers on sm_100
     sample_linear_bwd_kernel_weight[blocks](

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.launch import flags_of_codebook, level_sums
-from bqnn.kernels.weight_tiles import cut, heuristics_of_tiles, log2, offsets_of, place_of, reciprocal
+from bqnn.kernels.launch import cut, flags_of_codebook, level_sums
+from bqnn.kernels.weight_tiles import heuristics_of_tiles, log2, offsets_of, place_of, reciprocal
 
 # F of Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14, as in bqnn.ops.spike_slab_kl. In terms
 # of a = 1 / alpha it is K1 - K1 / (1 + e) + log(1 + a) / 2, e = exp(-K2) a^K3. Kernels take S + S e for 1 + e, since

@@ -61,14 +61,3 @@ def offsets_of(o_n, first, N, K, BK: tl.constexpr, WHOLE: tl.constexpr):
         return o_w, tl.full(o_w.shape, True, tl.int1)
     else:
         return o_w, (o_n < N)[:, None] & (o_k < tl.minimum(K - first, BK).to(tl.int32))
-
-
-def cut(weight, levels):
-    """Rows and columns of the matrix, tiles of a program, numbers of programs along both, and sizes of a tile."""
-    rows = levels.shape[0]
-    columns = weight.numel() // rows
-    size = MOST_ELEMENTS // (1 if levels.shape[1] <= 4 else 2 if levels.shape[1] <= 8 else 4)
-    BK = min(size, triton.next_power_of_2(columns))
-    blocks = {"BN": size // BK, "BK": BK}
-    tiles = min(MOST_TILES, max(1, triton.next_power_of_2(weight.numel() // (size * PROGRAMS))))
-    return (rows, columns, tiles), (triton.cdiv(rows, blocks["BN"]), triton.cdiv(columns, tiles * BK)), blocks

@@ -1,34 +1,72 @@
-"""The bench of uncertainty: its rows are what bqnn.lab.uncertainty measures, of the network and of its posterior."""
+"""The bench of uncertainty: its rows are what bqnn.lab.uncertainty measures, of networks drawn from packed ones."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import bqnn
 from bench import uncertainty_lenet5 as bench
 from bqnn.data.corruptions import CORRUPTIONS
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import Trainer
 from bqnn.lab.uncertainty import measure
 
-SHORT = Recipe(pretrain_epochs=1, deterministic_epochs=0, epochs=1, start_sigma=0.4, validation=200)
+SHORT = Recipe(pretrain_epochs=1, deterministic_epochs=1, epochs=1, validation=200)
 
 
-def test_rows_are_what_eval_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trainer]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: bench.train_network(name, SHORT, folder, Path("data")) for name in bench.NETWORKS}
+
+
+@pytest.fixture
+def rows(trained: dict[str, Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bench.Row]]:
     monkeypatch.setattr(bench, "SAMPLES", 2)
     monkeypatch.setattr("bqnn.lab.uncertainty.CORRUPTIONS", {"fog": CORRUPTIONS["fog"]})
-    trainer = bench.train("x", SHORT, Path("data"), tmp_path)
-    rows = list(bench.rows_of("x", trainer, "test"))
-    assert [row["samples"] for row in rows] == [1, 2]
+    yield [row for name in ("deterministic", "mixture") for row in bench.rows_of(name, trained[name], "test", tmp_path)]
+
+
+def test_rows_are_what_eval_measures_of_packed_networks(
+    rows: list[bench.Row], trained: dict[str, Trainer], tmp_path: Path
+) -> None:
+    assert [(row["network"], row["samples"]) for row in rows] == [("deterministic", 1), ("mixture", 1), ("mixture", 2)]
     for row in rows:
-        found = measure(trainer.net, trainer.data, samples=row["samples"], seed=bench.SEED, data_root=tmp_path)
+        trainer = trained[row["network"]]
+        net = bqnn.pack(trainer.net)
+        found = measure(net, trainer.data, samples=row["samples"], seed=bench.SEED, data_root=tmp_path)
         assert row["temperature"] == pytest.approx(found["temperature"], rel=1e-6)
         assert row["clean"] == pytest.approx(found["clean"], rel=1e-6)
+        assert row["mean"] == pytest.approx(found["mean"], rel=1e-6)
+        assert row["corruptions"]["fog"] == pytest.approx(found["mean"], rel=1e-6), "there is one corruption"
         assert row["noise"]["nll"] > row["clean"]["nll"]
-        assert bench.show(row).startswith(f"x{'':14}{row['samples']:>3} T {row['temperature']:.2f}  clean: error ")
+        start = f"{row['network']:<15}{row['samples']:>3} seed 0 T {row['temperature']:.2f}  clean: error "
+        assert bench.show(row).startswith(start)
+
+
+def test_networks_of_a_seed_share_their_first_phases(trained: dict[str, Trainer]) -> None:
+    begun = {name: trainer.history[0]["epoch"] for name, trainer in trained.items()}
+    assert begun == {"fpnn": 2, "deterministic": 3, "default": 3, "mixture": 3}
+    assert {trainer.history[-1]["epoch"] for trainer in trained.values()} == {3}
+
+
+def test_the_table_has_means_over_seeds_and_verdicts_of_what_is_asked(rows: list[bench.Row]) -> None:
+    other = [{**row, "seed": 1, "temperature": row["temperature"] + 0.2} for row in rows]
+    lines = list(bench.table([*rows, *other]))
+    assert lines[0] == "| | deterministic, 1 | mixture, 1 | mixture, 2 |"
+    first = f"{rows[0]['temperature'] + 0.1:.2f} ± 0.14"
+    assert lines[2].startswith(f"| T | {first} | ")
+    labels = [line.split(" | ")[0] for line in lines[3:7]]
+    assert labels == [f"| {name}: error %, NLL, ECE %, MI" for name in ("clean", "noise 1.0", "fog", "all corruptions")]
+    texts = [verdict.text for verdict in bench.verdicts([*rows, *other])]
+    assert len(texts) == 5 and texts[-1].endswith(f"T = {rows[2]['temperature'] + 0.1:.3f}")
+    likelihoods = [row["noise"]["nll"] for row in rows]
+    assert list(bench.verdicts(rows))[1].measured == pytest.approx(0.75 * likelihoods[0] / likelihoods[2])
+    assert list(bench.verdicts(rows[1:])) == [], "there is nothing to compare with"
 
 
 def test_noise_is_the_same_for_all_networks_and_has_its_deviation(tmp_path: Path) -> None:
@@ -38,6 +76,5 @@ def test_noise_is_the_same_for_all_networks_and_has_its_deviation(tmp_path: Path
     assert float((noisy - clean).std()) == pytest.approx(2, rel=0.02)
 
 
-def test_a_network_without_a_posterior_has_one_row(tmp_path: Path) -> None:
-    trainer = bench.train("x", replace(SHORT, method="fpnn"), Path("data"), tmp_path)
-    assert [row["samples"] for row in bench.rows_of("x", trainer, "validation")] == [1]
+def test_a_network_without_a_posterior_has_one_row(trained: dict[str, Trainer], tmp_path: Path) -> None:
+    assert [row["samples"] for row in bench.rows_of("fpnn", trained["fpnn"], "validation", tmp_path)] == [1]

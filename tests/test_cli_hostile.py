@@ -30,7 +30,7 @@ def splits(count: int) -> Splits:
     images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(count) % 10
     empty = Split(images[:0], labels[:0])
-    return Splits("noise", Split(images, labels), empty, empty, 10, 1, 8, (0.5,), (0.3,))
+    return Splits("noise", Split(images, labels), empty, empty, tuple("0123456789"), 1, 8, (0.5,), (0.3,))
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,26 @@ def test_a_wrong_input_is_named(x: Any, error: type[Exception], message: str, fa
         fast(x)
 
 
+def test_hooks_see_every_call(small: nn.Module) -> None:
+    fast = bqnn.compile(small, X)
+    expected = fast(X)
+    for _ in range(2):  # the first call prepares what the second one goes past the checks with
+        assert torch.equal(fast(X), expected) and torch.equal(fast.forward(X), expected)
+    seen: list[Any] = []
+    handles = [
+        fast.register_forward_pre_hook(lambda module, inputs: seen.append(inputs)),
+        fast.register_forward_hook(lambda module, inputs, output: output + 1),
+        nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(output)),
+    ]
+    try:
+        assert torch.equal(fast(X), expected + 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(seen) == 2
+    assert torch.equal(fast(X), expected) and len(seen) == 2
+
+
 def test_gradients_are_refused_where_they_would_be_recorded(fast: CompiledNetwork) -> None:
     x = X.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="must not require a gradient"):

@@ -58,7 +58,7 @@ def test_the_demo_can_be_run_again(tmp_path: Path) -> None:
 
 
 def test_predictions_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def other_bias(net: torch.nn.Module, path: Path) -> torch.nn.Module:
+    def other_bias(net: torch.nn.Module, path: Path, metadata: bqnn.Metadata) -> torch.nn.Module:
         packed = bqnn.pack(net)
         network.save(packed, path)
         packed.fc3.bias += 100 * torch.eye(10)[0]

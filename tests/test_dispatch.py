@@ -185,12 +185,21 @@ def test_the_table_has_every_op_device_and_backend() -> None:
             assert backends[dispatch.available(op_name, torch.device(device))].usable
 
 
-def test_the_table_prints(op: str) -> None:
+def test_the_table_of_one_op_prints(op: str) -> None:
+    assert [line.split() for line in str(bqnn.backends()).splitlines()[1:]] == [["probe", "cpu", "reference"]]
+    dispatch.register("probe_backward", "reference", lambda call: None)
+    assert str(bqnn.backends()).splitlines()[1].split() == ["probe", "cpu,", "backward", "reference", "reference"]
+
+
+def test_the_table_fits_a_screen_whatever_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "MISSING", "no compiler: " + "the build said why, at length. " * 40)
+    monkeypatch.setattr(native, "cuda_missing", lambda: "there is no GPU that torch can use")
     lines = str(bqnn.backends()).splitlines()
-    assert lines[0].split()[:2] == ["op", "device"]
-    assert lines[1].split()[:3] == ["probe", "cpu", "cpu"]
-    assert lines[2].split()[:3] == ["probe", "cuda", "reference"]
-    assert "cpu: it runs on the CPU and the tensors are on cuda" in lines[2]
+    assert lines[0].split() == ["op", "on", "the", "CPU", "on", "a", "GPU"]
+    assert {line.split()[0]: line.split()[1] for line in lines}["packed_linear"] == "reference"
+    assert "cuda is not usable: there is no GPU that torch can use" in lines
+    assert any(line.startswith("cpu is not usable: no compiler: the build said why") for line in lines)
+    assert len(lines) < 24 and max(map(len, lines)) <= 80
 
 
 def test_import_asks_for_no_gpu_and_loads_no_compiler() -> None:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[1]
+from tests.support.processes import run_in_two
 
 WORK = """
-import os, sys, torch, torch.distributed as dist, bqnn
+import bqnn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-rank, port = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 for estimator, prior, partition in (
     ("deterministic", "spike_slab", "nearest"),
     ("deterministic", "gaussian", "learned"),
@@ -51,34 +43,8 @@ bqnn.refresh_batchnorm(nn.Sequential(norm), images[:4].split(2) if rank == 0 els
 flat = images.double().transpose(0, 1).flatten(1)
 torch.testing.assert_close(norm.running_mean.double(), flat.mean(1), rtol=1e-5, atol=1e-6)
 torch.testing.assert_close(norm.running_var.double(), flat.var(1), rtol=1e-5, atol=1e-6)
-dist.barrier()
-print("equal", flush=True)
-os._exit(0)  # threads of gloo may still be about, for which C++ would end the process with an error
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_replicas_stay_equal_with_every_estimator() -> None:
-    port = str(free_port())
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORK, str(rank), port],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0 and output.strip().endswith("equal"), output
+    run_in_two(WORK)

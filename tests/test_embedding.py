@@ -57,14 +57,18 @@ def test_a_row_is_drawn_once_a_call_and_is_a_level(estimator: str) -> None:
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_draws_have_the_distribution_of_the_posterior(granularity: str) -> None:
-    net = bayes_of(estimator="sample", granularity=granularity)
+    torch.manual_seed(0)
+    plain = nn.Embedding(8000, 6)
+    plain.weight.data.copy_(plain.weight[:2].repeat(4000, 1))  # rows of two kinds, which are drawn 4000 times each
+    net = bqnn.convert(plain, 3, granularity=granularity, estimator="sample")
     net.log_sigma2.data.fill_(-1.0)
-    drawn = torch.stack([net(torch.tensor([4]))[0] for _ in range(4000)])
-    levels, thresholds = (each[4 if granularity == "channel" else 0] for each in (net.levels, net.thresholds))
-    bounds = torch.cat([torch.tensor([-1e9]), thresholds, torch.tensor([1e9])])
-    chance = torch.special.ndtr((bounds[:, None] - net.mean[4]) / net.log_sigma2[4].mul(0.5).exp()).diff(dim=0)
-    share = torch.stack([(drawn - level).abs() < 1e-6 for level in levels]).float().mean(1)
-    torch.testing.assert_close(share, chance, rtol=0, atol=0.04)
+    drawn = net(torch.arange(8000))
+    for row in range(2):
+        levels, thresholds = (each[row if granularity == "channel" else 0] for each in (net.levels, net.thresholds))
+        bounds = torch.cat([torch.tensor([-1e9]), thresholds, torch.tensor([1e9])])
+        chance = torch.special.ndtr((bounds[:, None] - net.mean[row]) / net.log_sigma2[row].mul(0.5).exp()).diff(dim=0)
+        share = torch.stack([(drawn[row::2] - level).abs() < 1e-6 for level in levels]).float().mean(1)
+        torch.testing.assert_close(share, chance, rtol=0, atol=0.04)
 
 
 def gradients(net: nn.Module, indices: Tensor) -> Tensor:
@@ -159,6 +163,15 @@ def test_training_of_a_tied_head_by_its_divergence_is_no_warning(caplog: pytest.
     assert "without the divergence" not in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rows_of_a_loaded_network_have_its_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3, bias=False), nn.Linear(3, 2)).to(dtype)
+    packed, x = bqnn.pack(bqnn.convert(plain, skip=["2"])), torch.arange(7)
+    bqnn.save(packed, tmp_path / "net")
+    loaded = bqnn.load(tmp_path / "net", model=plain.float())
+    assert loaded[0](x).dtype == loaded[1].weight.dtype == dtype and torch.equal(loaded(x), packed(x))
+
+
 def test_padding_is_kept_in_the_file(tmp_path: Path) -> None:
     plain = nn.Sequential(nn.Embedding(7, 3, padding_idx=2))
     bqnn.save(bqnn.pack(bqnn.convert(plain)), tmp_path / "net")
@@ -176,6 +189,9 @@ def test_padding_is_kept_in_the_file(tmp_path: Path) -> None:
         {"padding_idx": True},
         {"padding_idx": None},
         {"relu": True},
+        {"dtype": "I8"},
+        {"dtype": ["F64"]},
+        {"scale_grad_by_freq": True},
         {"stride": [1]},
         {"shape": [7]},
         {"shape": [7, 3, 1]},

@@ -1,4 +1,4 @@
-"""No packed op reads a value back while it runs: that would wait for the GPU, and no CUDA graph could hold it.
+"""No op reads a value back while it runs: that would wait for the GPU, and no CUDA graph could hold it.
 
 The backends run as they would on a GPU, on CPU tensors, with launches that do nothing; every op of torch is looked at.
 """
@@ -6,12 +6,10 @@ The backends run as they would on a GPU, on CPU tensors, with launches that do n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bqnn.core.check import PRECISIONS
 from bqnn.core.geometry import Conv2dGeometry, LinearGeometry
@@ -20,45 +18,23 @@ from bqnn.ops.backends import cuda_packed
 from bqnn.ops.backends.gpu_layout import make_gpu_layout
 from bqnn.ops.packed_product import PackedCall
 from tests.support.packed_products import conv2d_case, linear_case
+from tests.support.reads import NothingIsRead
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from tests.support import aot  # noqa: E402
+from tests.support.launches import launches_stand_in  # noqa: E402
 
-# By these ops a value comes back from the GPU, as a number or as the shape of a result.
-READS = {
-    *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim", "_unique2"),
-    *("repeat_interleave.Tensor", "bincount", "histc", "_assert_async"),
-}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-class NothingIsRead(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).removeprefix("aten.")
-        self.seen.append(name)
-        assert name not in READS and name.split(".")[0] not in READS, f"{name} waits for the GPU"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the kernels that would have been launched."""
-    done: list[str] = []
-
-    def launch(self: Any, *arguments: Any, **keywords: Any) -> None:
-        done.append(self.fn.__name__)
-
     if triton.knobs.runtime.interpret:
         pytest.skip("the interpreter has no launches")
-    monkeypatch.setattr(aot.JITFunction, "run", launch)
-    monkeypatch.setattr(aot.driver, "_active", aot._Driver(90))
-    monkeypatch.setattr(cuda_packed, "_launch", lambda *arguments: done.append("packed_linear"))
-    monkeypatch.setattr(cuda_packed, "_round_rows", lambda *arguments: done.append("round_rows"))
-    yield done
+    with launches_stand_in() as done:
+        monkeypatch.setattr(cuda_packed, "_launch", lambda *arguments: done.append("packed_linear"))
+        monkeypatch.setattr(cuda_packed, "_round_rows", lambda *arguments: done.append("round_rows"))
+        yield done
 
 
 def watched(call: Callable[[], Tensor]) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from bqnn.data import image_folder
+from bqnn.data.channels import with_channels
+from bqnn.data.image_folder import image_files, read_images
 from bqnn.data.splits import Split, load_dataset
 
 pytest.importorskip("PIL")
@@ -147,3 +149,41 @@ def test_cifar10_folder_is_cached_beside(tmp_path: Path, monkeypatch: pytest.Mon
 
     write_images(tmp_path / "cifar10" / "train" / "bird", 11, suffix="webp")
     assert len(load_dataset("cifar10", tmp_path, validation=2).train) == 19
+
+
+def test_grey_of_colour_is_that_of_pillow_and_colour_of_grey_goes_back() -> None:
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 63, 3), dtype=np.uint8)
+    colour = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
+    grey = with_channels(colour, 1)
+    assert np.array_equal(grey[0, 0].numpy(), np.asarray(Image.fromarray(pixels).convert("L")))
+    assert torch.equal(with_channels(with_channels(grey, 3), 1), grey)
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(with_channels(with_channels(every, 3), 1), every) and with_channels(every, 1) is every
+    for images, channels in ((colour, 2), (torch.zeros(1, 4, 2, 2, dtype=torch.uint8), 3)):
+        with pytest.raises(ValueError, match=f"images must have {channels} channels, got {images.shape[1]}"):
+            with_channels(images, channels)
+
+
+def test_images_for_a_network_are_those_of_a_data_set(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", 3, size=(9, 7))
+    write_images(tmp_path / "b", 3, size=(5, 8))
+    files = image_files(tmp_path)
+    assert [str(file.relative_to(tmp_path)) for file in files] == [f"{c}/00{i}.png" for c in "ab" for i in range(3)]
+    images, _ = image_folder.read_image_folder(tmp_path, ["a", "b"], 6)
+    assert torch.equal(read_images(files, 3, 6), images)
+    assert torch.equal(read_images(files, 1, 6), with_channels(images, 1))
+    assert image_files(files[0]) == [files[0]], "a file is taken whatever its ending"
+    for missing in ("none", "c"):
+        (tmp_path / "c").mkdir(exist_ok=True)
+        with pytest.raises(FileNotFoundError, match=f"{missing}: no "):
+            image_files(tmp_path / missing)
+
+
+def test_classes_have_the_names_of_their_folders(tmp_path: Path) -> None:
+    for name in ("cat", "ant"):
+        write_images(tmp_path / name, 10)
+    splits = load_dataset(f"folder:{tmp_path}")
+    assert splits.classes == ("ant", "cat") and splits.num_classes == 2
+    assert load_dataset("digits").classes == tuple("0123456789")

@@ -24,9 +24,10 @@ from bqnn.lab.progress import progress_bar
 from bqnn.ops import dispatch
 from bqnn.ops.assign_codes import assign_codes
 from bqnn.view.figures import _Drawing
+from bqnn.view.page import write_page
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL = ("PIL", "matplotlib", "sklearn", "torchvision", "tqdm")
+OPTIONAL = ("PIL", "jinja2", "lightning", "matplotlib", "pytorch_lightning", "sklearn", "torchvision", "tqdm")
 TOUCHES_ITS_OUTPUT = 'while [ "$1" != -o ]; do shift; done; touch "$2"'
 
 
@@ -45,7 +46,8 @@ def source_tree(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     (folder / "bqnn").mkdir(parents=True)
     (folder / "kernels").mkdir()
-    for name in ("setup.py", "cuda_toolkit.py", "pyproject.toml", "README.md", "LICENSE", "bqnn/_version.py"):
+    scripts = ("setup.py", "cuda_toolkit.py", "bqnn_command.py")
+    for name in (*scripts, "pyproject.toml", "README.md", "LICENSE", "bqnn/_version.py"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "bqnn" / "__init__.py").touch()
     (folder / "csrc").symlink_to(ROOT / "csrc")
@@ -170,7 +172,8 @@ def test_without_kernels_a_compiled_network_warns(no_kernels: str, monkeypatch: 
         pytest.param("sklearn", lambda: load_dataset("digits"), "train", id="digits"),
         pytest.param("torchvision", lambda: load_dataset("mnist"), "train", id="mnist"),
         pytest.param("tqdm", lambda: progress_bar([1], "epoch", 1), "train", id="training"),
-        pytest.param("matplotlib", lambda: _Drawing("key", "title", "x", "y"), "report", id="report"),
+        pytest.param("matplotlib", lambda: _Drawing("key", "title", "x", "y"), "report", id="figures"),
+        pytest.param("jinja2", lambda: write_page("page.html", "page.html", title=""), "report", id="page"),
     ],
 )
 def test_a_package_that_is_missing_names_its_extra(
@@ -197,11 +200,36 @@ print(tuple(net(torch.ones(2, 4)).shape))
     assert run.stdout.strip() == "(2, 3)", run.stderr
 
 
+def test_the_citation_is_of_this_version_and_of_the_paper() -> None:
+    yaml = pytest.importorskip("yaml")
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(found), "what the format demands"
+    assert (found["version"], found["license"]) == (bqnn.__version__, "Apache-2.0")
+    paper = found["preferred-citation"]
+    assert {"type", "title", "authors", "journal", "year", "doi"} <= set(paper)
+    assert all({"family-names", "given-names"} == set(author) for author in paper["authors"])
+
+
+def test_every_package_that_is_asked_for_has_a_pin() -> None:
+    pins = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]
+    names = {re.split(r"[\[>;]", each)[0].lower() for each in asked}
+    assert names - pins == {"bqnn", "tomli"}, "tomli is for Python 3.10 alone"
+
+
+def tracked() -> set[str]:
+    """The files of the project that are there."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return {name for name in names if (ROOT / name).exists()}
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="nothing tells which files belong to the project")
-def test_the_source_package_has_every_file_of_the_project(tmp_path: Path) -> None:
-    run_setup(ROOT, "egg_info", "--egg-base", str(tmp_path), BQNN_CPU="0")
+def test_the_packages_have_every_file_of_the_project(tmp_path: Path) -> None:
+    commands = ["egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")]
+    run_setup(ROOT, *commands, BQNN_CPU="0")
     packed = set((tmp_path / "bqnn.egg-info" / "SOURCES.txt").read_text().splitlines())
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    present = {name for name in tracked if (ROOT / name).exists()}
-    assert present - packed == {".gitignore"}
+    assert tracked() - packed == {".gitignore"}, "of the source package"
     assert not {name for name in packed if name.endswith((".so", ".pyc", "_build.json"))}
+    installed = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*")}
+    assert {name for name in tracked() if name.startswith("bqnn/")} <= installed, "templates and recipes, too"

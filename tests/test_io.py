@@ -225,8 +225,8 @@ def test_the_same_network_gives_the_same_bytes(lenet: nn.Module, lenet_file: Pat
 
 def test_what_can_not_be_saved(tmp_path: Path) -> None:
     path = tmp_path / "net"
-    with pytest.raises(ValueError, match="net must have a packed layer"):
-        save(bqnn.convert(models.lenet5()), path)
+    with pytest.raises(ValueError, match="net must have a Bayes or a packed layer"):
+        save(models.lenet5(), path)
     net = packed_odd()
     net.register_buffer("wide", torch.zeros(2, dtype=torch.complex128))
     with pytest.raises(ValueError, match="tensor 'wide' must have a dtype"):

@@ -327,7 +327,7 @@ def set_byte(name: str, value: int) -> Callable[[dict[str, Any], dict[str, Tenso
         pytest.param(set_spec("conv1", padding_mode=3), "layer 'conv1': padding_mode can not be", id="padding-mode"),
         pytest.param(set_spec("conv1", groups=4), "conv1.groups must divide", id="groups"),
         pytest.param(set_spec("conv1", groups=2), "layer 'conv1' is .* in the file and .* in the model", id="groups-2"),
-        pytest.param(set_metadata(layers={}), "layers must describe the packed layers", id="no-layers"),
+        pytest.param(set_metadata(layers={}), "layers must describe the layers of the file", id="no-layers"),
         pytest.param(set_metadata(layers={"fc1": 3}), "layer 'fc1' must be described", id="layer-number"),
         pytest.param(set_metadata(factory=["lenet6", {}]), "factory: name must be one of", id="factory-name"),
         pytest.param(

@@ -13,6 +13,7 @@ from bqnn.lab.metrics import (
     best_temperature,
     brier_of,
     calibration_bins,
+    error_interval,
     error_of,
     nll_of,
     risk_coverage,
@@ -34,6 +35,31 @@ def test_likelihood_and_brier_are_scikit_learn_s() -> None:
     expected = brier_score_loss(labels, probs, labels=range(7), scale_by_half=False)
     assert brier_of(probs, labels) == pytest.approx(expected, rel=1e-12)
     assert error_of(probs, labels) == pytest.approx(100 * float((probs.argmax(1) != labels).double().mean()))
+
+
+@pytest.mark.parametrize("images", [1, 9, 360, 10_000])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_interval_is_where_the_normal_test_of_a_share_does_not_refuse(share: float, images: int) -> None:
+    wrong = round(share * images)
+    for bound in error_interval(100 * wrong / images, images):
+        p = bound / 100
+        assert 0 <= p <= 1
+        deviations = (
+            abs(wrong / images - p) / math.sqrt(p * (1 - p) / images) if 1e-9 < p < 1 - 1e-9 else 1.959963984540054
+        )
+        assert deviations == pytest.approx(1.959963984540054, rel=1e-9)
+    low, high = error_interval(100 * wrong / images, images)
+    assert low < high and low - 1e-9 <= 100 * wrong / images <= high + 1e-9
+
+
+def test_four_images_of_360_are_no_difference() -> None:
+    assert error_interval(100 * 3 / 360, 360)[1] > error_interval(100 * 7 / 360, 360)[0]
+
+
+@pytest.mark.parametrize(("error", "images"), [(-1.0, 5), (101.0, 5), (float("nan"), 5), (5.0, 0)])
+def test_no_interval_of_what_is_no_share(error: float, images: int) -> None:
+    with pytest.raises(ValueError, match="error must be 0 to 100 percent, of at least 1 image"):
+        error_interval(error, images)
 
 
 def test_by_hand() -> None:

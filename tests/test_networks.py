@@ -181,7 +181,9 @@ def test_the_memory_of_a_network_is_that_of_its_weights_and_activations(packed_i
     """The MLP has 80.1 MB of weights, at M = 3 a twentieth of that; its activations take 2 x 4 KiB x 4 an image."""
     if not network_memory.CLEAR.exists():
         pytest.skip("this system does not tell the peak")
-    found = {variant: network_memory.measure_apart("mlp", 16, variant) for variant in ("torch fp32", "bqnn fp32")}
+    found = {
+        variant: network_memory.measure_apart("mlp", 16, variant) for variant in ("torch fp32", "bqnn compiled fp32")
+    }
     plain, packed = found.values()
     assert isinstance(plain, network_memory.Memory) and isinstance(packed, network_memory.Memory), found
     assert 80e6 <= plain.held <= plain.peak <= 120e6

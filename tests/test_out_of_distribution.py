@@ -24,7 +24,9 @@ def noise(*shape: int) -> Tensor:
 
 def splits(channels: int, size: int, test: int, validation: int = 3) -> Splits:
     held_out, tested = (Split(noise(n, channels, size, size), torch.zeros(n).long()) for n in (validation, test))
-    return Splits("x", tested, held_out, tested, 10, channels, size, (0.5,) * channels, (0.2,) * channels)
+    return Splits(
+        "x", tested, held_out, tested, tuple("0123456789"), channels, size, (0.5,) * channels, (0.2,) * channels
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 28, 28), (4, 3, 9, 13), (1, 3, 1, 1), (0, 1, 8, 8)], ids=str)

@@ -189,6 +189,27 @@ def test_a_recipe_s_types_are_checked(value: Any) -> None:
     assert read_recipe(asdict(SMALL)) == SMALL
 
 
+def test_a_run_says_how_many_images_it_had(finished: Path) -> None:
+    run = runs.load_run(finished)
+    sizes = {"train": 1437 - SMALL.validation, "validation": SMALL.validation, "test": 360}
+    assert run.images == sizes
+    assert runs.load_run(runs.add_scores(run, "test", {"error": 1.0}).folder).images == sizes
+    stored = json.loads((finished / METRICS).read_text())
+    del stored["images"]
+    (finished / METRICS).write_text(json.dumps(stored))
+    assert runs.load_run(finished).images == {}, "of a run that is older"
+
+
+@pytest.mark.parametrize(
+    "images", [3, None, [], {"train": 3}, {"train": 1, "validation": 1, "test": 1.5}]
+    + [{"train": 1, "validation": 1, "test": count} for count in (-1, True, "3", 2**53 + 1)],
+)  # fmt: skip
+def test_numbers_of_images_are_checked(images: Any, tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text(json.dumps({"recipe": asdict(SMALL), "history": [], "images": images}))
+    with pytest.raises(ValueError, match=f"{METRICS} is not what bqnn train writes: images"):
+        runs.load_run(tmp_path)
+
+
 def test_the_records_of_training_are_those_that_are_asked_for(tmp_path: Path) -> None:
     trainer = Trainer(SMALL, tmp_path)
     trainer.run(progress=False, log=silent)

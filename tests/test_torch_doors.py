@@ -1,9 +1,11 @@
-"""What torch looks at networks with: fx, feature extractors, the FLOP counter, torch.compile in every grad mode."""
+"""What torch looks at networks with: fx, feature extractors, the FLOP counter, torch.compile in every grad mode, and
+torch.jit."""
 
 from __future__ import annotations
 
 import copy
 import importlib
+import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -149,3 +151,44 @@ def test_torch_compile_in_every_grad_mode(make: Callable[[], Any]) -> None:
     compiled(found).sum().backward()
     net(expected).sum().backward()
     torch.testing.assert_close(found.grad, expected.grad)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", QUANTIZED)
+@pytest.mark.parametrize("has_run", [False, True], ids=["new", "has-run"])
+def test_torch_jit_traces_a_network_for_any_batch(make: Callable[[], Any], has_run: bool) -> None:
+    net, x = make(), images()
+    if has_run:
+        net(x)
+    traced = torch.jit.trace(net, x)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    for each in (traced, torch.jit.load(file)):
+        for batch in (x, torch.cat([x, 2 * x])):
+            torch.testing.assert_close(each(batch), net(batch))
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    traced(found).sum().backward()
+    net(expected).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", QUANTIZED)
+def test_torch_jit_script_names_the_other_ways(make: Callable[[], Any]) -> None:
+    with pytest.raises(NotImplementedError, match="can not read a .*Conv2d; torch.export, torch.compile and torch.jit"):
+        torch.jit.script(make())
+
+
+def test_torch_compile_of_a_training_layer_in_every_grad_mode() -> None:
+    torch.compiler.reset()
+    net, x = bqnn.convert(nn.Linear(5, 3), 3).train(), torch.randn(4, 5)
+    compiled = torch.compile(copy.deepcopy(net), backend="aot_eager", fullgraph=True)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            torch.manual_seed(3)
+            found = compiled(x)
+            torch.manual_seed(3)
+            expected = net(x)
+            torch.testing.assert_close(found, expected)
+            assert found.requires_grad == expected.requires_grad == (mode is torch.enable_grad)

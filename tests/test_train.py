@@ -26,6 +26,7 @@ from bqnn.lab.evaluate import evaluate
 from bqnn.lab.folder import CHECKPOINT, METRICS, WEIGHTS
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import Trainer
+from bqnn.training.phases import BAYES
 
 # There are 177 training images, so three steps an epoch.
 SMALL = Recipe(pretrain_epochs=2, deterministic_epochs=1, epochs=2, batch_size=64, validation=1260, kl_warmup=1.0)
@@ -250,7 +251,7 @@ def test_phases_and_records(tmp_path: Path) -> None:
     assert [record["epoch"] for record in trainer.history] == [1, 2, 3, 4, 5]
     assert [record["quantization_loss"] is None for record in trainer.history] == [True, True, False, False, False]
     assert [record["kl"] > 0 for record in trainer.history] == [False, False, False, True, True]
-    assert [line.split()[:2] for line in lines] == [["epoch", str(i)] for i in range(1, 6)]
+    assert [line.split()[:2] for line in lines] == [["epoch", f"{i}/5"] for i in range(1, 6)]
     assert "validation error" in lines[0] and "near a level" not in lines[0] and "near a level" in lines[2]
     assert not trainer.net.training
     last = trainer.history[-1]
@@ -306,6 +307,20 @@ def test_init_takes_the_place_of_the_first_phase(tmp_path: Path) -> None:
         Trainer(SMALL, tmp_path / "third", init=weights)
 
 
+def test_init_takes_the_place_of_the_first_two_phases(tmp_path: Path) -> None:
+    shared = train(replace(SMALL, epochs=0), tmp_path / "shared").folder / WEIGHTS
+    recipe = replace(SMALL, prior="mixture", start_sigma=0.25)
+    trainer = Trainer(recipe, tmp_path / "third", init=shared)
+    assert (trainer.epoch, trainer.phase) == (3, BAYES)
+    given = load_file(shared)
+    for name, layer in bayes_layers(trainer.net).items():
+        assert torch.equal(layer.mean, given[f"{name}.weight"]), "the means are those of the file"
+        gap = layer.levels.diff().amin()
+        assert torch.allclose(layer.log_sigma2.exp().sqrt(), 0.25 * gap), "the variances begin as the recipe says"
+    trainer.run(progress=False, log=silent)
+    assert [record["epoch"] for record in trainer.history] == [4, 5]
+
+
 def test_init_for_a_run_that_began_without_raises(tmp_path: Path) -> None:
     recipe = replace(SMALL, **NO_EPOCHS, method="fpnn")
     train(recipe, tmp_path)
@@ -315,11 +330,16 @@ def test_init_for_a_run_that_began_without_raises(tmp_path: Path) -> None:
 
 def test_init_that_does_not_fit_raises(tmp_path: Path) -> None:
     recipe = replace(SMALL, **NO_EPOCHS)
-    train(recipe, tmp_path / "quantized")
-    (tmp_path / "text").write_text("not weights")
-    for file in (tmp_path / "quantized" / WEIGHTS, tmp_path / "text"):
-        with pytest.raises(ValueError, match="init must be a full-precision lenet5"):
-            Trainer(recipe, tmp_path / "run", init=file)
+    quantized = train(recipe, tmp_path / "quantized").folder / WEIGHTS
+    text = tmp_path / "text"
+    text.write_text("not weights")
+    for other, file in ((replace(recipe, num_levels=5), quantized), (recipe, text)):
+        with pytest.raises(
+            ValueError, match=f"init must be a full-precision lenet5 or one of {other.num_levels} levels"
+        ):
+            Trainer(other, tmp_path / "run", init=file)
+    with pytest.raises(ValueError, match=r"init must be a full-precision lenet5, got"):
+        Trainer(replace(recipe, method="fpnn"), tmp_path / "run", init=quantized)
 
 
 @pytest.mark.parametrize(

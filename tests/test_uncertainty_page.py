@@ -14,7 +14,7 @@ from bqnn.lab.uncertainty_file import add_uncertainty
 from bqnn.view import uncertainty
 from bqnn.view.figures import COLOURS, Curve, draw_histograms
 from bqnn.view.html import write_html
-from bqnn.view.uncertainty import uncertainty_section
+from bqnn.view.uncertainty import uncertainty_part
 from tests.support.measured import measured
 from tests.support.page import Page
 
@@ -89,7 +89,7 @@ def test_curves_are_of_what_was_measured(runs: list[Run], monkeypatch: pytest.Mo
 
     monkeypatch.setattr(uncertainty, "draw_curves", draw)
     monkeypatch.setattr(uncertainty, "draw_histograms", draw)
-    uncertainty_section(runs, ["a", "b", "c"])
+    uncertainty_part(runs, ["a", "b", "c"])
     assert [curve.order for curve in drawn["accuracy, %"]] == [1, 2], "the colours of the page"
     assert drawn["accuracy, %"][0][:2] == ([50, 90], [25, 100])
     assert drawn["error, %, of the most confident"][0][:2] == ([50, 100], [0, 3])
@@ -104,7 +104,7 @@ def test_curves_are_of_what_was_measured(runs: list[Run], monkeypatch: pytest.Mo
 
 
 def test_runs_that_were_not_measured_have_no_part(runs: list[Run], tmp_path: Path) -> None:
-    assert uncertainty_section(runs[:1], ["a"]) == []
+    assert uncertainty_part(runs[:1], ["a"]) is None
     write_html(runs[:1], tmp_path / "page.html")
     assert "Uncertainty" not in (tmp_path / "page.html").read_text()
 

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bqnn import ops
 from bqnn.bayes.drawn import DrawnWeight
-from bqnn.bayes.options import (
-    GRANULARITIES,
-    PARTITIONS,
-    PRIORS,
-    SIGMA_PER_GAP,
-    SLAB_SHARE,
-    SPIKE_WIDTH,
-    check_start_sigma,
-)
+from bqnn.bayes.options import DEFAULTS, SIGMA_PER_GAP, BayesOptions, completed
 from bqnn.core import codebook, quantizer
-from bqnn.core.check import check_choice, check_flag, check_floating, check_num_levels
+from bqnn.core.check import check_floating
 from bqnn.core.philox import Noise, fresh_seed
 from bqnn.core.precision import is_autocasting, wide, wide_dtype
 from bqnn.core.quantizer import Posterior
+from bqnn.core.sharded import local, put_, rows_of, total, whole
 from bqnn.ops.codebook_from_raw import codebook_from_raw
-from bqnn.ops.mixture_kl import check_mixture
+
+if TYPE_CHECKING:  # of Python itself from 3.11 on
+    from typing_extensions import Unpack
 
 LOG_SIGMA2_RANGE = (-40.0, 10.0)  # of a layer with weights of an ordinary size
 LOG_SIGMA2_REACH = (-30.0, 15.0)  # of any layer: from where the variances of its codebook would start
@@ -43,43 +38,32 @@ class BayesLayer(DrawnWeight):
     """
 
     bias: Any  # nn.Parameter or None, as nn.Linear and nn.Conv2d declare it
+    num_levels: int
+    granularity: str
+    partition: str
+    prior: str
+    quantize_mean: bool
+    coarse_variance: bool
+    spike_width: float
+    slab_share: float
+    start_sigma: float
     raw_thresholds: nn.Parameter | None
     level_scale: Tensor
     prior_sigma2: Tensor
     asked_for_kl = False
     """Whether somebody has called :meth:`kl_divergence`, as who maximizes the evidence lower bound does."""
 
-    def _init_bayes(
-        self,
-        num_levels: int = 3,
-        granularity: str = "tensor",
-        partition: str = "nearest",
-        estimator: str = "moment",
-        prior: str = "spike_slab",
-        quantize_mean: bool = False,
-        coarse_variance: bool = True,
-        spike_width: float = SPIKE_WIDTH,
-        slab_share: float = SLAB_SHARE,
-        start_sigma: float = SIGMA_PER_GAP,
-    ) -> None:
-        check_num_levels(num_levels)
-        check_choice("granularity", granularity, GRANULARITIES)
-        check_choice("partition", partition, PARTITIONS)
-        check_choice("prior", prior, PRIORS)
-        check_flag("quantize_mean", quantize_mean)
-        check_flag("coarse_variance", coarse_variance)
-        check_mixture(spike_width, slab_share)
-        check_start_sigma(start_sigma)
-        self.num_levels, self.granularity, self.partition = num_levels, granularity, partition
-        self.prior = prior
-        self.spike_width, self.slab_share, self.start_sigma = spike_width, slab_share, start_sigma
-        self.quantize_mean, self.coarse_variance = quantize_mean, coarse_variance
-        groups = 1 if granularity == "tensor" else self.mean.shape[0]
+    def _init_bayes(self, **options: Unpack[BayesOptions]) -> None:
+        values = completed(options)
+        for name, value in values.items():
+            if name != "estimator":  # which decides about the variances
+                setattr(self, name, value)
+        num_levels, groups = self.num_levels, 1 if self.granularity == "tensor" else self.mean.shape[0]
         empty, wide_type = self.mean.detach().new_empty, wide_dtype(self.mean.dtype)
         self.log_sigma2 = nn.Parameter(torch.empty_like(self.mean))
-        self.estimator = estimator
+        self.estimator = values["estimator"]
         self.raw_levels = nn.Parameter(empty((groups, num_levels)))
-        raw_thresholds = nn.Parameter(empty((groups, num_levels - 1))) if partition == "learned" else None
+        raw_thresholds = nn.Parameter(empty((groups, num_levels - 1))) if self.partition == "learned" else None
         self.register_parameter("raw_thresholds", raw_thresholds)
         self.register_buffer("level_scale", empty((groups, 1), dtype=wide_type))
         self.register_buffer("prior_sigma2", empty((), dtype=wide_type))
@@ -99,9 +83,11 @@ class BayesLayer(DrawnWeight):
     def codebook(self) -> tuple[Tensor, Tensor]:
         return self._codebook()[:2]
 
-    def _codebook(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Levels, thresholds, and the widths of the prior's windows, float32 at least: what the layer computes with."""
-        return codebook_from_raw(self.raw_levels, self.level_scale, self.raw_thresholds)
+    def _codebook(self, partial: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels, thresholds, and the widths of the prior's windows, float32 at least: what the layer computes with;
+        ``partial`` is as for :func:`bqnn.core.sharded.whole`."""
+        raw_levels, raw_thresholds = whole(self.raw_levels, partial), whole(self.raw_thresholds, partial)
+        return codebook_from_raw(raw_levels, self.level_scale, raw_thresholds)
 
     @torch.no_grad()
     def fit_codebook_(self) -> None:
@@ -115,17 +101,18 @@ class BayesLayer(DrawnWeight):
         Raises:
             ValueError: a weight is NaN or infinite, or there is none.
         """
-        if self.mean.numel() == 0:
-            raise ValueError(f"weight must have elements, got the shape {list(self.mean.shape)}")
-        if not torch.isfinite(self.mean).all():
+        mean = whole(self.mean)
+        if mean.numel() == 0:
+            raise ValueError(f"weight must have elements, got the shape {list(mean.shape)}")
+        if not torch.isfinite(mean).all():
             raise ValueError("weight must be finite, got NaN or infinity")
-        size = torch.linalg.vector_norm(self.mean, dtype=torch.float64).item()
-        mean_square = size * size / self.mean.numel()
+        size = torch.linalg.vector_norm(mean, dtype=torch.float64).item()
+        mean_square = size * size / mean.numel()
         if self._is_constant():
             mean_square += self._expected_spread() ** 2
         limits = torch.finfo(self.prior_sigma2.dtype)
         self.prior_sigma2.fill_(min(max(mean_square, limits.smallest_normal * limits.eps), limits.max))
-        rows = wide(self.mean).reshape(self.raw_levels.shape[0], -1)
+        rows = wide(mean).reshape(self.raw_levels.shape[0], -1)
         self.set_levels_(codebook.lloyd_max(rows, self.num_levels, self._expected_spread()))
 
     @torch.no_grad()
@@ -154,11 +141,9 @@ class BayesLayer(DrawnWeight):
             )
         raw_thresholds = None if thresholds is None else self._raw_thresholds_of(levels, thresholds)
         self.level_scale.copy_(scale)
-        self.raw_levels.copy_(codebook.raw_from_levels(exact, scale.double()))
+        put_(self.raw_levels, codebook.raw_from_levels(exact, scale.double()))
         if self.raw_thresholds is not None:
-            self.raw_thresholds.copy_(
-                torch.zeros_like(self.raw_thresholds) if raw_thresholds is None else raw_thresholds
-            )
+            put_(self.raw_thresholds, torch.zeros_like(steps) if raw_thresholds is None else raw_thresholds)
         self.reset_variances_()
 
     @torch.no_grad()
@@ -174,11 +159,11 @@ class BayesLayer(DrawnWeight):
         narrowest = codebook.gaps(self._codebook()[0].double()).amin(1, keepdim=True)
         sigma = self.level_scale.double() if self._is_constant() else self.start_sigma * narrowest
         log_sigma2 = (2.0 * sigma.log()).view(-1, *[1] * (self.mean.dim() - 1))
-        self.log_sigma2.copy_(log_sigma2.expand_as(self.log_sigma2))
+        put_(self.log_sigma2, log_sigma2.expand(self.log_sigma2.shape))
 
     def _is_constant(self) -> bool:
         """Whether all weights are the same, as far as a codebook can tell numbers apart."""
-        low, high = self.mean.amin().double(), self.mean.amax().double()
+        low, high = (end.double() for end in whole(self.mean).aminmax())
         return bool(high - low <= codebook.smallest_gap(low, 0.5 * (high - low)))
 
     def _expected_spread(self) -> float:
@@ -189,7 +174,8 @@ class BayesLayer(DrawnWeight):
         weights, rows = self.mean.numel(), self.mean.shape[0]
         if self._is_constant():
             return (2.0 * rows / weights) ** 0.5
-        centred = self.mean - self.mean.mean(dtype=torch.float64)
+        mean = whole(self.mean)
+        centred = mean - mean.mean(dtype=torch.float64)
         return torch.linalg.vector_norm(centred, dtype=torch.float64).item() / weights**0.5
 
     def _raw_thresholds_of(self, levels: Tensor, thresholds: Tensor) -> Tensor:
@@ -214,7 +200,7 @@ class BayesLayer(DrawnWeight):
             ValueError: a parameter is NaN, infinite or out of range.
         """
         self.check_parameters()
-        return ops.assign_codes(self.mean.detach(), self._codebook()[1].detach())
+        return ops.assign_codes(whole(self.mean.detach()), self._codebook()[1].detach())
 
     def quantized_weight(self) -> Tensor:
         """Q(mu), in the weight's shape and dtype; no gradient is recorded. Of a sampled replica, its sample."""
@@ -248,10 +234,10 @@ class BayesLayer(DrawnWeight):
 
     def check_parameters(self) -> None:
         for name, parameter in self.named_parameters(recurse=False):
-            if not torch.isfinite(parameter).all():
+            if not torch.isfinite(whole(parameter)).all():
                 raise ValueError(f"{name} must be finite, got NaN or infinity")
         low, high = self._log_sigma2_range()
-        smallest, largest = self.log_sigma2.min().item(), self.log_sigma2.max().item()
+        smallest, largest = (end.item() for end in whole(self.log_sigma2).aminmax())
         if smallest < low or largest > high:
             raise ValueError(f"log_sigma2 must be from {low} to {high}, got {smallest:g} to {largest:g}")
 
@@ -269,11 +255,11 @@ class BayesLayer(DrawnWeight):
         likelihood says little of it, and a prior of finite spikes does not call back what a large step has carried
         away. A clamp within the forward pass would take the gradient from such a mean, and it would stay.
         """
-        levels = self._codebook()[0]
+        levels, mean = rows_of(self._codebook()[0], self.mean), local(self.mean)
         gap = levels.diff(dim=1).amin(1, keepdim=True)
-        shape = (-1, *[1] * (self.mean.dim() - 1))
-        low, high = (end.view(shape).to(self.mean.dtype) for end in (levels[:, :1] - gap, levels[:, -1:] + gap))
-        self.mean.clamp_(low, high)
+        shape = (-1, *[1] * (mean.dim() - 1))
+        low, high = (end.reshape(shape).to(mean.dtype) for end in (levels[:, :1] - gap, levels[:, -1:] + gap))
+        mean.clamp_(low, high)
 
     def kl_divergence(self) -> Tensor:
         """KL(q || prior) summed over the layer's weights, a scalar in nats (spike-and-slab: up to a constant; mixture:
@@ -284,17 +270,22 @@ class BayesLayer(DrawnWeight):
         or the one to expect where they were all the same; it is the slab of the prior "mixture".
         """
         self.asked_for_kl = True
+        mean = local(self.mean)
         if self.estimator == "deterministic":
-            return wide(self.mean.new_zeros(()))
+            return wide(mean.new_zeros(()))
+        return total(self._divergence_of(mean, local(self.log_sigma2)), self.mean)
+
+    def _divergence_of(self, mean: Tensor, log_sigma2: Tensor) -> Tensor:
+        """The divergence of those weights that this process has."""
         if self.prior == "gaussian":
-            mean, log_sigma2, prior_sigma2 = wide(self.mean), wide(self.log_sigma2), wide(self.prior_sigma2)
+            mean, log_sigma2, prior_sigma2 = wide(mean), wide(log_sigma2), wide(self.prior_sigma2)
             ratio = log_sigma2 - prior_sigma2.log()
             return 0.5 * (mean.square() / prior_sigma2 + ratio.exp() - ratio - 1.0).sum()
-        levels, _, tau = self._codebook()
+        levels, _, tau = (rows_of(each, self.mean) for each in self._codebook(partial=True))
         if self.prior == "mixture":
             mixture = self.prior_sigma2, self.spike_width, self.slab_share
-            return ops.mixture_kl(self.mean, self.log_sigma2, levels, *mixture)
-        return ops.spike_slab_kl(self.mean, self.log_sigma2, levels, tau)
+            return ops.mixture_kl(mean, log_sigma2, levels, *mixture)
+        return ops.spike_slab_kl(mean, log_sigma2, levels, tau)
 
     def _product(
         self, x: Tensor, sample: Callable[..., Tensor], moment: Callable[..., Tensor], geometry: Mapping[str, Any]
@@ -340,8 +331,8 @@ class BayesLayer(DrawnWeight):
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"num_levels={self.num_levels}", f"estimator={self.estimator!r}"]
-        defaults: list[tuple[str, Any]]
-        defaults = [("granularity", "tensor"), ("partition", "nearest"), ("prior", "spike_slab")]
-        defaults += [("spike_width", SPIKE_WIDTH), ("slab_share", SLAB_SHARE), ("start_sigma", SIGMA_PER_GAP)]
-        parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults if getattr(self, name) != value]
+        defaults: Mapping[str, Any] = DEFAULTS
+        shown = ("granularity", "partition", "prior", "spike_width", "slab_share", "start_sigma")
+        values = {name: getattr(self, name) for name in shown}
+        parts += [f"{name}={value!r}" for name, value in values.items() if value != defaults[name]]
         return ", ".join(parts)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from bqnn.bayes.base import BayesLayer
 from bqnn.bayes.layers import bayes_layers
+from bqnn.bayes.likelihood import Likelihood
 from bqnn.core.check import check_number
+from bqnn.core.inputs import logits_of
 from bqnn.core.precision import wide, wide_dtype
 
 CODEBOOK_LR, VARIANCE_LR = 0.1, 0.3
@@ -49,25 +51,28 @@ def kl_divergence(net: nn.Module) -> Tensor:
 
 
 def elbo(
-    output: Tensor,
-    target: Tensor,
+    output: Any,
+    target: Any,
     net: nn.Module,
     dataset_size: int,
     kl_weight: float = 1.0,
-    nll: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    nll: Callable[[Any, Any], Tensor] = F.cross_entropy,
 ) -> Elbo:
     """The negative ELBO over N = ``dataset_size`` samples (Chien and Chang 2023): the loss to minimize.
 
     Args:
-        output: what the network, in training mode, made of a batch, e.g. logits [B, classes]. float16 and bfloat16
+        output: what the network, in training mode, made of a batch, e.g. logits [B, classes], or what holds them as
+            ``logits`` or ``out`` or first of a tuple, as a ModelOutput of Hugging Face does. float16 and bfloat16
             outputs, and targets, reach ``nll`` in float32.
         target: what ``nll`` compares it with, e.g. labels int64 [B].
         net: the network, for the divergence of its Bayes layers.
         dataset_size: number of training samples, over which the divergence is spread.
         kl_weight: 0 to 1 while the divergence is ramped in (:func:`kl_warmup`).
-        nll: mean negative log likelihood, in nats a sample; of a regression a :class:`bqnn.GaussianLikelihood`.
+        nll: mean negative log likelihood, in nats a sample; of a regression a :class:`bqnn.GaussianLikelihood`. A
+            function of your own gets the output as the network made it.
 
     Raises:
+        TypeError: there are no logits in ``output``, or a number is none.
         ValueError: dataset_size < 1, kl_weight < 0, or a network without Bayes layers.
     """
     check_number("dataset_size", dataset_size)
@@ -76,6 +81,8 @@ def elbo(
         raise ValueError(f"dataset_size must be at least 1, got {dataset_size}")
     if not kl_weight >= 0.0:
         raise ValueError(f"kl_weight must be at least 0, got {kl_weight}")
+    if nll is F.cross_entropy or isinstance(nll, Likelihood):
+        output = logits_of(output)
     # What an `nll` of the user's own takes may be no tensor.
     output, target = (wide(each) if isinstance(each, Tensor) else each for each in (output, target))
     likelihood, kl = nll(output, target), kl_divergence(net)

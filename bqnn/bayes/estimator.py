@@ -45,6 +45,11 @@ class EstimatedWeight(PosteriorWeight):
         elif before and not after:
             self.log_sigma2.requires_grad_(self._variance_learns)
 
+    @property
+    def variance_learns(self) -> bool:
+        """Whether ``log_sigma2`` requires a gradient, or would with an estimator that has a use for it."""
+        return self._variance_learns if self._has_idle_variance() else self.log_sigma2.requires_grad
+
     def _has_idle_variance(self) -> bool:
         return all(layer._estimator == "deterministic" for layer in self.sharing_layers())
 

@@ -12,7 +12,7 @@ from bqnn.bayes.likelihood import TASKS
 from bqnn.bayes.sample import check_posterior, sampled_networks
 from bqnn.core.check import check_choice, check_floating, check_integer, check_module, check_number, named
 from bqnn.core.ensemble import Ensemble, Stacked
-from bqnn.core.inputs import call_network
+from bqnn.core.inputs import ask
 from bqnn.core.modes import in_evaluation
 from bqnn.core.precision import wide
 
@@ -87,7 +87,8 @@ def predict(
     ``bqnn.compile([bqnn.sample(net, seed) for seed in range(16)], example)``.
 
     Args:
-        net: a network that returns logits [B, classes], or numbers of any shape for a regression; or an ensemble, a
+        net: a network that returns logits [B, classes], or numbers of any shape for a regression, or that holds them as
+            ``logits`` or ``out`` or first of a tuple, as a ModelOutput of Hugging Face does; or an ensemble, a
             :class:`bqnn.Ensemble` or what :func:`bqnn.compile` makes of several, whose networks stand for samples.
         x: inputs: a tensor, or a tuple, list or dict of the network's arguments; half precision ones are float32 to a
             compiled ensemble.
@@ -106,7 +107,7 @@ def predict(
             theirs. A file holds no inputs: who deploys a packed network with BatchNorm brings some along.
 
     Raises:
-        TypeError: ``net`` is no module, or ``samples`` or ``seed`` no integer.
+        TypeError: ``net`` is no module or returns nothing of the kind, or ``samples`` or ``seed`` is no integer.
         ValueError: one logit, which is no classification; samples < 1, more than 1 of a network that has no posterior
             (a full-precision one, or a packed one without chances), or of an ensemble no multiple of the number of its
             networks, of a compiled one any other number; ``seed`` out of its range; a noise variance below 0, that does
@@ -134,17 +135,17 @@ def _outputs(net: nn.Module, x: Any, samples: int | None, seed: int | None, batc
     """What each sampled network, or each of an ensemble, returns: float32 or float64 [networks, ...]."""
     if isinstance(net, Stacked):
         if samples in (None, net.num_networks):
-            return wide(call_network(in_evaluation(net), x) if isinstance(net, Ensemble) else net(wide(x)))
+            return wide(ask(in_evaluation(net), x) if isinstance(net, Ensemble) else net(wide(x)))
         if not isinstance(net, Ensemble):
             raise ValueError(f"samples must be None, or the {net.num_networks} networks of the ensemble, got {samples}")
     samples = 1 if samples is None else samples
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if samples == 1 and not isinstance(net, Ensemble):
-        return wide(call_network(in_evaluation(net), x)).unsqueeze(0)
+        return wide(ask(in_evaluation(net), x)).unsqueeze(0)
     check_posterior(net, samples)
     networks = sampled_networks(net, samples, seed, batches)
-    return torch.stack([wide(call_network(network, x)) for network in networks])
+    return torch.stack([wide(ask(network, x)) for network in networks])
 
 
 def _check_noise_variance(noise_variance: Tensor | float | None) -> None:

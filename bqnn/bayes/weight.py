@@ -9,21 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.core.computed_weight import weight_of
+from bqnn.core.leaf import NotScriptable
 from bqnn.core.precision import is_half
 from bqnn.core.readers import read_weight_of
+from bqnn.core.sharded import is_resharding, is_sharded
 
 POSTERIOR = ("weight", "log_sigma2", "raw_levels", "raw_thresholds")
 FITTED = ("level_scale", "prior_sigma2")
 
 
-class PosteriorWeight(nn.Module):
+class PosteriorWeight(NotScriptable, nn.Module):
     """What a layer says of its weight, and what may be done with it.
 
     ``mean`` is the parameter, which is called "weight" in state dicts and by ``named_parameters``. ``weight`` is what
     the layer computes with, for whoever reads it past the forward pass: Q(mu) in evaluation mode; while the layer
     trains or samples a new sample in every operation, with straight-through gradients. In-place changes of ``weight``
     reach the means, and ``weight.requires_grad_(False)`` freezes the codebook and the variances with them. It can not
-    be assigned: loading a state dict and ``layer.mean = parameter`` set means.
+    be assigned: loading a state dict and ``layer.mean = parameter`` set means. While processes share the parameters
+    out (torch's fully_shard, between calls of the module) ``weight`` is the sharded means.
 
     Layers whose weights were tied share the parameters :data:`POSTERIOR` and the buffers :data:`FITTED`.
     """
@@ -53,9 +56,10 @@ class PosteriorWeight(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The quantized weight, or a sample of it: a :class:`bqnn.core.computed_weight.ComputedWeight`."""
-        if self._parameters.get("weight", self.__dict__.get("weight")) is None:
+        mean = self._parameters.get("weight", self.__dict__.get("weight"))
+        if mean is None:
             raise AttributeError(f"weight of {type(self).__name__} is computed from its means, and it has none")
-        return weight_of(self)
+        return mean if is_sharded(mean) else weight_of(self)
 
     def weight_sources(self) -> tuple[Any, ...]:
         return self.mean, self.log_sigma2, self.raw_levels, *self.sharing_layers()
@@ -124,6 +128,8 @@ class PosteriorWeight(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and self.__dict__.get("_is_replica"):
             self.__dict__[name] = value  # nn.DataParallel gives its replicas tensors for parameters
+        elif name == "weight" and is_resharding(self._parameters.get(name), value):
+            self._parameters[name] = value
         elif name == "weight" and "weight" in self._parameters and "_loading" not in self.__dict__:
             raise TypeError(
                 f"weight of a {type(self).__name__} is computed from its means and its codebook and can not be "

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from bqnn.cli.evaluate import evaluate as test
-from bqnn.core.text import shown
+from bqnn.cli.predict import predict as ask
+from bqnn.core.text import shown, suggestion
 from bqnn.files import network
+from bqnn.files.metadata import Metadata
 from bqnn.lab import runs
 from bqnn.lab.compile_run import calibration, compiled_path, remove_compiled, save_compiled
 from bqnn.lab.ensemble import EnsembleRun, EnsembleTrainer, clear_ensemble_run, load_ensemble_run, parts_of
-from bqnn.lab.folder import CHECKPOINT, MEMBERS, METRICS, WEIGHTS, print_now
+from bqnn.lab.folder import CHECKPOINT, LOCK, MEMBERS, METRICS, WEIGHTS, print_now
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.recipes import NAMES, load_recipe, summary_of, text_of
 from bqnn.lab.train import Trainer
@@ -26,6 +28,7 @@ from bqnn.view.html import write_html
 
 PACKED = "packed.safetensors"
 LONGEST_NAME = 60  # characters of a layer's name in a table
+LONGEST_LINE = 200  # of what a file says of its data
 
 
 def _device(name: str) -> str:
@@ -40,7 +43,9 @@ def train(options: Namespace) -> None:
     folder: Path = options.out
     base = {} if options.recipe is None else asdict(load_recipe(options.recipe))
     given = base | {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
-    if not (options.resume or options.force):
+    if options.resume:
+        _refuse_unused(folder)
+    elif not options.force:
         _refuse_used(folder)
     ensemble = load_ensemble_run(folder) if options.resume else None
     stored = None
@@ -102,10 +107,28 @@ def _make_room(options: Namespace) -> None:
         _refuse_used(options.out)
 
 
-def _refuse_used(folder: Path) -> None:
+def has_run(folder: Path) -> bool:
+    """Whether there is a run in ``folder``, of a network or an ensemble, that can be resumed or replaced."""
+    return bool(_used(folder))
+
+
+def _used(folder: Path) -> list[str]:
+    """What in ``folder`` is of a run."""
     used = [name for name in (CHECKPOINT, WEIGHTS, METRICS, MEMBERS) if (folder / name).exists()]
-    if used := [*used, *(part.name for part in parts_of(folder))]:
+    return [*used, *(part.name for part in parts_of(folder))]
+
+
+def _refuse_used(folder: Path) -> None:
+    if used := _used(folder):
         raise ValueError(f"{folder} has a run ({', '.join(used)}); go on with --resume, or replace it with --force")
+
+
+def _refuse_unused(folder: Path) -> None:
+    """For --resume: raises ValueError where there is no run, with the name of one beside it that may be meant."""
+    if not has_run(folder) and not (folder / LOCK).exists():  # of a run that somebody begins, the lock tells
+        beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        hint = suggestion(folder.name, [each.name for each in beside if each.is_dir() and has_run(each)])
+        raise ValueError(f"{folder} has no run to resume; without --resume one begins there{hint}")
 
 
 def _ignore(line: str) -> None:
@@ -127,6 +150,11 @@ def evaluate(options: Namespace) -> None:
     test(options, _device(options.device))
 
 
+def predict(options: Namespace) -> None:
+    """`bqnn predict`."""
+    ask(options, _device(options.device))
+
+
 def pack(options: Namespace) -> None:
     """`bqnn pack`."""
     ensemble = load_ensemble_run(options.run)
@@ -134,7 +162,8 @@ def pack(options: Namespace) -> None:
     if run.recipe.method == "fpnn":
         raise ValueError(f"{options.run} is a full-precision run; only a run with --method bayes can be packed")
     output: Path = options.output or options.run / PACKED
-    net = runs.save_packed(runs.load_network(run) if ensemble is None else ensemble.load(), output)
+    metadata = runs.load_metadata(run, options.data_root)
+    net = runs.save_packed(runs.load_network(run) if ensemble is None else ensemble.load(), output, metadata)
     name, arguments = runs.load_factory(run)
     dense, packed = runs.fpnn_bytes(name, arguments), output.stat().st_size
     of, one = ("", "") if ensemble is None else (f" of {ensemble.members} networks", "one at ")
@@ -144,7 +173,9 @@ def pack(options: Namespace) -> None:
         remove_compiled(output)
         return
     example = torch.zeros(2, arguments["in_channels"], arguments["image_size"], arguments["image_size"])
-    given = save_compiled(net, output, example, lambda: calibration(runs.load_data(run.recipe, options.data_root)))
+    given = save_compiled(
+        net, output, example, lambda: calibration(runs.load_data(run.recipe, options.data_root)), metadata
+    )
     for precision, fast in given.items():
         if isinstance(fast, str):
             print(f"not compiled for {precision}: {fast}")
@@ -172,13 +203,17 @@ def info(options: Namespace) -> None:
     made = f"{factory[0]}({', '.join(f'{k}={v}' for k, v in factory[1].items())})" if factory else "not a built-in one"
     what = "network" if content["networks"] == 1 else f"{content['networks']} networks, each"
     print(f"{options.file}: format {content['version']}, {what} {shown(made)}")
+    for line in _about(content["metadata"]):
+        print(shown(line, LONGEST_LINE))
     head = f"{'layer':<{width}}{'kind':<14}{'shape':<20}{'M':>3}{'codebooks':>11}"
     print(f"{head}{'posterior':>11}{'bits a weight':>15}{'bytes':>10}")
     for name, layer in layers.items():
         shape = "x".join(map(str, layer["shape"]))
-        codebooks = layer["shape"][0] if layer.get("granularity") == "channel" else 1
+        options_of = layer.get("bayes", layer)
+        codebooks = layer["shape"][0] if options_of.get("granularity") == "channel" else 1
+        kind = f"{'bayes ' if 'bayes' in layer else ''}{layer['kind']}"
         print(
-            f"{names[name]:<{width}}{layer['kind']:<14}{shape:<20}{layer['num_levels']:>3}{codebooks:>11}"
+            f"{names[name]:<{width}}{kind:<14}{shape:<20}{layer['num_levels']:>3}{codebooks:>11}"
             f"{'yes' if layer['posterior_bytes'] else '-':>11}{layer['bits_per_weight']:>15.2f}{layer['bytes']:>10,}"
         )
     posteriors = sum(layer["posterior_bytes"] for layer in layers.values())
@@ -188,6 +223,22 @@ def info(options: Namespace) -> None:
     rows += [("other tensors", others), ("header", content["header_bytes"]), ("file", content["bytes"])]
     for text, size in rows:
         print(f"{text:<{width + 74}}{size:>10,}")
+
+
+def _about(metadata: Metadata) -> list[str]:
+    """What a file says of images and classes, in lines."""
+    lines = []
+    if metadata.dataset is not None:
+        lines.append(f"trained on {metadata.dataset}")
+    if metadata.in_channels is not None and metadata.image_size is not None:
+        side = metadata.image_size
+        lines.append(f"images of {side}x{side} pixels, channels: {metadata.in_channels}")
+    if metadata.mean is not None and metadata.std is not None:
+        mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (metadata.mean, metadata.std))
+        lines.append(f"normalised with mean {mean} and std {std}, of pixels from 0 to 1")
+    if metadata.classes is not None:
+        lines.append(f"{len(metadata.classes)} classes: {', '.join(metadata.classes)}")
+    return lines
 
 
 def demo(options: Namespace) -> None:

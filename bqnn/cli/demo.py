@@ -16,6 +16,7 @@ from bqnn.files.network import info
 from bqnn.lab.compile_run import COMPILED, calibration, compiled_path, save_compiled
 from bqnn.lab.evaluate import evaluate, find_split, score_network
 from bqnn.lab.folder import WEIGHTS, print_now
+from bqnn.lab.labels import metadata_of
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.recipes import load_recipe
 from bqnn.lab.runs import add_scores, clear_run, fpnn_bytes, load_factory, load_run, save_packed
@@ -53,7 +54,8 @@ def run_demo(
 
     dense, net, data = dense_trainer.net, trainer.net, trainer.data
     file = out / "packed.safetensors"
-    packed = save_packed(net, file)
+    metadata = metadata_of(data)
+    packed = save_packed(net, file, metadata)
     test = find_split(data, "test")
     dense_scores = score_network(dense, test, data)
     for folder, scores in ((out / "fpnn", dense_scores), (out / "bayes", score_network(net, test, data))):
@@ -64,7 +66,7 @@ def run_demo(
         raise RuntimeError(f"packed and unpacked network disagree on {count} of {len(test)} images")
 
     x = normalise(test.images[:BATCH], data.mean, data.std)
-    found = save_compiled(packed, file, x, lambda: calibration(data))
+    found = save_compiled(packed, file, x, lambda: calibration(data), metadata)
     compiled = {precision: fast for precision, fast in found.items() if isinstance(fast, CompiledNetwork)}
     for precision in found.keys() - compiled:
         log(f"not compiled for {precision}: {found[precision]}")

@@ -3,109 +3,100 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from bqnn import models
+from bqnn.cli.opened import Opened, open_network
 from bqnn.cli.uncertainty import evaluate_uncertainty
-from bqnn.core.ensemble import Ensemble, Stacked
+from bqnn.core.ensemble import Stacked
 from bqnn.core.timing import measure_side_by_side
+from bqnn.data.image_folder import class_names, read_image_folder
 from bqnn.data.splits import Split, Splits, load_dataset, normalise
-from bqnn.engine.compiled import CompiledNetwork
-from bqnn.files import network
 from bqnn.lab.compile_run import load_compiled
-from bqnn.lab.ensemble import load_ensemble_run, recipe_in
+from bqnn.lab.ensemble import recipe_in
 from bqnn.lab.evaluate import find_split, score_ensemble, score_network
 from bqnn.lab.folder import METRICS
-from bqnn.lab.precision import autocast
+from bqnn.lab.labels import as_taken, check_prepared, logits_of
 from bqnn.lab.recipe import Recipe
-from bqnn.lab.runs import Run, add_scores, load_data, load_network, load_run
+from bqnn.lab.runs import Run, add_scores, load_data
 from bqnn.view.html import BATCH
 
 WIDTH = 22  # of the names before scores
-
-
-class _Asked(NamedTuple):
-    """What is to be tested, and on what."""
-
-    net: nn.Module
-    name: str
-    data: Splits
-    seed: int
-    """Of the recipe, where there is one: what its training images are drawn with."""
-    runs: list[Run]
-    """Whose networks these are; none for a file."""
 
 
 def evaluate(options: Namespace, device: str) -> None:
     """`bqnn eval`, on ``device``."""
     if options.output is not None and not options.uncertainty:
         raise ValueError("--output is for --uncertainty")
-    path = options.path
-    asked = _runs(options) if path.is_dir() else _file(options, device)
+    path, opened = options.path, open_network(options, device)
+    given, seed = _data_of_run(opened.runs, options) if opened.runs else _data_of_file(opened, options)
+    data = as_taken(given, opened.metadata, logits_of(opened.net, opened.metadata, given))
     torch.manual_seed(options.seed)
-    split = find_split(asked.data, options.split)
-    # A run is tested in the dtype that it was trained in; a file has a precision of its own.
-    computing = autocast(asked.runs[0].recipe, device) if asked.runs else nullcontext()
+    split = find_split(data, options.split)
     if options.uncertainty:
-        with computing:
-            return evaluate_uncertainty(asked.net.to(device), asked.data, asked.name, asked.runs, options)
-    nets = {asked.name: asked.net}
-    if asked.name == "packed":
+        with opened.computing(device):
+            return evaluate_uncertainty(opened.net, data, opened.name, opened.runs, options)
+    nets = {opened.name: opened.net}
+    if opened.name == "packed":
         nets |= {f"compiled, {precision}": fast for precision, fast in load_compiled(path).items()}
-    times = None if asked.runs else _times(nets, split, asked.data)
-    refresh = asked.seed if options.refresh else None
-    with computing:
-        scores = _score(asked.net.to(device), split, asked.data, options.samples, refresh)
-    print(f"{path}: {options.split} split of {asked.data.name}, {scores['images']} images")
-    _print_network(asked.name, scores)
+    times = None if opened.runs or device != "cpu" else _times(nets, split, data)
+    refresh = seed if options.refresh else None
+    with opened.computing(device):
+        scores = _score(opened.net, split, data, options.samples, refresh)
+    what = f"{options.split} split" if options.data is None else "all"
+    print(f"{path}: {what} of {data.name}, {scores['images']} images")
+    _print_network(opened.name, scores)
     for name, net in list(nets.items())[1:]:
-        found = _score(net, split, asked.data)
+        found = _score(net, split, data)
         _print_scores(name, found.get("ensemble", found))
     if "sampled" in scores:
         _print_mean(f"mean of {scores['sampled']['samples']} samples", scores["sampled"])
-    for run, own in zip(asked.runs, scores.get("networks", [scores])):
+    for run, own in zip(opened.runs, scores.get("networks", [scores])):
         add_scores(run, options.split, own)
     if times is not None:
         print(times)
 
 
-def _runs(options: Namespace) -> _Asked:
-    if options.dataset is not None or options.precision != "fp32":
-        raise ValueError("--dataset and --precision are for a packed file; a run has its own")
-    ensemble = load_ensemble_run(options.path)
-    runs = [load_run(options.path)] if ensemble is None else ensemble.runs()
-    net = load_network(runs[0]) if ensemble is None else ensemble.load()
+def _data_of_run(runs: list[Run], options: Namespace) -> tuple[Splits, int]:
+    """The data set that a run was trained on, and the seed that its training images are drawn with."""
+    if options.dataset is not None or options.data is not None:
+        raise ValueError("--dataset and --data are for a file; a run has its own data set")
     recipe = runs[0].recipe
-    name = "quantized" if recipe.method == "bayes" else "full precision"
-    return _Asked(net, name, load_data(recipe, options.data_root), recipe.seed, runs)
+    return load_data(recipe, options.data_root), recipe.seed
 
 
-def _file(options: Namespace, device: str) -> _Asked:
-    path = options.path
-    net = network.load(path, precision=options.precision)
-    compiled = isinstance(net, CompiledNetwork)
-    if compiled and (device != "cpu" or options.precision != "fp32"):
-        raise ValueError(f"--device and --precision are not for {path}, a compiled network with its own")
-    seed = Recipe.seed
+def _data_of_file(opened: Opened, options: Namespace) -> tuple[Splits, int]:
+    """What a file is to be tested on, and a seed."""
+    path, metadata, seed = options.path, opened.metadata, Recipe.seed
+    if options.data is not None:
+        return _folder(opened, options), seed
     if options.dataset is not None:
-        data = load_dataset(options.dataset, options.data_root, image_size=_image_size(net))
+        data = load_dataset(options.dataset, options.data_root, image_size=metadata.image_size)
     elif (recipe := recipe_in(path.parent)) is not None:
         data, seed = load_data(recipe, options.data_root), recipe.seed
     else:
-        raise ValueError(f"--dataset must say what to test {path} on: there is no {METRICS} beside it")
-    return _Asked(net, f"compiled, {net.precision}" if compiled else "packed", data, seed, [])
+        raise ValueError(f"--dataset or --data must say what to test {path} on: there is no {METRICS} beside it")
+    if metadata.mean is None:
+        print(f"{path} does not say how images are normalised: as the training images of {data.name} are")
+    return data, seed
 
 
-def _image_size(net: nn.Module) -> int | None:
-    """The side in pixels of the images that a network of a file takes; None where the file does not say."""
-    if isinstance(net, CompiledNetwork):
-        return net.inputs[0].shape[-1]
-    one = net[0] if isinstance(net, Ensemble) else net
-    return one.factory[1]["image_size"] if isinstance(one, models.Network) else None
+def _folder(opened: Opened, options: Namespace) -> Splits:
+    """All images of the folder --data as a test split."""
+    path, metadata = options.data, opened.metadata
+    if options.dataset is not None or options.split != "test" or options.refresh or options.uncertainty:
+        raise ValueError(
+            "--data is tested as a whole, and can't be given with --dataset, --split, --refresh, --uncertainty"
+        )
+    check_prepared(metadata, options.path)
+    classes = class_names(path)
+    found = Split(*read_image_folder(path, classes, metadata.image_size, complete=False))
+    none = Split(found.images[:0], found.labels[:0])
+    channels, size = found.images.shape[1:3]
+    mean, std = metadata.mean or (), metadata.std or ()
+    return Splits(str(path), none, none, found, tuple(classes), channels, size, mean, std)
 
 
 def _score(net: nn.Module, split: Split, data: Splits, samples: int = 1, refresh: int | None = None) -> dict[str, Any]:

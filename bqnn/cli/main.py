@@ -1,4 +1,4 @@
-"""The command `bqnn`: train, recipes, eval, pack, report, info, demo."""
+"""The command `bqnn`: train, recipes, eval, predict, pack, report, info, demo."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 
 from bqnn._version import __version__
 from bqnn.cli import commands
+from bqnn.cli.messages import Parser, in_flags
 from bqnn.core.check import PRECISIONS
 from bqnn.core.text import shown
 from bqnn.data.splits import NAMES
@@ -71,32 +72,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _set_threads(options.threads)
         options.command(options)
     except (ValueError, OSError, ImportError, MemoryError, BackendError) as error:
-        return _fail(error, USER_ERROR)
+        return _fail(error, USER_ERROR, options.parser)
     except FloatingPointError as error:
-        return _fail(error, FAILURE)
+        return _fail(error, FAILURE, options.parser)
     except KeyboardInterrupt:
         print("bqnn: interrupted", file=sys.stderr)
-        if options.command is commands.train:
+        if options.command is commands.train and commands.has_run(options.out):
             again = ["bqnn", *(word for word in given if word not in ("--force", "--resume")), "--resume"]
             print(f"bqnn: to go on: {shlex.join(again)}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
-def _fail(error: Exception, status: int) -> int:
-    print("bqnn: error:", shown(str(error) or type(error).__name__), file=sys.stderr)
+def _fail(error: Exception, status: int, parser: argparse.ArgumentParser) -> int:
+    text = in_flags(str(error) or type(error).__name__, parser)
+    print("bqnn: error:", shown(text), file=sys.stderr)
     return status
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command; ``command`` of what it returns is the function that does the work."""
-    parser = argparse.ArgumentParser("bqnn", description="Bayesian M-ary quantized networks.")
+    parser = Parser("bqnn", description="Bayesian M-ary quantized networks.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(command: Callable[[argparse.Namespace], None], name: str, text: str) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, parser=sub)
         sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's own number)")
         return sub
 
@@ -107,7 +109,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_recipe(recipe)
     sub.add_argument("--out", type=_path, required=True, metavar="DIR", help="folder of the run")
     sub.add_argument(
-        "--init", type=_path, metavar="FILE", help=f"{WEIGHTS} of a full-precision run, for the first phase"
+        "--init",
+        type=_path,
+        metavar="FILE",
+        help=f"{WEIGHTS} of a full-precision run, for the first phase; of a quantized one, for two",
     )
     text = "train an ensemble of S networks from one full-precision trunk, each with its own seed"
     sub.add_argument("--members", type=int, metavar="S", help=text)
@@ -123,21 +128,28 @@ def make_parser() -> argparse.ArgumentParser:
     sub = add(
         commands.evaluate, "eval", "test a run, or a packed file and those compiled of it: error, NLL, calibration"
     )
-    sub.add_argument("path", type=_path, metavar="DIR|FILE", help="folder of a run (not packed), or a file")
+    _add_network(sub)
     sub.add_argument("--split", choices=SPLITS, default="test", help="images to test on (default: %(default)s)")
-    text = "also the mean over N posterior samples, of an ensemble a multiple of its networks"
-    sub.add_argument("--samples", type=int, default=1, metavar="N", help=text)
+    _add_samples(sub)
     text = "estimate the BatchNorm statistics of each sample again, on training images"
     sub.add_argument("--refresh", action="store_true", help=text)
-    sub.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
-    sub.add_argument("--dataset", metavar="NAME", help="for a packed file; by default that of the run beside it")
-    sub.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of a packed file (default: %(default)s)")
+    sub.add_argument("--dataset", metavar="NAME", help="for a file; by default that of the run beside it")
+    text = "for a file: a folder of images, one folder a class, all of which are tested"
+    sub.add_argument("--data", type=_path, metavar="DIR", help=text)
     sub.add_argument(
         "--uncertainty",
         action="store_true",
         help="calibration, corruptions, images from outside, error against coverage; kept with a run, for the report",
     )
     sub.add_argument("-o", "--output", type=_path, metavar="FILE", help="what --uncertainty has found, as JSON")
+    _add_data(sub)
+
+    sub = add(commands.predict, "predict", "say what is on images: classes, with probabilities")
+    _add_network(sub)
+    sub.add_argument("images", type=_path, nargs="+", metavar="IMAGE", help="files, or folders of images")
+    _add_samples(sub)
+    sub.add_argument("--top", type=int, default=3, metavar="K", help="classes to show (default: %(default)s)")
+    sub.add_argument("--json", action="store_true", help="print JSON, with the probabilities of all classes")
     _add_data(sub)
 
     sub = add(commands.pack, "pack", "pack a trained run into a file, and compile it")
@@ -174,6 +186,18 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
             metavar=None if field.name in CHOICES else kind.__name__.upper(),
             help=f"{HELP[field.name]} (default: {'none' if field.default is None else field.default})",
         )
+
+
+def _add_network(sub: argparse.ArgumentParser) -> None:
+    """The network of a command that runs one."""
+    sub.add_argument("path", type=_path, metavar="DIR|FILE", help="folder of a run (not packed), or a file")
+    sub.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of a packed file (default: %(default)s)")
+
+
+def _add_samples(sub: argparse.ArgumentParser) -> None:
+    text = "also the mean over N posterior samples, of an ensemble a multiple of its networks"
+    sub.add_argument("--samples", type=int, default=1, metavar="N", help=text)
+    sub.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
 
 
 def _path(text: str) -> Path:

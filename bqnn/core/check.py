@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bqnn.core.sharded import is_sharded
 from bqnn.core.text import shown
 
 MOST_CALLS = 2**62  # of Philox, that an offset leaves out: what follows it can be counted in 63 bits
@@ -23,11 +24,17 @@ def check_num_levels(num_levels: int) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raises TypeError unless ``tensor`` is a dense tensor: not a sparse one, nor in a format of some library."""
+    """Raises TypeError unless ``tensor`` is a dense tensor: not a sparse one, nor in a format of some library, nor
+    shared out among processes."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}")
+    if is_sharded(tensor):
+        raise TypeError(
+            f"{name} must have all of its numbers in this process, got a DTensor, which processes share; "
+            "tensor.full_tensor() gathers them"
+        )
 
 
 def check_data(name: str, tensor: Tensor) -> None:

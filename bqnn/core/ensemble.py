@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bqnn.core.inputs import logits_of
 
 
 class Stacked(nn.Module):
@@ -27,8 +30,9 @@ class Ensemble(nn.ModuleList, Stacked):
         networks: one or more modules.
 
     Raises:
-        TypeError: ``networks`` is not a list or another iterable of modules.
-        ValueError: there is none; in ``forward``: a network does not return one tensor of the shape that the first has.
+        TypeError: ``networks`` is not a list or another iterable of modules; in ``forward``: a network returns nothing
+            that :func:`bqnn.predict` takes.
+        ValueError: there is none; in ``forward``: outputs have different shapes.
     """
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
@@ -49,10 +53,10 @@ class Ensemble(nn.ModuleList, Stacked):
     def num_networks(self) -> int:
         return len(self)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        outputs = [network(*inputs) for network in self]
-        shapes = [list(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in outputs]
+    def forward(self, *inputs: Any, **by_name: Any) -> Tensor:
+        outputs = [logits_of(network(*inputs, **by_name)) for network in self]
+        shapes = [list(each.shape) for each in outputs]
         for index, shape in enumerate(shapes):
-            if not isinstance(shape, list) or shape != shapes[0]:
+            if shape != shapes[0]:
                 raise ValueError(f"network {index}: must return one tensor, as network 0 does {shapes[0]}, got {shape}")
         return torch.stack(outputs)

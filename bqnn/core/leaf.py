@@ -1,8 +1,8 @@
-"""A layer as one node of a graph that torch.fx traces."""
+"""What a quantized layer is to those who read networks: one node to torch.fx, and nothing to torch.jit.script."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.fx import Proxy
@@ -18,3 +18,13 @@ def node_of(layer: nn.Module, x: Proxy, args: tuple[Any, ...] | None = None, kwa
     """
     path = x.tracer.path_of_module(layer)  # type: ignore[attr-defined]
     return x.tracer.create_proxy("call_module", path, (x,) if args is None else args, kwargs or {})
+
+
+class NotScriptable:
+    """A module whose Python is more than torch.jit.script reads."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            f"torch.jit.script can not read a {type(self).__name__}; torch.export, torch.compile and torch.jit.trace "
+            "capture it"
+        )

@@ -48,7 +48,7 @@ def refused_dtype(values: Iterable[Any], dtypes: tuple[torch.dtype, ...]) -> tor
     """The first floating-point dtype among ``values``, tensors nested in tuples or not, that is none of ``dtypes``."""
     for value in values:
         if isinstance(value, Tensor):
-            if value.is_floating_point() and value.dtype not in dtypes:
+            if value.dtype not in dtypes and value.is_floating_point():
                 return value.dtype
         elif isinstance(value, tuple):
             if (found := refused_dtype(value, dtypes)) is not None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bqnn.core.geometry import convolved, may_see_padding_alone
+from bqnn.core.precision import wide_dtype
 
 PRODUCT_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d)
 """The layers of torch that compute one of these products with their weight."""
@@ -19,6 +20,29 @@ PRODUCT_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d)
 def matrix(tensor: Tensor) -> Tensor:
     """[..., K] -> [rows, K]; K may be 0."""
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+ROWS_OF_A_PART = 512
+
+
+def sum_of_rows(rows: Tensor) -> Tensor:
+    """The sum over the rows of [R, N], in their dtype, in parts of a few hundred rows each and then of the parts.
+
+    Of very many rows at once torch makes a sum on a GPU in scratch memory, up to the size of the rows in float32.
+    """
+    whole = len(rows) - len(rows) % ROWS_OF_A_PART
+    parts, dtype = rows[:whole].unflatten(0, (-1, ROWS_OF_A_PART)), wide_dtype(rows.dtype)
+    total = parts.sum(1, dtype=dtype).sum(0)
+    if whole < len(rows):
+        total += rows[whole:].sum(0, dtype=dtype)
+    return total.to(rows.dtype)
+
+
+def sum_of_pixels(images: Tensor) -> Tensor:
+    """The sum over images and pixels of [B, N, H, W], in their dtype, likewise."""
+    if images.is_contiguous(memory_format=torch.channels_last):
+        return sum_of_rows(matrix(images.permute(0, 2, 3, 1)))
+    return images.sum((2, 3), dtype=wide_dtype(images.dtype)).sum(0).to(images.dtype)
 
 
 class Product(Protocol):
@@ -50,7 +74,8 @@ class LinearProduct(NamedTuple):
         return grad @ weight if input_gradient else x.new_empty(0), rows.t() @ inputs
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
-        return matrix(grad).sum(0)
+        rows = matrix(grad)
+        return sum_of_rows(rows) if grad.is_cuda else rows.sum(0)
 
 
 class Conv2dProduct(NamedTuple):
@@ -79,7 +104,7 @@ class Conv2dProduct(NamedTuple):
         return grad_x if input_gradient else x.new_empty(0), grad_weight
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
-        return grad.sum((0, 2, 3))
+        return sum_of_pixels(grad) if grad.is_cuda else grad.sum((0, 2, 3))
 
 
 CONV2D_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"  # a Conv2dProduct's fields, in a schema

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from bqnn.core.references import copy_network
+from bqnn.core.sharded import is_resharding
 
 _LAYERS = "_read_weights_of"
 
@@ -24,6 +25,9 @@ class _Reader:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get(_LAYERS, {}):
+            if is_resharding(self._parameters.get(name), value):
+                self._parameters[name] = value
+                return
             raise TypeError(f"{name} is the weight of a quantized layer and can not be assigned; change that layer")
         super().__setattr__(name, value)
 
@@ -88,7 +92,7 @@ def with_readers(net: nn.Module, layers: Iterable[str]) -> nn.Module:
 
     Args:
         net: any network.
-        layers: names of its layers, of nn.Linear, nn.Conv2d or their Bayes forms; others are left out.
+        layers: names of its layers with a weight, torch's or Bayes ones; names of no module are left out.
     """
     modules = dict(net.named_modules(remove_duplicate=False))
     names = [name for name in layers if name in modules]

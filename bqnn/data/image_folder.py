@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from bqnn.core.extras import needs
 from bqnn.core.files import open_regular, write_atomically
 from bqnn.core.text import shown
+from bqnn.data.channels import with_channels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,6 +36,7 @@ SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found"})  # which archiv
 CACHE_VERSION = "2"
 SHOWN_CLASSES = 10  # of those without images
 
+_NO_IMAGES = f"{{}}: no images in it ({', '.join(sorted(SUFFIXES))})"
 _log = logging.getLogger("bqnn")
 
 
@@ -85,7 +87,7 @@ def read_image_folder(
     by_class = [_image_files(path / name) for name in classes]
     files = [(file, label) for label, found in enumerate(by_class) for file in found]
     if not files:
-        raise FileNotFoundError(f"{path}: no images in it ({', '.join(sorted(SUFFIXES))})")
+        raise FileNotFoundError(_NO_IMAGES.format(path))
     if empty := [name for name, found in zip(classes, by_class) if not found]:
         _say_empty(path, empty, complete)
     key = _listing_digest(path, files, image_size) if cache is not None else ""
@@ -96,6 +98,33 @@ def read_image_folder(
     if cache is not None:
         _write_cache(cache, key, images, labels)
     return images, labels
+
+
+def image_files(path: Path) -> list[Path]:
+    """The images of a folder, at any depth and in the order of their names; of a file the file, whatever its ending.
+
+    Raises:
+        FileNotFoundError: there is nothing of this name, or no image in the folder.
+    """
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such image or folder of images")
+        return [path]
+    found = _image_files(path)
+    if not found:
+        raise FileNotFoundError(_NO_IMAGES.format(path))
+    return found
+
+
+def read_images(files: Sequence[Path], in_channels: int, image_size: int) -> Tensor:
+    """Images for a network, uint8 [N, in_channels, image_size, image_size]: decoded, cut and resized as
+    :func:`read_image_folder` does it, and then grey or in colour by :func:`bqnn.data.channels.with_channels`.
+
+    Raises:
+        ValueError: an image can't be read, as there, or ``in_channels`` is neither 1 nor 3.
+    """
+    decoded = [_decode_one(file, image_size)[0] for file in files]
+    return with_channels(torch.stack(decoded), in_channels)
 
 
 def _is_ours(name: str) -> bool:

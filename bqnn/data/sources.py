@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from bqnn.core.extras import needs
+from bqnn.data.channels import with_channels
 from bqnn.data.image_folder import class_names, read_image_folder
 
+DIGITS = tuple("0123456789")
 # The name of each data set's class in torchvision.
 TORCHVISION = {
     "mnist": "MNIST",
@@ -46,12 +48,13 @@ class Split:
 class Source:
     """What is read, before a validation split is held out.
 
-    ``validation`` is how many images that takes by default, or the split itself where the data set has one.
+    ``classes`` are their names, in the order of the labels. ``validation`` is how many images that takes by default, or
+    the split itself where the data set has one.
     """
 
     train: Split
     test: Split
-    num_classes: int
+    classes: tuple[str, ...]
     validation: int | Split
 
 
@@ -85,7 +88,7 @@ def read_digits() -> Source:
     images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(digits.target).long()
     test, train = hold_out(Split(images, labels), DIGITS_TEST, TEST_SEED)
-    return Source(train, test, 10, DIGITS_VALIDATION)
+    return Source(train, test, DIGITS, DIGITS_VALIDATION)
 
 
 def read_torchvision(name: str, root: Path, download: bool) -> Source:
@@ -108,7 +111,8 @@ def read_torchvision(name: str, root: Path, download: bool) -> Source:
             f"{name} is not in {root}, or is damaged there. To download it:\n"
             f'    python -c "from bqnn.data import load_dataset; {call}"'
         ) from error
-    return Source(_as_split(train), _as_split(test), len(train.classes), TORCHVISION_VALIDATION)
+    classes = DIGITS if name == "mnist" else tuple(train.classes)  # torchvision says "0 - zero"
+    return Source(_as_split(train), _as_split(test), classes, TORCHVISION_VALIDATION)
 
 
 def _as_split(dataset: Any) -> Split:
@@ -158,7 +162,7 @@ def read_folder(path: Path, image_size: int | None, cached: bool = False) -> Sou
     if test is None:
         test, train = hold_out(train, round(FOLDER_TEST * len(train)), TEST_SEED)
     validation = splits[names[0]] if names else round(FOLDER_VALIDATION * len(train))
-    return Source(train, test, len(classes), validation)
+    return Source(train, test, tuple(classes), validation)
 
 
 def _read_part(path: Path, part: str, classes: list[str], image_size: int | None, cached: bool) -> Split:
@@ -169,7 +173,4 @@ def _read_part(path: Path, part: str, classes: list[str], image_size: int | None
 def _same_channels(splits: dict[str, Split]) -> dict[str, Split]:
     """Grey images repeated over three channels, where only some of the splits are grey."""
     channels = max(split.images.shape[1] for split in splits.values())
-    return {
-        part: Split(split.images.expand(-1, channels, -1, -1).contiguous(), split.labels)
-        for part, split in splits.items()
-    }
+    return {part: Split(with_channels(split.images, channels), split.labels) for part, split in splits.items()}

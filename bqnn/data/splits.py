@@ -14,29 +14,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bqnn.core.text import suggestion
 from bqnn.data.augment import augment
 from bqnn.data.sources import TORCHVISION, Source, Split, hold_out, read_digits, read_folder, read_torchvision
 
 __all__ = ["NAMES", "Split", "Splits", "augment", "batches", "load_dataset", "normalise"]
 
 NAMES = ("digits", *TORCHVISION)
+FOLDER = "folder:"  # what the name of a data set of the user's own begins with
 SMALLEST_STD = 1 / 255  # of a channel that is (nearly) constant, so that normalising it does not blow it up
 RESIZE_CHUNK = 4096  # images at a time: bounds the memory of their float copies
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set. ``mean`` and ``std`` are those of the training split, one a channel, with pixels in 0..1."""
+    """A data set. ``mean`` and ``std`` are those of the training split, one a channel, with pixels in 0..1; ``classes``
+    has the name of each label."""
 
     name: str
     train: Split
     validation: Split
     test: Split
-    num_classes: int
+    classes: tuple[str, ...]
     in_channels: int
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
 
 
 def load_dataset(
@@ -87,7 +94,7 @@ def load_dataset(
     test = resize(source.test, image_size)
     mean, std = _mean_std(train.images)
     channels, size = train.images.shape[1:3]
-    return Splits(name, train, held_out, test, source.num_classes, channels, size, mean, std)
+    return Splits(name, train, held_out, test, source.classes, channels, size, mean, std)
 
 
 def _read(name: str, root: Path, image_size: int | None, download: bool) -> Source:
@@ -97,9 +104,10 @@ def _read(name: str, root: Path, image_size: int | None, download: bool) -> Sour
         return read_folder(root / "cifar10", image_size=None, cached=True)
     if name in TORCHVISION:
         return read_torchvision(name, root, download)
-    if isinstance(name, str) and name.startswith("folder:"):
-        return read_folder(Path(name.removeprefix("folder:")), image_size)
-    raise ValueError(f"name must be one of {', '.join(NAMES)} or folder:PATH, got {name!r}")
+    if isinstance(name, str) and name.startswith(FOLDER):
+        return read_folder(Path(name.removeprefix(FOLDER)), image_size)
+    hint = suggestion(name, NAMES) if isinstance(name, str) else ""
+    raise ValueError(f"name must be one of {', '.join(NAMES)} or folder:PATH, got {name!r}{hint}")
 
 
 def resize(split: Split, size: int | None) -> Split:

@@ -7,7 +7,8 @@ nothing of the plan comes from outside. The order of the numbers here is that of
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -54,16 +55,17 @@ class Program:
         self._handle = torch.ops.bqnn_cpu.engine_program(
             torch.tensor(words, dtype=torch.int64), torch.tensor(numbers, dtype=torch.float32), tensors, **limits
         )
-        self._run = torch.ops.bqnn_cpu.engine_run.default
-        weakref.finalize(self, torch.ops.bqnn_cpu.engine_free, self._handle)
-
-    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The graph's outputs, float32, for inputs float32 or uint8 [N, *shape], of any strides.
+        self.run: Callable[[list[Tensor]], list[Tensor]] = partial(torch.ops.bqnn_cpu.engine_run.default, self._handle)
+        """The graph's outputs, float32, for inputs float32 or uint8 [N, *shape], of any strides, in a list.
 
         Raises:
             ValueError: an input has another dtype, shape or device, or another batch than the first.
         """
-        return self._run(self._handle, list(inputs))
+        weakref.finalize(self, torch.ops.bqnn_cpu.engine_free, self._handle)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """As :attr:`run`."""
+        return self.run(list(inputs))
 
     def instructions(self, inputs: Sequence[Tensor]) -> list[Instruction]:
         """What runs, and how long it takes on these inputs."""

@@ -1,6 +1,6 @@
 """Compiled networks in files: the graph as data, names and numbers, never code.
 
-The metadata has ``version`` and ``compiled``, an object of
+The metadata has ``version``, may have ``data`` (bqnn.files.metadata), and has ``compiled``, an object of
 
     precision    "fp32", "bf16" or "int8"
     inputs       of each input of the network: its name, its shape without the batch
@@ -32,6 +32,7 @@ from bqnn.engine.graph import NO_ACTIVATION, Activation, Graph, Node, Value
 from bqnn.engine.operators import columns_of
 from bqnn.engine.partition import WORK, EnginePart, TorchPart
 from bqnn.files.container import Contents, is_count
+from bqnn.files.metadata import FIELD as DATA
 
 KEY = "compiled"
 MAX_PARTS = 1000
@@ -88,7 +89,7 @@ def build(contents: Contents) -> CompiledNetwork:
     Raises:
         FormatError: something is unsound, or a tensor is damaged.
     """
-    if unknown := set(contents.metadata) - {"version", KEY}:
+    if unknown := set(contents.metadata) - {"version", KEY, DATA}:
         raise FormatError(f"the metadata has the unknown field {min(unknown)!r}")
     data = _object("compiled", contents.metadata[KEY], _FIELDS)
     if data["precision"] not in PRECISIONS:
@@ -126,6 +127,23 @@ def build(contents: Contents) -> CompiledNetwork:
         if len({shapes[outputs[number]] for number in structure["stack"]}) != 1:
             raise FormatError("the outputs of an ensemble must have one shape")
     return kind(inputs, tuple(parts), outputs, structure, {}, data["precision"])
+
+
+def sizes_of(net: CompiledNetwork) -> dict[str, int]:
+    """``in_channels`` and ``image_size`` of a network that takes square images alone, and ``num_classes`` of one that
+    gives logits, each by its name; without those that it has not."""
+    shapes = {each.name: each.shape for each in net.inputs}
+    for part in net.parts:
+        if isinstance(part, EnginePart):
+            shapes |= {name: part.graph.values[name].shape for name in part.outputs}
+    found: dict[str, int] = {}
+    match [each.shape for each in net.inputs]:
+        case [(channels, height, width)] if height == width:
+            found |= {"in_channels": channels, "image_size": width}
+    match list({shapes.get(name) for name in net.outputs}):
+        case [(classes,)]:
+            found["num_classes"] = classes
+    return found
 
 
 def layers(net: CompiledNetwork) -> dict[str, dict[str, Any]]:

@@ -1,19 +1,19 @@
-"""save, load and info: packed and compiled networks in files. bqnn.files.container describes the bytes.
+"""save, load and info: networks in files. bqnn.files.container describes the bytes.
 
-The metadata of a packed network has ``version``; ``factory``, name and arguments of a built-in network, or null;
-``layers``, for each packed layer ``kind``, ``shape`` of the dense weight, ``num_levels`` and, where they differ from
-the usual, ``granularity``, ``relu`` and the geometry of a convolution; and ``alias``, names of tensors that are stored
-under another one. A layer has the tensors ``codes`` and ``levels``, and may have ``bias`` and ``chances``.
-``ensemble`` is the number of networks, where there are several; bqnn.files.members says what names they have then.
-bqnn.files.compiled describes the metadata of a compiled network.
+The metadata of a packed network, or of one with Bayes layers, has ``version``; ``factory``, name and arguments of a
+built-in network, or null; ``layers``, for each quantized layer ``kind``, ``shape`` of the dense weight, ``num_levels``
+and, where they differ from the usual, the geometry of a convolution, and of a packed layer ``granularity`` and
+``relu``; and ``alias``, names of tensors that are stored under another one. A packed layer has the tensors ``codes``
+and ``levels``, and may have ``bias`` and ``chances``; bqnn.files.bayes_spec says what a Bayes layer has, and ``frozen``
+names the parameters of its network that require no gradient. ``ensemble`` is the number of networks, where there are
+several; bqnn.files.members says what names they have then. ``data`` is what is known of the images and classes, in the
+file of a compiled network too, whose other metadata bqnn.files.compiled describes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from bqnn import models
+from bqnn.bayes.base import BayesLayer
+from bqnn.bayes.layers import bayes_layers
 from bqnn.core.check import check_precision
 from bqnn.core.ensemble import Ensemble, Stacked
 from bqnn.core.files import FormatError, open_regular, write_atomically
@@ -31,67 +33,86 @@ from bqnn.core.readers import with_readers
 from bqnn.core.text import shown
 from bqnn.core.wrappers import unwrapped
 from bqnn.engine.compiled import CompiledNetwork
-from bqnn.files import compiled, container
+from bqnn.files import bayes_spec, compiled, container
 from bqnn.files.container import Contents
-from bqnn.files.layer_spec import PARTS, check_spec, check_tensors, describe, tensor_name
-from bqnn.files.members import FIELD, check_members, count_of, members, of_member
-from bqnn.files.skeleton import built_in, check_model, difference, fill
+from bqnn.files.fields import FROZEN, check_fields
+from bqnn.files.fill import fill
+from bqnn.files.layer_spec import LAYERS, describe, is_bayes
+from bqnn.files.members import FIELD, count_of, members, of_member
+from bqnn.files.metadata import FIELD as DATA
+from bqnn.files.metadata import Metadata, read_fields
+from bqnn.files.sizes import layer_sizes
+from bqnn.files.skeleton import built_in, check_model, difference
+from bqnn.files.state import frozen_parameters, stored_tensors
 from bqnn.packed.base import check_execution
-from bqnn.packed.weight import PackedWeight
 
-__all__ = ["FormatError", "info", "load", "save"]
+SIZES = ("in_channels", "image_size", "num_classes")
+"""The arguments that the factory of each built-in network has."""
+
+__all__ = ["FormatError", "Metadata", "info", "load", "save"]
 
 
-def save(net: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes a packed or compiled network to ``path``: to a file beside it, which then takes its place in one step.
+def save(net: nn.Module, path: str | os.PathLike[str], metadata: Metadata | None = None) -> None:
+    """Writes a packed, Bayesian or compiled network to ``path``: to a file beside it, which takes its place at once.
 
-    A :class:`bqnn.Ensemble` of packed networks of one architecture is written into one file, what several of them have
-    bit for bit once.
+    A network with Bayes layers is written with its posterior, its options and which parameters require a gradient: what
+    is loaded predicts, and trains on, to the same bits. An optimizer has a state of its own, for which
+    :func:`bqnn.fit` has checkpoints.
+
+    A :class:`bqnn.Ensemble` of networks of one architecture is written into one file, what several of them have bit for
+    bit once.
 
     A compiled network is written as its graphs, and is loaded without any Python of its own. What torch.compile,
     DataParallel, DistributedDataParallel and AveragedModel put around a network, or around modules of it, is left out.
     What is written has passed the checks of :func:`load`.
 
+    Args:
+        net: the network.
+        path: the file.
+        metadata: what is known of the images that it takes, and the names of its classes, for :func:`info` and for
+            `bqnn predict` and `bqnn eval`.
+
     Raises:
-        ValueError: ``net`` has no packed layer, a state that is no plain tensor with data (the message names it), or is
-            a built-in network that has been changed: without its attribute ``factory`` it is saved as one of your own;
-            networks of an ensemble have different architectures; torch runs a part of a compiled ``net`` (the message
-            names the nodes).
+        TypeError: ``metadata`` is another object.
+        ValueError: ``net`` has no packed or Bayes layer, a parameter of a Bayes layer that is not finite, a state that
+            is no plain tensor with data (the message names it), or is a built-in network that has been changed: without
+            its attribute ``factory`` it is saved as one of your own; networks of an ensemble have different
+            architectures; torch runs a part of a compiled ``net`` (the message names the nodes); ``metadata`` are of
+            other sizes than ``net``.
         OSError: the file can not be written; what was at ``path`` is still there.
     """
+    if metadata is not None and not isinstance(metadata, Metadata):
+        raise TypeError(f"metadata must be a bqnn.Metadata or None, got {type(metadata).__name__}")
+    known = {} if metadata is None else metadata.known()
+    data = {DATA: known} if known else {}
     net = unwrapped(net)
     if isinstance(net, CompiledNetwork):
-        _save_compiled(net, path)
+        tensors, described = compiled.describe(net)
+        blob = container.to_bytes(tensors, described | data)
+        with _can_be_loaded():
+            contents = container.read(io.BytesIO(blob))
+            _data_of(contents, compiled.sizes_of(compiled.build(contents)))
+        _write(path, blob)
         return
     networks = list(net) if isinstance(net, Ensemble) else [net]
-    if not all(any(isinstance(module, PackedWeight) for module in network.modules()) for network in networks):
-        raise ValueError("net must have a packed layer, in an ensemble each network, as bqnn.pack makes them, got none")
-    layers = {
-        name: module for name, module in net.named_modules(remove_duplicate=False) if isinstance(module, PackedWeight)
-    }
-    tensors, alias = _stored_tensors(net)
-    factory = getattr(networks[0], "factory", None)
-    metadata: dict[str, Any] = {
-        "factory": factory if isinstance(factory, tuple) and factory[:1] and factory[0] in models.NAMES else None,
-        "layers": {name: describe(layer) for name, layer in layers.items()},
-    }
-    if isinstance(net, Ensemble):
-        metadata[FIELD] = len(networks)
-    if alias:
-        metadata["alias"] = alias
-    blob = container.to_bytes(tensors, metadata)
+    if not all(any(isinstance(module, LAYERS) for module in network.modules()) for network in networks):
+        raise ValueError(
+            "net must have a Bayes or a packed layer, in an ensemble each network, as bqnn.convert and bqnn.pack make "
+            "them, got none"
+        )
+    _check_values(net)
+    blob = container.to_bytes(*_described(net, networks[0], data))
     contents = container.read(io.BytesIO(blob))
-    try:
-        _check_metadata(contents)
+    with _can_be_loaded():
+        check_fields(contents)
         for member, network in zip(members(contents), networks, strict=True):
             with of_member(member):
                 check_model(member, network)
-    except FormatError as error:
-        raise ValueError(f"net can not be saved so that bqnn.load gives it back: {shown(str(error))}") from error
+        _data_of(contents, _sizes_of(contents.metadata["factory"]))
     for member, network in zip(members(contents), networks, strict=True):
         with of_member(member):
             _check_architecture(member, networks[0])
-            if metadata["factory"] is not None:
+            if contents.metadata["factory"] is not None:
                 _check_factory(member, network)
     _write(path, blob)
 
@@ -107,7 +128,8 @@ def load(
 
     The file is held against the network as a whole before anything of its size is allocated. Modules and tensors that
     are one in the network have to be one in the file; what is one in the file alone is copied. Layers that are tied in
-    both share their codes, and another module with the weight of a layer reads the decoded one.
+    both share their codes, or their posterior, and another module with the weight of a layer reads what that computes
+    with.
 
     The file of an ensemble gives a :class:`bqnn.Ensemble`; ``model`` is one of its networks.
 
@@ -115,17 +137,18 @@ def load(
 
     Args:
         path: the file.
-        model: a network with the same modules, packed or not, whose tensors' values do not matter; it is copied, not
+        model: a network with the same modules, quantized or not, whose tensors' values do not matter; it is copied, not
             changed; what torch.compile and the like put around it is left out. A built-in network needs none.
-        precision: "fp32", "bf16" or "int8", as for bqnn.pack; a file serves each of them.
-        execution: "auto", "packed" or "dense", as for bqnn.pack.
+        precision: of packed layers "fp32", "bf16" or "int8", as for bqnn.pack; a file serves each of them.
+        execution: of packed layers "auto", "packed" or "dense", as for bqnn.pack.
         device: where the network is put.
 
     Raises:
         FormatError: the file is damaged or not one of these, or does not fit ``model``; names the tensor.
         ValueError: the file is of no built-in network and ``model`` is missing, or of a compiled one and it is given; a
-            wrong ``precision`` or ``execution``. Also for a closure, a default argument, a weak reference or a class
-            that refers to a module of ``model``, since it would still do so in the copy.
+            wrong ``precision`` or ``execution``, or another than the default for a file without packed layers. Also for
+            a closure, a default argument, a weak reference or a class that refers to a module of ``model``, since it
+            would still do so in the copy.
         OSError: the file can not be read; FileNotFoundError where there is none.
     """
     check_precision(precision)
@@ -136,10 +159,15 @@ def load(
         if compiled.KEY in contents.metadata:
             if model is not None or torch.device(device).type != "cpu":
                 raise ValueError("model must be None and device the CPU for the file of a compiled network")
-            return compiled.build(contents)
+            return _compiled(contents)
         skeletons = [_skeleton(contents)] * (count_of(contents) or 1)
         if model is not None:
             skeletons = _held_against(contents, unwrapped(model))
+        if (precision, execution) != ("fp32", "auto") and all(map(is_bayes, contents.metadata["layers"].values())):
+            raise ValueError(
+                f"precision and execution are for packed layers, which {shown(os.fsdecode(path))} has none of; "
+                f"got {precision!r} and {execution!r}"
+            )
         networks = []
         for member, skeleton in zip(members(contents), skeletons, strict=True):
             if skeleton is None:
@@ -154,11 +182,13 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         ``version``; ``bytes`` of the file, the sum of ``header_bytes`` and those of the tensors; ``networks``, 1 or
-        those of an ensemble; ``factory``, of each of them; ``layers``, by name the file's own description, ``bytes`` of
-        codes, levels and bias, ``bits_per_weight``, codes only, and ``posterior_bytes``, of the chances, 0 where there
-        is no posterior; ``tensors``, by name ``dtype``, ``shape`` and ``bytes``. The bytes of a tensor that several
-        layers have are the first one's. Layers of a compiled network are the nodes that multiply; those with dense
-        weights have the ``num_levels`` 0.
+        those of an ensemble; ``factory``, of each of them; ``metadata``, a :class:`bqnn.Metadata`, with sizes that
+        follow from the network; ``compiled``, the precision of a compiled network, else None; ``layers``, by name the
+        file's own description, ``bytes`` of codes, levels and bias, ``bits_per_weight``, codes only, and
+        ``posterior_bytes``, of the chances, 0 where there is no posterior; ``tensors``, by name ``dtype``, ``shape``
+        and ``bytes``. The bytes of a tensor that several layers have are the first one's. Of a Bayes layer, whose
+        description has ``bayes``, the posterior are the variances. Layers of a compiled network are the nodes that
+        multiply; those with dense weights have the ``num_levels`` 0.
 
     Raises:
         FormatError: the file is damaged or not one of these.
@@ -166,55 +196,85 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     with _read(path) as contents:
         if compiled.KEY in contents.metadata:
-            net = compiled.build(contents)
+            net = _compiled(contents)
             networks = net.num_networks if isinstance(net, Stacked) else 1
-            return _description(contents, networks, None, compiled.layers(net))
-        _skeleton(contents)
-        contents.check_tensors()
-    metadata = contents.metadata
-    entries = contents.by_name()
-    counted: set[str] = set()
-    layers = {}
-    for name, spec in metadata["layers"].items():
-        sizes = dict.fromkeys(PARTS, 0)
-        for part in PARTS:
-            tensor = tensor_name(name, part)
-            stored = contents.stored_as(tensor)
-            if tensor in entries and stored not in counted:
-                counted.add(stored)
-                sizes[part] = entries[tensor].end - entries[tensor].begin
-        codes = entries[tensor_name(name, "codes")]
-        bits = 8 * (codes.end - codes.begin) / math.prod(spec["shape"])
-        posterior = sizes.pop("chances")
-        layers[name] = {**spec, "bytes": sum(sizes.values()), "bits_per_weight": bits, "posterior_bytes": posterior}
-    return _description(contents, count_of(contents) or 1, metadata["factory"], layers)
+            layers, data = compiled.layers(net), _data_of(contents, compiled.sizes_of(net))
+            precision: str | None = net.precision
+        else:
+            _skeleton(contents)
+            contents.check_tensors()
+            networks, layers = count_of(contents) or 1, layer_sizes(contents)
+            data, precision = _data_of(contents, _sizes_of(contents.metadata["factory"])), None
+        return {
+            "version": contents.metadata["version"],
+            "bytes": contents.file_bytes,
+            "header_bytes": contents.header_bytes,
+            "networks": networks,
+            "factory": contents.metadata.get("factory"),
+            "metadata": data,
+            "compiled": precision,
+            "layers": layers,
+            "tensors": {
+                name: {"dtype": entry.dtype, "shape": entry.shape, "bytes": entry.end - entry.begin}
+                for name, entry in contents.entries.items()
+            },
+        }
 
 
-def _description(
-    contents: Contents, networks: int, factory: list[Any] | None, layers: dict[str, Any]
-) -> dict[str, Any]:
-    """What :func:`info` says of a file."""
-    return {
-        "version": contents.metadata["version"],
-        "bytes": contents.file_bytes,
-        "header_bytes": contents.header_bytes,
-        "networks": networks,
-        "factory": factory,
-        "layers": layers,
-        "tensors": {
-            name: {"dtype": entry.dtype, "shape": entry.shape, "bytes": entry.end - entry.begin}
-            for name, entry in contents.entries.items()
-        },
+def _described(net: nn.Module, first: nn.Module, data: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a network, or of an ensemble with the network ``first``, and its metadata."""
+    layers = {name: module for name, module in net.named_modules(remove_duplicate=False) if isinstance(module, LAYERS)}
+    tensors, alias = stored_tensors(net)
+    factory = getattr(first, "factory", None)
+    metadata: dict[str, Any] = {
+        "factory": factory if isinstance(factory, tuple) and factory[:1] and factory[0] in models.NAMES else None,
+        "layers": {name: describe(layer) for name, layer in layers.items()},
     }
+    if isinstance(net, Ensemble):
+        metadata[FIELD] = net.num_networks
+    if alias:
+        metadata["alias"] = alias
+    if any(isinstance(layer, BayesLayer) for layer in layers.values()):
+        metadata[FROZEN] = frozen_parameters(net)
+    return tensors, metadata | data
 
 
-def _save_compiled(net: CompiledNetwork, path: str | os.PathLike[str]) -> None:
-    blob = container.to_bytes(*compiled.describe(net))
+def _check_values(net: nn.Module) -> None:
+    """Raises ValueError, with the name of the layer, for a Bayes layer with values that no file may have."""
+    for name, layer in bayes_layers(net).items():
+        try:
+            bayes_spec.check_values(layer)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _can_be_loaded() -> Iterator[None]:
+    """Inside, what load would refuse is the fault of ``net``, or of what was said of it."""
     try:
-        compiled.build(container.read(io.BytesIO(blob)))
+        yield
     except FormatError as error:
         raise ValueError(f"net can not be saved so that bqnn.load gives it back: {shown(str(error))}") from error
-    _write(path, blob)
+
+
+def _data_of(contents: Contents, sizes: dict[str, int]) -> Metadata:
+    """What the file says of images and classes, with the sizes of its network; FormatError where they differ."""
+    data = read_fields(contents.metadata[DATA]) if DATA in contents.metadata else Metadata()
+    try:
+        return data.fitted(**sizes)
+    except ValueError as error:
+        raise FormatError(f"{DATA}: {error}") from error
+
+
+def _sizes_of(factory: list[Any] | None) -> dict[str, int]:
+    """Sizes of images and the number of classes, which each built-in network has."""
+    return {} if factory is None else {name: factory[1][name] for name in SIZES}
+
+
+def _compiled(contents: Contents) -> CompiledNetwork:
+    net = compiled.build(contents)
+    _data_of(contents, compiled.sizes_of(net))
+    return net
 
 
 def _write(path: str | os.PathLike[str], blob: bytes) -> None:
@@ -245,40 +305,6 @@ def _check_factory(contents: Contents, net: nn.Module) -> None:
         )
 
 
-def _stored_tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state of ``net`` on the CPU, each tensor once, and the other names of those that have several.
-
-    Of an ensemble tensors are one that have the same bits, too.
-    """
-    tensors: dict[str, Tensor] = {}
-    alias: dict[str, str] = {}
-    first_names: dict[tuple[Any, ...], str] = {}
-    for name, value in net.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"the state {name!r} of net must be a tensor, got {type(value).__name__}")
-        if value.layout != torch.strided or value.device.type == "meta":
-            raise ValueError(f"tensor {name!r} must be dense and hold data, got {value.layout} on {value.device}")
-        place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-        if value.numel() and place in first_names:
-            alias[name] = first_names[place]
-            continue
-        value = value.detach().resolve_conj().resolve_neg()  # whose bytes are other numbers than they stand for
-        value = value.cpu().clone(memory_format=torch.contiguous_format)
-        same = first_names.setdefault(_bits(value), name) if isinstance(net, Ensemble) and value.numel() else name
-        first_names[place] = same
-        if same == name:
-            tensors[name] = value
-        else:
-            alias[name] = same
-    return tensors, alias
-
-
-def _bits(tensor: Tensor) -> tuple[Any, ...]:
-    """What tensors with the same bits have in common, and others do not."""
-    data = tensor.view(-1).view(torch.uint8).numpy()
-    return tensor.dtype, tensor.shape, hashlib.sha256(data.data).digest()
-
-
 @contextlib.contextmanager
 def _read(path: str | os.PathLike[str]) -> Iterator[Contents]:
     """The file at ``path``, open, its header checked. Puts the path in front of the message of a FormatError."""
@@ -291,7 +317,7 @@ def _read(path: str | os.PathLike[str]) -> Iterator[Contents]:
 
 def _skeleton(contents: Contents) -> nn.Module | None:
     """Checks all but the values of a packed network's file; returns the network that it names, on the meta device."""
-    _check_metadata(contents)
+    check_fields(contents)
     factory = contents.metadata["factory"]
     if factory is None:
         return None
@@ -302,6 +328,7 @@ def _skeleton(contents: Contents) -> nn.Module | None:
             check_model(part, skeleton)
     if list(skeleton.factory) != factory:
         raise FormatError(f"factory must have all arguments, as {skeleton.factory}, got {factory!r:.200}")
+    _data_of(contents, _sizes_of(factory))
     return skeleton
 
 
@@ -309,35 +336,9 @@ def _held_against(contents: Contents, model: nn.Module) -> list[nn.Module | None
     """For each network of the file what it is read into: ``model``, which has been checked against it."""
     found: list[nn.Module | None] = []
     for member in members(contents):
-        layers = member.metadata["layers"]
-        skeleton = with_readers(with_parts(model, layers), layers)
+        specs = member.metadata["layers"]
+        skeleton = with_readers(with_parts(model, specs), [name for name in specs if not is_bayes(specs[name])])
         with of_member(member):
             check_model(member, skeleton)
         found.append(skeleton)
     return found
-
-
-def _check_metadata(contents: Contents) -> None:
-    """Raises FormatError unless the metadata has the form that :func:`save` gives it; its CRC-32 has been checked."""
-    metadata, entries = contents.metadata, contents.entries
-    if unknown := set(metadata) - {"version", "factory", "layers", "alias", FIELD}:
-        raise FormatError(f"the metadata has the unknown field {min(unknown)!r}")
-    if missing := {"factory", "layers"} - set(metadata):
-        raise FormatError(f"the metadata must have the field {min(missing)!r}")
-    factory, layers, alias = metadata["factory"], metadata["layers"], metadata.get("alias", {})
-    if factory is not None:
-        if not isinstance(factory, list) or [type(part) for part in factory] != [str, dict]:
-            raise FormatError(f"factory must be a name and arguments, got {factory!r:.80}")
-    if not isinstance(layers, dict) or not layers:
-        raise FormatError(f"layers must describe the packed layers by name, got {layers!r:.80}")
-    for name, spec in layers.items():
-        check_spec(name, spec)
-    if not isinstance(alias, dict):
-        raise FormatError(f"alias must be an object, got {alias!r:.80}")
-    for name, stored in alias.items():
-        if name in entries or not isinstance(stored, str) or stored not in entries:
-            raise FormatError(f"tensor {name!r} is an alias of {stored!r:.80}; only the second must be stored")
-    by_name = contents.by_name()
-    for name, spec in layers.items():
-        check_tensors(name, spec, by_name)
-    check_members(contents)

@@ -14,6 +14,7 @@ from bqnn.data.splits import Splits, batches, normalise
 from bqnn.engine.compile import compile
 from bqnn.engine.compiled import CompiledNetwork
 from bqnn.files import network
+from bqnn.files.metadata import Metadata
 
 COMPILED = ("fp32", "int8")
 """The precisions that packed networks are compiled for."""
@@ -32,7 +33,11 @@ def calibration(data: Splits) -> list[Tensor]:
 
 
 def save_compiled(
-    net: nn.Module, packed: Path, example: Tensor, given: Callable[[], list[Tensor]]
+    net: nn.Module,
+    packed: Path,
+    example: Tensor,
+    given: Callable[[], list[Tensor]],
+    metadata: Metadata | None = None,
 ) -> dict[str, CompiledNetwork | str]:
     """Compiles a packed network for each of :data:`COMPILED`, and writes the files beside its own.
 
@@ -41,6 +46,7 @@ def save_compiled(
         packed: its file.
         example: an input, float32 [batch, C, H, W].
         given: makes the calibration batches of "int8".
+        metadata: of the packed network, as :func:`bqnn.save` takes them.
 
     Returns:
         by precision the network, or in a line why it has no file: it can not be captured, torch runs a part of it, or
@@ -55,7 +61,7 @@ def save_compiled(
         fast = _compiled(net, example, precision, given)
         if isinstance(fast, CompiledNetwork):
             try:
-                network.save(fast, path)
+                network.save(fast, path, metadata)
             except ValueError as error:
                 fast = shown(str(error))
         if isinstance(fast, str):

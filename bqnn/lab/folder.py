@@ -9,7 +9,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -18,8 +18,12 @@ from bqnn.core.text import shown
 from bqnn.lab.recipe import Recipe
 
 METADATA = "run"
-"""The key of the metadata of model.safetensors under which recipe and factory stand."""
+"""The key of the metadata of model.safetensors under which recipe, factory and what is known of the data stand."""
+DATA = "data"
 SPLITS = ("test", "validation")
+IMAGES = ("train", "validation", "test")
+"""The splits whose numbers of images metrics.json has; runs that are older have none."""
+MOST_IMAGES = 2**53  # so many have a number in float64
 CHECKPOINT, WEIGHTS, METRICS = "checkpoint.pt", "model.safetensors", "metrics.json"
 UNCERTAINTY = {split: f"uncertainty-{split}.json" for split in SPLITS}
 MEMBERS = "members.json"
@@ -80,8 +84,17 @@ class RunLock:
         self._lock.release()
 
 
-def read_metrics(path: Path, splits: Sequence[str]) -> tuple[Recipe, list[dict[str, Any]], dict[str, Any]]:
-    """What a metrics.json holds: the recipe, the history, and the scores on those of ``splits`` that have any.
+class Metrics(NamedTuple):
+    """What a metrics.json holds."""
+
+    recipe: Recipe
+    history: list[dict[str, Any]]
+    scores: dict[str, dict[str, Any]]  # by split, what `bqnn eval` found
+    images: dict[str, int]  # by split; empty of a run that is older than this field
+
+
+def read_metrics(path: Path, splits: Sequence[str]) -> Metrics:
+    """What a metrics.json holds, the scores on those of ``splits`` that have any.
 
     Raises:
         FileNotFoundError: there is none.
@@ -98,9 +111,10 @@ def read_metrics(path: Path, splits: Sequence[str]) -> tuple[Recipe, list[dict[s
         scores = {name: content[name] for name in splits if name in content}
         for name, each in scores.items():
             _check_scores(name, each)
+        images = _check_images(content.get("images", {}))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not what bqnn train writes: {shown(str(error))}") from error
-    return recipe, history, scores
+    return Metrics(recipe, history, scores, images)
 
 
 def read_scores(path: Path, splits: Sequence[str], recipe: Recipe) -> dict[str, Any]:
@@ -112,9 +126,9 @@ def read_scores(path: Path, splits: Sequence[str], recipe: Recipe) -> dict[str, 
     """
     if not path.exists():
         return {}
-    stored, _, scores = read_metrics(path, splits)
-    check_same(path, asdict(stored), recipe)
-    return scores
+    stored = read_metrics(path, splits)
+    check_same(path, asdict(stored.recipe), recipe)
+    return stored.scores
 
 
 def read_recipe(content: Any) -> Recipe:
@@ -151,6 +165,16 @@ def _check_scores(name: str, scores: Any) -> None:
         numbers = value.values() if isinstance(value, dict) and score != "error" else [value]
         if any(type(number) not in NUMBERS for number in numbers):
             raise ValueError(f"{score!r:.80} of {name!r:.80} can not be {value!r:.80}")
+
+
+def _check_images(images: Any) -> dict[str, int]:
+    """``images``, numbers of images by split, or none; raises ValueError unless they are."""
+    if not isinstance(images, dict) or set(images) not in (set(), set(IMAGES)):
+        raise ValueError(f"images must have {', '.join(IMAGES)}, got {images!r:.80}")
+    for name, count in images.items():
+        if type(count) is not int or not 0 <= count <= MOST_IMAGES:
+            raise ValueError(f"images of {name} must be a count, got {count!r:.80}")
+    return images
 
 
 def check_history(history: Any) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ BINS = 15
 FLOOR = 1e-30  # of a probability that float32 made 0: no infinite loss
 TEMPERATURES = (0.1, 10.0)
 BISECTIONS = 45  # as many halve the logarithms of the temperatures to the precision of float64
+NORMAL_95 = 1.959963984540054  # standard deviations on either side of the mean that hold 95 % of a normal variable
 ACCEPTED = 0.95  # of the images in the distribution, where the false ones among the others are counted
 
 
@@ -86,6 +87,28 @@ def error_of(probs: Tensor, labels: Tensor) -> float:
     """The share of images whose most probable class is another one, in percent."""
     _check(probs, labels)
     return 100.0 * (probs.argmax(1) != labels).double().mean().item()
+
+
+def error_interval(error: float, images: int) -> tuple[float, float]:
+    """The interval, in percent, that holds the error of a network with 95 % confidence, of one measured on images.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", 1927: it stays within 0 and 100, and
+    has a width where no image, or every one, is wrong.
+
+    Args:
+        error: percent, 0 to 100.
+        images: how many it was measured on, at least 1.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+    if not 0.0 <= error <= 100.0 or not images >= 1:
+        raise ValueError(f"error must be 0 to 100 percent, of at least 1 image, got {error} of {images}")
+    share, spread = error / 100.0, NORMAL_95**2 / images
+    middle = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return 100.0 * max(0.0, low), 100.0 * min(1.0, high)
 
 
 def nll_of(probs: Tensor, labels: Tensor) -> float:

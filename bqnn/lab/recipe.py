@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -97,9 +98,12 @@ class Recipe:
         for name in ("pretrain_epochs", "deterministic_epochs", "epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("batch_size", "lr", "deterministic_lr", "bayes_lr"):
-            if not getattr(self, name) > 0:
+        for name in ("batch_size", *LR_NAMES):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in (*Rates._fields, "kl_warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
     @classmethod
     def of_fields(cls, content: Mapping[str, Any]) -> Recipe:

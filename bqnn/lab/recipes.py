@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bqnn.core.files import open_regular
-from bqnn.core.text import shown
+from bqnn.core.text import shown, suggestion
 from bqnn.lab.recipe import Recipe
 
 if sys.version_info >= (3, 11):
@@ -48,7 +48,8 @@ def summary_of(name: str) -> str:
 def text_of(name: str) -> str:
     """The file of the built-in recipe ``name``; raises ValueError where there is none."""
     if name not in NAMES:
-        raise ValueError(f"recipe must be one of {', '.join(NAMES)}, or a file {SUFFIX}, got {name!r}")
+        known = f"recipe must be one of {', '.join(NAMES)}, or a file {SUFFIX}, got {name!r}"
+        raise ValueError(known + suggestion(name, NAMES))
     return (_FOLDER / f"{name}{SUFFIX}").read_text(encoding="utf-8")
 
 

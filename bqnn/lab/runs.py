@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from bqnn.core.text import shown
 from bqnn.data.splits import Splits, load_dataset
 from bqnn.engine.pack import pack
 from bqnn.files import network
+from bqnn.files.metadata import Metadata, read_fields
 from bqnn.files.skeleton import built_in
 from bqnn.lab.checkpoint import read_checkpoint
 from bqnn.lab.folder import (
     CHECKPOINT,
+    DATA,
     MEMBERS,
     METADATA,
     METRICS,
@@ -36,6 +38,7 @@ from bqnn.lab.folder import (
     read_recipe,
     with_added_fields,
 )
+from bqnn.lab.labels import metadata_of
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import quantize
 from bqnn.packed.weight import PackedWeight
@@ -51,6 +54,7 @@ class Run:
     recipe: Recipe
     history: list[dict[str, Any]]
     scores: dict[str, dict[str, Any]]  # by split, what `bqnn eval` found
+    images: dict[str, int] = field(default_factory=dict)  # by split; empty where the run is older than this field
 
     @property
     def finished(self) -> bool:
@@ -117,20 +121,48 @@ def load_factory(run: Run) -> tuple[str, dict[str, Any]]:
         FileNotFoundError: the run is not finished.
         ValueError: its weights are not a file that training wrote, or of another recipe than its metrics.json.
     """
+    name, arguments = _about_weights(run)["factory"]
+    return name, arguments
+
+
+def load_metadata(run: Run, data_root: str | Path) -> Metadata:
+    """What a finished run knows of its images and classes; raises as :func:`load_factory` does.
+
+    Runs of earlier versions do not have it: of these it is what the data set in ``data_root`` says, or, where that can
+    not be read, sizes alone.
+    """
+    about = _about_weights(run)
+    try:
+        sizes = {name: about["factory"][1][name] for name in network.SIZES}
+        data = read_fields(about[DATA]) if DATA in about else _data_of_recipe(run.recipe, data_root)
+        return data.fitted(**sizes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{run.folder / WEIGHTS} is not what bqnn train writes: {shown(str(error))}") from error
+
+
+def _data_of_recipe(recipe: Recipe, data_root: str | Path) -> Metadata:
+    try:
+        return metadata_of(load_data(recipe, data_root))
+    except (ValueError, OSError, ImportError):
+        return Metadata()
+
+
+def _about_weights(run: Run) -> dict[str, Any]:
+    """What the metadata of the run's weights say; raises as :func:`load_factory` does."""
     path = run.folder / WEIGHTS
     if not path.exists():
         raise FileNotFoundError(f"{run.folder} has no {WEIGHTS} yet; end the run with bqnn train --resume")
     open_regular(path).close()
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {})[METADATA])
-        recipe, (name, arguments) = metadata["recipe"], metadata["factory"]
+            about = json.loads((file.metadata() or {})[METADATA])
+        recipe, (name, _) = about["recipe"], about["factory"]
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not what bqnn train writes: {shown(str(error))}") from error
     known = isinstance(recipe, dict) and with_added_fields(recipe) == asdict(run.recipe)
     if not known or name != run.recipe.model:
         raise ValueError(f"{path} is of another recipe than {METRICS} beside it")
-    return name, arguments
+    return about
 
 
 def load_network(run: Run) -> nn.Module:
@@ -180,14 +212,16 @@ def add_scores(run: Run, split: str, scores: Mapping[str, Any]) -> Run:
     return replace(run, scores=found)
 
 
-def save_packed(net: nn.Module, path: str | Path) -> nn.Module:
+def save_packed(net: nn.Module, path: str | Path, metadata: Metadata | None = None) -> nn.Module:
     """Packs a trained Bayes network, or an ensemble of them, into a file, loads it again and returns that.
+
+    ``metadata`` are those of :func:`bqnn.save`.
 
     Raises:
         ValueError: ``net`` has no Bayes layer, or a parameter that is not finite.
         RuntimeError: a layer of the file does not decode to the weight it was made of.
     """
-    network.save(pack(net), path)
+    network.save(pack(net), path, metadata)
     model = net[0] if isinstance(net, Ensemble) else net
     packed = network.load(path, None if hasattr(model, "factory") else model)
     for name, layer in bayes_layers(net).items():

@@ -26,13 +26,15 @@ from bqnn.bayes.convert import convert
 from bqnn.bayes.layers import bayes_layers
 from bqnn.core.checkpoint import digest_of, write_checkpoint
 from bqnn.core.files import open_regular, remove_leftovers, write_atomically
-from bqnn.core.text import shown
+from bqnn.core.text import duration, shown
 from bqnn.data.augment import augment
 from bqnn.data.splits import Splits, batches, leaves_one, load_dataset, normalise
 from bqnn.lab.checkpoint import check_progress, read_checkpoint
 from bqnn.lab.evaluate import evaluate, statistics_batches
 from bqnn.lab.folder import (
     CHECKPOINT,
+    DATA,
+    IMAGES,
     METADATA,
     METRICS,
     SPLITS,
@@ -43,12 +45,13 @@ from bqnn.lab.folder import (
     print_now,
     read_scores,
 )
+from bqnn.lab.labels import metadata_of
 from bqnn.lab.precision import autocast
 from bqnn.lab.progress import progress_bar
 from bqnn.lab.recipe import LAYER_OPTIONS, Recipe
 from bqnn.reports.report import report
 from bqnn.training.epoch import Objective, train_epoch
-from bqnn.training.phases import BAYES, FULL_PRECISION, check_finite, enter_phase, make_optimizer
+from bqnn.training.phases import BAYES, DETERMINISTIC, FULL_PRECISION, NAMES, check_finite, enter_phase, make_optimizer
 
 
 def build_network(recipe: Recipe, data: Splits, phase: int = BAYES) -> nn.Module:
@@ -80,7 +83,8 @@ class Trainer:
         data_root: where the data sets are.
         device: "cpu" or "cuda".
         download: let torchvision download what is missing.
-        init: a model.safetensors of the full-precision network, in place of the first phase, whose epochs are not run.
+        init: a model.safetensors of the full-precision network, in place of the first phase, or of a quantized one with
+            as many levels, in place of the first two; their epochs are not run.
 
     Raises:
         ValueError: the network or the data set does not fit the recipe, or ``init`` does not fit the network.
@@ -102,6 +106,8 @@ class Trainer:
         self.data = load_dataset(
             recipe.dataset, data_root, image_size=recipe.image_size, validation=recipe.validation, download=download
         )
+        if self.data.num_classes < 2:
+            raise ValueError(f"dataset must have two classes or more, got one: {shown(self.data.classes[0])}")
         if self.steps_an_epoch == 0:
             raise ValueError(f"dataset must have at least 2 images to train on, got {len(self.data.train)}")
         self.lock = RunLock(self.folder)
@@ -116,7 +122,6 @@ class Trainer:
             raise ValueError(f"batch_size must be at least 2, since {recipe.model} has BatchNorm, got 1")
         if init is not None:
             self._load_init(init)
-            self.epoch = recipe.pretrain_epochs
         self._start_phase(quantize(self.net, recipe, self.phase))
 
     @property
@@ -135,10 +140,19 @@ class Trainer:
 
     def _load_init(self, init: str | Path) -> None:
         open_regular(init).close()
+        recipe = self.recipe
         try:
-            self.net.load_state_dict(load_file(init))
+            weights = load_file(init)
+            self.epoch = recipe.pretrain_epochs
+            if recipe.method == "bayes" and any(name.endswith("raw_levels") for name in weights):
+                self.epoch += recipe.deterministic_epochs
+                self.net = quantize(self.net, recipe, DETERMINISTIC)
+            self.net.load_state_dict(weights)
         except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"init must be a full-precision {self.recipe.model}, got {init}: {error}") from error
+            kinds = f"a full-precision {recipe.model}"
+            if recipe.method == "bayes":
+                kinds += f" or one of {recipe.num_levels} levels"
+            raise ValueError(f"init must be {kinds}, got {init}: {error}") from error
 
     def _start_phase(self, net: nn.Module) -> None:
         self.net = net.to(self.device)
@@ -174,7 +188,7 @@ class Trainer:
             if self.phase != phase:
                 self._start_phase(quantize(self.net, self.recipe, self.phase))
             self.save_checkpoint()
-            log(describe(record))
+            log(describe(record, self.recipe.total_epochs))
         self.net.eval()
         self._write_weights()
         self._write_metrics()
@@ -184,7 +198,11 @@ class Trainer:
         """Images and labels of the next epoch, as the network takes them."""
         data, recipe = self.data, self.recipe
         rows = batches(data.train, recipe.batch_size, self.generator, shuffle=True, drop_last=self.drop_last)
-        for images, labels in progress_bar(rows, f"epoch {self.epoch + 1}", self.steps_an_epoch) if progress else rows:
+        for images, labels in (
+            progress_bar(rows, f"epoch {self.epoch + 1}/{recipe.total_epochs}", self.steps_an_epoch)
+            if progress
+            else rows
+        ):
             x = augment(normalise(images, data.mean, data.std), self.generator, recipe.augment)
             yield x.to(self.device), labels.to(self.device)
 
@@ -286,21 +304,31 @@ class Trainer:
     def _write_weights(self) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
         # One entry: safetensors writes several in an order that changes from process to process.
-        metadata = {METADATA: json.dumps({"recipe": asdict(self.recipe), "factory": self.net.factory})}
+        about = {"recipe": asdict(self.recipe), "factory": self.net.factory, DATA: metadata_of(self.data).known()}
+        metadata = {METADATA: json.dumps(about)}
         blob = save(tensors, metadata)
         write_atomically(self.folder / WEIGHTS, lambda path: Path(path).write_bytes(blob))
 
     def _write_metrics(self) -> None:
-        text = json.dumps({"recipe": asdict(self.recipe), "history": self.history, **self.scores}, indent=1)
+        images = {name: len(getattr(self.data, name)) for name in IMAGES}
+        stored = {"recipe": asdict(self.recipe), "history": self.history, "images": images, **self.scores}
+        text = json.dumps(stored, indent=1)
         write_atomically(self.folder / METRICS, lambda path: Path(path).write_text(text))
 
 
-def describe(record: dict[str, Any]) -> str:
-    """A record of the history in one line."""
-    parts = [f"epoch {record['epoch']:3d}", f"{record['phase']:<14}", f"loss {record['loss']:.4f}"]
+def describe(record: dict[str, Any], total: int) -> str:
+    """A record of the history in one line, with the time that the rest of ``total`` epochs may take."""
+    left = total - record["epoch"]
+    epoch = f"{record['epoch']}/{total}"
+    parts = [f"epoch {epoch:>{2 * len(str(total)) + 1}}", f"{record['phase']:<14}", f"nll {record['nll']:.4f}"]
+    if record["phase"] == NAMES[BAYES]:
+        parts.append(f"kl {record['kl']:,.0f} nats")
     if record["validation_error"] is not None:
         parts.append(f"validation error {record['validation_error']:.2f} %")
     if record["quantization_loss"] is not None:
         parts.append(f"quantization loss {record['quantization_loss']:.4f}")
         parts.append(f"near a level {100 * record['near_share']:.1f} %")
-    return "  ".join((*parts, f"{record['seconds']:.1f} s"))
+    parts.append(f"{record['seconds']:.1f} s")
+    if left:
+        parts.append(f"about {duration(left * record['seconds'])} left")
+    return "  ".join(parts)

@@ -35,14 +35,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bqnn.bayes.layers import bayes_layers
 from bqnn.bayes.predict import Prediction, of_draws
-from bqnn.bayes.sample import check_posterior, sampled_networks
+from bqnn.bayes.sample import check_posterior, sample, sampled_networks
 from bqnn.core.check import check_integer
 from bqnn.core.ensemble import Ensemble, Stacked
 from bqnn.core.inputs import device_of
+from bqnn.core.native import cpu_isa
 from bqnn.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 from bqnn.data.out_of_distribution import other_images, other_name, outside_images
 from bqnn.data.splits import Split, Splits, normalise
+from bqnn.engine.compile import compile
+from bqnn.engine.pack import pack
+from bqnn.engine.partition import EnginePart
 from bqnn.lab.evaluate import EVAL_BATCH, find_split, statistics_batches
 from bqnn.lab.metrics import (
     best_temperature,
@@ -145,8 +150,9 @@ def drawn_networks(net: nn.Module, data: Splits, samples: int, seed: int) -> lis
     """The networks that are averaged over: ``net`` itself, or with more than one sample that many of its posterior, of
     an ensemble as many from each network.
 
-    The codes of each are drawn once, and its BatchNorm statistics measured on training images of ``data``. They share
-    all other tensors with ``net``, and each keeps its quantized weights, 4 bytes a weight.
+    The codes of each are drawn once, and its BatchNorm statistics measured on training images of ``data``. On the CPU
+    they are compiled to one network, wherever the engine runs all of it; else they share all other tensors with
+    ``net``, and each keeps its quantized weights, 4 bytes a weight.
 
     Raises:
         TypeError: samples or seed is no integer.
@@ -161,7 +167,23 @@ def drawn_networks(net: nn.Module, data: Splits, samples: int, seed: int) -> lis
     given = list(statistics_batches(data, STATISTICS_SEED, device_of(net)))
     members = list(net) if isinstance(net, Ensemble) else [net]
     each = samples // len(members)
-    return [next(sampled_networks(members[number // each], 1, seed + number, given)) for number in range(samples)]
+    numbered = [(members[number // each], seed + number) for number in range(samples)]
+    fast = _compiled(numbered, given) if device_of(net).type == "cpu" and cpu_isa() != "none" else None
+    return [fast] if fast else [next(sampled_networks(member, 1, own, given)) for member, own in numbered]
+
+
+def _compiled(numbered: Sequence[tuple[nn.Module, int]], given: Sequence[Tensor]) -> nn.Module | None:
+    """The networks drawn from each with its seed, as one compiled network; None unless the engine runs all of it."""
+
+    def drawn(member: nn.Module, seed: int) -> nn.Module:
+        copied = sample(member, seed, given)
+        return pack(copied) if bayes_layers(copied) else copied
+
+    try:
+        compiled = compile([drawn(*each) for each in numbered], given[0][:1])
+    except (TypeError, ValueError):  # not every network can be copied, or captured with batches of any size
+        return None
+    return compiled if all(isinstance(part, EnginePart) for part in compiled.parts) else None
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import textwrap
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -25,6 +26,10 @@ from bqnn.core.precision import is_autocasting
 ORDER = ("cuda", "triton", "cpu", "reference")
 BY_NAME_ONLY = ("dense",)
 """Backends that no call gets unless it asks for them."""
+
+_MADE_FOR = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # the device that a backend has kernels for
+_NO_KERNEL = "not installed"  # of an op that a backend has nothing for
+_BACKWARD = "_backward"  # what the name of an op's gradient ends with
 
 _log = logging.getLogger("bqnn")
 
@@ -84,7 +89,7 @@ def status(op: str, backend: str, device_type: str) -> Status:
     if backend not in ORDER + BY_NAME_ONLY:
         return Status(False, f"there is no such backend; there are {', '.join(ORDER)}")
     if backend not in _backends.get(op, {}):
-        return Status(False, "not installed")
+        return Status(False, _NO_KERNEL)
     if backend == "cpu" and device_type != "cpu":
         return Status(False, f"it runs on the CPU and the tensors are on {device_type}")
     if backend == "cpu" and native.MISSING:
@@ -176,20 +181,38 @@ def _log_choice(op: str, device_type: str, forced: str | None, chosen: str) -> N
 
 
 class Backends(dict[str, dict[str, dict[str, Status]]]):
-    """``{op: {device type: {backend: Status}}}``, printed as a table with the chosen backend of each device."""
+    """``{op: {device type: {backend: Status}}}``, printed as a table of what runs on each device, with the reasons why
+    a backend is missing there; it fits a screen of 80 by 24."""
 
     def __str__(self) -> str:
-        lines = [f"{'op':<28}{'device':<8}{'runs on':<12}not usable"]
-        for op, devices in self.items():
-            for device, table in devices.items():
-                chosen = next((name for name, state in table.items() if state.usable), "-")
-                reasons: dict[str, list[str]] = {}
-                for name, state in table.items():
-                    if not state.usable:
-                        reasons.setdefault(state.reason, []).append(name)
-                others = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
-                lines.append(f"{op:<28}{device:<8}{chosen:<12}{others}")
-        return "\n".join(lines)
+        forward = [op for op in self if not op.endswith(_BACKWARD)]
+        width = max((len(op) for op in forward), default=0) + 2
+        rows = [("op", "on the CPU", "on a GPU")]
+        rows += [(op, self._runs_on(op, "cpu"), self._runs_on(op, "cuda")) for op in forward]
+        lines = [f"{op:<{width}}{cpu:<28}{gpu}".rstrip() for op, cpu, gpu in rows]
+        return "\n".join([*lines, *self._reasons()])
+
+    def _runs_on(self, op: str, device: str) -> str:
+        """The backend that is chosen for an op, and for its gradient where that is another one."""
+        chosen = [_first_usable(self[name][device]) for name in (op, op + _BACKWARD) if name in self]
+        return chosen[0] if len(set(chosen)) == 1 else f"{chosen[0]}, backward {chosen[1]}"
+
+    def _reasons(self) -> list[str]:
+        """Why a backend runs nothing on the devices that it is for."""
+        found = {}
+        for devices in self.values():
+            for backend, device in _MADE_FOR.items():
+                state = devices[device][backend]
+                if not state.usable and state.reason != _NO_KERNEL:
+                    found[backend] = state.reason
+        return [
+            textwrap.fill(f"{backend} is not usable: {reason}", 80, subsequent_indent="  ", max_lines=3)
+            for backend, reason in found.items()
+        ]
+
+
+def _first_usable(table: dict[str, Status]) -> str:
+    return next((name for name, state in table.items() if state.usable), "-")
 
 
 def backends() -> Backends:

@@ -190,8 +190,9 @@ def _one_by_one(apply: Callable[..., Any], info: Any, dims: tuple[Any, ...], fla
 
 
 def is_plain(tensors: list[Tensor]) -> bool:
-    """Whether nothing looks on: no compiler, mode or transform, and no tensor without data or of another class."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack():
+    """Whether nothing looks on: no compiler, tracer, mode or transform, and no tensor without data or of another
+    class."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_function_stack():
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False

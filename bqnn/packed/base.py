@@ -31,6 +31,7 @@ from bqnn.packed.weight import PackedWeight
 EXECUTIONS = ("auto", "packed", "dense")
 
 _watching_modes = torch._C._len_torch_dispatch_stack  # TorchDispatchMode, which sees ops and not what backends do
+_tracing = torch._C._get_tracing_state  # torch.jit.trace, which sees and keeps whatever goes through the dispatcher
 
 # A layer remembers how it runs so many shapes; with more it starts again.
 MAX_PLANS = 64
@@ -145,6 +146,7 @@ class PackedLayer(PackedWeight):
             and type(x) is Tensor  # no subclass: such a tensor may have no data
             and x.is_cpu
             and not _watching_modes()
+            and not _tracing()
             and not (x.requires_grad and torch.is_grad_enabled())
         ):
             prepared = self._prepared

@@ -22,6 +22,7 @@ import torch
 
 from bqnn._version import __version__
 from bqnn.core.files import write_atomically
+from bqnn.core.machine import cpuinfo
 from bqnn.core.native import cpu_isa
 from bqnn.packed.cost import Rates
 
@@ -89,12 +90,7 @@ def _versions() -> dict[str, str]:
 @cache
 def _processor() -> str:
     """The processor in a word: its name, and what tells its generations apart where Linux says it."""
+    names = cpuinfo()
     parts = [platform.processor() or platform.machine()]
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    for field in ("model name", "cpu family", "model"):
-        if match := re.search(rf"^{field}\s*: (.*)$", text, re.MULTILINE):
-            parts.append(match[1])
+    parts += [names[field] for field in ("model name", "cpu family", "model") if field in names]
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bqnn.core.chances import check_chances, draw_codes
 from bqnn.core.codes import find_bad_byte, pack_codes, unpack_codes
 from bqnn.core.computed_weight import weight_of
+from bqnn.core.leaf import NotScriptable
 from bqnn.core.philox import Noise
 from bqnn.core.posterior import Drawable
 from bqnn.ops.backends import dense_packed
@@ -19,7 +20,7 @@ from bqnn.ops.packed_product import check_weight, decode
 from bqnn.ops.register import is_plain
 
 
-class PackedWeight(nn.Module, Drawable):
+class PackedWeight(NotScriptable, nn.Module, Drawable):
     """What a layer is made of, and what may be asked of its weight.
 
     Buffers: ``codes`` uint8 [N, packed_width(K, M)], ``levels`` float32 [1 or N, M], ``bias`` [N] or None, and

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bqnn.bayes.elbo import elbo, kl_warmup
 from bqnn.bayes.layers import bayes_layers, bound_means_
-from bqnn.core.inputs import call_network
+from bqnn.core.inputs import ask
 from bqnn.core.precision import wide
 from bqnn.training.phases import KL_WARMUP
 
@@ -64,12 +64,12 @@ def train_epoch(
     net.train()
     for step, (inputs, target) in enumerate(batches):
         with objective.autocast or nullcontext():
-            output = call_network(net, inputs)
+            output = ask(net, inputs)
         if layers:
             weight = kl_warmup(done + step / steps, objective.kl_warmup)
             loss, nll, kl = elbo(output, target, net, objective.dataset_size, weight, objective.nll)
         else:
-            loss = nll = objective.nll(wide(output) if isinstance(output, Tensor) else output, target)
+            loss = nll = objective.nll(wide(output), target)
             kl = torch.zeros(())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bqnn.bayes.convert import convert
 from bqnn.bayes.elbo import CODEBOOK_LR, VARIANCE_LR
 from bqnn.bayes.layers import bayes_layers
 from bqnn.bayes.likelihood import likelihood_of
@@ -20,16 +19,9 @@ from bqnn.bayes.sample import MOST_SEED
 from bqnn.core.check import check_int, check_module, named
 from bqnn.core.references import copy_network
 from bqnn.training.loader import check_loader, measure
-from bqnn.training.phases import (
-    BAYES_LR,
-    DETERMINISTIC_LR,
-    EPOCHS,
-    FULL_PRECISION,
-    KL_WARMUP,
-    LR,
-    Rates,
-)
-from bqnn.training.plan import Plan, make_plan
+from bqnn.training.phased import PhasedNetwork, conversion_of
+from bqnn.training.phases import BAYES_LR, DETERMINISTIC_LR, EPOCHS, KL_WARMUP, LR, Rates
+from bqnn.training.plan import make_plan
 from bqnn.training.run import Training
 
 
@@ -86,8 +78,9 @@ def fit(
         train: batches (inputs, target), as often as there are epochs: a DataLoader, a list. Inputs are a tensor, or
             a tuple, list or dict of the network's arguments. Targets: classes, integers [batch, ...], of a network
             with logits [batch, classes, ...], or probabilities of the logits' shape; for a regression numbers of the
-            output's shape, best of a size about 1. An epoch is as many batches as ``train`` has a length, or had when
-            it was counted.
+            output's shape, best of a size about 1. The network may hold its output as ``logits`` or ``out`` or first
+            of a tuple, as a ModelOutput of Hugging Face does. An epoch is as many batches as ``train`` has a length,
+            or had when it was counted.
         validation: batches like those of ``train``, for the records alone.
         task: "classification", or "regression" with Gaussian noise, whose variance is estimated
             (:class:`bqnn.GaussianLikelihood`).
@@ -129,14 +122,15 @@ def fit(
         check_int("seed", seed, 0, MOST_SEED)
     if checkpoint is not None:
         _check_path(checkpoint)
-    likelihood, converted = likelihood_of(task), bool(bayes_layers(net))
+    likelihood = likelihood_of(task)
     rates, lrs = Rates(codebook_lr, variance_lr, weight_decay), (lr, deterministic_lr, bayes_lr)
-    plan = make_plan(epochs, lrs, rates, kl_warmup, max_grad_norm, autocast, converted)
-    conversion = _conversion(net, num_levels, options, plan, converted)
+    plan = make_plan(epochs, lrs, rates, kl_warmup, max_grad_norm, autocast, bool(bayes_layers(net)))
+    conversion = conversion_of(net, num_levels, options, plan)
     size = measure("train", train, dataset_size)
     net = copy_network(net)
     net = net if device is None else net.to(device)
-    training = Training(net, train, validation, likelihood, plan, conversion, size, log, checkpoint)
+    phased = PhasedNetwork(net, plan, conversion)
+    training = Training(phased, train, validation, likelihood, plan, size, log, checkpoint)
     with _seeded(seed, training.device):
         return FitResult(*training.run())
 
@@ -147,21 +141,6 @@ def _check_path(checkpoint: str | os.PathLike[str]) -> None:
         raise TypeError(f"checkpoint must be a path, got {named(checkpoint)}")
     if not Path(checkpoint).parent.is_dir() or Path(checkpoint).is_dir():
         raise ValueError(f"checkpoint must be a file in a folder that is there, got {os.fsdecode(checkpoint)}")
-
-
-def _conversion(
-    net: nn.Module, num_levels: int | None, options: dict[str, Any], plan: Plan, converted: bool
-) -> dict[str, Any]:
-    """The arguments of the conversion; raises where there is none to be, or where it would fail after a phase."""
-    if converted:
-        given = [name for name, value in (("num_levels", num_levels), *options.items()) if value is not None]
-        if given:
-            raise ValueError(f"{', '.join(given)} can't be given for a net that has Bayes layers already")
-        return {}
-    conversion = {**options, **({} if num_levels is None else {"num_levels": num_levels})}
-    if plan.phases[FULL_PRECISION].epochs:
-        convert(net, **conversion)
-    return conversion
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def measure(name: str, data: Iterable[Any], dataset_size: int | None) -> Size:
     """
     if dataset_size is not None:
         check_int("dataset_size", dataset_size, 1, MOST_SAMPLES)
-    samples, batches = dataset_size or _samples_of(data), _length_of(data)
+    samples, batches = dataset_size or samples_of(data), _length_of(data)
     if samples is None or batches is None:
         sizes = [len(target) for _, target in batches_of(name, data, torch.device("cpu"))]
         samples, batches = sum(sizes) if samples is None else samples, len(sizes)
@@ -71,7 +71,8 @@ def measure(name: str, data: Iterable[Any], dataset_size: int | None) -> Size:
     return Size(samples, batches)
 
 
-def _samples_of(data: Any) -> int | None:
+def samples_of(data: Any) -> int | None:
+    """How many samples it has in an epoch; None where it does not say."""
     # It is one part of a data set that such a sampler draws from.
     sampler = getattr(data, "sampler", None)
     if isinstance(data, DataLoader) and isinstance(sampler, SubsetRandomSampler):

@@ -71,9 +71,15 @@ def enter_phase(net: nn.Module, phase: int, estimators: Mapping[str, str]) -> No
     Args:
         estimators: by the name of a layer, its estimator in the phase BAYES.
     """
+    use_estimators(net, phase, estimators)
+    for layer in bayes_layers(net).values():
+        layer.reset_variances_()
+
+
+def use_estimators(net: nn.Module, phase: int, estimators: Mapping[str, str]) -> None:
+    """Gives the Bayes layers the estimators of ``phase``; else as :func:`enter_phase`."""
     for name, layer in bayes_layers(net).items():
         layer.estimator = "deterministic" if phase == DETERMINISTIC else estimators[name]
-        layer.reset_variances_()
 
 
 def make_optimizer(net: nn.Module, phase: int, lr: float, steps: int, rates: Rates) -> tuple[AdamW, OneCycleLR]:

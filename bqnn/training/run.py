@@ -12,24 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.bayes.batchnorm import MOST_BATCHES, is_tracked, refresh_batchnorm
-from bqnn.bayes.convert import convert_
-from bqnn.bayes.layers import bayes_layers
 from bqnn.bayes.likelihood import GaussianLikelihood, Likelihood
 from bqnn.core.checkpoint import read_checkpoint, write_checkpoint
-from bqnn.core.inputs import call_network, device_of
+from bqnn.core.inputs import ask, device_of
 from bqnn.core.text import shown
 from bqnn.training.epoch import Objective, train_epoch
 from bqnn.training.loader import Size, batches_of
-from bqnn.training.phases import (
-    BAYES,
-    DETERMINISTIC,
-    FULL_PRECISION,
-    NAMES,
-    check_finite,
-    enter_phase,
-    locate,
-    make_optimizer,
-)
+from bqnn.training.phased import PhasedNetwork
+from bqnn.training.phases import BAYES, NAMES, check_finite, locate, make_optimizer
 from bqnn.training.plan import Plan
 
 FIELDS: dict[str, type] = {
@@ -79,31 +69,34 @@ class Training:
 
     def __init__(
         self,
-        net: nn.Module,
+        net: PhasedNetwork,
         train: Iterable[Any],
         validation: Iterable[Any] | None,
         likelihood: Likelihood,
         plan: Plan,
-        conversion: dict[str, Any],
         size: Size,
         log: Callable[[str], object] | None,
         checkpoint: str | os.PathLike[str] | None,
     ) -> None:
-        self.net, self.train, self.validation = net, train, validation
-        self.likelihood, self.plan, self.conversion, self.size, self.log = likelihood, plan, conversion, size, log
-        self.checkpoint, self.device = checkpoint, device_of(net)
-        self.estimators = {name: layer.estimator for name, layer in bayes_layers(net).items()}
+        self.phased, self.train, self.validation = net, train, validation
+        self.likelihood, self.plan, self.size, self.log = likelihood, plan, size, log
+        self.checkpoint, self.device = checkpoint, device_of(net.net)
         self.history: list[dict[str, Any]] = []
         self.kept: list[Any] = []  # inputs on which BatchNorm's statistics are estimated
         self.refreshed = False  # BatchNorm's statistics, since the phase began
         self.validated: Score | None = None
+
+    @property
+    def net(self) -> nn.Module:
+        return self.phased.net
 
     def run(self) -> tuple[nn.Module, list[dict[str, Any]], Tensor | None]:
         """Trains to the end, from the checkpoint where there is one; the network, the history, the noise variance."""
         state = self._read_checkpoint()
         begin, been = locate(self.plan.phases, len(self.history) - 1) if state else (0, -1)
         for phase, (_, epochs, lr) in list(enumerate(self.plan.phases))[begin:]:
-            self._enter(phase)
+            if self.phased.enter(phase):
+                self.refreshed = False
             if not epochs:
                 continue
             cycle = make_optimizer(self.net, phase, lr, epochs * self.size.batches, self.plan.rates)
@@ -122,18 +115,6 @@ class Training:
             self._validate()
         self.net.zero_grad(set_to_none=True)  # as much memory as the parameters take
         return self.net.eval(), self.history, self._noise_variance()
-
-    def _enter(self, phase: int) -> None:
-        _, deterministic, _ = (each.epochs for each in self.plan.phases)
-        if phase == FULL_PRECISION or (phase == DETERMINISTIC and not deterministic):
-            return
-        if not self.estimators:
-            self.net = convert_(self.net, **self.conversion)
-            self.estimators = {name: layer.estimator for name, layer in bayes_layers(self.net).items()}
-        elif not deterministic:
-            return  # to go on with the posterior that the network came with
-        enter_phase(self.net, phase, self.estimators)
-        self.refreshed = False
 
     def _epoch(self, phase: int, done: int, optimizer: Any, scheduler: Any) -> None:
         started, score, plan = time.perf_counter(), Score(self.likelihood), self.plan
@@ -177,7 +158,7 @@ class Training:
 
     def _refresh(self) -> None:
         """Gives BatchNorms the statistics of the quantized network, on inputs of the last epoch if they are kept."""
-        if self.estimators:
+        if self.phased.estimators:
             refresh_batchnorm(self.net, self.kept or (inputs for inputs, _ in self._batches()))
             self.refreshed = True
 
@@ -189,7 +170,7 @@ class Training:
         self.net.eval()
         self.validated = Score(self.likelihood)
         for inputs, target in batches_of("validation", self.validation, self.device):
-            output = call_network(self.net, inputs)
+            output = ask(self.net, inputs)
             self.validated.add(output, target, self.likelihood.nll(output, target))
         if not self.validated.samples:
             raise ValueError("validation must yield at least one sample, got none")
@@ -249,7 +230,7 @@ class Training:
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             path = os.fsdecode(self.checkpoint or "")
             raise ValueError(f"{path} is of another network: {shown(str(error))}") from error
-        self.refreshed = bool(self.estimators)
+        self.refreshed = bool(self.phased.estimators)
 
     def _noise_variance(self) -> Tensor | None:
         if not isinstance(self.likelihood, GaussianLikelihood) or self.likelihood.variance is None:

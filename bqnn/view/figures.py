@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bqnn.bayes.base import BayesLayer
 from bqnn.core.extras import needs
+from bqnn.core.precision import wide
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,8 @@ LEVEL, THRESHOLD, MEANS = "#d55e00", "#009e73", "#0072b2"
 BINS = 150
 TAIL = 5e-4  # share of the means at either end that a histogram does not reach out for
 MARGIN = 0.03  # share of a histogram's width that is left free at either side
-SIZE = (4.2, 2.5)  # inches
+SIZE, WIDE = (4.2, 2.5), (8.6, 2.5)  # inches
+MANY_LEVELS = 8  # more of them are drawn in a wide figure
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bqnn",
@@ -59,14 +61,14 @@ def line_style(order: int) -> tuple[str, str]:
 class _Drawing:
     """One pair of axes in matplotlib's SVG; ``key`` makes its ids unlike those of other drawings on the page."""
 
-    def __init__(self, key: str, title: str, x_label: str, y_label: str) -> None:
+    def __init__(self, key: str, title: str, x_label: str, y_label: str, wide: bool = False) -> None:
         with needs("report"):
             from matplotlib import rc_context
             from matplotlib.figure import Figure
 
-        self.key, self.title = key, title
+        self.key, self.title, self.wide = key, title, wide
         with rc_context(STYLE):
-            self.figure = Figure(figsize=SIZE, layout="constrained")
+            self.figure = Figure(figsize=WIDE if wide else SIZE, layout="constrained")
             self.axes: Axes = self.figure.subplots()
             self.axes.set_title(title)
             self.axes.set_xlabel(x_label)
@@ -87,7 +89,8 @@ class _Drawing:
         text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
         text = re.sub(r"\s*\n\s*", "\n", text.replace(TEXT, "currentColor"))
         text = re.sub(r'(<svg [^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
-        return text.replace("<svg ", f'<svg role="img" aria-label="{escape(self.title)}" ', 1)
+        attributes = f'role="img" aria-label="{escape(self.title)}"' + ' class="wide"' * self.wide
+        return text.replace("<svg ", f"<svg {attributes} ", 1)
 
 
 def _line_options(order: int) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def draw_curves(
     key: str,
     title: str,
     curves: Sequence[Curve],
-    marks: Sequence[float] = (),
+    marks: Mapping[float, str] | None = None,
     logarithmic: bool = False,
     *,
     x_label: str = "epoch",
@@ -109,12 +112,18 @@ def draw_curves(
 ) -> str:
     """Lines by epoch, or by another number, in one figure.
 
-    There are thin vertical lines at ``marks``, and where ``diagonal``, one on which y is x; positive numbers if
-    ``logarithmic``.
+    There are vertical lines, each with its name, at ``marks``, and where ``diagonal``, one on which y is x; positive
+    numbers if ``logarithmic``.
     """
     drawing = _Drawing(key, title, x_label, "")
-    for mark in marks:
-        drawing.axes.axvline(mark, color=TEXT, linewidth=0.5, alpha=0.4)
+    for mark, name in (marks or {}).items():
+        drawing.axes.axvline(mark, color=TEXT, linewidth=0.8, alpha=0.6, linestyle=":")
+        place: dict[str, Any] = {
+            "xy": (mark, 1.0),
+            "xycoords": ("data", "axes fraction"),
+            "textcoords": "offset points",
+        }
+        drawing.axes.annotate(name, xytext=(2, -2), va="top", rotation=90, fontsize=7, alpha=0.7, **place)
     if diagonal:
         drawing.axes.axline((0, 0), slope=1, color=TEXT, linewidth=0.5, alpha=0.4)
     for curve in curves:
@@ -143,33 +152,77 @@ def draw_means(key: str, name: str, layer: BayesLayer, log_counts: bool = True) 
     """The histogram of a layer's means, with a line at each level and a dashed one at each threshold.
 
     With a codebook an output channel, means are shown by their place in their own codebook: its levels are at 0, 1,
-    ..., and what lies between two of them is linear.
+    ..., and what lies between two of them is linear. The axis reaches all levels and all but a few means; how many lie
+    beyond it is said below.
     """
-    levels, thresholds = layer.levels.cpu(), layer.thresholds.cpu()
-    means, x_label = layer.mean.cpu(), "mean"
+    levels, thresholds = (wide(each).cpu() for each in (layer.levels, layer.thresholds))
+    means, x_label = wide(layer.mean).cpu(), "mean"
     if len(levels) > 1:
         means, x_label = place_in_codebook(means.flatten(1), levels), "mean, by its place in the channel's codebook"
         thresholds = place_in_codebook(thresholds, levels).mean(0, keepdim=True)
         levels = torch.arange(levels.shape[1], dtype=levels.dtype).unsqueeze(0)
     ordered = means.flatten().double().sort().values
-    cut = int(TAIL * len(ordered))
-    low, high = float(ordered[cut]), float(ordered[len(ordered) - 1 - cut])
-    low, high = min(low, float(levels.min())), max(high, float(levels.max()))
-    margin = MARGIN * (high - low)
-    low, high = low - margin, high + margin
-    counts, edges = torch.histogram(ordered.clamp(low, high), BINS, range=(low, high))
+    low, high = _limits(ordered, levels)
+    counts, edges = torch.histogram(ordered, BINS, range=(low, high))  # of those within the range
+    if beyond := len(ordered) - round(float(counts.sum())):
+        x_label += f"; {beyond:,} of {len(ordered):,} lie beyond the axis"
 
-    drawing = _Drawing(key, f"{name}, {len(ordered):,} weights", x_label, "weights")
+    many = levels.shape[1] > MANY_LEVELS
+    drawing = _Drawing(key, f"{name}, {len(ordered):,} weights", x_label, "weights", wide=many)
     axes = drawing.axes
     axes.stairs(counts.tolist(), edges.tolist(), fill=True, color=MEANS)
     if log_counts:
         _use_logarithm(axes)
         axes.set_ylim(0.7, 4 * float(counts.max()))  # leaves the lines of the levels room above the spikes
-    for level in levels[0].tolist():
-        axes.axvline(level, color=LEVEL, linewidth=1.0, zorder=0)
+    _mark_levels(axes, levels[0].tolist())
     for threshold in thresholds[0].tolist():
-        axes.axvline(threshold, color=THRESHOLD, linewidth=1.0, linestyle="--", zorder=0)
+        axes.axvline(threshold, color=THRESHOLD, linewidth=0.8, linestyle="--", zorder=0)
     return drawing.svg()
+
+
+def _limits(ordered: Tensor, levels: Tensor) -> tuple[float, float]:
+    """From where to where a histogram of ``ordered`` values reaches: all levels, and all values but a few."""
+    cut = int(TAIL * len(ordered))
+    low = min(float(ordered[cut]), float(levels.min()))
+    high = max(float(ordered[len(ordered) - 1 - cut]), float(levels.max()))
+    margin = MARGIN * (high - low)
+    return low - margin, high + margin
+
+
+def draw_occupancy(
+    key: str, name: str, levels: Sequence[Sequence[float]], occupancy: Sequence[int], log_counts: bool = True
+) -> str:
+    """How many weights of a layer have each level, as a bar at the level.
+
+    Args:
+        key, name: of the figure, and of the layer.
+        levels: a row for each codebook, of M levels each. Of several, bars are at the codes 0, 1, ..., M - 1.
+        occupancy: M counts, over all codebooks.
+        log_counts: a logarithmic axis.
+    """
+    places, x_label = list(levels[0]), "level"
+    if len(levels) > 1:
+        places, x_label = [float(m) for m in range(len(occupancy))], "level, by its place in the channel's codebook"
+    many = len(occupancy) > MANY_LEVELS
+    drawing = _Drawing(key, f"{name}, {sum(occupancy):,} weights", x_label, "weights", wide=many)
+    axes = drawing.axes
+    bottom = 0.7 if log_counts else 0.0
+    held = [(place, count) for place, count in zip(places, occupancy, strict=True) if count]
+    axes.vlines([place for place, _ in held], bottom, [count for _, count in held], color=MEANS, linewidth=5.0)
+    if log_counts:
+        _use_logarithm(axes)
+    axes.set_ylim(bottom, (4 if log_counts else 1.1) * max(occupancy))
+    _mark_levels(axes, places)
+    return drawing.svg()
+
+
+def _mark_levels(axes: Axes, levels: Sequence[float]) -> None:
+    """A line at each level, behind the bars, and a triangle above, which no bar reaches."""
+    for level in levels:
+        axes.axvline(level, color=LEVEL, linewidth=1.0, zorder=0)
+    above = axes.get_xaxis_transform()  # levels across, a share of the axes' height upwards
+    marks: dict[str, Any] = {"marker": "v", "markersize": 5, "markeredgewidth": 0, "linestyle": "none", "color": LEVEL}
+    axes.plot(levels, [1.0] * len(levels), transform=above, clip_on=False, **marks)
 
 
 def _use_logarithm(axes: Axes) -> None:

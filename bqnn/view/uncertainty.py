@@ -1,9 +1,8 @@
-"""The part of the page on uncertainty: what `bqnn eval --uncertainty` has left with the runs."""
+"""The part of a page on uncertainty: what `bqnn eval --uncertainty` has left with the runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -11,19 +10,10 @@ from bqnn.data.corruptions import STRENGTHS
 from bqnn.lab.runs import Run
 from bqnn.lab.uncertainty_file import read_uncertainty
 from bqnn.view.figures import Curve, draw_curves, draw_histograms
-from bqnn.view.parts import DASH, legend, table
+from bqnn.view.parts import DASH, LegendLine, Table, legend
 
 SCORES = ("run", "images", "T", "error", "NLL", "Brier", "ECE", "NLL at T", "ECE at T", "AURC", "entropy", "MI")
 OUTSIDE = ("run", "images", "AUROC, entropy", "FPR95, entropy", "AUROC, MI", "FPR95, MI")
-NOTE = (
-    "<p>T: the temperature of the least NLL on clean validation images; 1 is calibrated. NLL, entropy and mutual "
-    "information (MI) in nats an image. ECE: expected calibration error, 15 bins. AURC: the area under error against "
-    "coverage. Corruptions: CIFAR-10-C's parameters, own draws; their mean over five strengths each.</p>"
-)
-OUTSIDE_NOTE = (
-    "<p>AUROC: the chance that an image from outside is the more uncertain of a pair. FPR95: images from outside that "
-    "are accepted where 95 % of the clean ones are.</p>"
-)
 
 
 class _Found(NamedTuple):
@@ -40,8 +30,27 @@ class _Found(NamedTuple):
         return f"{self.title}: mean of {count} networks" if count > 1 else self.title
 
 
-def uncertainty_section(runs: Sequence[Run], titles: Sequence[str]) -> list[str]:
-    """Tables and figures of the runs that have been measured; nothing where none has.
+class EntropyPart(NamedTuple):
+    """The histograms of one network's entropies."""
+
+    network: str
+    legend: list[LegendLine]
+    figure: str
+
+
+class UncertaintyPart(NamedTuple):
+    """What ``uncertainty.html`` takes."""
+
+    scores: Table
+    outside: Table
+    legend: list[LegendLine]
+    curves: list[str]
+    corruptions: list[str]
+    entropies: list[EntropyPart]
+
+
+def uncertainty_part(runs: Sequence[Run], titles: Sequence[str]) -> UncertaintyPart | None:
+    """Tables and figures of the runs that have been measured; None where none has.
 
     Raises:
         OSError, ValueError: a file of a run can not be read, or is not what `bqnn eval --uncertainty` writes.
@@ -49,21 +58,15 @@ def uncertainty_section(runs: Sequence[Run], titles: Sequence[str]) -> list[str]
     results = [read_uncertainty(run.folder) for run in runs]
     found = [_Found(i, titles[i], result) for i, result in enumerate(results) if result is not None]
     if not found:
-        return []
-    score_rows = [row for each in found for row in _score_rows(each)]
-    outside_rows = [row for each in found for row in _outside_rows(each)]
-    lines = legend((each.order, each.network) for each in found)
-    parts = ["<h2>Uncertainty</h2>", table(SCORES, score_rows, [0, 1]), NOTE]
-    parts += [table(OUTSIDE, outside_rows, [0, 1]), OUTSIDE_NOTE, lines, _figures(_main_figures(found))]
-    parts += ["<h3>Error by the strength of a corruption, %</h3>", lines, _figures(_corruption_figures(found))]
-    parts += ["<h3>Entropy, in and out of distribution</h3>"]
-    for each in found:
-        parts += [f"<p>{escape(each.network)}</p>", *_entropies(each)]
-    return parts
-
-
-def _figures(drawn: Sequence[str]) -> str:
-    return f'<div class="figures">{"".join(drawn)}</div>'
+        return None
+    return UncertaintyPart(
+        Table(SCORES, [row for each in found for row in _score_rows(each)], [0, 1]),
+        Table(OUTSIDE, [row for each in found for row in _outside_rows(each)], [0, 1]),
+        legend((each.order, each.network) for each in found),
+        _main_figures(found),
+        _corruption_figures(found),
+        [_entropies(each) for each in found],
+    )
 
 
 def _score_rows(found: _Found) -> list[list[str]]:
@@ -125,8 +128,8 @@ def _curves(found: Sequence[_Found], score: str, name: str | None = None) -> lis
     return curves
 
 
-def _entropies(found: _Found) -> list[str]:
+def _entropies(found: _Found) -> EntropyPart:
     edges, shares = found.result["entropy"]["edges"], found.result["entropy"]["shares"]
     histograms = [Curve(edges, [100 * share for share in each], i) for i, each in enumerate(shares.values())]
     drawn = draw_histograms(f"e{found.order}", "images by entropy", histograms, "nats", "% of the set")
-    return [legend(enumerate(shares)), _figures([drawn])]
+    return EntropyPart(found.network, legend(enumerate(shares)), drawn)

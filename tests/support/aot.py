@@ -51,7 +51,7 @@ _UNCOMPILED = 1000
 """Added to a capability it gives the number of a GPU for which nothing is ever compiled."""
 
 
-class _Driver:
+class Driver:
     """Stands for the driver of a GPU of ``capability``, whose number is the capability: caches are kept by number."""
 
     def __init__(self, capability: int) -> None:
@@ -79,7 +79,7 @@ def _recorded(capability: int) -> Iterator[list[Any]]:
     run, before = JITFunction.run, driver._active
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)
-        patch.setattr(driver, "_active", _Driver(capability))
+        patch.setattr(driver, "_active", Driver(capability))
         yield kernels
     assert driver._active is before
 

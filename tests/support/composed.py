@@ -55,6 +55,9 @@ def check_life(net: nn.Module, x: Tensor, path: Path, layers: int, kl_count: int
         expected = first(packed(x))
         for model in (net, bayes, packed, bqnn.dequantize(packed)):
             assert torch.equal(first(bqnn.load(path, model=model)(x)), expected)
+        bqnn.save(bayes.eval(), path)
+        for model in (net, bayes):
+            assert torch.equal(first(bqnn.load(path, model=model)(x)), first(bayes(x)))
         for source in (bayes, packed):
             assert torch.equal(first(bqnn.sample(source, seed=3)(x)), first(bqnn.sample(source, seed=3)(x)))
         assert not torch.equal(first(bqnn.sample(packed, seed=3)(x)), first(bqnn.sample(packed, seed=4)(x)))

@@ -16,7 +16,7 @@ TIERS = (
     ("bqnn.ops",),
     ("bqnn.bayes", "bqnn.packed"),
     ("bqnn.engine", "bqnn.training"),
-    ("bqnn.reports", "bqnn.sklearn"),
+    ("bqnn.reports", "bqnn.lightning", "bqnn.sklearn"),
     ("bqnn.files",),
     ("bqnn.lab",),
     ("bqnn.view",),

@@ -29,14 +29,14 @@ from bqnn import models
 from bqnn.core.files import FormatError
 from bqnn.engine.pack import pack
 from bqnn.files import container
-from bqnn.files.layer_spec import describe
+from bqnn.files.layer_spec import LAYERS, describe
 from bqnn.files.network import info, load, save
-from bqnn.packed.base import PackedLayer
 from tests.support.packed_nets import Apart, Odd, Shared, packed_odd
 
 SECONDS, MEGABYTES = 2.0, 200  # what a file of a few kilobytes may cost
 # What is wrong with a tensor whose dtype and shape are right; only load reads values.
 VALUES = ("must hold base-", "must be finite", "must have bytes of 0 and 1", "must be from 0 to 1")
+VALUES += ("must give finite levels", "log_sigma2 must be from")
 ALIEN = [None, True, False, -1, 0, 1, 2, 3, 1.0, 1e300, 2**31, 2**62, 2**63, 10**30, "", "\ud800", "codes", [], {}]
 ALIEN += [[1, 1], [0, 0], [2**62] * 3, [1] * 70, [[[[[[[[[]]]]]]]]], {"a": {"b": {}}}, ["lenet5", {}], "0.weight"]
 DTYPES = [*container.DTYPES, "U4", "F4"]
@@ -79,11 +79,15 @@ def seeds() -> list[Seed]:
         (pack(bqnn.BayesLinear(7, 3)), lambda: nn.Linear(7, 3)),
         (bqnn.Ensemble([pack(bqnn.convert(small(), num_levels=number)) for number in (2, 3)]), small),
         (bqnn.Ensemble([bqnn.sample(pack(bqnn.convert(tiny(), start_sigma=1.0)), seed) for seed in (0, 1)]), tiny),
+        (bqnn.convert(small(), granularity="channel", partition="learned", estimator="local"), small),
+        (bqnn.convert(Shared(), prior="mixture", spike_width=0.5), Shared),
+        (bqnn.convert(tiny(), estimator="deterministic"), tiny),
     ]
+    known = bqnn.Metadata("images", ("cat", "ant", "bee"), 1, None, (0.5,), (0.25,))
     with tempfile.TemporaryDirectory() as folder:
         path, result = Path(folder) / "net", []
         for net, model in nets:
-            save(net, path)
+            save(net, path, known if len(result) % 2 == 0 else None)
             result.append(Seed(path.read_bytes(), model))
     return result
 
@@ -204,6 +208,14 @@ def change_factory(draw: random.Random, header: dict[str, Any], metadata: dict[s
     metadata["factory"] = copy.deepcopy(draw.choice([*FACTORIES, None]))
 
 
+def change_data_set(draw: random.Random, header: dict[str, Any], metadata: dict[str, Any], data: bytearray) -> None:
+    fields = metadata.setdefault("data", {})
+    if isinstance(fields, dict):
+        name = draw.choice(["dataset", "classes", "in_channels", "image_size", "mean", "std", "new"])
+        values = [*ALIEN, "x", ["cat", "cat", "ant"], ["cat", "ant", "bee"], [0.5], [1e9], [0.5, 0.5, 0.5], [-1.0]]
+        fields[name] = copy.deepcopy(draw.choice(values))
+
+
 CHANGES = (
     change_data,
     change_length,
@@ -213,6 +225,7 @@ CHANGES = (
     change_alias,
     change_factory,
     change_networks,
+    change_data_set,
 )
 
 
@@ -248,8 +261,8 @@ def check_declared(blob: bytes, net: nn.Module) -> None:
     state = net.state_dict()
     assert set(state) == set(declared)
     assert all(same_bits(state[name], declared[name]) for name in state)
-    packed = {n: m for n, m in net.named_modules(remove_duplicate=False) if isinstance(m, PackedLayer)}
-    assert {name: describe(layer) for name, layer in packed.items()} == metadata["layers"]
+    layers = {n: m for n, m in net.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
+    assert {name: describe(layer) for name, layer in layers.items()} == metadata["layers"]
 
 
 def judge(blob: bytes, path: Path, model: nn.Module) -> str:

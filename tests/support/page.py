@@ -18,18 +18,25 @@ class Page(HTMLParser):
         self.text: list[str] = []
         self.unbalanced: list[str] = []
         self.open: list[str] = []
-        self.rows: list[list[str]] = []
+        self.tables: list[list[list[str]]] = []
         self.feed(source)
         self.close()
         self.unbalanced += self.open
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Those of all tables, one table after the other."""
+        return [row for table in self.tables for row in table]
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags[tag] += 1
         self.attributes += attributes
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
         if tag == "tr":
-            self.rows.append([])
+            self.tables[-1].append([])
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags[tag] += 1
@@ -42,4 +49,4 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text.append(data)
         if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1].append(data)
+            self.tables[-1][-1].append(data)

@@ -53,8 +53,10 @@ def _moment_product_backward(name: str, call: MomentBackwardCall) -> Gradients:
         kernels("noise").noisy(None, y_variance, noise, None, slope)
     grad_x, grad_mean = product.backward(grad, x, mean, input_gradient)
     grad_square, grad_variance = product.backward(grad * slope.to(grad.dtype), square, variance, input_gradient)
+    del mean, variance, square  # before there is memory to take for the gradients
     if input_gradient:
-        grad_x = torch.addcmul(grad_x, x, grad_square, value=2.0)
+        grad_x.addcmul_(x, grad_square, value=2.0)
+    del grad_square
     by_moments = elementwise.Moments(grad_mean.contiguous(), grad_variance.contiguous())
     return grad_x, *elementwise.moments_backward(by_moments, posterior, mode)
 

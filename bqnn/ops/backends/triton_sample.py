@@ -39,8 +39,10 @@ def _sampled_product_backward(name: str, call: SampledBackwardCall) -> Gradients
     fused, elementwise = kernels(name), kernels("sample")
     if fused.is_fused(x, posterior, product):
         return fused.backward(grad, x, posterior, noise, input_gradient, product)
-    quantized = elementwise.sample(posterior, noise, x.dtype, order_for(x))
-    grad_x, grad_weight = product.backward(grad, x, quantized, input_gradient)
+    # The sample is nobody's any more when there is memory to take for the gradients.
+    grad_x, grad_weight = product.backward(
+        grad, x, elementwise.sample(posterior, noise, x.dtype, order_for(x)), input_gradient
+    )
     return grad_x, *elementwise.sample_backward(dense(grad_weight), posterior, noise)
 
 
