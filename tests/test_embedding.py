@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import bqnn
 from bqnn import BayesEmbedding, PackedEmbedding
 from bqnn.files.layer_spec import check_spec
+from tests.support.mutations import put_together, taken_apart
 from tests.support.odd_nets import TiedRows
 
 INDICES = torch.tensor([[3, 0, 3], [10, 2, 7]])
@@ -203,3 +204,14 @@ def test_hostile_descriptions_are_refused(change: dict[str, Any]) -> None:
     check_spec("e", spec)
     with pytest.raises(bqnn.FormatError, match=f"layer 'e': {next(iter(change))} can not be"):
         check_spec("e", {**spec, **change})
+
+
+def test_a_dtype_that_a_layer_has_anyway_is_not_described(tmp_path: Path) -> None:
+    path = tmp_path / "net"
+    bqnn.save(bqnn.pack(bqnn.convert(nn.Sequential(nn.Embedding(7, 3)))), path)
+    header, metadata, data = taken_apart(path.read_bytes())
+    assert "dtype" not in metadata["layers"]["0"]
+    metadata["layers"]["0"]["dtype"] = "F32"
+    path.write_bytes(put_together(header, metadata, data))
+    with pytest.raises(bqnn.FormatError, match="layer '0': dtype can not be 'F32'"):
+        bqnn.info(path)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bqnn.core.check import FLOATING, MAX_LEVELS, MIN_LEVELS
+from bqnn.core.check import MAX_LEVELS, MIN_LEVELS
 from bqnn.core.codes import packed_width
 from bqnn.core.files import FormatError
 from bqnn.files.container import DTYPES, Entry
@@ -25,7 +25,7 @@ from bqnn.files.product_spec import (
 from bqnn.packed.base import PackedLayer
 from bqnn.packed.weight import PackedWeight
 
-FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype in FLOATING}
+FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 NEEDED, OPTIONAL = ("codes", "levels"), ("bias", "chances")
 PARTS = (*NEEDED, *OPTIONAL)  # the tensors of a layer
 
@@ -38,7 +38,9 @@ def describe(layer: PackedWeight) -> dict[str, Any]:
     if isinstance(layer, PackedLayer) and layer.relu:
         spec["relu"] = True
     if layer.weight_dtype != (torch.float32 if layer.bias is None else layer.bias.dtype):
-        spec["dtype"] = next(name for name, dtype in FLOATS.items() if dtype == layer.weight_dtype)
+        # A dtype that no file has is under no name, and refused by what checks the description.
+        names = {dtype: name for name, dtype in FLOATS.items()}
+        spec["dtype"] = names.get(layer.weight_dtype, str(layer.weight_dtype))
     return spec
 
 
