@@ -105,9 +105,10 @@ def test_a_network_predicts_and_trains_on_to_the_same_bits(options: dict[str, An
     assert same(bqnn.pack(net), bqnn.pack(loaded))
 
 
-@pytest.mark.parametrize("model", ["plain", "bayes", "packed"])
-@pytest.mark.parametrize("options", OPTIONS[:3], ids=lambda options: "-".join(options) or "default")
-def test_layers_of_every_kind(options: dict[str, Any], model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "options"), [pytest.param(*each, id=each[0]) for each in zip(("plain", "bayes", "packed"), OPTIONS)]
+)
+def test_layers_of_every_kind(model: str, options: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, y = torch.randint(7, (5, 5)), torch.arange(5)
     net = train(bqnn.convert(Words(), **options), x, y).eval()
