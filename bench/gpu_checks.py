@@ -19,7 +19,7 @@ from bench.gpu_rows import Row
 from bench.gpu_timing import Meter
 from bench.machine import ROOT
 from bqnn import ops
-from bqnn.bayes.base import SLAB_SHARE, SPIKE_WIDTH
+from bqnn.bayes.options import SLAB_SHARE, SPIKE_WIDTH
 from bqnn.ops import dispatch
 from tests.support.helpers import Case, make_case
 from tests.support.packed_products import conv2d_case, linear_case

@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.gpu_rows import Asked, Row, measured
 from bench.gpu_timing import Call, Meter
 from bqnn import ops
-from bqnn.bayes.base import SLAB_SHARE, SPIKE_WIDTH
+from bqnn.bayes.options import SLAB_SHARE, SPIKE_WIDTH
 from bqnn.core import quantizer
 from bqnn.core.product import channels_last
 from tests.support.helpers import Case, make_case

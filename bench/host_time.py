@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.machine import RESULTS, describe_cpu
 from bqnn import ops
-from bqnn.bayes.base import SLAB_SHARE, SPIKE_WIDTH
+from bqnn.bayes.options import SLAB_SHARE, SPIKE_WIDTH
 from bqnn.core.codebook import raw_from_levels
 from bqnn.core.product import channels_last
 from bqnn.ops.codebook_from_raw import codebook_from_raw

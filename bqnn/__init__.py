@@ -3,8 +3,10 @@
 from bqnn._version import __version__
 from bqnn.bayes.batchnorm import refresh_batchnorm
 from bqnn.bayes.convert import convert, convert_
+from bqnn.bayes.convolutions import BayesConv1d, BayesConv2d
 from bqnn.bayes.elbo import Elbo, elbo, kl_divergence, kl_warmup, parameter_groups
-from bqnn.bayes.layers import BayesConv2d, BayesLinear, sampling
+from bqnn.bayes.embedding import BayesEmbedding
+from bqnn.bayes.layers import BayesLinear, sampling
 from bqnn.bayes.likelihood import GaussianLikelihood
 from bqnn.bayes.predict import Prediction, RegressionPrediction, predict
 from bqnn.bayes.sample import sample
@@ -20,7 +22,9 @@ from bqnn.engine.pack import pack, pack_
 from bqnn.files.metadata import Metadata
 from bqnn.files.network import info, load, save
 from bqnn.ops.dispatch import BackendError, backends
-from bqnn.packed.layers import PackedConv2d, PackedLinear
+from bqnn.packed.convolutions import PackedConv1d, PackedConv2d
+from bqnn.packed.embedding import PackedEmbedding
+from bqnn.packed.layers import PackedLinear
 from bqnn.reports.explain import explain_speed
 from bqnn.reports.report import Report, report
 from bqnn.training.fit import FitResult, fit
@@ -28,7 +32,9 @@ from bqnn.view.network import write_report
 
 __all__ = [
     "BackendError",
+    "BayesConv1d",
     "BayesConv2d",
+    "BayesEmbedding",
     "BayesLinear",
     "CompiledEnsemble",
     "CompiledNetwork",
@@ -38,7 +44,9 @@ __all__ = [
     "FormatError",
     "GaussianLikelihood",
     "Metadata",
+    "PackedConv1d",
     "PackedConv2d",
+    "PackedEmbedding",
     "PackedLinear",
     "Prediction",
     "RegressionPrediction",

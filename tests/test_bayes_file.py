@@ -63,6 +63,24 @@ def train(net: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
     return net
 
 
+class Words(nn.Module):
+    """Every kind of layer over a sequence, and one that is composed of two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4, padding_idx=2, scale_grad_by_freq=True)
+        self.conv = nn.Conv1d(4, 4, 3, padding="same", padding_mode="circular", groups=2)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, add_bias_kv=True)
+        self.recurrence = nn.LSTM(4, 3, bidirectional=True, batch_first=True)
+        self.up, self.up2 = nn.ConvTranspose1d(6, 2, 3, stride=2), nn.ConvTranspose2d(2, 1, (1, 2), groups=1)
+        self.head = nn.Linear(12, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.embed(x).transpose(1, 2)).transpose(1, 2)
+        y = self.recurrence(self.attention(y, y, y)[0])[0]
+        return self.head(self.up2(self.up(y.transpose(1, 2)).unsqueeze(2)).flatten(1))
+
+
 def own() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 3, 3, stride=2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 10))
 
@@ -87,6 +105,21 @@ def test_a_network_predicts_and_trains_on_to_the_same_bits(options: dict[str, An
     assert same(bqnn.pack(net), bqnn.pack(loaded))
 
 
+@pytest.mark.parametrize(
+    ("model", "options"), [pytest.param(*each, id=each[0]) for each in zip(("plain", "bayes", "packed"), OPTIONS)]
+)
+def test_layers_of_every_kind(model: str, options: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randint(7, (5, 5)), torch.arange(5)
+    net = train(bqnn.convert(Words(), **options), x, y).eval()
+    save(net, tmp_path / "net")
+    forms = {"plain": Words, "bayes": lambda: bqnn.convert(Words()), "packed": lambda: bqnn.pack(bqnn.convert(Words()))}
+    loaded = load(tmp_path / "net", model=forms[model]())
+    assert repr(loaded) == repr(net) and same(net, loaded) and learning(net) == learning(loaded)
+    assert torch.equal(net(x), loaded(x)) and len(info(tmp_path / "net")["layers"]) == 13
+    assert same(train(net, x, y), train(loaded, x, y)), "with the gradients of its rows scaled as they were"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_network_of_another_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     net = bqnn.convert(own(), skip=["0"]).to(dtype)
@@ -103,14 +136,15 @@ def test_layers_of_every_geometry(tmp_path: Path) -> None:
     assert repr(net) == repr(loaded) and same(net, loaded) and torch.equal(net(x), loaded(x))
 
 
+@pytest.mark.parametrize("skip", [(), ("embed",)], ids=["converted", "reader"])
 @pytest.mark.parametrize("kind", ["plain", "bayes", "meta"])
-def test_ties_stay(kind: str, tmp_path: Path) -> None:
+def test_ties_stay(kind: str, skip: tuple[str, ...], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = bqnn.convert(Tied()).eval()
+    net = bqnn.convert(Tied(), skip=skip).eval()
     save(net, tmp_path / "net")
     with torch.device("meta" if kind == "meta" else "cpu"):
         model: nn.Module = Tied()
-    loaded = load(tmp_path / "net", model=bqnn.convert(model, num_levels=5) if kind == "bayes" else model)
+    loaded = load(tmp_path / "net", model=bqnn.convert(model, num_levels=5, skip=skip) if kind == "bayes" else model)
     x = torch.arange(7)
     assert same(net, loaded) and torch.equal(net(x), loaded(x))
     assert loaded.head.log_sigma2 is loaded.other.log_sigma2 and loaded.head.mean is loaded.embed._parameters["weight"]
@@ -144,7 +178,10 @@ def test_a_shared_layer_without_a_bias(quantize: Any, tmp_path: Path) -> None:
 def test_an_embedding_that_is_tied_in_the_model_alone(tmp_path: Path) -> None:
     untied = Tied()
     untied.embed.weight = nn.Parameter(untied.embed.weight.detach().clone())
-    save(bqnn.convert(untied), tmp_path / "net")
+    net = bqnn.convert(untied).eval()
+    save(net, tmp_path / "net")
+    assert same(net, load(tmp_path / "net", model=Tied())), "a layer of its own, as it was saved"
+    save(bqnn.convert(untied, skip=["embed"]), tmp_path / "net")
     with pytest.raises(FormatError, match="'embed.weight' and 'other.weight' are one in the model and two in the file"):
         load(tmp_path / "net", model=Tied())
 

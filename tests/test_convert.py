@@ -187,7 +187,7 @@ def test_skip_a_shared_layer(function: Any, by: str) -> None:
 @pytest.mark.parametrize("function", [convert, convert_], ids=["convert", "convert_"])
 def test_skip_the_whole_network(function: Any) -> None:
     net = make_net()
-    with pytest.raises(ValueError, match="net has no nn.Linear or nn.Conv2d to convert"):
+    with pytest.raises(ValueError, match="net has no layer to convert"):
         function(net, skip=[net])
 
 
@@ -229,9 +229,7 @@ def test_override_of_a_shared_layer_by_either_name(name: str) -> None:
         pytest.param(
             {"skip": [nn.Linear(2, 2)]}, ValueError, "skip holds a module.*not in the network: Linear", id="skip"
         ),
-        pytest.param(
-            {"skip": [nn.Conv2d, nn.Linear]}, ValueError, "net has no nn.Linear or nn.Conv2d", id="all-skipped"
-        ),
+        pytest.param({"skip": [nn.Conv2d, nn.Linear]}, ValueError, "net has no layer to convert", id="all-skipped"),
         pytest.param({"skip": "3.conv"}, (TypeError, ValueError), "skip", id="skip-is-a-string"),
         pytest.param({"overrides": {"nope": {}}}, ValueError, "overrides names .*does not have: nope", id="override"),
         pytest.param({"overrides": {"3": {}}}, ValueError, "overrides names .*not converted: 3", id="override-block"),
@@ -282,7 +280,7 @@ def test_a_parametrized_weight_is_refused_by_name(change: Any) -> None:
 
 def test_a_network_without_layers() -> None:
     for net in (nn.Sequential(nn.ReLU()), nn.BatchNorm1d(3), convert(nn.Linear(3, 3))):
-        with pytest.raises(ValueError, match="net has no nn.Linear or nn.Conv2d to convert"):
+        with pytest.raises(ValueError, match="net has no layer to convert"):
             convert(net)
 
 
@@ -298,11 +296,11 @@ def test_subclasses_are_left_alone() -> None:
     class Scaled(nn.Linear):
         pass
 
-    net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "scaled": Scaled(3, 3), "plain": nn.Linear(3, 3)})
+    net = nn.ModuleDict({"scaled": Scaled(3, 3), "plain": nn.Linear(3, 3)})
     result = convert(net)
     assert converted(result) == {"plain"}
-    x = torch.randn(4, 2, 8)
-    assert torch.equal(result["attention"](x, x, x)[0], net["attention"](x, x, x)[0])
+    x = torch.randn(4, 3)
+    assert torch.equal(result["scaled"](x), net["scaled"](x))
 
 
 def test_a_pretrained_network_starts_from_its_quantized_self() -> None:

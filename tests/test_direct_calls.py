@@ -22,7 +22,8 @@ from bqnn.core.derived import Derived
 from bqnn.ops import dispatch
 from bqnn.ops.packed_product import PackedCall, packed_product
 from bqnn.packed.base import MAX_PLANS, PackedLayer
-from bqnn.packed.layers import PackedConv2d, PackedLinear
+from bqnn.packed.convolutions import PackedConv2d
+from bqnn.packed.layers import PackedLinear
 
 OPS = ("packed_linear", "packed_conv2d")
 

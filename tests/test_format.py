@@ -15,7 +15,8 @@ from torch import nn
 import bqnn
 from bqnn.files import bayes_spec, container, fields, packed_spec
 from bqnn.files.metadata import Metadata
-from bqnn.packed.base import PackedLayer
+from bqnn.files.product_spec import KINDS, usual
+from bqnn.packed.weight import PackedWeight
 from tests.support.packed_nets import Shared, packed_odd
 
 PAGE = Path(__file__).parent.parent / "docs" / "format.md"
@@ -35,7 +36,7 @@ def check(net: nn.Module, path: Path, read_layers: Callable[[Path], dict[str, An
     bqnn.save(net, path, Metadata("images", mean=(0.5,), std=(0.25,)))
     weights, loaded = read_layers(path), bqnn.load(path, model=model)
     named = loaded.named_modules(remove_duplicate=False)
-    layers = {name: layer for name, layer in named if isinstance(layer, PackedLayer)}
+    layers = {name: layer for name, layer in named if isinstance(layer, PackedWeight)}
     assert weights.keys() == layers.keys() and layers
     for name, layer in layers.items():
         assert weights[name].dtype == np.float32
@@ -46,7 +47,8 @@ def check(net: nn.Module, path: Path, read_layers: Callable[[Path], dict[str, An
 @pytest.mark.parametrize("num_levels", range(2, 17))
 def test_the_program_decodes_layers(num_levels: int, granularity: str, program: Any, tmp_path: Path) -> None:
     def own() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(2, 3, (3, 2), bias=False), nn.Flatten(), nn.Linear(21, 5))
+        convolutions = nn.Conv1d(5, 4, 3, groups=1), nn.Conv2d(2, 3, (3, 2), bias=False)
+        return nn.Sequential(nn.Embedding(9, 5), *convolutions, nn.Flatten(), nn.Linear(21, 5))
 
     torch.manual_seed(num_levels)
     net = bqnn.pack(bqnn.convert(own(), num_levels=num_levels, granularity=granularity))
@@ -82,6 +84,7 @@ def test_the_program_reads_other_tensors_and_notices_damage(program: Any, tmp_pa
 def test_the_page_names_everything_that_files_have() -> None:
     page = PAGE.read_text()
     names = {*fields.NEEDED, *fields.OPTIONAL, "crc32", "compiled", *bayes_spec.OPTIONS, *bayes_spec.PARTS}
-    names |= {*packed_spec.PARTS, *Metadata.__dataclass_fields__, "stride", "padding", "dilation", "groups", "relu"}
+    names |= {*packed_spec.PARTS, *Metadata.__dataclass_fields__, *KINDS, "granularity", "relu", "dtype"}
+    names |= {bayes_spec.SCALED, *(field for kind in KINDS for field in usual(kind))}
     assert [name for name in sorted(names) if f"`{name}`" not in page] == []
     assert f"`version` is {container.VERSION}." in page

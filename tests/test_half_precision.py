@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bqnn
-from bqnn.bayes.base import PRIORS
 from bqnn.bayes.estimator import ESTIMATORS
 from bqnn.bayes.layers import bayes_layers
+from bqnn.bayes.options import PRIORS
 from bqnn.core.check import PRECISIONS
 from bqnn.ops import moment_linear, sample_linear
 from tests.support import formulas

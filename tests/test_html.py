@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import bqnn
-from bqnn.bayes.layers import BayesConv2d, BayesLinear
+from bqnn.bayes.convolutions import BayesConv2d
+from bqnn.bayes.layers import BayesLinear
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.runs import Run, add_scores, load_run
 from bqnn.lab.train import Trainer

@@ -87,6 +87,10 @@ def test_conv2d_evaluates_as_nn_conv2d_with_the_quantized_weight(changes: dict[s
     assert torch.equal(layer(x), twin(x))
     assert torch.equal(layer(x[0]), twin(x[0]))
     channels_last = x.to(memory_format=torch.channels_last)
+    if layer.padding == "valid":
+        # Of no pixel to pad the layer makes no copy. nn.Conv2d makes one, a circular one in row-major order, whose
+        # convolution adds up in another order.
+        twin.padding_mode = "zeros"
     assert torch.equal(layer(channels_last), twin(channels_last))
     assert layer(x[:0]).shape == twin(x[:0]).shape
 

@@ -12,7 +12,8 @@ import bqnn
 from bqnn.core.check import PRECISIONS
 from bqnn.engine.pack import pack
 from bqnn.models import lenet5
-from bqnn.packed.layers import PackedConv2d, PackedLinear
+from bqnn.packed.convolutions import PackedConv2d
+from bqnn.packed.layers import PackedLinear
 
 
 class Shared(nn.Module):

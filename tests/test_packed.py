@@ -15,7 +15,8 @@ from bqnn.core.codes import pack_codes, packed_width
 from bqnn.engine.pack import pack_layer
 from bqnn.ops.backends import dense_packed
 from bqnn.packed.base import PackedLayer
-from bqnn.packed.layers import PackedConv2d, PackedLinear
+from bqnn.packed.convolutions import PackedConv2d
+from bqnn.packed.layers import PackedLinear
 
 EVERY_M = [pytest.param(m, id=f"M{m}") for m in range(2, 17)]
 EXECUTIONS = ["packed", "dense"]

@@ -37,7 +37,7 @@ def test_shares_of_epochs(total: int, converted: bool) -> None:
     ("changes", "error"),
     [
         ({"net": 3}, "net must be an nn.Module, got 3"),
-        ({"net": nn.ReLU()}, "net has no nn.Linear or nn.Conv2d to convert"),
+        ({"net": nn.ReLU()}, "net has no layer to convert"),
         ({"train": 3}, "train must be an iterable of batches .inputs, target., got 3"),
         ({"train": X}, "train must be an iterable of batches .* got Tensor"),
         ({"train": TensorDataset(X, Y)}, "train must be an iterable of batches .* got TensorDataset"),

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bqnn import ops
 from bqnn.bayes.drawn import DrawnWeight
+from bqnn.bayes.options import DEFAULTS, SIGMA_PER_GAP, BayesOptions, completed
 from bqnn.core import codebook, quantizer
-from bqnn.core.check import check_choice, check_flag, check_floating, check_num_levels, check_number
+from bqnn.core.check import check_floating
 from bqnn.core.philox import Noise, fresh_seed
 from bqnn.core.precision import is_autocasting, wide, wide_dtype
+from bqnn.core.quantizer import Posterior
 from bqnn.core.sharded import local, put_, rows_of, total, whole
 from bqnn.ops.codebook_from_raw import codebook_from_raw
-from bqnn.ops.mixture_kl import check_mixture
 
-GRANULARITIES = ("tensor", "channel")
-PARTITIONS = ("nearest", "learned")
-PRIORS = ("spike_slab", "gaussian", "mixture")
-SIGMA_PER_GAP = 0.1  # posterior deviation at the start, in level gaps
-SPIKE_WIDTH, SLAB_SHARE = 0.25, 0.1  # of the prior "mixture": deviation of a spike in level gaps, share of the slab
+if TYPE_CHECKING:  # of Python itself from 3.11 on
+    from typing_extensions import Unpack
+
 LOG_SIGMA2_RANGE = (-40.0, 10.0)  # of a layer with weights of an ordinary size
 LOG_SIGMA2_REACH = (-30.0, 15.0)  # of any layer: from where the variances of its codebook would start
 
 
-def check_start_sigma(start_sigma: float) -> None:
-    """Raises unless ``start_sigma`` is a number from 0.001 to 10; TypeError or ValueError."""
-    check_number("start_sigma", start_sigma)
-    if not 1e-3 <= start_sigma <= 10.0:
-        raise ValueError(f"start_sigma must be from 0.001 to 10, got {start_sigma}")
-
-
 class BayesLayer(DrawnWeight):
-    """What both layers share: the posterior, the codebook, the estimator and the divergence from the prior.
+    """What the layers share: the posterior, the codebook, the estimator and the divergence from the prior.
 
     Parameters of the module: the means, which are called "weight" in state dicts and by ``named_parameters``, as those
     of nn.Linear are, ``log_sigma2`` (the weight's shape), ``bias``, ``raw_levels`` [G, M] and, for
@@ -46,43 +38,32 @@ class BayesLayer(DrawnWeight):
     """
 
     bias: Any  # nn.Parameter or None, as nn.Linear and nn.Conv2d declare it
+    num_levels: int
+    granularity: str
+    partition: str
+    prior: str
+    quantize_mean: bool
+    coarse_variance: bool
+    spike_width: float
+    slab_share: float
+    start_sigma: float
     raw_thresholds: nn.Parameter | None
     level_scale: Tensor
     prior_sigma2: Tensor
     asked_for_kl = False
     """Whether somebody has called :meth:`kl_divergence`, as who maximizes the evidence lower bound does."""
 
-    def _init_bayes(
-        self,
-        num_levels: int,
-        granularity: str,
-        partition: str,
-        estimator: str,
-        prior: str,
-        quantize_mean: bool,
-        coarse_variance: bool,
-        spike_width: float,
-        slab_share: float,
-        start_sigma: float,
-    ) -> None:
-        check_num_levels(num_levels)
-        check_choice("granularity", granularity, GRANULARITIES)
-        check_choice("partition", partition, PARTITIONS)
-        check_choice("prior", prior, PRIORS)
-        check_flag("quantize_mean", quantize_mean)
-        check_flag("coarse_variance", coarse_variance)
-        check_mixture(spike_width, slab_share)
-        check_start_sigma(start_sigma)
-        self.num_levels, self.granularity, self.partition = num_levels, granularity, partition
-        self.prior = prior
-        self.spike_width, self.slab_share, self.start_sigma = spike_width, slab_share, start_sigma
-        self.quantize_mean, self.coarse_variance = quantize_mean, coarse_variance
-        groups = 1 if granularity == "tensor" else self.mean.shape[0]
+    def _init_bayes(self, **options: Unpack[BayesOptions]) -> None:
+        values = completed(options)
+        for name, value in values.items():
+            if name != "estimator":  # which decides about the variances
+                setattr(self, name, value)
+        num_levels, groups = self.num_levels, 1 if self.granularity == "tensor" else self.mean.shape[0]
         empty, wide_type = self.mean.detach().new_empty, wide_dtype(self.mean.dtype)
         self.log_sigma2 = nn.Parameter(torch.empty_like(self.mean))
-        self.estimator = estimator
+        self.estimator = values["estimator"]
         self.raw_levels = nn.Parameter(empty((groups, num_levels)))
-        raw_thresholds = nn.Parameter(empty((groups, num_levels - 1))) if partition == "learned" else None
+        raw_thresholds = nn.Parameter(empty((groups, num_levels - 1))) if self.partition == "learned" else None
         self.register_parameter("raw_thresholds", raw_thresholds)
         self.register_buffer("level_scale", empty((groups, 1), dtype=wide_type))
         self.register_buffer("prior_sigma2", empty((), dtype=wide_type))
@@ -236,10 +217,15 @@ class BayesLayer(DrawnWeight):
         """
         if not (self.training or self.sampling):
             return self.quantized_weight()
-        levels, thresholds, _ = self._codebook()
-        mean = drawn = wide(self.mean)
+        return self._one_draw(Posterior(self.mean, self.log_sigma2, *self.codebook()))
+
+    def _one_draw(self, posterior: Posterior) -> Tensor:
+        """:meth:`weight_value` while the layer trains or samples: of the whole weight, or of rows of it."""
+        levels, thresholds = posterior.levels, posterior.thresholds
+        mean = drawn = wide(posterior.weight)
         if self.estimator != "deterministic":
-            drawn = mean + Noise(fresh_seed(), 0).normal(mean) * (0.5 * wide(self.log_sigma2)).exp()
+            assert posterior.log_sigma2 is not None
+            drawn = mean + Noise(fresh_seed(), 0).normal(mean) * (0.5 * wide(posterior.log_sigma2)).exp()
         if self.estimator == "local" and self.training and not self.quantize_mean:
             return drawn.to(self.mean.dtype)
         partitioned = (mean if self.estimator == "local" else drawn).detach()
@@ -308,25 +294,29 @@ class BayesLayer(DrawnWeight):
         if is_autocasting(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
             x = x.to(torch.get_autocast_dtype(x.device.type))
         levels, thresholds, _ = self._codebook()
+        mean, log_sigma2 = self._operand(self.mean), self._operand(self.log_sigma2)
         if self.estimator in ("sample", "deterministic"):
-            random = self.estimator == "sample"
-            log_sigma2, seed = (self.log_sigma2, fresh_seed()) if random else (None, None)
-            return sample(x, self.mean, log_sigma2, levels, thresholds, self.bias, seed, **geometry)
+            variance, seed = (log_sigma2, fresh_seed()) if self.estimator == "sample" else (None, None)
+            return sample(x, mean, variance, levels, thresholds, self.bias, seed, **geometry)
         if self.estimator == "moment":
             mode = "categorical"
         else:
             # Outside training it is the quantized network whose uncertainty is asked for.
             mode = "straight_through" if self.quantize_mean or not self.training else "gaussian"
         options = {"mode": mode, "coarse_variance": self.coarse_variance}
-        tensors = (x, self.mean, self.log_sigma2, levels, thresholds, self.bias, fresh_seed())
-        return moment(*tensors, **options, **geometry)
+        return moment(x, mean, log_sigma2, levels, thresholds, self.bias, fresh_seed(), **options, **geometry)
+
+    def _operand(self, weight: Tensor) -> Tensor:
+        """``weight``, of the layer's shape, in the shape that the layer's op takes."""
+        return weight
 
     def _evaluation_parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Q(mu) and bias in x's dtype."""
-        return self.quantized_weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        """Q(mu), as :meth:`_operand` shapes it, and bias in x's dtype."""
+        weight = self._operand(self.quantized_weight())
+        return weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Also takes the state of an nn.Linear or nn.Conv2d: the codebook is then fitted to its weight."""
+        """Also takes the state of torch's own layer: the codebook is then fitted to its weight."""
         own = ["log_sigma2", "raw_levels", "level_scale", "prior_sigma2"]
         if self.raw_thresholds is not None:
             own.append("raw_thresholds")
@@ -341,8 +331,8 @@ class BayesLayer(DrawnWeight):
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"num_levels={self.num_levels}", f"estimator={self.estimator!r}"]
-        defaults: list[tuple[str, Any]]
-        defaults = [("granularity", "tensor"), ("partition", "nearest"), ("prior", "spike_slab")]
-        defaults += [("spike_width", SPIKE_WIDTH), ("slab_share", SLAB_SHARE), ("start_sigma", SIGMA_PER_GAP)]
-        parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults if getattr(self, name) != value]
+        defaults: Mapping[str, Any] = DEFAULTS
+        shown = ("granularity", "partition", "prior", "spike_width", "slab_share", "start_sigma")
+        values = {name: getattr(self, name) for name in shown}
+        parts += [f"{name}={value!r}" for name, value in values.items() if value != defaults[name]]
         return ", ".join(parts)

@@ -1,10 +1,11 @@
-"""BayesLinear and BayesConv2d: nn.Linear and nn.Conv2d with an M-ary quantized weight that is a distribution."""
+"""BayesLinear, nn.Linear with an M-ary quantized weight that is a distribution; and what is done with all Bayes layers
+of a network."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from bqnn import ops
-from bqnn.bayes.base import SIGMA_PER_GAP, SLAB_SHARE, SPIKE_WIDTH, BayesLayer
+from bqnn.bayes.base import BayesLayer
 from bqnn.bayes.estimator import sampled_layers
-from bqnn.core.check import check_conv2d_input, check_linear_input, check_module
-from bqnn.core.geometry import convolved, explicit_padding
+from bqnn.bayes.options import BayesOptions
+from bqnn.core.check import check_linear_input, check_module
 from bqnn.core.leaf import node_of
+
+if TYPE_CHECKING:  # of Python itself from 3.11 on
+    from typing_extensions import Unpack
 
 
 class BayesLinear(BayesLayer, nn.Linear):  # type: ignore[override]
@@ -27,18 +31,20 @@ class BayesLinear(BayesLayer, nn.Linear):  # type: ignore[override]
 
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear takes them.
-        num_levels: M, 2 to 16.
+        num_levels: M, 2 to 16; 3 where it is not given, as of choices below the first.
         granularity: "tensor", one codebook, or "channel", one for each output feature.
         partition: "nearest", thresholds half-way between levels, or "learned".
         estimator: "moment", "sample", "local" or "deterministic"; how the likelihood sees the weight in training.
         prior: "spike_slab", "gaussian" or "mixture", of Gaussian spikes and a Gaussian slab; see
             :func:`bqnn.ops.mixture_kl`, and :meth:`bound_means_`, which is for after each step of its optimizer.
-        quantize_mean: for "local": the mean path sees Q(mu), straight-through, instead of mu.
-        coarse_variance: for "moment" and "local": the variances of the outputs are rounded to bfloat16, which changes
-            the noise by a thousandth of itself and saves time and memory; see :func:`bqnn.ops.moment_linear`.
+        quantize_mean: for "local", False by default: the mean path sees Q(mu), straight-through, instead of mu.
+        coarse_variance: for "moment" and "local", True by default: the variances of the outputs are rounded to
+            bfloat16, which changes the noise by a thousandth of itself and saves time and memory; see
+            :func:`bqnn.ops.moment_linear`.
         spike_width, slab_share: of the prior "mixture": the deviation of its spikes in narrowest gaps, 0.001 to 1000,
             and the share of its slab, 1e-6 to 1 - 1e-6.
         start_sigma: the posterior deviation at the start, in narrowest gaps, 0.001 to 10.
+            Defaults are :data:`bqnn.bayes.options.SPIKE_WIDTH`, ``SLAB_SHARE`` and ``SIGMA_PER_GAP``.
 
     Raises:
         TypeError, ValueError: an argument out of its range; a wrong x in the forward pass.
@@ -51,22 +57,10 @@ class BayesLinear(BayesLayer, nn.Linear):  # type: ignore[override]
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        num_levels: int = 3,
-        granularity: str = "tensor",
-        partition: str = "nearest",
-        estimator: str = "moment",
-        prior: str = "spike_slab",
-        quantize_mean: bool = False,
-        coarse_variance: bool = True,
-        spike_width: float = SPIKE_WIDTH,
-        slab_share: float = SLAB_SHARE,
-        start_sigma: float = SIGMA_PER_GAP,
+        **options: Unpack[BayesOptions],
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        flags = quantize_mean, coarse_variance
-        mixture = spike_width, slab_share, start_sigma
-        self._init_bayes(num_levels, granularity, partition, estimator, prior, *flags, *mixture)
+        self._init_bayes(**options)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -76,64 +70,6 @@ class BayesLinear(BayesLayer, nn.Linear):  # type: ignore[override]
         if self.training or self.sampling:
             return self._product(x, ops.sample_linear, ops.moment_linear, {})
         return F.linear(x, *self._evaluation_parameters(x))
-
-
-class BayesConv2d(BayesLayer, nn.Conv2d):  # type: ignore[override]
-    """nn.Conv2d whose weight is N(mu, sigma^2), quantized to M learned levels (Chien and Chang 2023).
-
-    Args:
-        in_channels ... dtype: as nn.Conv2d takes them, string padding and padding modes included.
-        num_levels ... start_sigma: as :class:`BayesLinear` takes them; "channel" is one codebook an output channel.
-
-    Raises:
-        TypeError, ValueError: an argument out of its range; a wrong x in the forward pass.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | str | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Any = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        num_levels: int = 3,
-        granularity: str = "tensor",
-        partition: str = "nearest",
-        estimator: str = "moment",
-        prior: str = "spike_slab",
-        quantize_mean: bool = False,
-        coarse_variance: bool = True,
-        spike_width: float = SPIKE_WIDTH,
-        slab_share: float = SLAB_SHARE,
-        start_sigma: float = SIGMA_PER_GAP,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
-        flags = quantize_mean, coarse_variance
-        mixture = spike_width, slab_share, start_sigma
-        self._init_bayes(num_levels, granularity, partition, estimator, prior, *flags, *mixture)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, N, H', W'], or without the batch dimension."""
-        if isinstance(x, Proxy):
-            return node_of(self, x)
-        if isinstance(x, Tensor) and x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        check_conv2d_input(x, self.in_channels, self.out_channels, self.groups)
-        x, padding = explicit_padding(x, self)
-        if not (self.training or self.sampling):
-            parameters = self._evaluation_parameters(x)
-            return convolved(x, *parameters, self.stride, padding, self.dilation, self.groups)
-        geometry = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
-        return self._product(x, ops.sample_conv2d, ops.moment_conv2d, geometry)
 
 
 def bayes_layers(net: nn.Module) -> dict[str, BayesLayer]:

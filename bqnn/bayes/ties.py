@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bqnn.core.product import PRODUCT_LAYERS
 from bqnn.core.references import references
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -58,7 +59,7 @@ def find_ties(net: nn.Module, names: Mapping[Any, str]) -> Ties:
                 continue
             is_weight = module in names and name == "weight"
             if not is_weight and (layers := sharing.get(id(parameter))):
-                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                if isinstance(module, PRODUCT_LAYERS):
                     raise ValueError(
                         f"layer {names[layers[0]]!r} shares its weight with {path!r}, a {type(module).__name__} that "
                         "is not converted; skip both or neither"
@@ -70,6 +71,31 @@ def find_ties(net: nn.Module, names: Mapping[Any, str]) -> Ties:
         if isinstance(reference.value, Tensor) and (layer := _overlapping(reference.value, places)):
             raise ValueError(_held(names[layer], reference.path))
     return ties
+
+
+class _GivenUp(NamedTuple):
+    """A parameter that parts of a composed layer have in another form."""
+
+    weight: nn.Parameter
+
+
+def check_given_up(net: nn.Module, given_up: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    """Raises ValueError where something in ``net`` still holds the memory of a parameter, by the name of its layer,
+    that the parts of this composed layer have copies of; names both."""
+    weights = {_GivenUp(parameter): name for name, own in given_up.items() for parameter in own}
+    places = dict[int, list[Any]]()
+    for weight in weights:
+        places.setdefault(_place(weight.weight), []).append(weight)
+    held = [
+        (f"the parameter {name!r} of {path!r}", parameter)
+        for path, module in net.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    held += [(each.path, each.value) for each in references(net) if isinstance(each.value, Tensor)]
+    for place, tensor in held:
+        if (layer := _overlapping(tensor, places)) is not None:
+            raise ValueError(_held(weights[layer], place))
 
 
 def _held(name: str, place: str) -> str:

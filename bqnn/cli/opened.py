@@ -15,7 +15,7 @@ from bqnn.files.metadata import Metadata
 from bqnn.lab.ensemble import load_ensemble_run
 from bqnn.lab.precision import autocast
 from bqnn.lab.runs import Run, load_metadata, load_network, load_run
-from bqnn.packed.base import PackedLayer
+from bqnn.packed.weight import PackedWeight
 
 
 class Opened(NamedTuple):
@@ -72,5 +72,5 @@ def _file(path: Path, precision: str, device: str) -> Opened:
     net = network.load(path, precision=precision)
     if isinstance(net, CompiledNetwork):
         return Opened(net, f"compiled, {compiled}", metadata, [])
-    packed = any(isinstance(module, PackedLayer) for module in net.modules())
+    packed = any(isinstance(module, PackedWeight) for module in net.modules())
     return Opened(net, "packed" if packed else "quantized", metadata, [])

@@ -181,16 +181,32 @@ def check_linear_input(x: Tensor, in_features: int) -> None:
 
 
 def check_conv2d_input(x: Tensor, in_channels: int, out_channels: int, groups: int) -> None:
-    """Raises unless ``x`` is a floating-point [B, in_channels, H, W] tensor of a pixel or more, and groups divides both
-    channel counts."""
+    """:func:`check_convolution_input` over images."""
+    check_convolution_input(x, in_channels, out_channels, groups, 2)
+
+
+_DIMENSIONS = {1: "length", 2: "height, width"}
+
+
+def check_convolution_input(x: Tensor, in_channels: int, out_channels: int, groups: int, dimensions: int) -> None:
+    """Raises unless ``x`` is floating point, [B, in_channels, L] or [B, in_channels, H, W] as ``dimensions`` says, of
+    one position or more, and groups divides both channel counts."""
     check_floating("x", x)
     check_integer("groups", groups)
     if groups < 1 or in_channels % groups or out_channels % groups:
         raise ValueError(
             f"groups must divide in_channels and out_channels, got {groups} for {in_channels} and {out_channels}"
         )
-    if x.dim() != 4 or x.shape[1] != in_channels or x.shape[2] < 1 or x.shape[3] < 1:
-        raise ValueError(f"x must have the shape [batch, {in_channels}, height, width], got {list(x.shape)}")
+    if x.dim() != 2 + dimensions or x.shape[1] != in_channels or min(x.shape[2:]) < 1:
+        needed = f"[batch, {in_channels}, {_DIMENSIONS[dimensions]}]"
+        raise ValueError(f"x must have the shape {needed}, got {list(x.shape)}")
+
+
+def check_indices(indices: Tensor) -> None:
+    """Raises TypeError unless ``indices`` is a tensor of int32 or int64."""
+    check_tensor("indices", indices)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices must be torch.int32 or torch.int64, got {indices.dtype}")
 
 
 PRECISIONS = ("fp32", "bf16", "int8")

@@ -15,23 +15,50 @@ from bqnn.core.check import MOST_NUMBERS, is_integer, named
 MOST = 2**31 - 1
 
 
-def symmetric_padding(conv: Any) -> tuple[int, int] | None:
-    """The zeros on either side (height, width) that a convolution op can pad itself, or None where it can not.
+class ConvSizes(NamedTuple):
+    """The sizes of a convolution over images, each (height, width); as nn.Conv2d has them."""
 
-    ``conv`` is a module with nn.Conv2d's ``kernel_size``, ``dilation``, ``padding`` and ``padding_mode``.
-    """
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: str | tuple[int, int]
+    dilation: tuple[int, int]
+    padding_mode: str
+
+
+def sizes_over_images(conv: Any) -> ConvSizes:
+    """The sizes of ``conv``, a module with the attributes of nn.Conv2d or nn.Conv1d; a convolution of one dimension is
+    one over images of height 1."""
+    steps = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+    if len(conv.kernel_size) == 1:
+        kernel, stride, padding, dilation = (
+            values if isinstance(values, str) else (first, *values) for first, values in zip((1, 1, 0, 1), steps)
+        )
+        steps = kernel, stride, padding, dilation
+    return ConvSizes(*steps, conv.padding_mode)
+
+
+def as_images(x: Tensor, dimensions: int) -> Tensor:
+    """x of so many ``dimensions`` beside batch and channels, as [B, C, H, W]: of one dimension with height 1; without a
+    batch, as one of 1."""
+    if x.dim() == dimensions + 1:
+        x = x.unsqueeze(0)
+    return x.unsqueeze(2) if dimensions == 1 else x
+
+
+def symmetric_padding(conv: ConvSizes) -> tuple[int, int] | None:
+    """The zeros on either side (height, width) that a convolution op can pad itself, or None where it can not."""
     before, after = _sides(conv)
     if before != after or (conv.padding_mode != "zeros" and any(before)):
         return None
     return before
 
 
-def explicit_padding(x: Tensor, conv: Any) -> tuple[Tensor, tuple[int, int]]:
+def explicit_padding(x: Tensor, conv: ConvSizes) -> tuple[Tensor, tuple[int, int]]:
     """x, padded where it must be, and the symmetric zero padding (height, width) that is left to the op.
 
     Args:
         x: [B, C, H, W].
-        conv: as for :func:`symmetric_padding`.
+        conv: its sizes.
 
     Raises:
         ValueError: of padding that repeats or mirrors x there is more than x.
@@ -48,13 +75,12 @@ def explicit_padding(x: Tensor, conv: Any) -> tuple[Tensor, tuple[int, int]]:
     return F.pad(x, (before[1], after[1], before[0], after[0]), mode=mode), (0, 0)
 
 
-def _sides(conv: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+def _sides(conv: ConvSizes) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns before, and after."""
+    if not isinstance(conv.padding, str):
+        return conv.padding, conv.padding
     if conv.padding == "valid":
         return (0, 0), (0, 0)
-    if conv.padding != "same":
-        height, width = conv.padding
-        return (height, width), (height, width)
     height, width = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
     return (height // 2, width // 2), (height - height // 2, width - width // 2)
 
@@ -208,20 +234,26 @@ def plain_strides(x: Tensor) -> Tensor:
 
 
 def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    """``value``, one integer or two, as two.
+    """``value``, one integer or two, as two; raises as :func:`several`."""
+    height, width = several(name, value, least, 2)
+    return height, width
+
+
+def several(name: str, value: int | Sequence[int], least: int, count: int) -> tuple[int, ...]:
+    """``value``, one integer for all dimensions or ``count`` of them, one or two, as ``count``.
 
     Raises:
         TypeError: it is neither an integer nor integers.
         ValueError: one is below ``least``, or beyond what the kernels count with, 32 bits.
     """
-    values: Any = (value, value) if is_integer(value) else value
+    values: Any = (value,) * count if is_integer(value) else value
+    need = "one integer or two" if count == 2 else "one integer"
     if not isinstance(values, (tuple, list)) or not all(is_integer(each) for each in values):
-        raise TypeError(f"{name} must be one integer or two, got {named(value)}")
-    if len(values) != 2 or min(values) < least or max(values) > MOST:
-        raise ValueError(
-            f"{name} must be one integer or two, each {least} or more and at most {MOST}, got {named(value)}"
-        )
-    return values[0], values[1]
+        raise TypeError(f"{name} must be {need}, got {named(value)}")
+    if len(values) != count or min(values) < least or max(values) > MOST:
+        each = "each " if count == 2 else ""
+        raise ValueError(f"{name} must be {need}, {each}{least} or more and at most {MOST}, got {named(value)}")
+    return tuple(values)
 
 
 def check_window(

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bqnn.core.geometry import convolved, may_see_padding_alone
 from bqnn.core.precision import wide_dtype
+
+PRODUCT_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d)
+"""The layers of torch that compute one of these products with their weight."""
 
 
 def matrix(tensor: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def with_readers(net: nn.Module, layers: Iterable[str]) -> nn.Module:
 
     Args:
         net: any network.
-        layers: names of its layers, of nn.Linear, nn.Conv2d or their Bayes forms; others are left out.
+        layers: names of its layers with a weight, torch's or Bayes ones; names of no module are left out.
     """
     modules = dict(net.named_modules(remove_duplicate=False))
     names = [name for name in layers if name in modules]

@@ -32,6 +32,12 @@ def become(module: nn.Module, replacement: nn.Module, template: nn.Module) -> No
     module.__dict__.update(new)
 
 
+def fresh(kind: type[nn.Module]) -> nn.Module:
+    """A layer of this class, torch's or a Bayes layer, with sizes of 1 and without data: a template for
+    :func:`become`."""
+    return kind(*[1] * (3 if issubclass(kind, (nn.Conv1d, nn.Conv2d)) else 2), device="meta")
+
+
 def check_own_forward(name: str, module: nn.Module) -> None:
     """Raises ValueError for a module whose ``forward`` an instance attribute stands in for."""
     if "forward" in module.__dict__:

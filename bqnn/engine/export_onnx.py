@@ -30,7 +30,7 @@ from bqnn.engine.capture import BATCH, export, names_of_inputs
 from bqnn.engine.compile import check_device, checked_inputs
 from bqnn.engine.dequantize import dequantize, packed_layers
 from bqnn.engine.pack import pack
-from bqnn.packed.base import PackedLayer
+from bqnn.packed.weight import PackedWeight
 
 OF_EXPORT = "net."  # what names of the network's tensors begin with in what bqnn.engine.capture.export makes
 
@@ -76,9 +76,9 @@ def export_onnx(net: nn.Module, path: str | os.PathLike[str], example: Tensor | 
     write_atomically(path, lambda temporary: Path(temporary).write_bytes(proto.SerializeToString()))
 
 
-def _packed_weights(packed: nn.Module, plain: nn.Module) -> dict[str, PackedLayer]:
+def _packed_weights(packed: nn.Module, plain: nn.Module) -> dict[str, PackedWeight]:
     """By every name that a parameter of ``plain`` has, the packed layer whose weight it is."""
-    layers: dict[int, PackedLayer] = {}
+    layers: dict[int, PackedWeight] = {}
     for name, layer in packed_layers(packed).items():
         found: Any = plain.get_submodule(name)
         layers[id((found[0] if isinstance(found, nn.Sequential) else found).weight)] = layer
@@ -95,7 +95,7 @@ class _Packer:
         layers: by the name of a weight, the layer that has it; of a weight with several names, the graph has one.
     """
 
-    def __init__(self, ir: Any, graph: Any, layers: Mapping[str, PackedLayer]) -> None:
+    def __init__(self, ir: Any, graph: Any, layers: Mapping[str, PackedWeight]) -> None:
         self.ir, self.graph = ir, graph
         self.nodes: list[Any] = []
         self.weights = {name: layer for name, layer in layers.items() if name in graph.initializers}
@@ -112,7 +112,7 @@ class _Packer:
             self._decode(name, layer, values[name])
         self.graph.insert_before(self.graph[0], self.nodes)
 
-    def _decode(self, name: str, layer: PackedLayer, weight: Any) -> None:
+    def _decode(self, name: str, layer: PackedWeight, weight: Any) -> None:
         """Adds what makes ``weight`` of the layer's codes."""
         channels, columns = layer.shape[0], layer.weight_like()[0].numel()
         levels = layer.levels.to(layer.weight_dtype)

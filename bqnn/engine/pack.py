@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bqnn.bayes.base import BayesLayer
-from bqnn.bayes.layers import BayesConv2d, BayesLinear, bayes_layers
+from bqnn.bayes.convolutions import BayesConv1d, BayesConv2d
+from bqnn.bayes.embedding import BayesEmbedding
+from bqnn.bayes.layers import BayesLinear, bayes_layers
 from bqnn.core.chances import chances_of
 from bqnn.core.check import check_flag, check_module, check_precision
 from bqnn.core.codes import pack_codes
 from bqnn.core.quantizer import Posterior
 from bqnn.core.readers import drop_parameter, readers
 from bqnn.core.references import copy_network
-from bqnn.core.replace import become, bound_methods, check_own_forward, rebind
+from bqnn.core.replace import become, bound_methods, check_own_forward, fresh, rebind
 from bqnn.engine.relu import relu_after
-from bqnn.packed.base import PackedLayer, check_execution
-from bqnn.packed.layers import PackedConv2d, PackedLinear
+from bqnn.packed.base import check_execution
+from bqnn.packed.convolutions import PackedConv1d, PackedConv2d, PackedConvolution
+from bqnn.packed.embedding import PackedEmbedding
+from bqnn.packed.layers import PackedLinear
+from bqnn.packed.weight import PackedWeight
 
 _log = logging.getLogger("bqnn")
 
-_KINDS: tuple[Any, ...] = (BayesLinear, BayesConv2d)
+
+def _linear(layer: BayesLinear, tensors: dict[str, Any], run: dict[str, Any]) -> PackedWeight:
+    return PackedLinear(layer.in_features, **tensors, **run)
+
+
+def _convolution(kind: type[PackedConvolution]) -> Callable[..., PackedWeight]:
+    names = "in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+    return lambda layer, tensors, run: kind(**{name: getattr(layer, name) for name in names}, **tensors, **run)
+
+
+def _embedding(layer: BayesEmbedding, tensors: dict[str, Any], run: dict[str, Any]) -> PackedWeight:
+    own = {name: tensors[name] for name in ("codes", "levels", "chances")}
+    return PackedEmbedding(layer.embedding_dim, padding_idx=layer.padding_idx, **own)
+
+
+# Of each Bayes layer what packs it: the layer, its tensors, and how a product runs. The twin of convert's CONVERTERS.
+PACKERS: dict[type[BayesLayer], Callable[[Any, dict[str, Any], dict[str, Any]], PackedWeight]] = {
+    BayesLinear: _linear,
+    BayesConv1d: _convolution(PackedConv1d),
+    BayesConv2d: _convolution(PackedConv2d),
+    BayesEmbedding: _embedding,
+}
+_PRODUCTS = (BayesLinear, BayesConv1d, BayesConv2d)
 
 
 def pack(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse_relu: bool = True) -> nn.Module:
@@ -86,9 +113,9 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
     if not layers:
         raise ValueError("net must have a Bayes layer, as bqnn.convert makes them, got none")
     methods = bound_methods(net, {layer: name for name, layer in layers.items()})
-    relus = relu_after(net, _KINDS) if fuse_relu else {}
+    relus = relu_after(net, _PRODUCTS) if fuse_relu else {}
     replacements = {layer: _pack_named(name, layer, precision, execution) for name, layer in layers.items()}
-    templates = {kind: _template(kind) for kind in _KINDS}
+    templates = {kind: _template(kind) for kind in PACKERS}
     _share_codes(replacements)
     _warn_without_divergence(layers)
     # Only now, with nothing left that could fail.
@@ -106,7 +133,11 @@ def pack_(net: nn.Module, precision: str = "fp32", execution: str = "auto", fuse
 
 def _warn_without_divergence(layers: Mapping[str, BayesLayer]) -> None:
     """Names the layers that have been trained here by the likelihood alone; of a layer that was loaded nobody knows."""
-    learning = {name: layer for name, layer in layers.items() if layer.has_posterior and not layer.asked_for_kl}
+    learning = {
+        name: layer
+        for name, layer in layers.items()
+        if layer.has_posterior and not any(each.asked_for_kl for each in layer.sharing_layers())
+    }
     if without := [name for name, layer in learning.items() if layer.log_sigma2.grad is not None]:
         _log.warning(
             "trained without the divergence from the prior, which gathers means at their levels: %s; "
@@ -115,18 +146,18 @@ def _warn_without_divergence(layers: Mapping[str, BayesLayer]) -> None:
         )
 
 
-def _template(kind: Any) -> BayesLayer:
+def _template(kind: type[BayesLayer]) -> Any:
     """A layer that has whatever attribute a Bayes layer may come to have by itself."""
-    template = kind(*[1] * (3 if kind is BayesConv2d else 2), device="meta")
+    template: Any = fresh(kind)
     template.freeze_weight(True)
     template.tie((template,))
     template.asked_for_kl = True
     return template
 
 
-def _share_codes(replacements: Mapping[BayesLayer, PackedLayer]) -> None:
+def _share_codes(replacements: Mapping[BayesLayer, PackedWeight]) -> None:
     """Lets layers that shared a posterior share codes, levels and chances; a deterministic one has no chances."""
-    firsts: dict[tuple[int, ...], PackedLayer] = {}
+    firsts: dict[tuple[int, ...], PackedWeight] = {}
     tables: dict[tuple[int, ...], Tensor] = {}
     for layer, packed in replacements.items():
         key = tuple(map(id, layer.weight_sources()))
@@ -136,34 +167,20 @@ def _share_codes(replacements: Mapping[BayesLayer, PackedLayer]) -> None:
             packed.chances = tables.setdefault(key, packed.chances)
 
 
-def pack_layer(
-    layer: BayesLayer, precision: str = "fp32", execution: str = "auto", relu: bool = False
-) -> PackedLinear | PackedConv2d:
+def pack_layer(layer: BayesLayer, precision: str = "fp32", execution: str = "auto", relu: bool = False) -> PackedWeight:
     """The packed form of one Bayes layer; the arguments are those of the packed layers.
 
     Raises:
-        TypeError: ``layer`` is neither a BayesLinear nor a BayesConv2d.
+        TypeError: ``layer`` is none of :data:`PACKERS`.
         ValueError: a parameter is not finite or out of range, or an argument is wrong.
     """
-    options: dict[str, Any] = {"precision": precision, "execution": execution, "relu": relu}
-    if isinstance(layer, BayesLinear):
-        return PackedLinear(layer.in_features, **_packed_tensors(layer), **options)
-    if isinstance(layer, BayesConv2d):
-        return PackedConv2d(
-            layer.in_channels,
-            layer.kernel_size,
-            **_packed_tensors(layer),
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            padding_mode=layer.padding_mode,
-            **options,
-        )
-    raise TypeError(f"layer must be a BayesLinear or a BayesConv2d, got {type(layer).__name__}")
+    packer = next((packer for kind, packer in PACKERS.items() if isinstance(layer, kind)), None)
+    if packer is None:
+        raise TypeError(f"layer must be one of {', '.join(k.__name__ for k in PACKERS)}, got {type(layer).__name__}")
+    return packer(layer, _packed_tensors(layer), {"precision": precision, "execution": execution, "relu": relu})
 
 
-def _pack_named(name: str, layer: BayesLayer, precision: str, execution: str) -> PackedLayer:
+def _pack_named(name: str, layer: BayesLayer, precision: str, execution: str) -> PackedWeight:
     check_own_forward(name, layer)
     try:
         packed = pack_layer(layer, precision, execution)

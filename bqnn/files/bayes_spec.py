@@ -6,7 +6,6 @@ usual: arguments of :class:`bqnn.BayesLinear`. Its tensors are those of its stat
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,24 +13,30 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.bayes.base import BayesLayer
-from bqnn.bayes.layers import BayesConv2d, BayesLinear
+from bqnn.bayes.layers import BayesLinear
+from bqnn.bayes.options import DEFAULTS
 from bqnn.bayes.weight import FITTED, POSTERIOR
 from bqnn.core.check import FLOATING
 from bqnn.core.files import FormatError
 from bqnn.files.container import DTYPES, Entry
-from bqnn.files.product_spec import GEOMETRY, check_product, describe_product, tensor_name
+from bqnn.files.product_spec import (
+    EMBEDDING,
+    KINDS,
+    check_product,
+    describe_product,
+    geometry_of,
+    sizes_of,
+    tensor_name,
+)
 
 FIELD = "bayes"
 THRESHOLDS = "raw_thresholds"  # of a learned partition alone
 PARTS = (*POSTERIOR, *FITTED, "bias")
 NEEDED = SHARED = tuple(part for part in PARTS if part not in (THRESHOLDS, "bias"))
 """What every layer has, and what layers with one posterior have in common."""
-# The layer's options and what is usual for them: whatever it takes by keyword alone, but for the number of levels.
-OPTIONS: dict[str, Any] = {
-    name: parameter.default
-    for name, parameter in inspect.signature(BayesLinear).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name != "num_levels"
-}
+OPTIONS: dict[str, Any] = {name: value for name, value in DEFAULTS.items() if name != "num_levels"}
+"""The layer's options, and what is usual for them."""
+SCALED = "scale_grad_by_freq"  # of an embedding that is as nn.Embedding with this flag, which only training sees
 
 
 def describe(layer: BayesLayer) -> dict[str, Any]:
@@ -39,12 +44,15 @@ def describe(layer: BayesLayer) -> dict[str, Any]:
     values = {name: getattr(layer, name) for name in OPTIONS}
     values = {name: value if isinstance(value, (str, bool)) else float(value) for name, value in values.items()}
     options = {name: value for name, value in values.items() if value != OPTIONS[name]}
-    return {**describe_product(layer), "num_levels": layer.num_levels, FIELD: options}
+    flags = {SCALED: True} if getattr(layer, SCALED, False) else {}
+    return {**describe_product(layer), **flags, "num_levels": layer.num_levels, FIELD: options}
 
 
 def check_spec(name: str, spec: Mapping[str, Any]) -> None:
     """Raises FormatError unless ``spec`` is what :func:`describe` could have returned; names layer and field."""
     known = check_product(name, spec) | {"num_levels", FIELD}
+    if spec["kind"] == EMBEDDING and spec.get(SCALED) is True:
+        known.add(SCALED)
     if unknown := [field for field in spec if field not in known]:
         raise FormatError(f"layer {name!r}: {unknown[0]} can not be {spec[unknown[0]]!r:.80}")
     options = spec[FIELD]
@@ -110,15 +118,13 @@ def build_layer(
     values = {each: part(each) for each in PARTS}
     options = {option: value for option, value in spec[FIELD].items() if option != "estimator"}
     keywords: dict[str, Any] = {"device": "meta", "num_levels": spec["num_levels"], **options}
-    shape, has_bias = spec["shape"], values["bias"] is not None
-    layer: BayesLayer
-    if spec["kind"] == "linear":
-        layer = BayesLinear(shape[1], shape[0], has_bias, **keywords)
+    kind: Any = KINDS[spec["kind"]].bayes
+    keywords |= {name: tuple(each) if isinstance(each, list) else each for name, each in geometry_of(spec).items()}
+    inputs, *kernel = sizes_of(spec)
+    if spec["kind"] == EMBEDDING:
+        layer: BayesLayer = kind(spec["shape"][0], inputs, scale_grad_by_freq=SCALED in spec, **keywords)
     else:
-        geometry: dict[str, Any] = {key: spec.get(key, default) for key, default in GEOMETRY.items()}
-        geometry = {key: tuple(value) if isinstance(value, list) else value for key, value in geometry.items()}
-        inputs = shape[1] * geometry["groups"]
-        layer = BayesConv2d(inputs, shape[0], tuple(shape[2:]), bias=has_bias, **geometry, **keywords)
+        layer = kind(inputs, spec["shape"][0], *kernel, bias=values["bias"] is not None, **keywords)
     for each, value in values.items():
         if value is None:
             continue

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bqnn.bayes.base import BayesLayer
 from bqnn.core.files import FormatError
+from bqnn.core.product import PRODUCT_LAYERS
 from bqnn.core.references import copy_network
 from bqnn.core.replace import become, bound_methods, rebind
 from bqnn.engine.relu import relu_after
@@ -19,6 +20,7 @@ from bqnn.files.layer_spec import is_bayes
 from bqnn.files.product_spec import tensor_name
 from bqnn.files.skeleton import held_tensors, other_state
 from bqnn.packed.base import PackedLayer
+from bqnn.packed.weight import PackedWeight
 
 Modules = Mapping[nn.Module, Any]
 
@@ -34,12 +36,12 @@ def fill(contents: Contents, skeleton: nn.Module, precision: str, execution: str
     """
     specs = contents.metadata["layers"]
     learning = _learning(contents)
-    relus = relu_after(skeleton, (nn.Linear, nn.Conv2d, PackedLayer))
+    relus = relu_after(skeleton, (*PRODUCT_LAYERS, PackedLayer))
     # copy_network takes what this holds for the copy. The tensors of the layers, which the copy has no use for, are not
     # copied, and none stays.
     replacements: dict[int, Any] = {}
     names: dict[nn.Module, str] = {}
-    layers: dict[nn.Module, PackedLayer | BayesLayer] = {}
+    layers: dict[nn.Module, PackedWeight | BayesLayer] = {}
     for name in specs:
         module = skeleton.get_submodule(name)
         if names.setdefault(module, name) == name:
@@ -67,7 +69,7 @@ def _learning(contents: Contents) -> Mapping[str, bool] | None:
 
 def _layer(
     contents: Contents, name: str, learning: Mapping[str, bool] | None, precision: str, execution: str
-) -> PackedLayer | BayesLayer:
+) -> PackedWeight | BayesLayer:
     """The layer ``name`` of the file."""
     spec, entries = contents.metadata["layers"][name], contents.by_name()
 
@@ -93,10 +95,10 @@ def _other(contents: Contents, name: str, target: Tensor, learning: Mapping[str,
 
 def _share_codes(contents: Contents, names: Mapping[nn.Module, str], layers: Modules) -> None:
     """Lets packed layers share codes, levels and chances that are one in the skeleton and in the file."""
-    firsts: dict[tuple[Any, ...], PackedLayer] = {}
+    firsts: dict[tuple[Any, ...], PackedWeight] = {}
     tables: dict[tuple[Any, ...], Tensor] = {}
     for module, packed in layers.items():
-        if not isinstance(packed, PackedLayer):
+        if not isinstance(packed, PackedWeight):
             continue
         weight = module.weight
         codes, levels, chances = (

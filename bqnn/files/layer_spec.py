@@ -12,10 +12,11 @@ from bqnn.bayes.base import BayesLayer
 from bqnn.core.files import FormatError
 from bqnn.files import bayes_spec, packed_spec
 from bqnn.files.container import Entry
-from bqnn.files.product_spec import describe_product, product_of, tensor_name
+from bqnn.files.product_spec import EMBEDDING, describe_product, product_of, tensor_name
 from bqnn.packed.base import PackedLayer
+from bqnn.packed.weight import PackedWeight
 
-LAYERS = (PackedLayer, BayesLayer)
+LAYERS = (PackedWeight, BayesLayer)
 """What files describe; everything else of a network is in the tensors of its state."""
 
 Spec = Mapping[str, Any]
@@ -36,7 +37,7 @@ def needed_of(spec: Spec) -> tuple[str, ...]:
     return bayes_spec.NEEDED if is_bayes(spec) else packed_spec.NEEDED
 
 
-def describe(layer: PackedLayer | BayesLayer) -> dict[str, Any]:
+def describe(layer: PackedWeight | BayesLayer) -> dict[str, Any]:
     """The description of a layer, one of :data:`LAYERS`, JSON-able, without what is as usual."""
     return bayes_spec.describe(layer) if isinstance(layer, BayesLayer) else packed_spec.describe(layer)
 
@@ -53,6 +54,8 @@ def check_tensors(name: str, spec: Spec, entries: Mapping[str, Entry]) -> None:
 
     ``entries`` are the tensors of the file by every name that they have.
     """
+    if spec["kind"] == EMBEDDING and (bias := tensor_name(name, "bias")) in entries:
+        raise FormatError(f"tensor {bias!r} is of an embedding, which has none")
     _form(spec).check_tensors(name, spec, entries)
 
 
@@ -67,7 +70,7 @@ def check_fits(name: str, layer: nn.Module, spec: Spec, has_bias: bool) -> None:
         raise FormatError(f"layer {name!r} is {stored} in the file and {own} in the model")
     if isinstance(layer, PackedLayer) and layer.relu and "relu" not in spec:
         raise FormatError(f"layer {name!r} ends with a ReLU in the model and not in the file")
-    if (layer.bias is not None) != has_bias:
+    if (getattr(layer, "bias", None) is not None) != has_bias:
         where = ("file", "model") if has_bias else ("model", "file")
         raise FormatError(f"tensor {tensor_name(name, 'bias')!r} is in the {where[0]} and not in the {where[1]}")
 

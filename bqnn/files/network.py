@@ -28,6 +28,7 @@ from bqnn.bayes.layers import bayes_layers
 from bqnn.core.check import check_precision
 from bqnn.core.ensemble import Ensemble, Stacked
 from bqnn.core.files import FormatError, open_regular, write_atomically
+from bqnn.core.forms import with_parts
 from bqnn.core.readers import with_readers
 from bqnn.core.text import shown
 from bqnn.core.wrappers import unwrapped
@@ -336,7 +337,7 @@ def _held_against(contents: Contents, model: nn.Module) -> list[nn.Module | None
     found: list[nn.Module | None] = []
     for member in members(contents):
         specs = member.metadata["layers"]
-        skeleton = with_readers(model, [name for name in specs if not is_bayes(specs[name])])
+        skeleton = with_readers(with_parts(model, specs), [name for name in specs if not is_bayes(specs[name])])
         with of_member(member):
             check_model(member, skeleton)
         found.append(skeleton)

@@ -6,27 +6,41 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bqnn.core.check import MAX_LEVELS, MIN_LEVELS
 from bqnn.core.codes import packed_width
 from bqnn.core.files import FormatError
 from bqnn.files.container import DTYPES, Entry
-from bqnn.files.product_spec import GEOMETRY, check_product, describe_product, tensor_name
+from bqnn.files.product_spec import (
+    EMBEDDING,
+    KINDS,
+    check_product,
+    describe_product,
+    geometry_of,
+    sizes_of,
+    tensor_name,
+)
 from bqnn.packed.base import PackedLayer
-from bqnn.packed.layers import PackedConv2d, PackedLinear
+from bqnn.packed.weight import PackedWeight
 
+FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 NEEDED, OPTIONAL = ("codes", "levels"), ("bias", "chances")
 PARTS = (*NEEDED, *OPTIONAL)  # the tensors of a layer
 
 
-def describe(layer: PackedLayer) -> dict[str, Any]:
+def describe(layer: PackedWeight) -> dict[str, Any]:
     """The description of ``layer``, JSON-able, without what is as usual."""
     spec = {**describe_product(layer), "num_levels": layer.num_levels}
     if layer.granularity != "tensor":
         spec["granularity"] = layer.granularity
-    if layer.relu:
+    if isinstance(layer, PackedLayer) and layer.relu:
         spec["relu"] = True
+    if layer.weight_dtype != (torch.float32 if layer.bias is None else layer.bias.dtype):
+        # A dtype that no file has is under no name, and refused by what checks the description.
+        names = {dtype: name for name, dtype in FLOATS.items()}
+        spec["dtype"] = names.get(layer.weight_dtype, str(layer.weight_dtype))
     return spec
 
 
@@ -36,7 +50,8 @@ def check_spec(name: str, spec: Mapping[str, Any]) -> None:
         "num_levels": type(spec.get("num_levels")) is int and MIN_LEVELS <= spec["num_levels"] <= MAX_LEVELS,
         # With one channel, one codebook a channel is one a tensor.
         "granularity": spec.get("granularity") == "channel" and spec["shape"][0] > 1,
-        "relu": spec.get("relu") is True,
+        "relu": spec.get("relu") is True and spec["kind"] != EMBEDDING,
+        "dtype": isinstance(spec.get("dtype"), str) and spec["dtype"] in FLOATS,
     }
     for field in ("num_levels", *spec):
         if not checks.get(field, False):
@@ -62,6 +77,8 @@ def check_tensors(name: str, spec: Mapping[str, Any], entries: Mapping[str, Entr
             raise FormatError(f"tensor {tensor!r} must have the shape {needed}, got {entries[tensor].shape}")
         if entries[tensor].dtype != dtype:
             raise FormatError(f"{tensor} must be {DTYPES[dtype]}, got {DTYPES[entries[tensor].dtype]}")
+    if spec.get("dtype") == (entries[bias].dtype if bias in entries else "F32"):
+        raise FormatError(f"layer {name!r}: dtype can not be {spec['dtype']!r}, which it is anyway")
     if bias not in entries:
         return
     if not DTYPES[entries[bias].dtype].is_floating_point:
@@ -72,7 +89,7 @@ def check_tensors(name: str, spec: Mapping[str, Any], entries: Mapping[str, Entr
 
 def build_layer(
     name: str, spec: Mapping[str, Any], part: Callable[[str], Tensor | None], precision: str, execution: str
-) -> PackedLayer:
+) -> PackedWeight:
     """The layer that ``spec`` describes, both checked; ``part`` gives it each of :data:`PARTS` to keep.
 
     Raises:
@@ -80,23 +97,14 @@ def build_layer(
     """
     codes, levels, bias, chances = (part(each) for each in PARTS)
     assert codes is not None and levels is not None
-    shape, relu = spec["shape"], "relu" in spec
+    kind: Any = KINDS[spec["kind"]].packed
+    tensors: dict[str, Any] = {"codes": codes, "levels": levels, "chances": chances}
+    if spec["kind"] != EMBEDDING:  # which adds nothing and multiplies nothing
+        tensors |= {"bias": bias, "precision": precision, "execution": execution, "relu": "relu" in spec}
     try:
-        if spec["kind"] == "linear":
-            return PackedLinear(shape[1], codes, levels, bias, precision, execution, relu, chances)
-        geometry: dict[str, Any] = {key: spec.get(key, default) for key, default in GEOMETRY.items()}
-        return PackedConv2d(
-            shape[1] * geometry["groups"],
-            shape[2:],
-            codes,
-            levels,
-            bias,
-            **geometry,
-            precision=precision,
-            execution=execution,
-            relu=relu,
-            chances=chances,
-        )
+        layer: PackedWeight = kind(*sizes_of(spec), **tensors, **geometry_of(spec))
     except (TypeError, ValueError) as error:
         # The message starts with the name of the argument, which is the last part of the tensor's name.
         raise FormatError(tensor_name(name, str(error))) from error
+    layer.weight_dtype = FLOATS.get(spec.get("dtype", ""), layer.weight_dtype)
+    return layer

@@ -13,7 +13,7 @@ from bqnn import models
 from bqnn.core.files import FormatError
 from bqnn.files.container import DTYPES, Contents
 from bqnn.files.layer_spec import LAYERS, check_fits, needed_of, parts_of
-from bqnn.files.product_spec import tensor_name
+from bqnn.files.product_spec import PLAIN_LAYERS, tensor_name
 
 CREATORS = frozenset({torch.empty, torch.ones, torch.zeros, torch.tensor})  # what modules make their tensors with
 FREE_TENSORS = 256  # as many are made in no time: of a network of another size than the file's, the layer is named
@@ -65,7 +65,7 @@ def difference(made: nn.Module, net: nn.Module) -> str | None:
 def _alike(made: nn.Module, mine: nn.Module) -> bool:
     """Whether ``mine`` is the module ``made``, quantized or not."""
     if isinstance(mine, LAYERS):
-        return isinstance(made, (nn.Linear, nn.Conv2d))
+        return isinstance(made, PLAIN_LAYERS)
     if isinstance(made, nn.ReLU) and type(mine) is nn.Identity:
         return True  # the layer before it does the work
     return type(made) is type(mine) and "forward" not in vars(mine) and _settings(made) == _settings(mine)

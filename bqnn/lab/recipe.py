@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bqnn import models
-from bqnn.bayes.base import (
+from bqnn.bayes.elbo import CODEBOOK_LR, VARIANCE_LR
+from bqnn.bayes.estimator import ESTIMATORS
+from bqnn.bayes.options import (
     GRANULARITIES,
     PARTITIONS,
     PRIORS,
@@ -18,8 +20,6 @@ from bqnn.bayes.base import (
     SPIKE_WIDTH,
     check_start_sigma,
 )
-from bqnn.bayes.elbo import CODEBOOK_LR, VARIANCE_LR
-from bqnn.bayes.estimator import ESTIMATORS
 from bqnn.core.check import check_num_levels
 from bqnn.data.augment import KINDS
 from bqnn.ops.mixture_kl import check_mixture

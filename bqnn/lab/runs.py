@@ -41,7 +41,7 @@ from bqnn.lab.folder import (
 from bqnn.lab.labels import metadata_of
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.train import quantize
-from bqnn.packed.base import PackedLayer
+from bqnn.packed.weight import PackedWeight
 
 PRIOR_NAMES = {"spike_slab": "spike-and-slab", "gaussian": "Gaussian prior", "mixture": "mixture prior"}
 
@@ -226,7 +226,7 @@ def save_packed(net: nn.Module, path: str | Path, metadata: Metadata | None = No
     packed = network.load(path, None if hasattr(model, "factory") else model)
     for name, layer in bayes_layers(net).items():
         twin = packed.get_submodule(name)
-        if not isinstance(twin, PackedLayer) or not torch.equal(twin.decode(), layer.quantized_weight().float().cpu()):
+        if not isinstance(twin, PackedWeight) or not torch.equal(twin.decode(), layer.quantized_weight().float().cpu()):
             raise RuntimeError(f"layer {name!r} of {path} does not decode to the quantized weight")
     return packed
 

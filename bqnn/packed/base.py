@@ -107,12 +107,6 @@ class PackedLayer(PackedWeight):
         self._execution = value
         self._prepared = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, levels and bias: the network without a posterior. A decoded weight and a layout, where they
-        are kept, are not counted."""
-        return sum(tensor.nbytes for tensor in (self.codes, self.levels, self.bias) if tensor is not None)
-
     def rows(self, x: Tensor) -> int:
         """How many output positions the layer computes for ``x``, over the whole batch."""
         raise NotImplementedError
@@ -136,7 +130,7 @@ class PackedLayer(PackedWeight):
         Raises:
             bqnn.BackendError: the backend that ``BQNN_BACKEND`` names can not run it.
         """
-        arguments = self._call(self._padded(x))
+        arguments = self._call(self._prepared_input(x))
         return dispatch.choose(self.op, arguments, _name_of(self.execution_for(x))), arguments
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,12 +196,16 @@ class PackedLayer(PackedWeight):
         raise NotImplementedError
 
     def _geometry(self) -> Geometry:
-        """As the op takes it, on what :meth:`_padded` gives."""
+        """As the op takes it, on what :meth:`_prepared_input` gives."""
         raise NotImplementedError
 
-    def _padded(self, x: Tensor) -> Tensor:
-        """x with that padding which the op does not take itself."""
+    def _prepared_input(self, x: Tensor) -> Tensor:
+        """x in the shape that the op takes, with that padding which the op does not make itself."""
         return x
+
+    def _finished_output(self, y: Tensor) -> Tensor:
+        """What the op gives, in the shape of the layer's output."""
+        return y
 
     def _call(self, x: Tensor) -> PackedCall:
         geometry = self._geometry()
@@ -220,18 +218,19 @@ class PackedLayer(PackedWeight):
         self._check_input(x)
         if not is_plain([x]) or (x.requires_grad and torch.is_grad_enabled()):
             # Codes and levels go into the graph: what runs it makes its layout of them, and sees them change.
-            return call(self.op, self._call(self._padded(x)), _name_of(self._execution))
+            arguments = self._call(self._prepared_input(x))
+            return self._finished_output(call(self.op, arguments, _name_of(self._execution)))
         prepared = self._prepare()
         backend, arguments = self.backend_for(x)
         if backend.bind is None or not x.is_cpu:
-            return backend.run(arguments)
+            return self._finished_output(backend.run(arguments))
         run = backend.bind(arguments)
         if arguments.codes is prepared.codes and arguments.levels is prepared.levels:
             if len(prepared.plans) >= MAX_PLANS:
                 prepared.plans.clear()
-            padded = lambda x, bias: run(self._padded(x), bias)  # noqa: E731
-            prepared.plans[x.dtype, x.shape] = run if arguments.x is x else padded
-        return run(arguments.x, arguments.bias)
+            shaped = lambda x, bias: self._finished_output(run(self._prepared_input(x), bias))  # noqa: E731
+            prepared.plans[x.dtype, x.shape] = run if arguments.x is x else shaped
+        return self._finished_output(run(arguments.x, arguments.bias))
 
     def _is_current(self, prepared: Prepared) -> bool:
         return (

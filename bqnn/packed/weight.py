@@ -61,6 +61,12 @@ class PackedWeight(NotScriptable, nn.Module, Drawable):
         return "tensor" if self.levels.shape[0] == 1 else "channel"
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of codes, levels and bias: the network without a posterior. A decoded weight and a layout, where they
+        are kept, are not counted."""
+        return sum(tensor.nbytes for tensor in (self.codes, self.levels, self.bias) if tensor is not None)
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight in the layer's shape, for who reads it past the forward pass: decoded when it is used and
         then kept, in float32; its dtype is that of the network. A change in place raises RuntimeError."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from bqnn.bayes.base import BayesLayer
+from bqnn.bayes.left import LeftModule, left_modules, table
 from bqnn.core import codebook
 from bqnn.core.codes import packed_width, unpack_codes
 from bqnn.core.precision import wide
 from bqnn.core.quantizer import look_up
-from bqnn.packed.layers import PackedLayer
+from bqnn.packed.weight import PackedWeight
 
 NEAR = 0.1  # "near a level": within this share of the level's gap
 
@@ -43,9 +44,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Every quantized layer of a network; printed as a table."""
+    """Every quantized layer of a network, and every module with parameters at full precision; printed as tables."""
 
     layers: list[LayerReport]
+    left: list[LeftModule] = field(default_factory=list)
 
     @property
     def weights(self) -> int:
@@ -78,15 +80,18 @@ class Report:
         return sum(error) / sum(norm) if any(norm) else 0.0
 
     def __str__(self) -> str:
-        head = f"{'layer':<20}{'M':>3}{'weights':>10}{'bits':>6}{'bytes':>9}{'near':>8}{'loss':>9}{'dead':>6}"
+        width = max(20, *(len(layer.name) + 2 for layer in self.layers))
+        head = f"{'layer':<{width}}{'M':>3}{'weights':>10}{'bits':>6}{'bytes':>9}{'near':>8}{'loss':>9}{'dead':>6}"
         rows = [head + "  levels (share of weights)"]
         for layer in self.layers:
             near = "-" if layer.near_share is None else f"{100 * layer.near_share:.1f} %"
             loss = "-" if layer.quantization_loss is None else f"{layer.quantization_loss:.5f}"
             rows.append(
-                f"{layer.name:<20}{layer.num_levels:>3}{layer.weights:>10}{layer.bits:>6.2f}{layer.nbytes:>9}"
+                f"{layer.name:<{width}}{layer.num_levels:>3}{layer.weights:>10}{layer.bits:>6.2f}{layer.nbytes:>9}"
                 f"{near:>8}{loss:>9}{layer.dead_levels:>6}  {_levels(layer)}"
             )
+        if self.left:
+            rows += ["", table(self.left)]
         return "\n".join(rows)
 
 
@@ -100,15 +105,17 @@ def _levels(layer: LayerReport) -> str:
 
 @torch.no_grad()
 def report(net: nn.Module) -> Report:
-    """Level values, occupancy, dead levels, nearness, quantization loss, bits and bytes of every quantized layer.
+    """Level values, occupancy, dead levels, nearness, quantization loss, bits and bytes of every quantized layer;
+    and of what is at full precision the names, and why it is.
 
     Raises:
         ValueError: the network has no Bayes and no packed layer, or a parameter is not finite.
     """
-    found = [(name, m) for name, m in net.named_modules() if isinstance(m, (BayesLayer, PackedLayer))]
+    found = [(name, m) for name, m in net.named_modules() if isinstance(m, (BayesLayer, PackedWeight))]
     if not found:
         raise ValueError("net has no Bayes layer and no packed layer to report on")
-    return Report([_bayes(name, m) if isinstance(m, BayesLayer) else _packed(name, m) for name, m in found])
+    layers = [_bayes(name, m) if isinstance(m, BayesLayer) else _packed(name, m) for name, m in found]
+    return Report(layers, left_modules(net))
 
 
 def _occupancy(codes: Tensor, levels: Tensor) -> tuple[list[int], int]:
@@ -146,7 +153,7 @@ def _bayes(name: str, layer: BayesLayer) -> LayerReport:
     )
 
 
-def _packed(name: str, layer: PackedLayer) -> LayerReport:
+def _packed(name: str, layer: PackedWeight) -> LayerReport:
     columns = math.prod(layer.shape[1:])
     codes = unpack_codes(layer.codes, layer.num_levels, columns).view(layer.shape)
     occupancy, dead = _occupancy(codes, layer.levels)

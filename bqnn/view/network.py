@@ -8,7 +8,7 @@ from torch import nn
 
 from bqnn.bayes.base import BayesLayer
 from bqnn.core.check import check_flag, check_module, named
-from bqnn.packed.base import PackedLayer
+from bqnn.packed.weight import PackedWeight
 from bqnn.reports.report import Report, report
 from bqnn.view.facts import Fact, made_here
 from bqnn.view.layers import layers_part
@@ -52,7 +52,7 @@ def write_report(
 def _sizes(net: nn.Module, found: Report) -> list[Fact]:
     """Weights, bits and bytes of the quantized layers, and what is left at full precision."""
     dense = 4 * found.weights
-    modules = [module for module in net.modules() if not isinstance(module, (BayesLayer, PackedLayer))]
+    modules = [module for module in net.modules() if not isinstance(module, (BayesLayer, PackedWeight))]
     others = {id(each): each.numel() for module in modules for each in module.parameters(recurse=False)}
     return [
         ("Quantized", f"{found.weights:,} weights in {len(found.layers)} layers, {found.bits:.2f} bits a weight"),

@@ -35,6 +35,18 @@ class _Gpu(Driver):
         self.launched: list[str] = []
 
 
+_NUMBERS = 2000
+"""Added to a capability it gives the number of a GPU whose kernels do nothing: caches are kept by number."""
+
+
+class _Gpu(Driver):
+    """The driver of such a GPU; it knows what was launched."""
+
+    def __init__(self, capability: int) -> None:
+        super().__init__(_NUMBERS + capability)
+        self.launched: list[str] = []
+
+
 class _Kernel:
     """A compiled kernel, as JITFunction.run looks at one, that notes when it is launched."""
 

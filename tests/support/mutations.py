@@ -64,6 +64,9 @@ def seeds() -> list[Seed]:
         convolution = (nn.Conv2d(2, 3, 2, padding=1), nn.ReLU(), nn.Flatten())
         return nn.Sequential(*convolution, nn.Linear(27, 2), nn.BatchNorm1d(2))
 
+    def words() -> nn.Module:
+        return nn.Sequential(nn.Embedding(5, 4, padding_idx=1), nn.Conv1d(3, 2, 2), nn.Flatten(), nn.Linear(6, 2))
+
     def tiny() -> nn.Module:
         return models.densenet(depth=7, growth_rate=2, in_channels=1, num_classes=3)
 
@@ -80,6 +83,8 @@ def seeds() -> list[Seed]:
         (bqnn.Ensemble([pack(bqnn.convert(small(), num_levels=number)) for number in (2, 3)]), small),
         (bqnn.Ensemble([bqnn.sample(pack(bqnn.convert(tiny(), start_sigma=1.0)), seed) for seed in (0, 1)]), tiny),
         (bqnn.convert(small(), granularity="channel", partition="learned", estimator="local"), small),
+        (pack(bqnn.convert(words())).double(), words),
+        (bqnn.convert(words(), estimator="sample"), words),
         (bqnn.convert(Shared(), prior="mixture", spike_width=0.5), Shared),
         (bqnn.convert(tiny(), estimator="deterministic"), tiny),
     ]

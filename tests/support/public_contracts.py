@@ -178,10 +178,11 @@ def converted(net: Any, **keywords: Any) -> Any:
     return bqnn.convert(net, **keywords)
 
 
-def layer_called(make: Callable[..., nn.Module]) -> Callable[..., Any]:
-    """Makes a layer and calls it, in training and in evaluation mode, with a gradient."""
+def layer_called(make: Callable[..., nn.Module], given: str = "x") -> Callable[..., Any]:
+    """Makes a layer and calls it with the argument ``given``, in training and in evaluation mode, with a gradient."""
 
-    def run(x: Any, **keywords: Any) -> Any:
+    def run(**keywords: Any) -> Any:
+        x = keywords.pop(given)
         layer = make(**keywords)
         y = layer(x)
         if layer.training and y.requires_grad:
@@ -212,6 +213,11 @@ BAYES_CONV2D = {
     "dilation": lambda draw: tuple(draws.dilations(draw)),
     "groups": groups,
     "padding_mode": padding_mode,
+}
+EMBEDDING = {
+    "indices": lambda draw: draw.integers(draw.size("N"), *draw.choice(([], [1], [draw.randint(0, 9)], [2, 3]))),
+    "embedding_dim": sized("K"),
+    "padding_idx": optional(lambda draw: draw.randrange(draw.size("N"))),
 }
 PACKED_LAYER = {"codes": draws.codes, "levels": draws.levels, "bias": optional(numbers("N"))}
 PACKED_LAYER["chances"] = optional(draws.chances)
@@ -300,6 +306,16 @@ def public() -> dict[str, Contract]:
             | {**PACKED_LAYER, "precision": precision, **RUN},
             unknown,
         ),
+        "BayesEmbedding": (
+            layer_called(bqnn.BayesEmbedding, "indices"),
+            {"num_embeddings": sized("N"), **EMBEDDING, **OPTIONS, **FLAGS},
+            unknown,
+        ),
+        "PackedEmbedding": (
+            layer_called(bqnn.PackedEmbedding, "indices"),
+            {**EMBEDDING, **{name: PACKED_LAYER[name] for name in ("codes", "levels", "chances")}},
+            unknown,
+        ),
         "predict": (
             bqnn.predict,
             {"net": bayes_net, "x": net_input, "samples": samples, "seed": one_of(None, 0, 5)},
@@ -344,6 +360,9 @@ MADE = frozenset({"weight", "weights", "layer"})
 """What an error may name beside the arguments: what is made of them."""
 _KEPT = {
     "BayesLinear": frozenset({"in_features", "out_features"}),
+    # torch's own check of sizes and of the padding index; and of indices past the end, whose error names no argument.
+    "BayesEmbedding": frozenset({"indices", "num_embeddings", "embedding_dim", "padding_idx"}),
+    "PackedEmbedding": frozenset({"indices"}),
     "predict": frozenset({"x"}),
     "predict_packed": frozenset({"x"}),
     "elbo": frozenset({"output", "target"}),
