@@ -317,6 +317,8 @@ BENCHES = {
 OF_A_FILE: dict[str, Callable[[Path], Lines]] = {
     table.__name__: table for table in (accuracy, uncertainty, corruptions, gpu)
 }
+ON_THE_SITE_ALONE = ("corruptions",)
+"""Tables that are too long for README."""
 
 
 def main() -> None:
