@@ -117,6 +117,7 @@ class ThreePhases(_lightning.Callback):
         self._phased: PhasedNetwork
         self._losses: Tensor
         self._loading: Any = None
+        self._counted: int | None = None  # samples of the training that is under way
         self._kept: list[Any] = []  # inputs on which BatchNorm's statistics are estimated
         self._losses = torch.zeros((), dtype=torch.float64)  # the sum over the epoch's steps
         self._start_epoch()
@@ -124,6 +125,7 @@ class ThreePhases(_lightning.Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks everything, before the first epoch."""
         if stage == "fit":
+            self._counted = None
             self._plan = self._plan_for(trainer, pl_module)
             self._check_module(pl_module)
             with _apart(pl_module):
@@ -240,6 +242,8 @@ class ThreePhases(_lightning.Callback):
         trainer.estimated_stepping_batches  # noqa: B018  # loads the data, which says how many batches it has
         if math.isinf(trainer.num_training_batches):
             raise ValueError("trainer must have limit_train_batches where the loader has no length, got none")
+        if not trainer.num_training_batches:
+            raise ValueError("trainer must have at least one training batch an epoch, got 0")
         self._samples(trainer)
         steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         optimizer, schedule = make_optimizer(pl_module, self._phase, phase.lr, phase.epochs * steps, self._rates)
@@ -247,11 +251,13 @@ class ThreePhases(_lightning.Callback):
         trainer.strategy.lr_scheduler_configs = [LRSchedulerConfig(schedule, interval="step")]
 
     def _samples(self, trainer: Any) -> int:
-        if self._dataset_size is None:
-            self._dataset_size = samples_of(trainer.train_dataloader)
-        if not self._dataset_size:
+        if self._dataset_size is not None:
+            return self._dataset_size
+        if self._counted is None:
+            self._counted = samples_of(trainer.train_dataloader)
+        if not self._counted:
             raise ValueError("dataset_size must be given where the loader does not say how many samples it has")
-        return self._dataset_size
+        return self._counted
 
     def _start_epoch(self) -> None:
         self._kept = []

@@ -185,8 +185,12 @@ def wrong_shape(state: dict[str, Any]) -> Any:
             lambda s: {"net": {**s["net"], "fc3.bias": torch.zeros(11)}}, "is not of this run.*fc3.bias", id="net-shape"
         ),
         pytest.param(lambda s: {"optimizer": {}}, "is not of this run", id="optimizer-empty"),
-        pytest.param(lambda s: {"optimizer": wrong_shape(s)}, "moments of another shape", id="optimizer-shape"),
-        pytest.param(lambda s: {"scheduler": {"optimizer": 1}}, "the scheduler has other fields", id="scheduler"),
+        pytest.param(
+            lambda s: {"optimizer": wrong_shape(s)},
+            "the optimizer has other moments than those of",
+            id="optimizer-shape",
+        ),
+        pytest.param(lambda s: {"scheduler": {"optimizer": 1}}, "the schedule is another one", id="scheduler"),
         pytest.param(lambda s: {"generator": torch.zeros(3)}, "is not of this run", id="generator"),
         pytest.param(lambda s: {"torch_generator": torch.zeros(3, dtype=torch.uint8)}, "not of this", id="state"),
     ],

@@ -199,7 +199,7 @@ def info(options: Namespace) -> None:
     content = network.info(options.file)
     layers, factory = content["layers"], content["factory"]
     names = {name: shown(name, LONGEST_NAME) for name in layers}
-    width = max(20, *(len(name) + 2 for name in names.values()))
+    width = max([20, *(len(name) + 2 for name in names.values())])
     made = f"{factory[0]}({', '.join(f'{k}={v}' for k, v in factory[1].items())})" if factory else "not a built-in one"
     what = "network" if content["networks"] == 1 else f"{content['networks']} networks, each"
     print(f"{options.file}: format {content['version']}, {what} {shown(made)}")

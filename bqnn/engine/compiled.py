@@ -106,7 +106,7 @@ class CompiledNetwork(nn.Module):
         only = self._only
         if only is not None and len(inputs) == 1 and not named and not self._is_hooked():
             x = inputs[0]
-            if type(x) is Tensor and x.dtype is torch.float32 and not x.requires_grad:
+            if type(x) is Tensor and x.dtype is torch.float32 and not x.requires_grad and not x.is_nested:
                 if not torch.is_autocast_enabled("cpu"):
                     try:
                         return only([x])[0]

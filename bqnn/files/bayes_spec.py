@@ -7,6 +7,7 @@ usual: arguments of :class:`bqnn.BayesLinear`. Its tensors are those of its stat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,10 +62,21 @@ def check_spec(name: str, spec: Mapping[str, Any]) -> None:
     for option, value in options.items():
         if option not in OPTIONS or type(value) is not type(OPTIONS[option]) or value == OPTIONS[option]:
             raise FormatError(f"layer {name!r}: {option} can not be {value!r:.80}")
+    num_levels = spec.get("num_levels")
+    if type(num_levels) is not int:
+        raise FormatError(f"layer {name!r}: num_levels can not be {num_levels!r:.80}")
+    if fault := _fault(num_levels, tuple(options.items())):
+        raise FormatError(f"layer {name!r}: {fault}")
+
+
+@lru_cache(maxsize=128)  # the layers of a file are alike, and a file may have many
+def _fault(num_levels: int, options: tuple[tuple[str, Any], ...]) -> str:
+    """What a layer has against its options, or nothing."""
     try:
-        BayesLinear(1, 1, device="meta", num_levels=spec.get("num_levels", 0), **options)
+        BayesLinear(1, 1, device="meta", num_levels=num_levels, **dict(options))
     except (TypeError, ValueError) as error:
-        raise FormatError(f"layer {name!r}: {error}") from error
+        return str(error)
+    return ""
 
 
 def check_tensors(name: str, spec: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any
@@ -115,7 +115,8 @@ def read_fields(content: Any) -> Metadata:
 def _as_tuple(name: str, values: Any) -> tuple[Any, ...] | None:
     if values is None:
         return None
-    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__iter__"):
+    unordered = isinstance(values, (Mapping, Set))
+    if unordered or isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         raise TypeError(f"{name} must be a list, got {named(values)}")
     found = tuple(values)
     if not 1 <= len(found) <= MOST:

@@ -268,7 +268,7 @@ def _data_of(contents: Contents, sizes: dict[str, int]) -> Metadata:
 
 def _sizes_of(factory: list[Any] | None) -> dict[str, int]:
     """Sizes of images and the number of classes, which each built-in network has."""
-    return {} if factory is None else {name: factory[1][name] for name in SIZES}
+    return {} if factory is None else {name: factory[1][name] for name in SIZES if name in factory[1]}
 
 
 def _compiled(contents: Contents) -> CompiledNetwork:

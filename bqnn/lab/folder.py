@@ -23,7 +23,7 @@ DATA = "data"
 SPLITS = ("test", "validation")
 IMAGES = ("train", "validation", "test")
 """The splits whose numbers of images metrics.json has; runs that are older have none."""
-MOST_IMAGES = 2**53  # so many have a number in float64
+MOST_IMAGES = 2**53  # so many have a number in float64, and so has every integer up to it
 CHECKPOINT, WEIGHTS, METRICS = "checkpoint.pt", "model.safetensors", "metrics.json"
 UNCERTAINTY = {split: f"uncertainty-{split}.json" for split in SPLITS}
 MEMBERS = "members.json"
@@ -163,8 +163,13 @@ def _check_scores(name: str, scores: Any) -> None:
         raise ValueError(f"{name!r:.80} must be scores, the error among them, got {scores!r:.80}")
     for score, value in scores.items():
         numbers = value.values() if isinstance(value, dict) and score != "error" else [value]
-        if any(type(number) not in NUMBERS for number in numbers):
+        if any(type(number) not in NUMBERS or not _has_float(number) for number in numbers):
             raise ValueError(f"{score!r:.80} of {name!r:.80} can not be {value!r:.80}")
+
+
+def _has_float(value: Any) -> bool:
+    """Whether ``value`` is no integer, or one that a float can stand for."""
+    return type(value) is not int or abs(value) <= MOST_IMAGES
 
 
 def _check_images(images: Any) -> dict[str, int]:
@@ -189,7 +194,7 @@ def check_history(history: Any) -> list[dict[str, Any]]:
         if not isinstance(record, dict) or set(record) != set(RECORD):
             raise ValueError(f"history must hold records of {', '.join(RECORD)}, got {record!r:.80}")
         for name, value in record.items():
-            if type(value) not in RECORD[name]:
+            if type(value) not in RECORD[name] or not _has_float(value):
                 raise ValueError(f"{name} of a record of the history can not be {value!r:.80}")
     return history
 

@@ -64,12 +64,13 @@ def labels_of(classes: Sequence[str], source: str, metadata: Metadata, num_logit
                 f"{source} has {len(classes)} classes ({_listed(classes)}), the network {num_logits}, without names"
             )
         return torch.arange(num_logits)
-    if unknown := [name for name in classes if name not in metadata.classes]:
+    labels = {name: label for label, name in enumerate(metadata.classes)}
+    if unknown := [name for name in classes if name not in labels]:
         raise ValueError(
             f"{source} has classes that the network does not know: {_listed(unknown)}; it was trained on "
             f"{_listed(metadata.classes)}"
         )
-    return torch.tensor([metadata.classes.index(name) for name in classes], dtype=torch.int64)
+    return torch.tensor([labels[name] for name in classes], dtype=torch.int64)
 
 
 @torch.no_grad()

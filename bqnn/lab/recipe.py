@@ -20,7 +20,8 @@ from bqnn.bayes.options import (
     SPIKE_WIDTH,
     check_start_sigma,
 )
-from bqnn.core.check import check_num_levels
+from bqnn.bayes.sample import MOST_SEED
+from bqnn.core.check import check_int, check_num_levels
 from bqnn.data.augment import KINDS
 from bqnn.ops.mixture_kl import check_mixture
 from bqnn.training.phases import (
@@ -93,6 +94,7 @@ class Recipe:
         check_num_levels(self.num_levels)
         check_mixture(self.spike_width, self.slab_share)
         check_start_sigma(self.start_sigma)
+        check_int("seed", self.seed, 0, MOST_SEED)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {self.label_smoothing}")
         for name in ("pretrain_epochs", "deterministic_epochs", "epochs"):

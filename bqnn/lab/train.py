@@ -51,7 +51,16 @@ from bqnn.lab.progress import progress_bar
 from bqnn.lab.recipe import LAYER_OPTIONS, Recipe
 from bqnn.reports.report import report
 from bqnn.training.epoch import Objective, train_epoch
-from bqnn.training.phases import BAYES, DETERMINISTIC, FULL_PRECISION, NAMES, check_finite, enter_phase, make_optimizer
+from bqnn.training.phases import (
+    BAYES,
+    DETERMINISTIC,
+    FULL_PRECISION,
+    NAMES,
+    check_finite,
+    enter_phase,
+    make_optimizer,
+    restore_cycle,
+)
 
 
 def build_network(recipe: Recipe, data: Splits, phase: int = BAYES) -> nn.Module:
@@ -268,6 +277,10 @@ class Trainer:
         path = self.folder / CHECKPOINT
         digest = digest_of(path)
         if digest is None:
+            if left := [name for name in (WEIGHTS, METRICS) if (self.folder / name).exists()]:
+                raise ValueError(
+                    f"{path} is not there, but {' and '.join(left)} of its run: there is nothing to resume"
+                )
             return False
         state = read_checkpoint(path, self.device)
         check_same(path, state["recipe"], self.recipe)
@@ -289,15 +302,7 @@ class Trainer:
         self.from_init, self.epoch, self.history = state["init"], state["epoch"], state["history"]
         self._start_phase(build_network(self.recipe, self.data, self.phase))
         self.net.load_state_dict(state["net"])
-        fresh = self.scheduler.state_dict()
-        if set(fresh) != set(state["scheduler"]):
-            raise ValueError("the scheduler has other fields")
-        parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
-        for index, moments in state["optimizer"]["state"].items():
-            if any(moment.dim() and moment.shape != parameters[index].shape for moment in moments.values()):
-                raise ValueError(f"the optimizer has moments of another shape than {list(parameters[index].shape)}")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        restore_cycle(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])
         self.generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["torch_generator"].cpu())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,22 @@ def fit(
     plan = make_plan(epochs, lrs, rates, kl_warmup, max_grad_norm, autocast, bool(bayes_layers(net)))
     conversion = conversion_of(net, num_levels, options, plan)
     size = measure("train", train, dataset_size)
+    arguments = {"seed": seed, **_plain(conversion), **{name: repr(each) for name, each in bayes_layers(net).items()}}
     net = copy_network(net)
     net = net if device is None else net.to(device)
     phased = PhasedNetwork(net, plan, conversion)
-    training = Training(phased, train, validation, likelihood, plan, size, log, checkpoint)
+    training = Training(phased, train, validation, likelihood, plan, size, log, checkpoint, arguments)
     with _seeded(seed, training.device):
         return FitResult(*training.run())
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as a checkpoint keeps it, to compare it with that of another call; of an object its type."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, (str, int, float, type(None))) else named(value)
 
 
 def _check_path(checkpoint: str | os.PathLike[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -95,6 +95,47 @@ def make_optimizer(net: nn.Module, phase: int, lr: float, steps: int, rates: Rat
         cycle_momentum=False,
     )
     return optimizer, scheduler
+
+
+# What changes of a schedule from step to step; all else is as it was made.
+_COUNTERS = ("last_epoch", "_step_count", "_last_lr")
+
+
+def restore_cycle(
+    optimizer: AdamW, scheduler: OneCycleLR, moments: Mapping[str, Any], progress: Mapping[str, Any]
+) -> None:
+    """Puts optimizer and schedule, as :func:`make_optimizer` made them, where those were whose states are given.
+
+    Raises:
+        ValueError: the states are of another optimizer, or could not be those of one.
+    """
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    fresh, groups = optimizer.state_dict()["param_groups"], moments["param_groups"]
+    if [_constants(group) for group in groups] != [_constants(group) for group in fresh]:
+        raise ValueError("the optimizer has other groups of parameters")
+    if not all(isinstance(group["lr"], float) for group in groups):
+        raise ValueError("the optimizer has a rate that is no number")
+    for index, state in moments["state"].items():
+        if type(index) is not int or not 0 <= index < len(parameters):
+            raise ValueError(f"the optimizer has moments of a parameter {index!r:.80}")
+        shapes = {"step": torch.Size(), "exp_avg": parameters[index].shape, "exp_avg_sq": parameters[index].shape}
+        found = {name: moment.shape for name, moment in state.items() if moment.is_floating_point()}
+        if found != shapes or set(state) != set(shapes):
+            raise ValueError(f"the optimizer has other moments than those of {list(parameters[index].shape)}")
+    made = scheduler.state_dict()
+    if {**progress, **{name: made[name] for name in _COUNTERS}} != made:
+        raise ValueError("the schedule is another one")
+    steps = [progress[name] for name in _COUNTERS[:2]]
+    if any(type(step) is not int or not 0 <= step <= made["total_steps"] + 1 for step in steps):
+        raise ValueError(f"the schedule can not be at the steps {steps!r:.80}")
+    if [type(rate) for rate in progress["_last_lr"]] != [float] * len(groups):
+        raise ValueError("the schedule has rates that are no numbers")
+    optimizer.load_state_dict(dict(moments))
+    scheduler.load_state_dict(dict(progress))
+
+
+def _constants(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "lr"}
 
 
 def check_finite(loss: float, epoch: int, phase: int, lr: float) -> None:

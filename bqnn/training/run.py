@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from bqnn.core.text import shown
 from bqnn.training.epoch import Objective, train_epoch
 from bqnn.training.loader import Size, batches_of
 from bqnn.training.phased import PhasedNetwork
-from bqnn.training.phases import BAYES, NAMES, check_finite, locate, make_optimizer
+from bqnn.training.phases import BAYES, NAMES, check_finite, locate, make_optimizer, restore_cycle
 from bqnn.training.plan import Plan
 
 FIELDS: dict[str, type] = {
@@ -77,7 +77,10 @@ class Training:
         size: Size,
         log: Callable[[str], object] | None,
         checkpoint: str | os.PathLike[str] | None,
+        arguments: Mapping[str, Any],
     ) -> None:
+        """``arguments``, plain values, are what the call was given beside the plan."""
+        self.arguments = dict(arguments)
         self.phased, self.train, self.validation = net, train, validation
         self.likelihood, self.plan, self.size, self.log = likelihood, plan, size, log
         self.checkpoint, self.device = checkpoint, device_of(net.net)
@@ -109,6 +112,7 @@ class Training:
                 if self.log is not None:
                     self.log(describe(self.history[-1], self.likelihood.measure))
         if not self.refreshed:
+            self.kept = []  # a training that resumes here has none: both draw batches from the same generator
             self._refresh()
             self.validated = None
         if self.validated is None:
@@ -184,7 +188,7 @@ class Training:
         values = {f"{name} epochs and rate": list(phase[1:]) for name, phase in zip(names, plan.phases, strict=True)}
         values |= {**plan.rates._asdict(), "kl_warmup": plan.kl_warmup, "max_grad_norm": plan.max_grad_norm}
         values |= {"autocast": str(plan.autocast), "samples": size.samples, "batches": size.batches}
-        return {**values, "task": type(self.likelihood).__name__}
+        return {**values, "task": type(self.likelihood).__name__, **self.arguments}
 
     def _write_checkpoint(self, optimizer: Any, scheduler: Any) -> None:
         if self.checkpoint is None:
@@ -221,8 +225,7 @@ class Training:
     def _restore(self, state: Any, optimizer: Any, scheduler: Any) -> None:
         try:
             self.net.load_state_dict(state["net"])
-            optimizer.load_state_dict(state["optimizer"])
-            scheduler.load_state_dict(state["scheduler"])
+            restore_cycle(optimizer, scheduler, state["optimizer"], state["scheduler"])
             self.likelihood.load_state_dict(state["likelihood"])
             torch.set_rng_state(state["generators"][0].cpu())
             if self.device.type == "cuda":

@@ -122,6 +122,7 @@ def draw_curves(
             "xy": (mark, 1.0),
             "xycoords": ("data", "axes fraction"),
             "textcoords": "offset points",
+            "parse_math": False,
         }
         drawing.axes.annotate(name, xytext=(2, -2), va="top", rotation=90, fontsize=7, alpha=0.7, **place)
     if diagonal:
