@@ -214,7 +214,8 @@ BAYES_CONV2D = {
     "groups": groups,
     "padding_mode": padding_mode,
 }
-EMBEDDING = {
+BAYES_EMBEDDING = {
+    "num_embeddings": sized("N"),
     "indices": lambda draw: draw.integers(draw.size("N"), *draw.choice(([], [1], [draw.randint(0, 9)], [2, 3]))),
     "embedding_dim": sized("K"),
     "padding_idx": optional(lambda draw: draw.randrange(draw.size("N"))),
@@ -308,12 +309,7 @@ def public() -> dict[str, Contract]:
         ),
         "BayesEmbedding": (
             layer_called(bqnn.BayesEmbedding, "indices"),
-            {"num_embeddings": sized("N"), **EMBEDDING, **OPTIONS, **FLAGS},
-            unknown,
-        ),
-        "PackedEmbedding": (
-            layer_called(bqnn.PackedEmbedding, "indices"),
-            {**EMBEDDING, **{name: PACKED_LAYER[name] for name in ("codes", "levels", "chances")}},
+            {**BAYES_EMBEDDING, **OPTIONS, **FLAGS},
             unknown,
         ),
         "predict": (
@@ -361,8 +357,7 @@ MADE = frozenset({"weight", "weights", "layer"})
 _KEPT = {
     "BayesLinear": frozenset({"in_features", "out_features"}),
     # torch's own check of sizes and of the padding index; and of indices past the end, whose error names no argument.
-    "BayesEmbedding": frozenset({"indices", "num_embeddings", "embedding_dim", "padding_idx"}),
-    "PackedEmbedding": frozenset({"indices"}),
+    "BayesEmbedding": frozenset(BAYES_EMBEDDING),
     "predict": frozenset({"x"}),
     "predict_packed": frozenset({"x"}),
     "elbo": frozenset({"output", "target"}),
