@@ -65,6 +65,13 @@ def test_stopped_after_any_epoch_it_ends_with_the_same_bits(tmp_path: Path, conv
         assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.net.state_dict().items())
 
 
+@pytest.mark.parametrize("epochs", [(2, 0, 0), (1, 2, 0)])
+def test_the_bits_are_the_same_where_the_last_phases_have_no_epochs(tmp_path: Path, epochs: tuple[int, ...]) -> None:
+    options: dict[str, Any] = {"epochs": epochs, "seed": 3, "checkpoint": tmp_path / "fit.pt"}
+    whole, again = (bqnn.fit(make_net(), loader(), **options).net.state_dict() for _ in range(2))
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
 def test_a_regression_goes_on_with_its_noise(tmp_path: Path) -> None:
     data, net = loader(X[:, :2] + 0.1), make_net()
     whole = bqnn.fit(net, data, task="regression", **OPTIONS)
@@ -91,6 +98,8 @@ def path(tmp_path: Path) -> Path:
         ({"dataset_size": 50}, "is of another call: samples was 48, now 50"),
         ({"kl_warmup": 0.5}, "is of another call: kl_warmup was 1.0, now 0.5"),
         ({"net": make_net(width=9)}, "is of another network: .*size mismatch"),
+        ({"seed": 4}, "is of another call: seed was 3, now 4"),
+        ({"prior": "mixture"}, "is of another call: prior was None, now mixture"),
     ],
 )
 def test_what_resumes_has_to_be_the_same_call(path: Path, changes: dict[str, Any], error: str) -> None:
@@ -111,4 +120,37 @@ def test_damaged_checkpoints_are_one_line(path: Path) -> None:
         bqnn.fit(make_net(), loader(), checkpoint=path, **OPTIONS)
     write_checkpoint(path, {**state, "optimizer": {}})
     with pytest.raises(ValueError, match=f"{path} is of another network"):
+        bqnn.fit(make_net(), loader(), checkpoint=path, **OPTIONS)
+
+
+def short_moment(optimizer: dict[str, Any]) -> None:
+    optimizer["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+def no_moment(optimizer: dict[str, Any]) -> None:
+    del optimizer["state"][0]["step"]
+
+
+def moment_of_nothing(optimizer: dict[str, Any]) -> None:
+    optimizer["state"][99] = optimizer["state"].pop(0)
+
+
+def other_rule(optimizer: dict[str, Any]) -> None:
+    optimizer["param_groups"][0]["betas"] = (0.9, "much")
+
+
+@pytest.mark.parametrize("change", [short_moment, no_moment, moment_of_nothing, other_rule])
+def test_an_optimizer_of_something_else_is_refused(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    state = torch.load(path, weights_only=True)
+    change(state["optimizer"])
+    write_checkpoint(path, state)
+    with pytest.raises(ValueError, match=f"{path} is of another network: the optimizer has "):
+        bqnn.fit(make_net(), loader(), checkpoint=path, **OPTIONS)
+
+
+@pytest.mark.parametrize("changes", [{"step": 5}, {"last_epoch": 10**9}, {"_last_lr": ["fast"]}, {"total_steps": 7}])
+def test_another_schedule_is_refused(path: Path, changes: dict[str, Any]) -> None:
+    state = torch.load(path, weights_only=True)
+    write_checkpoint(path, {**state, "scheduler": {**state["scheduler"], **changes}})
+    with pytest.raises(ValueError, match=f"{path} is of another network: the schedule "):
         bqnn.fit(make_net(), loader(), checkpoint=path, **OPTIONS)

@@ -326,6 +326,16 @@ def test_init_takes_the_place_of_the_first_two_phases(tmp_path: Path) -> None:
     assert [record["epoch"] for record in again.history] == [4, 5]
 
 
+def test_without_its_checkpoint_a_run_is_not_begun_again(tmp_path: Path) -> None:
+    recipe = replace(SMALL, **NO_EPOCHS, method="fpnn")
+    weights = train(recipe, tmp_path).folder / WEIGHTS
+    (tmp_path / CHECKPOINT).unlink()
+    before = weights.read_bytes()
+    with pytest.raises(ValueError, match=f"{CHECKPOINT} is not there, but {WEIGHTS} and {METRICS} of its run"):
+        Trainer(recipe, tmp_path).resume()
+    assert weights.read_bytes() == before
+
+
 def test_init_for_a_run_that_began_without_raises(tmp_path: Path) -> None:
     recipe = replace(SMALL, **NO_EPOCHS, method="fpnn")
     train(recipe, tmp_path)
