@@ -143,6 +143,15 @@ TORCHVISION: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 
+def plain_weight(net: nn.Module, name: str) -> Tensor:
+    """The weight in torch's own network of the layer ``name`` of a converted one."""
+    owner, _, part = name.rpartition(".")
+    attention = net.get_submodule(owner)
+    if isinstance(attention, nn.MultiheadAttention) and part in ("q_proj", "k_proj", "v_proj"):
+        return attention.in_proj_weight.unflatten(0, (3, -1))["qkv".index(part[0])]
+    return net.get_submodule(name).weight
+
+
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_networks_of_torchvision(name: str) -> None:
     def build() -> Any:
@@ -157,10 +166,12 @@ def test_networks_of_torchvision(name: str) -> None:
     converted = bqnn.convert(net, 3)
     packed = bqnn.pack(converted, execution="packed")
     decoded = decoded_weights(packed)
-    assert len(decoded) == sum(type(m) in (nn.Linear, nn.Conv2d, nn.Embedding) for m in net.modules())
+    layers = sum(type(module) in (nn.Linear, nn.Conv2d, nn.Embedding) for module in net.modules())
+    attentions = sum(isinstance(module, nn.MultiheadAttention) for module in net.modules())
+    assert len(decoded) == layers + 4 * attentions, "queries, keys, values and the way out"
     reference = copy.deepcopy(net).double()
     for layer_name, weight in decoded.items():
-        reference.get_submodule(layer_name).weight.data.copy_(weight)
+        plain_weight(reference, layer_name).data.copy_(weight)
     size = 64 if name == "squeezenet1_1" else 32
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
