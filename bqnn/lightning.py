@@ -115,7 +115,6 @@ class ThreePhases(_lightning.Callback):
         self._phase = -1  # that has been entered
         self._plan: Plan
         self._phased: PhasedNetwork
-        self._losses: Tensor
         self._loading: Any = None
         self._counted: int | None = None  # samples of the training that is under way
         self._kept: list[Any] = []  # inputs on which BatchNorm's statistics are estimated

@@ -18,7 +18,7 @@ from bqnn.lab.compile_run import load_compiled
 from bqnn.lab.ensemble import recipe_in
 from bqnn.lab.evaluate import find_split, score_ensemble, score_network
 from bqnn.lab.folder import METRICS
-from bqnn.lab.labels import as_taken, check_prepared, logits_of
+from bqnn.lab.labels import as_taken, check_prepared, count_logits
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.runs import Run, add_scores, load_data
 from bqnn.view.html import BATCH
@@ -32,7 +32,7 @@ def evaluate(options: Namespace, device: str) -> None:
         raise ValueError("--output is for --uncertainty")
     path, opened = options.path, open_network(options, device)
     given, seed = _data_of_run(opened.runs, options) if opened.runs else _data_of_file(opened, options)
-    data = as_taken(given, opened.metadata, logits_of(opened.net, opened.metadata, given))
+    data = as_taken(given, opened.metadata, count_logits(opened.net, opened.metadata, given))
     torch.manual_seed(options.seed)
     split = find_split(data, options.split)
     if options.uncertainty:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LONGEST = 1000  # characters of a message
+LISTED = 10  # names in a message
 LEAST_LIKENESS = 0.5  # of a word and what it may have meant: of two letters one
 HEAD_SHARE = 0.7  # of a message that is cut, what stays of its beginning; the rest is its end
 
@@ -34,3 +35,9 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first ten names, as they may be shown, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return shown(", ".join(names[:LISTED])) + more

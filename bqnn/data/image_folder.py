@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bqnn.core.extras import needs
 from bqnn.core.files import open_regular, write_atomically
-from bqnn.core.text import shown
+from bqnn.core.text import LISTED, listed, shown
 from bqnn.data.channels import with_channels
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ MOST_PIXELS = 1 << 24
 MOST_PIXELS_A_BYTE = 64
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found"})  # which archivers and servers make, not people
 CACHE_VERSION = "2"
-SHOWN_CLASSES = 10  # of those without images
 
 _NO_IMAGES = f"{{}}: no images in it ({', '.join(sorted(SUFFIXES))})"
 _log = logging.getLogger("bqnn")
@@ -143,12 +142,9 @@ def _image_files(folder: Path) -> list[Path]:
 
 def _say_empty(path: Path, names: list[str], complete: bool) -> None:
     """Raises FileNotFoundError, or logs, that classes have no images, with what they have instead."""
-    more = f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
-    others = sorted(
-        {file.suffix.lower() or file.name for name in names[:SHOWN_CLASSES] for file in _files(path / name)}
-    )
-    instead = f"; they have {', '.join(others[:SHOWN_CLASSES])}" if others else ""
-    text = f"{path}: no images of {', '.join(names[:SHOWN_CLASSES])}{more} ({', '.join(sorted(SUFFIXES))}){instead}"
+    others = sorted({file.suffix.lower() or file.name for name in names[:LISTED] for file in _files(path / name)})
+    instead = f"; they have {', '.join(others[:LISTED])}" if others else ""
+    text = f"{path}: no images of {listed(names)} ({', '.join(sorted(SUFFIXES))}){instead}"
     if complete:
         raise FileNotFoundError(text)
     _log.warning("%s", text)

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bqnn.core.inputs import device_of
-from bqnn.core.text import shown
+from bqnn.core.text import listed
 from bqnn.data.channels import with_channels
 from bqnn.data.splits import FOLDER, Split, Splits, normalise
 from bqnn.files.metadata import Metadata
-
-SHOWN_CLASSES = 10  # names of classes in a message
 
 
 def metadata_of(data: Splits) -> Metadata:
@@ -61,20 +59,20 @@ def labels_of(classes: Sequence[str], source: str, metadata: Metadata, num_logit
     if metadata.classes is None:
         if len(classes) != num_logits:
             raise ValueError(
-                f"{source} has {len(classes)} classes ({_listed(classes)}), the network {num_logits}, without names"
+                f"{source} has {len(classes)} classes ({listed(classes)}), the network {num_logits}, without names"
             )
         return torch.arange(num_logits)
     labels = {name: label for label, name in enumerate(metadata.classes)}
     if unknown := [name for name in classes if name not in labels]:
         raise ValueError(
-            f"{source} has classes that the network does not know: {_listed(unknown)}; it was trained on "
-            f"{_listed(metadata.classes)}"
+            f"{source} has classes that the network does not know: {listed(unknown)}; it was trained on "
+            f"{listed(metadata.classes)}"
         )
     return torch.tensor([labels[name] for name in classes], dtype=torch.int64)
 
 
 @torch.no_grad()
-def logits_of(net: nn.Module, metadata: Metadata, data: Splits) -> int:
+def count_logits(net: nn.Module, metadata: Metadata, data: Splits) -> int:
     """How many logits a network gives for an image of its own channels and size, else of those of ``data``."""
     channels, size = metadata.in_channels or data.in_channels, metadata.image_size or data.image_size
     return int(net.eval()(torch.zeros(1, channels, size, size, device=device_of(net))).shape[-1])
@@ -93,8 +91,3 @@ def prepared(images: Tensor, metadata: Metadata) -> Tensor:
     """uint8 images [B, C, H, W] as a network takes them whose metadata :func:`check_prepared` has passed."""
     assert metadata.mean is not None and metadata.std is not None
     return normalise(images, metadata.mean, metadata.std)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
-    return shown(", ".join(names[:SHOWN_CLASSES])) + more
