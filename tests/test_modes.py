@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
@@ -48,22 +48,22 @@ def test_predictions_of_many_threads_are_those_of_one(training: bool) -> None:
     """While four threads sample, four more get the quantized network's own probabilities, bit by bit."""
     net = make_net().train(training)
     before = copy.deepcopy(net.state_dict())
-    expected, end = bqnn.predict(net, X).probs, time.monotonic() + 2.0
-    calls = []
+    expected = bqnn.predict(net, X).probs
+    sampling = [threading.Event() for _ in range(4)]
 
     def plain() -> None:
-        while time.monotonic() < end:
+        while not all(event.is_set() for event in sampling):
             assert torch.equal(bqnn.predict(net, X).probs, expected)
-            calls.append("plain")
 
-    def sampled() -> None:
-        while time.monotonic() < end:
-            found = bqnn.predict(net, X, samples=16)
-            assert (found.mutual_information > 0.0).any() and not torch.equal(found.probs, expected)
-            calls.append("sampled")
+    def sampled(done: threading.Event) -> None:
+        try:
+            for _ in range(4):
+                found = bqnn.predict(net, X, samples=16)
+                assert (found.mutual_information > 0.0).any() and not torch.equal(found.probs, expected)
+        finally:
+            done.set()
 
-    run_at_once(*[plain] * 4, *[sampled] * 4)
-    assert calls.count("plain") > 8 and calls.count("sampled") > 8
+    run_at_once(*[plain] * 4, *[functools.partial(sampled, done) for done in sampling])
     assert [module.training for module in net.modules()] == [training] * len(list(net.modules()))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 

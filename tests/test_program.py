@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Iterator
 
@@ -17,12 +16,9 @@ from bqnn.engine.program import Program
 from bqnn.engine.reference import run
 from tests.support.draw_graphs import draw_graph
 from tests.support.helpers import digest, lower_isas, run_on_isa
-from tests.support.programs import PLANS, check_near, of_batch
+from tests.support.programs import PLANS, SMOOTH, alone, check_near, check_quantized_nodes, of_batch
 
 pytestmark = pytest.mark.skipif(bqnn.cpu_isa() == "none", reason="no CPU kernels")
-
-SMOOTH = ("sigmoid", "silu", "gelu", "gelu_tanh", "tanh")
-"""Activations whose float32 value may be a few units in the last place off."""
 
 
 @pytest.fixture(params=(1, 2, 3), ids="threads-{}".format)
@@ -43,53 +39,13 @@ def test_drawn_graphs(first: int, plan: str) -> None:
         check_near(Program(graph, **PLANS[plan])(given), run(graph, given))
 
 
-def alone(graph: Graph, node: Node) -> Graph:
-    """A graph of one node of a quantized one: its inputs are made uint8 of float32, and its output float32 of uint8."""
-    values, nodes, inputs = {}, [], []
-    for name in dict.fromkeys(node.inputs):
-        value = graph.values[name]
-        values[name], wide = value, f"{name}.float32"
-        if value.dtype == "float32":
-            inputs.append(name)
-            continue
-        values[wide] = dataclasses.replace(value, name=wide, dtype="float32", scale=1.0, zero=0)
-        nodes.append(Node("activation", (wide,), name))
-        inputs.append(wide)
-    output = values[node.output] = graph.values[node.output]
-    nodes.append(node)
-    last = node.output
-    if output.dtype == "uint8":
-        last = f"{last}.float32"
-        values[last] = dataclasses.replace(output, name=last, dtype="float32", scale=1.0, zero=0)
-        nodes.append(Node("activation", (node.output,), last, {}, {}, NO_ACTIVATION))
-    return Graph(tuple(inputs), (last,), values, tuple(nodes))
-
-
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("first", range(0, 90, 30))
 def test_quantized_nodes_have_the_bits_of_the_integer_model(first: int, plan: str) -> None:
     checked = 0
     for seed in range(first, first + 30):
         graph, inputs = draw_graph(seed, quantized=True)
-        found = run(graph, inputs, torch.float32, keep=True)
-        for node in graph.nodes:
-            dtypes = [graph.values[name].dtype for name in (*node.inputs, node.output)]
-            sums = node.op in ("conv2d", "linear", "avg_pool2d", "adaptive_avg_pool2d")
-            if "uint8" not in dtypes or node.op.endswith("softmax") or (sums and dtypes[0] == "float32"):
-                continue
-            single = alone(graph, node)
-            values = [graph.values[name.removesuffix(".float32")] for name in single.inputs]
-            given = [
-                (found[value.name].float() - value.zero) * value.scale if value.dtype == "uint8" else found[value.name]
-                for value in values
-            ]
-            y, expected = Program(single, **PLANS[plan])(given)[0], run(single, given, torch.float32)[0]
-            if node.activation.name in SMOOTH:
-                step = graph.values[node.output].scale if dtypes[-1] == "uint8" else 1e-5 * float(expected.abs().max())
-                assert (y - expected).abs().max() <= step * 1.001
-            else:
-                assert torch.equal(y, expected), (seed, node.op, node.activation.name)
-            checked += 1
+        checked += check_quantized_nodes(graph, inputs, **PLANS[plan])
     assert checked > 60
 
 
