@@ -39,11 +39,14 @@ demo: setup  ## run the demonstration
 
 test: ready checked interpret unit  ## lint and documentation, then all tests
 
+# Kernels that have passed the sanitizers as they are, by csrc/tests/passed.json, are not built with them again.
+PASSED := $(PYTHON) -m tests.support.passed
+
 ready:
-	@$(MAKE) $(JOBS) setup $(WITHOUT_TORCH)
+	@$(MAKE) $(JOBS) setup $(PROGRAMS:%=build/plain/%) $$($(PASSED) || echo $(SANITIZED_WITHOUT_TORCH))
 
 checked:
-	@$(MAKE) $(JOBS) lint docs $(CHECKS)
+	@$(MAKE) $(JOBS) lint docs $$($(PASSED) || echo $(CHECKS))
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -93,7 +96,7 @@ endef
 $(eval $(call program,packed_cases,packed))
 $(eval $(call program,elementwise_cases,train))
 
-WITHOUT_TORCH := $(KERNELS:%=build/sanitize/%) $(PROGRAMS:%=build/sanitize/%) $(PROGRAMS:%=build/plain/%)
+SANITIZED_WITHOUT_TORCH := $(KERNELS:%=build/sanitize/%) $(PROGRAMS:%=build/sanitize/%)
 
 # The extension with sanitizers, of the same objects; what setup.py builds it with.
 TORCH_ABI := $(shell sed -n 's/^TORCH_ABI = "\([^"]*\)".*/\1/p' setup.py)
@@ -122,6 +125,7 @@ CHECKS := check-extension check-public check-graphs $(PROGRAMS:%=check-%)
 
 sanitize:  ## kernels, and hostile calls, under AddressSanitizer and UBSan; 2 minutes, and 2 to build
 	@$(MAKE) $(JOBS) $(CHECKS)
+	@$(PASSED) --record
 
 $(PROGRAMS:%=check-%): check-%: build/sanitize/%
 	@echo "$*, with sanitizers"; build/sanitize/$*

@@ -3,8 +3,8 @@
     python -m bench.uncertainty_lenet5 --out runs/uncertainty [--case lenet5-mnist] [--seeds 0 1 2] [--test] [--save]
 
 Trains what is missing, one network after the other, M = 3 with every layer quantized and as many epochs for each. The
-networks of a seed have their full-precision phase in common, the quantized ones the deterministic phase too; a run that
-is stopped goes on where it was. Each is tested as it is, and the one with the prior "mixture" also as the mean of 16
+networks of a seed have their full-precision phase in common, the quantized ones the deterministic phase too; what is
+stopped goes on where it was. Each is tested as it is, and the one with the prior "mixture" also as the mean of 16
 networks that are drawn from its *packed* form: codes drawn once, BatchNorm statistics of their own. Without ``--test``
 that is on the validation images, clean and with Gaussian noise of the deviation 1 of a standardised pixel; with it, for
 the end, on the test images, with every corruption and image from outside that bqnn.lab.uncertainty has.
@@ -39,7 +39,7 @@ from bqnn.lab.metrics import best_temperature
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.recipes import load_recipe
 from bqnn.lab.train import Trainer
-from bqnn.lab.uncertainty import ask, drawn_networks, mean_scores, measure, scores
+from bqnn.lab.uncertainty import ask, drawn_networks, mean_scores, measure_drawn, scores
 
 TABLE = RESULTS / "uncertainty_lenet5.json"
 SAMPLES, SEED = 16, 0
@@ -91,18 +91,28 @@ def inputs_of(data: Splits, split: str, noise: float) -> Iterator[Tensor]:
         yield x + noise * torch.randn(x.shape, generator=generator) if noise else x
 
 
-def rows_of(name: str, trainer: Trainer, split: str, data_root: Path) -> Iterator[Row]:
-    """A row of the network itself and, of :data:`DRAWN`, one of several networks drawn from its packed form."""
+def rows_of(name: str, trainer: Trainer, split: str, data_root: Path) -> list[Row]:
+    """A row of the network itself and, of :data:`DRAWN`, one of several networks drawn from its packed form.
+
+    Rows are kept in the folder of the run, and taken from there: no network is tested twice.
+    """
+    kept = trainer.folder / f"{split}.json"
+    if kept.exists():
+        rows: list[Row] = json.loads(kept.read_text())
+        return rows
     net = pack(trainer.net) if bayes_layers(trainer.net) else trainer.net
+    rows = []
     for samples in (1, SAMPLES) if name in DRAWN else (1,):
         found = _tested(net, trainer.data, samples, split, data_root)
-        yield {"network": name, "samples": samples, "seed": trainer.recipe.seed, "split": split, **found}
+        rows.append({"network": name, "samples": samples, "seed": trainer.recipe.seed, "split": split, **found})
+    write_atomically(kept, lambda path: Path(path).write_text(json.dumps(rows)))
+    return rows
 
 
 def _tested(net: nn.Module, data: Splits, samples: int, split: str, data_root: Path) -> Row:
     networks = drawn_networks(net, data, samples, SEED)
     if split == "test":
-        found: Row = measure(net, data, split, samples=samples, seed=SEED, data_root=data_root)
+        found: Row = measure_drawn(networks, samples, SEED, data, split, data_root=data_root)
         corruptions = {name: mean_scores(strengths) for name, strengths in found["corruptions"].items()}
         row = {key: found[key] for key in ("temperature", "clean", "mean", "ood")} | {"corruptions": corruptions}
     else:

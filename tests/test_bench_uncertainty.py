@@ -48,6 +48,15 @@ def test_rows_are_what_eval_measures_of_packed_networks(
         assert bench.show(row).startswith(start)
 
 
+def test_no_network_is_tested_twice(
+    rows: list[bench.Row], trained: dict[str, Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(bench, "_tested")
+    assert bench.rows_of("deterministic", trained["deterministic"], "test", tmp_path) == rows[:1]
+    with pytest.raises(NameError):
+        bench.rows_of("deterministic", trained["deterministic"], "validation", tmp_path)
+
+
 def test_networks_of_a_seed_share_their_first_phases(trained: dict[str, Trainer]) -> None:
     begun = {name: trainer.history[0]["epoch"] for name, trainer in trained.items()}
     assert begun == {"fpnn": 2, "deterministic": 3, "default": 3, "mixture": 3}

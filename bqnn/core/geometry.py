@@ -221,18 +221,6 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def plain_strides(x: Tensor) -> Tensor:
-    """x [B, C, H, W], or a view of it, with the strides that :func:`memory_format_of` stands for.
-
-    A dimension of size 1 may have any stride: of one image whose channels come last, torch says that it is
-    channels-last, and who compares strides that it is not.
-    """
-    if memory_format_of(x) is torch.contiguous_format:
-        return x
-    _, channels, height, width = x.shape
-    return x.as_strided(x.shape, (channels * height * width, 1, width * channels, channels))
-
-
 def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """``value``, one integer or two, as two; raises as :func:`several`."""
     height, width = several(name, value, least, 2)

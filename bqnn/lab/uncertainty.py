@@ -94,8 +94,28 @@ def measure(
         ValueError: samples < 1, or more than 1 of a network without a posterior; the split or the validation split is
             empty.
     """
-    images, held_out = find_split(data, split), _validation(data)
+    find_split(data, split), _validation(data)  # before networks are drawn, which takes longer
     networks = drawn_networks(net, data, samples, seed)
+    number = net.num_networks if isinstance(net, Stacked) and samples == 1 else samples
+    return measure_drawn(networks, number, seed, data, split, data_root=data_root, progress=progress)
+
+
+def measure_drawn(
+    networks: Sequence[nn.Module],
+    number: int,
+    seed: int,
+    data: Splits,
+    split: str = "test",
+    *,
+    data_root: str | Path = "data",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """What :func:`measure` gives, of networks that :func:`drawn_networks` has given for ``seed``.
+
+    Args:
+        number: how many they are; several may be compiled to one.
+    """
+    images, held_out = find_split(data, split), _validation(data)
     validation = ask(networks, held_out.images.split(EVAL_BATCH), data)
     temperature = best_temperature(validation.probs, held_out.labels)
     clean = ask(networks, images.images.split(EVAL_BATCH), data)
@@ -107,7 +127,6 @@ def measure(
     for name, strength in progress_bar(cases, "corruptions", len(cases)) if progress else cases:
         prediction = ask(networks, corrupted(images, name, strength), data)
         corruptions[name].append(scores(prediction, images.labels, temperature))
-    number = net.num_networks if isinstance(net, Stacked) and samples == 1 else samples
     return {
         "dataset": data.name,
         "split": split,

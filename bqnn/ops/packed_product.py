@@ -113,12 +113,19 @@ def rectified(y: Tensor, relu: bool) -> Tensor:
     return y.relu_() if relu else y
 
 
-def multiply_decoded(call: PackedCall, weight: DenseWeight, accumulate: torch.dtype) -> Tensor:
-    """The call's output, with its weight decoded to [N, columns]; sums of integers are taken in ``accumulate``."""
-    x, geometry = call.x, call.geometry
+def decoded_product(
+    call: PackedCall, weight: DenseWeight, accumulate: torch.dtype
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """What gives the call's output for x and bias, with its weight decoded to [N, columns]; sums of integers are taken
+    in ``accumulate``."""
+    geometry, precision, relu = call.geometry, call.precision, call.relu
     weight = weight._replace(values=weight.values.view(geometry.weight_shape(call.columns)))
-    y = multiply(geometry.product, geometry.samples(x), weight, call.bias, call.precision, accumulate)
-    return geometry.as_output(rectified(y, call.relu), x)
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        y = multiply(geometry.product, geometry.samples(x), weight, bias, precision, accumulate)
+        return geometry.as_output(rectified(y, relu), x)
+
+    return run
 
 
 def packed_product(call: PackedCall) -> Tensor:
@@ -126,7 +133,7 @@ def packed_product(call: PackedCall) -> Tensor:
     if is_half(call.x):
         return packed_product(call._replace(x=call.x.float())).to(call.x.dtype)
     weight = decode_rounded(call.codes, call.levels, call.columns, call.precision)
-    return multiply_decoded(call, weight, torch.float64)
+    return decoded_product(call, weight, torch.float64)(call.x, call.bias)
 
 
 _decoded = Derived(decode)

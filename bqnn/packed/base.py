@@ -30,6 +30,9 @@ from bqnn.packed.weight import PackedWeight
 
 EXECUTIONS = ("auto", "packed", "dense")
 
+# To look a function up in a module takes as long as these functions do, and a small layer's kernels not ten times that.
+_compiling = torch.compiler.is_dynamo_compiling
+_threads = torch.get_num_threads
 _watching_modes = torch._C._len_torch_dispatch_stack  # TorchDispatchMode, which sees ops and not what backends do
 _tracing = torch._C._get_tracing_state  # torch.jit.trace, which sees and keeps whatever goes through the dispatcher
 
@@ -142,7 +145,7 @@ class PackedLayer(PackedWeight):
             TypeError, ValueError: ``x`` has a wrong dtype or shape.
         """
         if (
-            not torch.compiler.is_dynamo_compiling()
+            not _compiling()
             and type(x) is Tensor  # no subclass: such a tensor may have no data
             and x.is_cpu
             and not _watching_modes()
@@ -159,7 +162,7 @@ class PackedLayer(PackedWeight):
                     codes is buffers["codes"]
                     and levels is buffers["levels"]
                     and (not counted or (codes._version == codes_version and levels._version == levels_version))
-                    and threads == torch.get_num_threads()
+                    and threads == _threads()
                 ):
                     run = plans.get((x.dtype, x.shape))
                     if run is not None:

@@ -200,8 +200,7 @@ Result run_conv2d(Tensor x, const Tensor& layout_tensor, const std::optional<Ten
   const int64_t images = x.size(0), height = x.size(2), width = x.size(3);
   check_countable(x.sizes().data(), 4, "numbers", x);
   const bool contiguous = x.is_contiguous();
-  const bool channels_last = !contiguous && x.stride(1) == 1 && x.stride(3) == inputs &&
-                             x.stride(2) == inputs * width && x.stride(0) == inputs * width * height;
+  const bool channels_last = !contiguous && is_channels_last(x);
   if (!contiguous && !channels_last) x = torch::stable::contiguous(x);
   const int64_t out[2] = {output_size(height, padding.h, layout.kernel_h, &dilation.h, &stride.h),
                           output_size(width, padding.w, layout.kernel_w, &dilation.w, &stride.w)};

@@ -88,6 +88,18 @@ inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape
   return true;
 }
 
+// Whether images lie pixel by pixel. The stride of a dimension of size 1 says nothing.
+inline bool is_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 4) return false;
+  const int order[] = {1, 3, 2, 0};
+  int64_t expected = 1;
+  for (int d : order) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
+    expected *= tensor.size(d);
+  }
+  return true;
+}
+
 // Where a tensor's elements are, from the first to the last: the addresses [begin, end), none where it is empty.
 struct TensorBytes {
   uintptr_t begin = 0, end = 0;

@@ -15,17 +15,6 @@ inline PlaneShape plane_shape(const Tensor& tensor) {
   return {tensor.size(0), tensor.size(1), tensor.size(2) * tensor.size(3)};
 }
 
-inline bool is_channels_last(const Tensor& tensor) {
-  if (tensor.dim() != 4) return false;
-  const int order[] = {1, 3, 2, 0};
-  int64_t expected = 1;
-  for (int d : order) {
-    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
-    expected *= tensor.size(d);
-  }
-  return true;
-}
-
 // float32 or bfloat16 elements that lie side by side, of the shape of `like`, in whatever order.
 inline Plane plane(const Tensor& tensor, const char* name, const Tensor& like) {
   const bool planar = tensor.is_contiguous(), bfloat16 = dtype_of(tensor) == ScalarType::BFloat16;

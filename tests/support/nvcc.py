@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cuda_toolkit import ROOT, Toolkit, find_toolkit
+from tests.support.passed import digest_of
 
 TOOLKIT = find_toolkit()
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -36,6 +37,11 @@ class Kernel(NamedTuple):
     issued: float
     integer: float
     multiplied: float
+
+
+def sources() -> str:
+    """A digest of what is compiled, and of the flags."""
+    return digest_of(ROOT, ["csrc/cuda"], ["cuda_toolkit.py"])
 
 
 def disassembler() -> str | None:

@@ -18,7 +18,7 @@ from bqnn.ops.packed_product import (
     DenseWeight,
     PackedCall,
     decode_rounded,
-    multiply_decoded,
+    decoded_product,
     rectified,
 )
 
@@ -34,24 +34,25 @@ weights = Derived(_decode)
 
 
 def _run(call: PackedCall) -> Tensor:
-    weight = weights((call.codes, call.levels), call.columns, call.precision)
-    if is_half(call.x) and call.x.dtype != weight.values.dtype:
-        return multiply_decoded(call._replace(x=call.x.float()), weight, torch.float32).to(call.x.dtype)
-    return multiply_decoded(call, weight, call.x.dtype)
+    return _bind(call)(call.x, call.bias)
 
 
 def _bind(call: PackedCall) -> Bound:
-    geometry, relu, plain = call.geometry, call.relu, call.precision == "fp32" and call.x.dtype == torch.float32
-    if not plain or call.x.is_cuda:
-        return lambda x, bias: _run(call._replace(x=x, bias=bias))
-    values = weights((call.codes, call.levels), call.columns, call.precision).values
-    values = values.view(geometry.weight_shape(call.columns))
+    x, geometry, relu = call.x, call.geometry, call.relu
+    weight = weights((call.codes, call.levels), call.columns, call.precision)
+    if is_half(x) and x.dtype != weight.values.dtype:
+        wide = decoded_product(call, weight, torch.float32)
+        return lambda x, bias: wide(x.float(), bias).to(x.dtype)
+    general = decoded_product(call, weight, x.dtype)
+    if call.precision != "fp32" or x.dtype != torch.float32 or x.is_cuda:
+        return general
+    values = weight.values.view(geometry.weight_shape(call.columns))
     convolves = isinstance(geometry, Conv2dGeometry)
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         # With nothing to convert a small layer is as fast as nn.Linear.
         if torch.is_autocast_enabled("cpu") or (bias is not None and bias.dtype is not torch.float32):
-            return _run(call._replace(x=x, bias=bias))
+            return general(x, bias)
         y = rectified(geometry.product(x, values, bias), relu)
         # A convolution of strides that are neither order gives one or the other.
         return geometry.as_output(y, x) if convolves else y
