@@ -22,12 +22,15 @@ help:  ## this list
 
 setup: $(STAMP)  ## make .venv with the pinned versions and the package, editable
 
+# Modules are compiled when they are imported, and most never are.
+INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile
+
 SOURCES := setup.py cuda_toolkit.py pyproject.toml $(CONSTRAINTS) $(shell find csrc/bindings csrc/cpu csrc/cuda -type f)
 
 $(STAMP): $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) setuptools torch  # what the extension is built with
-	$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e ".[test,dev,docs]"
+	$(INSTALL) -c $(CONSTRAINTS) setuptools torch  # what the extension is built with
+	$(INSTALL) -c $(CONSTRAINTS) --no-build-isolation -e ".[test,dev,docs]"
 	touch $@
 
 data:  ## put MNIST and CIFAR-10 into $BQNN_DATA (default: data/)
@@ -39,11 +42,11 @@ demo: setup  ## run the demonstration
 
 test: ready checked interpret unit  ## lint and documentation, then all tests
 
-# Kernels that have passed the sanitizers as they are, by csrc/tests/passed.json, are not built with them again.
+# Kernels that have passed as they are, by csrc/tests/passed.json, are not built for csrc/tests and sanitizers again.
 PASSED := $(PYTHON) -m tests.support.passed
 
 ready:
-	@$(MAKE) $(JOBS) setup $(PROGRAMS:%=build/plain/%) $$($(PASSED) || echo $(SANITIZED_WITHOUT_TORCH))
+	@$(MAKE) $(JOBS) setup $$($(PASSED) || echo $(WITHOUT_TORCH))
 
 checked:
 	@$(MAKE) $(JOBS) lint docs $$($(PASSED) || echo $(CHECKS))
@@ -96,7 +99,7 @@ endef
 $(eval $(call program,packed_cases,packed))
 $(eval $(call program,elementwise_cases,train))
 
-SANITIZED_WITHOUT_TORCH := $(KERNELS:%=build/sanitize/%) $(PROGRAMS:%=build/sanitize/%)
+WITHOUT_TORCH := $(KERNELS:%=build/sanitize/%) $(PROGRAMS:%=build/sanitize/%) $(PROGRAMS:%=build/plain/%)
 
 # The extension with sanitizers, of the same objects; what setup.py builds it with.
 TORCH_ABI := $(shell sed -n 's/^TORCH_ABI = "\([^"]*\)".*/\1/p' setup.py)
@@ -120,15 +123,18 @@ $(SANITIZED): $(KERNELS:%=build/sanitize/%) $(BINDINGS:%=build/sanitize/bindings
 FIRST = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
 HOSTILE = LD_PRELOAD="$(FIRST)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=1 \
 	UBSAN_OPTIONS=print_stacktrace=1 $(VENV)/bin/python -m tests.support.sanitized $(SANITIZED)
-CHECKS := check-extension check-public check-graphs $(PROGRAMS:%=check-%)
+CHECKS := check-extension check-public check-graphs $(PROGRAMS:%=check-%) $(PROGRAMS:%=plain-%)
 .PHONY: $(CHECKS)
 
-sanitize:  ## kernels, and hostile calls, under AddressSanitizer and UBSan; 2 minutes, and 2 to build
+sanitize:  ## drawn cases for the kernels, plain and with hostile calls under AddressSanitizer and UBSan; 5 minutes
 	@$(MAKE) $(JOBS) $(CHECKS)
 	@$(PASSED) --record
 
 $(PROGRAMS:%=check-%): check-%: build/sanitize/%
 	@echo "$*, with sanitizers"; build/sanitize/$*
+
+$(PROGRAMS:%=plain-%): plain-%: build/plain/%
+	@build/plain/$*
 
 check-graphs: $(SANITIZED)
 	@$(HOSTILE) --planted 2>&1 | grep -q heap-buffer-overflow || { echo "a planted overflow is not seen"; exit 1; }

@@ -12,13 +12,13 @@ pytestmark = pytest.mark.skipif(bqnn.cpu_isa() == "none", reason="no CPU kernels
 
 
 @pytest.mark.parametrize("first", range(0, 24, 8))
-def test_drawn_networks(first: int) -> None:
-    for seed in range(first, first + 8):
+def test_drawn_networks(first: int, count: int = 8) -> None:
+    for seed in range(first, first + count):
         check_network(seed)
 
 
 def a_few() -> str:
-    test_drawn_networks(24)
+    test_drawn_networks(24, 3)
     return "right"
 
 

@@ -95,8 +95,8 @@ def test_activations_of_float32_are_the_stated_operations() -> None:
     y = np.linspace(-5, 5, 10_001, dtype=F32)
     inner = np.minimum(np.maximum(y + F32(3), F32(0)), F32(6))
     stated = {
-        "hardsigmoid": inner / F32(6),
-        "hardswish": y * inner / F32(6),
+        "hardsigmoid": inner * F32(1 / 6),
+        "hardswish": y * inner * F32(1 / 6),
         "leaky_relu": np.where(y >= 0, y, y * F32(0.1)),
         "clamp": np.minimum(np.maximum(y, F32(0.1)), F32(1.7)),
     }

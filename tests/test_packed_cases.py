@@ -1,7 +1,7 @@
 """The programs of csrc/tests, built without sanitizers: thousands of drawn cases for the kernels of csrc/cpu.
 
-`make sanitize` runs the same cases under AddressSanitizer and UBSan. Where a case fails, the program prints how to run
-it alone.
+`make sanitize` runs the same cases, under AddressSanitizer and UBSan too, and leaves a record of the sources that have
+passed: those are not built and run again. Where a case fails, the program prints how to run it alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import bqnn
+from tests.support import passed
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKE = shutil.which("make")
@@ -22,6 +23,7 @@ fcntl = pytest.importorskip("fcntl")
 pytestmark = pytest.mark.skipif(
     MAKE is None or shutil.which("g++") is None or bqnn.cpu_isa() == "none", reason="no compiler or no CPU kernels"
 )
+passed_before = pytest.mark.skipif(passed.have_passed(), reason="these sources have passed: csrc/tests/passed.json")
 
 
 def build(program: str) -> Path:
@@ -36,6 +38,7 @@ def build(program: str) -> Path:
     return target
 
 
+@passed_before
 @pytest.mark.parametrize(("program", "cases"), [("packed_cases", 6000), ("elementwise_cases", 2000)])
 def test_drawn_cases(program: str, cases: int) -> None:
     run = subprocess.run([str(build(program))], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

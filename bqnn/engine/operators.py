@@ -11,9 +11,10 @@ where x is uint8) and "bias" (float32 [N], 0 where it is absent) belong to the o
 What happens to uint8 values is bit for bit the same in every backend; all operations are of float32, each rounded by
 itself. A value x stands for ``real(x) = float(x - zero) * scale``, and y is stored as
 ``clamp(rint(y * float32(1 / scale)) + zero, 0, 255)``, ties to even. Scales and zeros of conv2d, linear, affine,
-activation, add and sub, of uint8 x and y and with no activation but clamp, are folded: what is stored is
+activation, add, sub and mul, of uint8 inputs and y and with no activation but clamp, are folded: what is stored is
 ``clamp(rint(q * scale' + bias' + r * ratio'), low', high')``, where q and r are stored numbers, or q the exact sum of
-products of them; the primed numbers are computed in float64 (:func:`bqnn.engine.reference.fold_bytes`).
+products of them, or of mul the product of two less their zeros; the primed numbers are computed in float64
+(:func:`bqnn.engine.reference.fold_bytes`).
 
 =====================  =================================================================================================
 conv2d                 x [C, H, W] and perhaps residual [N, Ho, Wo]; padding is (top, bottom, left, right), of zeros.

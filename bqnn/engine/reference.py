@@ -105,7 +105,8 @@ def _run_node(node: Node, inputs: list[Tensor], read: list[Value], written: Valu
 class Bytes(NamedTuple):
     """What makes bytes of integers: y = q * scale + bias + r * ratio, to the nearest, from low to high.
 
-    q is a sum of products of stored numbers with weights, or a stored number, and r what is added, as it is stored.
+    q is a sum of products of stored numbers with weights, or a stored number, or of mul the product of two less their
+    zeros; r is what is added, as it is stored.
     """
 
     scale: Tensor
@@ -125,22 +126,24 @@ def fold_bytes(node: Node, read: Sequence[Value], written: Value) -> Bytes | Non
     is no finite float32.
     """
     layer = node.op in ("conv2d", "linear")
-    if not layer and node.op not in ("affine", "activation", "add", "sub"):
+    if not layer and node.op not in ("affine", "activation", "add", "sub", "mul"):
         return None
     if read[0].dtype != "uint8" or written.dtype != "uint8" or node.activation.name not in ("none", "clamp"):
         return None
-    if node.op in ("add", "sub") and read[1].dtype != "uint8":
+    if node.op in ("add", "sub", "mul") and read[1].dtype != "uint8":
         return None
     unit, unit_of_x = (float(np.float32(value.scale)) for value in (written, read[0]))
     ratio, zero = 0.0, 0
-    if len(read) == 2:
+    zero_of_x: Tensor | int = read[0].zero
+    if node.op == "mul":
+        unit_of_x, zero_of_x = unit_of_x * float(np.float32(read[1].scale)), 0  # zeros are taken off before
+    elif len(read) == 2:
         ratio = (float(np.float32(read[1].scale)) if read[1].dtype == "uint8" else 1.0) / unit
         ratio, zero = -ratio if node.op == "sub" else ratio, read[1].zero if read[1].dtype == "uint8" else 0
     none = torch.ones(1, dtype=torch.float64)
     of_node = node.tensors.get("scale", none).double()
     scale = (of_node if layer else of_node * unit_of_x) / unit
     shift = node.tensors.get("shift" if node.op == "affine" else "bias", 0 * none).double()
-    zero_of_x: Tensor | int = read[0].zero
     weight = decoded_weight(node, columns_of(node, read[0].shape), torch.float64) if layer else None
     if weight is not None:
         zero_of_x = weight.sum(1).cpu() * read[0].zero
@@ -159,9 +162,11 @@ def _folded(node: Node, inputs: list[Tensor], read: list[Value], written: Value,
     x = inputs[0].double()
     if by.weight is not None:
         x = _sums(node, x, by.weight, float(read[0].zero))
+    if node.op == "mul":
+        x = (x - read[0].zero) * (inputs[1].double() - read[1].zero)
     channels = (-1, *[1] * (x.dim() - 2))
     y = x.float() * by.scale.to(x.device).view(channels) + by.bias.to(x.device).view(channels)
-    if len(inputs) == 2:
+    if len(inputs) == 2 and node.op != "mul":
         y = y + inputs[1].float() * by.ratio.to(x.device)
     return y.round().clamp(by.low, by.high).to(torch.uint8)
 
@@ -188,13 +193,18 @@ def activate(activation: Activation, y: Tensor) -> Tensor:
         case "leaky_relu":
             return torch.where(y >= 0, y, y * low)
         case "hardsigmoid":
-            return (y + 3).clamp(0, 6) / 6
+            return (y + 3).clamp(0, 6) * _sixth(y)
         case "hardswish":
-            return y * (y + 3).clamp(0, 6) / 6
+            return y * (y + 3).clamp(0, 6) * _sixth(y)
         case "none":
             return y
     # In float32 torch's own gelu is wrong by a thousandth where it is small, on processors with AVX-512.
     return _SMOOTH[activation.name](y.double()).to(y.dtype)
+
+
+def _sixth(like: Tensor) -> Tensor:
+    """1 / 6 in the dtype of ``like``, as kernels multiply by it."""
+    return torch.tensor(1 / 6, dtype=like.dtype, device=like.device)
 
 
 _SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,4 +1,4 @@
-"""Which sources of the kernels have passed the sanitizers, so that they are not built with them again, unchanged.
+"""Which sources of the kernels have passed the programs of csrc/tests, and the sanitizers; these need no second run.
 
     python -m tests.support.passed            # whether those that are here have: the status is 0, or 1
     python -m tests.support.passed --record   # they have now; `make sanitize` says so

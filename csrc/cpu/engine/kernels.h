@@ -36,7 +36,7 @@ constexpr int64_t kSlack = 128;
 //     the nearest integer to ((q * scale + bias) + r * ratio), clamped to [low, high],
 //
 // where q is a sum of products, or a stored number, and r what is added, as it is stored: scales and zeros of all of
-// them are in scale, bias and ratio. Else the real number is computed, activated, and divided by the scale of y.
+// them are in scale, bias and ratio. Of mul, q is the product of the stored numbers less their zeros. Else the real number is computed, activated, and divided by the scale of y.
 struct Bytes {
   bool folded = false;
   bool saturates = false;  // clamping to bytes is all there is, and no number is too large for 32 bits

@@ -67,10 +67,16 @@ BQNN_INLINE void for_bytes(int64_t count, const F& together, const G& single) {
   for (; c < count; c += kLanes) single(c, lanes_left(count - c));
 }
 
-// Bytes of bytes, folded: see Bytes. scale is a number a channel where kByChannel, else its first one is for all.
-template <bool kByChannel, bool kOther, bool kClamps>
+// What a folded step reads beside a, or does with it.
+enum class Beside { nothing, channels, added, multiplied };
+
+// Bytes of bytes, folded: see Bytes. scale is a number a channel where those are read, else its first one is for all.
+template <Beside kBeside, bool kClamps>
 inline void folded_rows(const PointCall& call, int64_t begin, int64_t end) {
+  constexpr bool kByChannel = kBeside == Beside::channels, kMultiplies = kBeside == Beside::multiplied;
+  constexpr bool kOther = kMultiplies || kBeside == Beside::added;
   const Shape& shape = call.y.shape;
+  const Float zero = broadcast(static_cast<float>(call.a.zero)), zero_of_b = broadcast(static_cast<float>(call.b.zero));
   const Float scale = broadcast(call.scale[0]), shift = broadcast(call.shift[0]);
   const Float ratio = broadcast(call.bytes.ratio), low = broadcast(call.bytes.low), high = broadcast(call.bytes.high);
   const Shape& other = call.b.shape;
@@ -86,10 +92,12 @@ inline void folded_rows(const PointCall& call, int64_t begin, int64_t end) {
     uint8_t* y = elements<uint8_t>(call.y, image, h);
     for (int64_t w = 0; w < pixels; ++w, a += call.a.pixel, b += pixel, y += call.y.pixel) {
       const auto value = [&](int64_t c) BQNN_LAMBDA {
-        Float x = Numbers<uint8_t>::stored(a + c);
-        x = kByChannel ? x * load(call.scale + c) + load(call.shift + c) : x * scale + shift;
+        Float x = Numbers<uint8_t>::stored(a + c), other;
         if constexpr (kOther)
-          x += (one_channel ? broadcast(static_cast<float>(b[0])) : Numbers<uint8_t>::stored(b + c)) * ratio;
+          other = one_channel ? broadcast(static_cast<float>(b[0])) : Numbers<uint8_t>::stored(b + c);
+        if constexpr (kMultiplies) x = (x - zero) * (other - zero_of_b);
+        x = kByChannel ? x * load(call.scale + c) + load(call.shift + c) : x * scale + shift;
+        if constexpr (kBeside == Beside::added) x += other * ratio;
         if constexpr (kClamps) x = min(max(x, low), high);
         return nearest_integers(x);
       };
@@ -107,13 +115,20 @@ inline void folded_rows(const PointCall& call, int64_t begin, int64_t end) {
   }
 }
 
+template <Beside kBeside>
 inline void run_folded(const PointCall& call, int64_t begin, int64_t end) {
   const bool clamps = !kSaturates || !call.bytes.saturates;
-  const bool by_channel = call.op == Op::affine, other = call.op == Op::add || call.op == Op::sub;
-  const auto rows = by_channel ? (clamps ? folded_rows<true, false, true> : folded_rows<true, false, false>)
-                    : other    ? (clamps ? folded_rows<false, true, true> : folded_rows<false, true, false>)
-                               : (clamps ? folded_rows<false, false, true> : folded_rows<false, false, false>);
-  rows(call, begin, end);
+  (clamps ? folded_rows<kBeside, true> : folded_rows<kBeside, false>)(call, begin, end);
+}
+
+inline void run_folded(const PointCall& call, int64_t begin, int64_t end) {
+  switch (call.op) {
+    case Op::affine: return run_folded<Beside::channels>(call, begin, end);
+    case Op::add:
+    case Op::sub: return run_folded<Beside::added>(call, begin, end);
+    case Op::mul: return run_folded<Beside::multiplied>(call, begin, end);
+    default: return run_folded<Beside::nothing>(call, begin, end);
+  }
 }
 
 template <class A, class Y>

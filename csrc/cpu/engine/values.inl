@@ -163,14 +163,16 @@ BQNN_INLINE Float hyperbolic_tangent(Float x) {
   return select(x < 0.0f, -y, y);
 }
 
+constexpr float kSixth = 1.0f / 6.0f;  // a division takes as long as all else
+
 BQNN_INLINE Float hard_gate(Float x) { return min(max(x + 3.0f, broadcast(0.0f)), broadcast(6.0f)); }
 
 BQNN_INLINE Float activate(const Activation& of, Float x) {
   switch (of.function) {
     case Function::clamp: return min(broadcast(of.high), max(broadcast(of.low), x));
     case Function::leaky_relu: return select(x >= 0.0f, x, x * of.low);
-    case Function::hardswish: return x * hard_gate(x) / 6.0f;
-    case Function::hardsigmoid: return hard_gate(x) / 6.0f;
+    case Function::hardswish: return x * hard_gate(x) * kSixth;
+    case Function::hardsigmoid: return hard_gate(x) * kSixth;
     case Function::sigmoid: return sigmoid(x);
     case Function::silu: return x * sigmoid(x);
     case Function::gelu: return x * (0.5f * erfc(x * -0.70710678f));

@@ -94,7 +94,8 @@ Conv Weights::prepare(const Step& step, const Buffer& buffer, bool dense, bool k
     case Op::affine:
     case Op::activation:
     case Op::add:
-    case Op::sub: break;
+    case Op::sub:
+    case Op::mul: break;
     default: return conv;
   }
   Channels channels;
