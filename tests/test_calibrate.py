@@ -47,7 +47,7 @@ def test_the_cut_has_nearly_the_smallest_error(order: int, shift: float) -> None
     numbers[0, 0] = 12.0
     numbers = numbers.abs() if shift else numbers
     numbers = numbers[numbers.abs().amax(1).argsort(descending=order < 0)]
-    observer = Observer()
+    observer = Observer(mean=False)
     for each in numbers.split(16):
         observer.add("x", each)
     low, high = observer.range()
@@ -68,11 +68,14 @@ def test_ranges_of_drawn_graphs_are_what_quantize_takes() -> None:
     for seed in range(20):
         graph, inputs = draw_graph(seed)
         ranges, means = calibrate(graph, [inputs, inputs])
-        assert set(ranges) == set(means) == set(graph.values)
+        assert set(ranges) == set(graph.values)
+        assert set(means) == {node.inputs[0] for node in graph.nodes if node.op in ("conv2d", "linear")}
         for name, x in run(graph, inputs, torch.float32, keep=True).items():
             low, high = ranges[name]
-            assert float(x.min()) <= low <= high <= float(x.max())
-            torch.testing.assert_close(means[name], x.double().mean(0))
+            rounding = 1e-5 * float(x.abs().max())  # the extension's sums are of another order
+            assert float(x.min()) - rounding <= low <= high <= float(x.max()) + rounding
+            if name in means:
+                torch.testing.assert_close(means[name], x.double().mean(0), rtol=1e-5, atol=1e-5)
         quantize(graph, ranges, means).check()
 
 

@@ -193,7 +193,7 @@ def test_a_product_in_parts(processors: int, granularity: str, device: str, monk
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", ["channel"] if INTERPRETED else GRANULARITIES)
 @pytest.mark.parametrize("num_levels", SOME_M if INTERPRETED else EVERY_M)
 def test_relu_is_that_of_torch(num_levels: int, granularity: str, backend: tuple[str, str], precision: str) -> None:
     for rows in (1, 6) if INTERPRETED else (1, 2, 6, 40):

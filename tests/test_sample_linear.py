@@ -25,12 +25,14 @@ from tests.support.helpers import (
     triton_devices,
     usable_backends,
 )
-from tests.support.shapes import EVERY_M, GRANULARITIES, LINEAR_GRID, SMALL_LINEAR, SOME_M, LinearShape
+from tests.support.shapes import EVERY_M, GRANULARITIES, INTERPRETED, LINEAR_GRID, SMALL_LINEAR, SOME_M, LinearShape
 
 RUNS_ON = usable_backends("sample_linear")
 # From here the calls of the noise cross into the counter's second word.
 OFFSET = 2**32 - 2
 GRADIENTS = ("x", "weight", "log_sigma2", "levels", "bias")
+# Elements of a matrix that a program of Triton takes; interpreted, a program takes as long whatever its size.
+BLOCKS = (128, 512, 4096) if INTERPRETED else (16, 64, 1024, 4096)
 
 
 def sampled_case(shape: LinearShape, num_levels: int, granularity: str) -> Case:
@@ -120,7 +122,7 @@ def test_the_sample_does_not_depend_on_tiles(columns: int, device: str, monkeypa
             assert torch.equal(run(case, "triton"), expected), tiles
             monkeypatch.undo()
     monkeypatch.setattr(kernels, "FUSED_ROWS", 0)
-    for elements in (16, 64, 1024):
+    for elements in BLOCKS:
         monkeypatch.setattr(importlib.import_module("bqnn.kernels.launch"), "MATRIX_BLOCK", elements)
         assert torch.equal(run(case, "triton"), expected), elements
 
@@ -148,7 +150,7 @@ def test_gradients_do_not_depend_on_tiles(columns: int, device: str, monkeypatch
         assert all(torch.equal(one, other) for one, other in zip(found, expected)), tiles
         torch.testing.assert_close(levels, expected[2], rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(kernels, "FUSED_ROWS", 0)
-    for elements in (16, 64, 4096):
+    for elements in BLOCKS:
         monkeypatch.setattr(launch, "MATRIX_BLOCK", elements)
         *found, levels = gradients("triton")
         assert all(torch.equal(one, other) for one, other in zip(found, expected)), elements

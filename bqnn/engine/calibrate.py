@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bqnn.core.native import cpu_isa
 from bqnn.core.text import shown
 from bqnn.engine import reference
 from bqnn.engine.graph import Graph
+from bqnn.engine.program import Program
 
 BINS = 2048  # of a histogram; even
+SAMPLED = 1 << 18  # numbers of a value that a batch adds to its histogram
 CUTS, SMALLEST_CUT = 91, 0.1  # shares of the largest number that a range may be cut to
-Run = Callable[..., dict[str, Tensor]]
 
 
 class Calibration(NamedTuple):
@@ -24,13 +26,14 @@ class Calibration(NamedTuple):
     ranges: dict[str, tuple[float, float]]
     """The least and the largest number that 8 bits should hold."""
     means: dict[str, Tensor]
-    """Of each element over all images, float64, in the value's shape."""
+    """Of what conv2d and linear nodes multiply: of each element over all images, float64, in the value's shape."""
 
 
 class Observer:
-    """What is known of one value: its mean, its least and largest number, and a histogram of their sizes."""
+    """What is known of one value: its least and largest number, a histogram of their sizes, and if wanted its mean."""
 
-    def __init__(self) -> None:
+    def __init__(self, mean: bool) -> None:
+        self._mean = mean
         self.low, self.high = math.inf, -math.inf
         self.span = 0.0
         """Of the histogram, from 0 on; it doubles when a number is beyond it."""
@@ -46,14 +49,19 @@ class Observer:
         if not -math.inf < low <= high < math.inf:
             raise ValueError(f"value {shown(name)} is not finite")
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self.images, self.sum = self.images + len(x), self.sum + x.sum(0, dtype=torch.float64)
+        if self._mean:
+            self.images, self.sum = self.images + len(x), self.sum + x.sum(0).double()
         largest = max(-low, high)
         self.span = self.span or largest
         while largest > self.span:
             self.span *= 2
             self.counts = torch.cat([self.counts.view(-1, 2).sum(1), torch.zeros(BINS // 2, dtype=torch.float64)])
         if largest > 0:
-            self.counts += torch.histc(x[x != 0].abs().float(), BINS, 0, self.span).double()
+            # An odd step meets all channels and columns, whose numbers are powers of two mostly.
+            some = x.flatten()[:: x.numel() // SAMPLED | 1].float()
+            counts = torch.histc(some.abs(), BINS, 0, self.span).double()
+            counts[0] -= len(some) - some.count_nonzero()
+            self.counts += counts
 
     def range(self) -> tuple[float, float]:
         """The least and largest number, both cut to where 8 bits have the smallest mean squared error.
@@ -72,23 +80,26 @@ class Observer:
         return max(self.low, -cut), min(self.high, cut)
 
 
-def calibrate(graph: Graph, batches: Iterable[Tensor | Sequence[Tensor]], run: Run = reference.run) -> Calibration:
-    """The range and the mean of each value of ``graph``, for :func:`bqnn.engine.quantize.quantize`.
+def calibrate(graph: Graph, batches: Iterable[Tensor | Sequence[Tensor]]) -> Calibration:
+    """The range of each value of ``graph``, and the means, for :func:`bqnn.engine.quantize.quantize`.
+
+    The extension computes the values where it is there, else the reference.
 
     Args:
         graph: sound, of float32 values, after the passes.
         batches: each the graph's inputs, a tensor [B, *shape] for each; of a graph with one input, that tensor.
-        run: ``run(graph, inputs, dtype, keep=True)`` gives every value by its name.
 
     Raises:
         ValueError: there are no batches, or none with an image; an input has another shape; a value is not finite.
     """
-    seen = {name: Observer() for name in graph.values}
+    multiplied = {node.inputs[0] for node in graph.nodes if node.op in ("conv2d", "linear")}
+    seen = {name: Observer(name in multiplied) for name in graph.values}
+    run = _values_of(graph)
     for index, batch in enumerate(batches):
         inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
         try:
-            found = run(graph, inputs, torch.float32, keep=True)
-            for name, x in found.items():
+            reference.check_inputs(graph, inputs)
+            for name, x in run([x.float() for x in inputs]).items():
                 seen[name].add(name, x)
         except ValueError as error:
             raise ValueError(f"calibration batch {index}: {error}") from None
@@ -96,4 +107,13 @@ def calibrate(graph: Graph, batches: Iterable[Tensor | Sequence[Tensor]], run: R
         raise ValueError("calibration must have a batch of one image or more, got none")
     exact = {name: (seen[name].low, seen[name].high) for name in graph.inputs}
     ranges = {name: observer.range() for name, observer in seen.items()} | exact
-    return Calibration(ranges, {name: observer.sum / observer.images for name, observer in seen.items()})
+    return Calibration(ranges, {name: seen[name].sum / seen[name].images for name in multiplied})
+
+
+def _values_of(graph: Graph) -> Callable[[list[Tensor]], dict[str, Tensor]]:
+    """What computes every value of ``graph``, by its name, in float32."""
+    if cpu_isa() == "none":
+        return lambda inputs: reference.run(graph, inputs, torch.float32, keep=True)
+    names = tuple(name for name in graph.values if name not in graph.inputs)
+    program: Callable[[list[Tensor]], list[Tensor]] = Program(graph.replaced(outputs=names)) if names else lambda _: []
+    return lambda inputs: dict(zip((*graph.inputs, *names), (*inputs, *program(inputs))))

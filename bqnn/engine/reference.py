@@ -49,7 +49,7 @@ def run(
     Raises:
         ValueError: there is another number of inputs, or one has another shape or dtype.
     """
-    _check_inputs(graph, inputs)
+    check_inputs(graph, inputs)
     last = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
     found: dict[str, Tensor] = {}
     for name, x in zip(graph.inputs, inputs):
@@ -65,7 +65,8 @@ def run(
     return found if keep else tuple(found[name] for name in graph.outputs)
 
 
-def _check_inputs(graph: Graph, inputs: Sequence[Tensor]) -> None:
+def check_inputs(graph: Graph, inputs: Sequence[Tensor]) -> None:
+    """Raises ValueError where ``inputs`` are not what ``graph`` takes, as :func:`run` says."""
     if len(inputs) != len(graph.inputs):
         raise ValueError(f"the graph has {len(graph.inputs)} inputs, got {len(inputs)}")
     for name, x in zip(graph.inputs, inputs):
