@@ -22,6 +22,9 @@ help:  ## this list
 
 setup: $(STAMP)  ## make .venv with the pinned versions and the package, editable
 
+# CUDA kernels for development: of the oldest GPU that they run on; drivers make code of it for all others.
+CUDA_ARCHITECTURES ?= 80
+
 # Modules are compiled when they are imported, and most never are.
 INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile
 
@@ -30,7 +33,8 @@ SOURCES := setup.py cuda_toolkit.py pyproject.toml $(CONSTRAINTS) $(shell find c
 $(STAMP): $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) -c $(CONSTRAINTS) setuptools torch  # what the extension is built with
-	$(INSTALL) -c $(CONSTRAINTS) --no-build-isolation -e ".[test,dev,docs]"
+	BQNN_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" \
+		$(INSTALL) -c $(CONSTRAINTS) --no-build-isolation -e ".[test,dev,docs]"
 	touch $@
 
 data:  ## put MNIST and CIFAR-10 into $BQNN_DATA (default: data/)

@@ -24,9 +24,18 @@ class Toolkit(NamedTuple):
         return str(self.home / "bin" / "nvcc")
 
     def architectures(self) -> list[str]:
-        """Those of :data:`ARCHITECTURES` that the compiler knows."""
+        """Those that BQNN_CUDA_ARCHITECTURES names, in order, else those of :data:`ARCHITECTURES` that nvcc knows.
+
+        Raises:
+            ValueError: one is named that the compiler does not know.
+        """
         known = _output([self.nvcc, "--list-gpu-arch"]).split()
-        return [name for name in ARCHITECTURES if f"compute_{name}" in known]
+        named = sorted(os.environ.get("BQNN_CUDA_ARCHITECTURES", "").split(), key=int)
+        for name in named:
+            if f"compute_{name}" not in known:
+                knows = f"{self.nvcc} knows {', '.join(known)}"
+                raise ValueError(f"BQNN_CUDA_ARCHITECTURES names compute_{name}, and {knows}")
+        return named or [name for name in ARCHITECTURES if f"compute_{name}" in known]
 
     def command(self, source: str, target: str, architectures: list[str], with_ptx: bool) -> list[str]:
         """Compiles ``source`` into the object ``target``; with PTX of the last architecture, for later ones."""

@@ -14,7 +14,7 @@ What is built:
     MAX_JOBS=n      how many files are compiled at a time; by default as many as there are processors
 
 Which architectures get CUDA kernels is a matter of the toolkit, never of a visible GPU: those of cuda_toolkit.py that
-its compiler knows, and PTX of the newest.
+its compiler knows, and PTX of the newest. BQNN_CUDA_ARCHITECTURES="80 90" names others, which takes less time.
 
 "torch" is that of the build environment. pip makes one with the newest torch, unless it is called with
 --no-build-isolation. The bindings keep to the ABI of torch 2.10 and Python 3.10, so that what is built with one torch

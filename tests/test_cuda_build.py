@@ -61,3 +61,15 @@ def test_setup_says_why_it_skips(switch: str, message: str, tmp_path: Path) -> N
     )
     assert (run.returncode != 0) == (switch == "1")
     assert re.search(message, run.stderr)
+
+
+@pytest.mark.skipif(TOOLKIT is None, reason="no CUDA toolkit")
+def test_architectures_are_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TOOLKIT is not None
+    monkeypatch.setenv("BQNN_CUDA_ARCHITECTURES", "")
+    assert set(ARCHITECTURES) <= set(TOOLKIT.architectures())
+    monkeypatch.setenv("BQNN_CUDA_ARCHITECTURES", "90 80")
+    assert TOOLKIT.architectures() == ["80", "90"]
+    monkeypatch.setenv("BQNN_CUDA_ARCHITECTURES", "10")
+    with pytest.raises(ValueError, match="names compute_10, and .*nvcc knows .*compute_90"):
+        TOOLKIT.architectures()
