@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,19 +31,32 @@ def mnist() -> Splits:
     return load_dataset("mnist", DATA)
 
 
-def train(folder: Path, **changes: object) -> Trainer:
+@pytest.fixture(scope="module")
+def third(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with MNIST's first 21,000 training images, a thousand of them for validation, and all test images."""
+    root = tmp_path_factory.mktemp("third")
+    shutil.copytree(DATA / "MNIST" / "raw", root / "MNIST" / "raw")
+    for name, head, size in (("train-images-idx3-ubyte", 16, 28 * 28), ("train-labels-idx1-ubyte", 8, 1)):
+        path = root / "MNIST" / "raw" / name
+        content = path.read_bytes()
+        count = (21_000).to_bytes(4, "big")  # bytes 4 to 7 of the head
+        path.write_bytes(content[:4] + count + content[8 : head + 21_000 * size])
+    return root
+
+
+def train(folder: Path, data_root: Path, **changes: object) -> Trainer:
     """One epoch of each phase, on a third of the images: the recipe in small."""
     recipe = replace(
-        load_recipe("lenet5-mnist"), pretrain_epochs=1, deterministic_epochs=1, epochs=1, validation=40_000, **changes
+        load_recipe("lenet5-mnist"), pretrain_epochs=1, deterministic_epochs=1, epochs=1, validation=1_000, **changes
     )
-    trainer = Trainer(recipe, folder, data_root=DATA)
+    trainer = Trainer(recipe, folder, data_root=data_root)
     trainer.run(progress=False, log=silent)
     return trainer
 
 
 @pytest.fixture(scope="module")
-def short_run(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    return train(tmp_path_factory.mktemp("mnist"))
+def short_run(third: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return train(tmp_path_factory.mktemp("mnist"), third)
 
 
 def test_one_epoch_of_each_phase_learns_mnist(short_run: Trainer) -> None:
@@ -81,9 +95,9 @@ def test_packed_file_is_a_thirteenth_of_the_full_precision_file(short_run: Train
     assert bqnn.info(packed)["bytes"] == packed.stat().st_size
 
 
-def test_spikes_gather_the_means_and_a_gaussian_prior_does_not(short_run: Trainer, tmp_path: Path) -> None:
+def test_spikes_gather_the_means_and_a_gaussian_prior_does_not(short_run: Trainer, third: Path, tmp_path: Path) -> None:
     """The published effect (Chien and Chang 2023): quantization loss under both priors, on the same schedule."""
-    gaussian = train(tmp_path, prior="gaussian").history[-1]
+    gaussian = train(tmp_path, third, prior="gaussian").history[-1]
     spikes = short_run.history[-1]
     assert spikes["near_share"] >= 0.9
     assert gaussian["near_share"] <= 0.6
