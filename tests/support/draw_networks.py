@@ -28,6 +28,8 @@ from tests.support.programs import check_quantized_nodes
 
 MOST_PRODUCTS = 200_000  # of a layer and image
 BATCH = 3
+ROUNDINGS = 8.0
+"""How many times torch's own error in float32 is allowed: some networks that are drawn cancel most of what they add."""
 
 Step = Callable[[nn.Module, list[Tensor]], Tensor]
 """Takes the network, since a closure must not hold a part of it, and the values so far."""
@@ -288,7 +290,7 @@ def draw_network(seed: int) -> tuple[nn.Module, Tensor]:
 def check_network(seed: int) -> list[str]:
     """Raises AssertionError unless the compiled network is right in both precisions; gives the calls left to torch."""
     net, x = draw_network(seed)
-    fast = compiled(net, x)
+    fast = compiled(net, x, roundings=ROUNDINGS)
     integers = bqnn.compile(net, x, precision="int8", calibration=[x])
     values = integers.values((x,))
     for part in integers.parts:
