@@ -1,9 +1,10 @@
 """``python -m bench.fog_lenet5 --out runs/uncertainty``: what of fog it is that networks lose by, on validation images.
 
 Takes the networks of ``python -m bench.uncertainty_lenet5 --out runs/uncertainty``. Fog makes images brighter, weakens
-their contrast and adds clouds. A row a network gives the NLL, in nats, where each image has of its fog: all; its contrast
-and clouds, with the brightness of the clean image; its clouds alone; its brightness alone; and its contrast alone. Then
-how far the first layer's filters answer to constant light: |sum of weights| over their norm, the mean over filters.
+their contrast and adds clouds. A row a network gives the NLL, in nats, where each image has of its fog: all; its
+contrast and clouds, with the brightness of the clean image; its clouds alone; its brightness alone; and its contrast
+alone. Then how far the first layer's filters answer to constant light: |sum of weights| over their norm, the mean over
+filters.
 """
 
 from __future__ import annotations
