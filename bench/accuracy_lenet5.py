@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 import bqnn
 from bench.machine import RESULTS, describe_machine
-from bqnn.core.files import write_atomically
+from bqnn.core.files import write_content
 from bqnn.lab.evaluate import evaluate
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.recipes import load_recipe
@@ -87,7 +87,7 @@ def run(row: Row, seed: int, data: Path, out: Path) -> None:
         path = folder / "fpnn.safetensors"
         save_file(net.state_dict(), path)
         result["bytes"] = path.stat().st_size
-    write_atomically(folder / RESULT, lambda name: Path(name).write_text(json.dumps(result, indent=1)))
+    write_content(folder / RESULT, json.dumps(result, indent=1))
 
 
 def pretrain(seed: int, data: Path, out: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_rows import Row, Task, Unfinished
-from bqnn.core.files import write_atomically
+from bqnn.core.files import write_content
 
 DONE, FAILED, BEGUN, UNFINISHED = "done", "failed", "begun", "unfinished"
 ATTEMPTS = 2
@@ -104,7 +104,7 @@ class Record:
         rows = ",\n  ".join(json.dumps(row) for row in self._content["rows"])
         head = json.dumps({key: value for key, value in self._content.items() if key != "rows"}, indent=1)
         text = f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
-        write_atomically(self._path, lambda temporary: Path(temporary).write_text(text))
+        write_content(self._path, text)
 
 
 def _key(stage: str, task: str) -> str:

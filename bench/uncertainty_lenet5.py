@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from bench.machine import RESULTS, describe_machine
 from bench.summary import Verdict
 from bqnn.bayes.layers import bayes_layers
-from bqnn.core.files import write_atomically
+from bqnn.core.files import write_content
 from bqnn.data.splits import Splits, batches, normalise
 from bqnn.engine.pack import pack
 from bqnn.lab.evaluate import EVAL_BATCH, find_split
@@ -105,7 +105,7 @@ def rows_of(name: str, trainer: Trainer, split: str, data_root: Path) -> list[Ro
     for samples in (1, SAMPLES) if name in DRAWN else (1,):
         found = _tested(net, trainer.data, samples, split, data_root)
         rows.append({"network": name, "samples": samples, "seed": trainer.recipe.seed, "split": split, **found})
-    write_atomically(kept, lambda path: Path(path).write_text(json.dumps(rows)))
+    write_content(kept, json.dumps(rows))
     return rows
 
 
@@ -208,7 +208,7 @@ def save(case: str, rows: Sequence[Row]) -> None:
     """Puts rows into the file, in place of those of the same case."""
     content = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     content[case] = {"machine": describe_machine(), "networks": NETWORKS, "rows": list(rows)}
-    write_atomically(TABLE, lambda path: Path(path).write_text(json.dumps(content, indent=1) + "\n"))
+    write_content(TABLE, json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:

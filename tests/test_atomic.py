@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bqnn.core.files import open_regular, remove_leftovers, write_atomically
+from bqnn.core.files import open_regular, remove_leftovers, write_atomically, write_content
 
 
 def names(folder: Path) -> list[str]:
@@ -35,6 +35,22 @@ def test_writes_the_whole_file_and_nothing_else(tmp_path: Path, old: str | None)
 def test_takes_a_string_as_path(tmp_path: Path) -> None:
     write_atomically(str(tmp_path / "state"), write_text("new"))
     assert (tmp_path / "state").read_text() == "new"
+
+
+@pytest.mark.parametrize("content", ["n\u00e4her\n", "n\u00e4her\n".encode()], ids=["text", "bytes"])
+def test_a_content_is_written_as_a_whole(tmp_path: Path, content: str | bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state"
+    path.write_text("old")
+    write_content(path, content)
+    assert path.read_bytes() == "n\u00e4her\n".encode() and names(tmp_path) == ["state"]
+
+    def fail(*paths: object) -> None:
+        raise OSError(errno.EIO, "it fails", str(path))
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="it fails"):
+        write_content(path, "new")
+    assert path.read_bytes() == "n\u00e4her\n".encode() and names(tmp_path) == ["state"]
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "ctrl-c"])

@@ -274,15 +274,37 @@ def test_descriptions_that_are_wrong(options: Any, message: str, tmp_path: Path)
             read()
 
 
-@pytest.mark.parametrize("frozen", [None, 3, ["0.codes"], [["0.weight"]]], ids=["missing", "number", "alien", "list"])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        pytest.param(None, id="missing"),
+        pytest.param(3, id="number"),
+        pytest.param(["0.codes"], id="alien"),
+        pytest.param([["0.weight"]], id="list"),
+        pytest.param(["0.weight", "0.bias", "0.weight"], id="twice"),
+        pytest.param(["0.prior_sigma2"], id="buffer"),
+    ],
+)
 def test_a_wrong_list_of_what_is_frozen(frozen: Any, tmp_path: Path) -> None:
     def change(header: Any, metadata: Any) -> None:
         metadata.pop("frozen")
         if frozen is not None:
             metadata["frozen"] = copy.deepcopy(frozen)
 
-    with pytest.raises(FormatError, match="frozen must be"):
+    with pytest.raises(FormatError, match="frozen must"):
         info(changed(tmp_path, change))
+
+
+@pytest.mark.parametrize("name", ["codes", "levels", "bias", "chances"])
+def test_nothing_of_a_packed_layer_is_frozen(name: str, tmp_path: Path) -> None:
+    net = nn.Sequential(bqnn.pack(bqnn.convert(nn.Linear(3, 2))), bqnn.convert(nn.Linear(2, 2)))
+    save(net, tmp_path / "net")
+    header, metadata, data = taken_apart((tmp_path / "net").read_bytes())
+    assert metadata["frozen"] == [] and f"0.{name}" in header
+    metadata["frozen"] = [f"0.{name}"]
+    (tmp_path / "net").write_bytes(put_together(header, metadata, data))
+    with pytest.raises(FormatError, match=f"frozen must be of parameters, and '0.{name}' is none"):
+        info(tmp_path / "net")
 
 
 def test_a_dtype_that_no_layer_has(tmp_path: Path) -> None:

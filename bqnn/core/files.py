@@ -47,6 +47,16 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object
         raise
 
 
+def write_content(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Makes ``content``, where it is a text in UTF-8, that of the file ``path``, as :func:`write_atomically` does.
+
+    Raises:
+        OSError: as there.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    write_atomically(path, lambda temporary: Path(temporary).write_bytes(data))
+
+
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
     """Removes the temporary files that kills left beside ``path``; nobody else may be writing it."""
     target = Path(os.path.realpath(path))

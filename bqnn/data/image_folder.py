@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bqnn.core.extras import needs
-from bqnn.core.files import open_regular, write_atomically
+from bqnn.core.files import open_regular, write_content
 from bqnn.core.text import LISTED, listed, shown
 from bqnn.data.channels import with_channels
 
@@ -266,7 +266,7 @@ def _write_cache(cache: Path, key: str, images: Tensor, labels: Tensor) -> None:
 
     blob = save({"images": images, "labels": labels}, metadata={"key": key, "crc32": _crc32(images)})
     try:
-        write_atomically(cache, lambda temporary: Path(temporary).write_bytes(blob))
+        write_content(cache, blob)
     except OSError as error:
         _log.warning("%s: not written, so the images are decoded again next time: %s", cache, error)
 

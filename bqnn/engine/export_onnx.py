@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from bqnn.bayes.layers import bayes_layers
 from bqnn.core.check import check_module
 from bqnn.core.codes import digits_per_byte, unpack_codes
 from bqnn.core.extras import needs
-from bqnn.core.files import write_atomically
+from bqnn.core.files import write_content
 from bqnn.core.wrappers import unwrapped
 from bqnn.engine.capture import BATCH, export, names_of_inputs
 from bqnn.engine.compile import check_device, checked_inputs
@@ -73,7 +72,7 @@ def export_onnx(net: nn.Module, path: str | os.PathLike[str], example: Tensor | 
     _strip(program.model)
     proto = onnx_ir.to_proto(program.model)
     onnx.checker.check_model(proto)
-    write_atomically(path, lambda temporary: Path(temporary).write_bytes(proto.SerializeToString()))
+    write_content(path, proto.SerializeToString())
 
 
 def _packed_weights(packed: nn.Module, plain: nn.Module) -> dict[str, PackedWeight]:

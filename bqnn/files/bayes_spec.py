@@ -32,6 +32,7 @@ from bqnn.files.product_spec import (
 
 FIELD = "bayes"
 THRESHOLDS = "raw_thresholds"  # of a learned partition alone
+LEARNED = (*POSTERIOR, "bias")
 PARTS = (*POSTERIOR, *FITTED, "bias")
 NEEDED = SHARED = tuple(part for part in PARTS if part not in (THRESHOLDS, "bias"))
 """What every layer has, and what layers with one posterior have in common."""

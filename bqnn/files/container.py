@@ -63,6 +63,10 @@ class Entry(NamedTuple):
     begin: int
     end: int
 
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
 
 class Contents(NamedTuple):
     """A file whose header agrees with its CRC and whose tensors fill it. They are read from ``source`` on demand."""
@@ -94,7 +98,7 @@ class Contents(NamedTuple):
         """Reads every tensor, a piece at a time; raises FormatError where one differs from its CRC."""
         for name, entry in self.entries.items():
             self.source.seek(entry.begin)
-            left, crc = entry.end - entry.begin, 0
+            left, crc = entry.size, 0
             while left and (piece := self.source.read(min(left, _PIECE_BYTES))):
                 left, crc = left - len(piece), zlib.crc32(piece, crc)
             self._compare(name, crc)
@@ -103,7 +107,7 @@ class Contents(NamedTuple):
         """A new tensor with what the file holds for ``name``; raises FormatError where it differs from its CRC."""
         entry = self.entries[name]
         self.source.seek(entry.begin)
-        data = bytearray(self.source.read(entry.end - entry.begin))
+        data = bytearray(self.source.read(entry.size))
         self._compare(name, zlib.crc32(data))
         dtype = DTYPES[entry.dtype]
         if not data:

@@ -6,6 +6,7 @@ from typing import Any
 
 from bqnn.core.files import FormatError
 from bqnn.files import members
+from bqnn.files.bayes_spec import LEARNED
 from bqnn.files.container import Contents
 from bqnn.files.layer_spec import check_spec, check_tensors, is_bayes
 from bqnn.files.metadata import FIELD as DATA
@@ -55,3 +56,10 @@ def _check_frozen(metadata: dict[str, Any], by_name: dict[str, Any]) -> None:
     frozen = metadata.get(FROZEN, [])
     if not isinstance(frozen, list) or not all(isinstance(name, str) and name in by_name for name in frozen):
         raise FormatError(f"{FROZEN} must be a list of tensors of the file, got {frozen!r:.80}")
+    if len(set(frozen)) != len(frozen):
+        raise FormatError(f"{FROZEN} must have each tensor once, got {frozen!r:.80}")
+    for name in frozen:
+        layer, _, part = name.rpartition(".")
+        spec = metadata["layers"].get(layer)
+        if spec is not None and not (is_bayes(spec) and part in LEARNED):
+            raise FormatError(f"{FROZEN} must be of parameters, and {name!r} is none")

@@ -14,7 +14,7 @@ from bqnn.core.references import copy_network
 from bqnn.core.replace import become, bound_methods, rebind
 from bqnn.engine.relu import relu_after
 from bqnn.files import bayes_spec, packed_spec
-from bqnn.files.container import Contents
+from bqnn.files.container import Contents, Entry
 from bqnn.files.fields import FROZEN
 from bqnn.files.layer_spec import is_bayes
 from bqnn.files.product_spec import tensor_name
@@ -34,8 +34,8 @@ def fill(contents: Contents, skeleton: nn.Module, precision: str, execution: str
     Raises:
         FormatError: a tensor is damaged, or has a value that no layer can have; names the tensor.
     """
-    specs = contents.metadata["layers"]
-    learning = _learning(contents)
+    specs, entries = contents.metadata["layers"], contents.by_name()
+    learning = _learning(contents, entries)
     relus = relu_after(skeleton, (*PRODUCT_LAYERS, PackedLayer))
     # copy_network takes what this holds for the copy. The tensors of the layers, which the copy has no use for, are not
     # copied, and none stays.
@@ -45,7 +45,7 @@ def fill(contents: Contents, skeleton: nn.Module, precision: str, execution: str
     for name in specs:
         module = skeleton.get_submodule(name)
         if names.setdefault(module, name) == name:
-            layers[module] = _layer(contents, name, learning, precision, execution)
+            layers[module] = _layer(contents, name, entries, learning, precision, execution)
             replacements |= {id(tensor): tensor for _, tensor in held_tensors(module)}
     others = {id(tensor): name for name, tensor in other_state(skeleton, specs).items()}
     for _, tensor in held_tensors(skeleton):
@@ -59,19 +59,24 @@ def fill(contents: Contents, skeleton: nn.Module, precision: str, execution: str
     return net
 
 
-def _learning(contents: Contents) -> Mapping[str, bool] | None:
+def _learning(contents: Contents, entries: Mapping[str, Entry]) -> Mapping[str, bool] | None:
     """By the name of a tensor, whether it requires a gradient as a parameter; None where the file does not say."""
     if FROZEN not in contents.metadata:
         return None
     frozen = frozenset(contents.metadata[FROZEN])
-    return {name: contents.prefix + name not in frozen for name in contents.by_name()}
+    return {name: contents.prefix + name not in frozen for name in entries}
 
 
 def _layer(
-    contents: Contents, name: str, learning: Mapping[str, bool] | None, precision: str, execution: str
+    contents: Contents,
+    name: str,
+    entries: Mapping[str, Entry],
+    learning: Mapping[str, bool] | None,
+    precision: str,
+    execution: str,
 ) -> PackedWeight | BayesLayer:
-    """The layer ``name`` of the file."""
-    spec, entries = contents.metadata["layers"][name], contents.by_name()
+    """The layer ``name`` of the file, which has the tensors ``entries``."""
+    spec = contents.metadata["layers"][name]
 
     def part(kind: str) -> Tensor | None:
         full = tensor_name(name, kind)

@@ -18,8 +18,10 @@ T = TypeVar("T")
 FIELD = "ensemble"
 """Of the metadata: the number of networks, in the file of an ensemble."""
 MOST_NETWORKS = 1000
-"""In a file. They may have all tensors in common, and each gets its own in memory: so a file takes no more than so many
-times its size."""
+"""In a file; each has modules of its own in memory."""
+FREE_BYTES, MOST_TIMES = 1 << 28, 64
+"""What tensors may take in memory: so many bytes, or so many times the file's. They may be stored once for all networks
+and layers of a file, and in memory each has its own."""
 
 
 def count_of(contents: Contents) -> int | None:
@@ -40,6 +42,15 @@ def check_members(contents: Contents) -> None:
     for name in contents.by_name():
         if name.partition(".")[0] not in layers:
             raise FormatError(f"tensor {name!r} is of none of the {count} networks")
+
+
+def check_memory(contents: Contents, taken: int) -> None:
+    """Raises FormatError where the tensors of all networks, ``taken`` bytes in memory, are too many for the file."""
+    if taken > max(FREE_BYTES, MOST_TIMES * contents.file_bytes):
+        raise FormatError(
+            f"its tensors would take {taken} bytes in memory, more than {MOST_TIMES} times the {contents.file_bytes} "
+            "of the file"
+        )
 
 
 def members(contents: Contents) -> list[Contents]:

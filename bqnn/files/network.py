@@ -15,8 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from bqnn.bayes.base import BayesLayer
 from bqnn.bayes.layers import bayes_layers
 from bqnn.core.check import check_precision
 from bqnn.core.ensemble import Ensemble, Stacked
-from bqnn.core.files import FormatError, open_regular, write_atomically
+from bqnn.core.files import FormatError, open_regular, write_content
 from bqnn.core.forms import with_parts
 from bqnn.core.readers import with_readers
 from bqnn.core.text import shown
@@ -38,7 +37,7 @@ from bqnn.files.container import Contents
 from bqnn.files.fields import FROZEN, check_fields
 from bqnn.files.fill import fill
 from bqnn.files.layer_spec import LAYERS, describe, is_bayes
-from bqnn.files.members import FIELD, count_of, members, of_member
+from bqnn.files.members import FIELD, check_memory, count_of, members, of_member
 from bqnn.files.metadata import FIELD as DATA
 from bqnn.files.metadata import Metadata, read_fields
 from bqnn.files.sizes import layer_sizes
@@ -92,7 +91,7 @@ def save(net: nn.Module, path: str | os.PathLike[str], metadata: Metadata | None
         with _can_be_loaded():
             contents = container.read(io.BytesIO(blob))
             _data_of(contents, compiled.sizes_of(compiled.build(contents)))
-        _write(path, blob)
+        write_content(os.fsdecode(path), blob)
         return
     networks = list(net) if isinstance(net, Ensemble) else [net]
     if not all(any(isinstance(module, LAYERS) for module in network.modules()) for network in networks):
@@ -105,16 +104,14 @@ def save(net: nn.Module, path: str | os.PathLike[str], metadata: Metadata | None
     contents = container.read(io.BytesIO(blob))
     with _can_be_loaded():
         check_fields(contents)
-        for member, network in zip(members(contents), networks, strict=True):
-            with of_member(member):
-                check_model(member, network)
+        _check_models(contents, networks)
         _data_of(contents, _sizes_of(contents.metadata["factory"]))
     for member, network in zip(members(contents), networks, strict=True):
         with of_member(member):
             _check_architecture(member, networks[0])
             if contents.metadata["factory"] is not None:
                 _check_factory(member, network)
-    _write(path, blob)
+    write_content(os.fsdecode(path), blob)
 
 
 def load(
@@ -215,7 +212,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
             "compiled": precision,
             "layers": layers,
             "tensors": {
-                name: {"dtype": entry.dtype, "shape": entry.shape, "bytes": entry.end - entry.begin}
+                name: {"dtype": entry.dtype, "shape": entry.shape, "bytes": entry.size}
                 for name, entry in contents.entries.items()
             },
         }
@@ -277,10 +274,6 @@ def _compiled(contents: Contents) -> CompiledNetwork:
     return net
 
 
-def _write(path: str | os.PathLike[str], blob: bytes) -> None:
-    write_atomically(os.fsdecode(path), lambda temporary: Path(temporary).write_bytes(blob))
-
-
 def _check_architecture(contents: Contents, first: nn.Module) -> None:
     """Raises ValueError where what is to be read into ``first``, a network of an ensemble, does not fit it."""
     try:
@@ -323,9 +316,7 @@ def _skeleton(contents: Contents) -> nn.Module | None:
         return None
     parts = members(contents)
     skeleton = built_in(factory, len(parts[0].by_name()))
-    for part in parts:
-        with of_member(part):
-            check_model(part, skeleton)
+    _check_models(contents, [skeleton] * len(parts))
     if list(skeleton.factory) != factory:
         raise FormatError(f"factory must have all arguments, as {skeleton.factory}, got {factory!r:.200}")
     _data_of(contents, _sizes_of(factory))
@@ -334,11 +325,18 @@ def _skeleton(contents: Contents) -> nn.Module | None:
 
 def _held_against(contents: Contents, model: nn.Module) -> list[nn.Module | None]:
     """For each network of the file what it is read into: ``model``, which has been checked against it."""
-    found: list[nn.Module | None] = []
+    found = []
     for member in members(contents):
         specs = member.metadata["layers"]
-        skeleton = with_readers(with_parts(model, specs), [name for name in specs if not is_bayes(specs[name])])
+        found.append(with_readers(with_parts(model, specs), [name for name in specs if not is_bayes(specs[name])]))
+    _check_models(contents, found)
+    return [*found]
+
+
+def _check_models(contents: Contents, models: Sequence[nn.Module]) -> None:
+    """Holds each network of the file against its model, and all of them against the memory that they may take."""
+    taken = 0
+    for member, model in zip(members(contents), models, strict=True):
         with of_member(member):
-            check_model(member, skeleton)
-        found.append(skeleton)
-    return found
+            taken += check_model(member, model)
+    check_memory(contents, taken)

@@ -25,9 +25,9 @@ def layer_sizes(contents: Contents) -> dict[str, dict[str, Any]]:
             stored = contents.stored_as(tensor)
             if tensor in entries and stored not in counted:
                 counted.add(stored)
-                sizes[part] = entries[tensor].end - entries[tensor].begin
+                sizes[part] = entries[tensor].size
         weight = entries[tensor_name(name, "weight" if is_bayes(spec) else "codes")]
-        bits = 8 * (weight.end - weight.begin) / math.prod(spec["shape"])
+        bits = 8 * weight.size / math.prod(spec["shape"])
         posterior = sizes.pop("log_sigma2" if is_bayes(spec) else "chances")
         layers[name] = {**spec, "bytes": sum(sizes.values()), "bits_per_weight": bits, "posterior_bytes": posterior}
     return layers

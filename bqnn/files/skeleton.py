@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from bqnn import models
 from bqnn.core.files import FormatError
-from bqnn.files.container import DTYPES, Contents
+from bqnn.files.container import DTYPES, Contents, Entry
 from bqnn.files.layer_spec import LAYERS, check_fits, needed_of, parts_of
 from bqnn.files.product_spec import PLAIN_LAYERS, tensor_name
 
@@ -81,8 +81,12 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def check_model(contents: Contents, skeleton: nn.Module) -> None:
+def check_model(contents: Contents, skeleton: nn.Module) -> int:
     """Holds a network against a file whose metadata are checked: modules, names, shapes, dtypes and what is shared.
+
+    Returns:
+        The bytes that the tensors of the file will take in the network, at most: where it has one layer, or tensor,
+        under several names, they are counted once.
 
     Raises:
         FormatError: they do not fit; names the layer or tensor.
@@ -90,13 +94,16 @@ def check_model(contents: Contents, skeleton: nn.Module) -> None:
     """
     specs, entries, stored_as = contents.metadata["layers"], contents.by_name(), contents.stored_as
     first: dict[int, str] = {}
+    taken = 0
     for name, spec in specs.items():
         module = _submodule(skeleton, name, specs)
         check_fits(name, module, spec, tensor_name(name, "bias") in entries)
         same = first.setdefault(id(module), name)
-        stored = [_stored_parts(contents, layer, spec) for layer in (same, name)]
+        stored = [_stored_parts(contents, layer, spec, entries) for layer in (same, name)]
         if stored[0] != stored[1] or specs[same] != spec:
             raise FormatError(f"layers {same!r} and {name!r} are one in the model and two in the file")
+        if same == name:
+            taken += sum(contents.entries[each].size for each in stored[0] if each is not None)
     others = other_state(skeleton, specs)
     needed = {*others, *_tensors_of(specs, entries)}
     if missing := sorted(needed - set(entries)):
@@ -113,11 +120,15 @@ def check_model(contents: Contents, skeleton: nn.Module) -> None:
         same = first.setdefault(id(target), name)
         if target.numel() and stored_as(same) != stored_as(name):
             raise FormatError(f"tensors {same!r} and {name!r} are one in the model and two in the file")
+        taken += value.size if same == name else 0
+    return taken
 
 
-def _stored_parts(contents: Contents, layer: str, spec: Mapping[str, Any]) -> list[str | None]:
-    """The names under which the tensors that a layer may have are stored; None for one that it has not."""
-    entries, names = contents.by_name(), [tensor_name(layer, part) for part in parts_of(spec)]
+def _stored_parts(
+    contents: Contents, layer: str, spec: Mapping[str, Any], entries: Mapping[str, Entry]
+) -> list[str | None]:
+    """The names under which the tensors that a layer may have are stored; None for one that is not in ``entries``."""
+    names = [tensor_name(layer, part) for part in parts_of(spec)]
     return [contents.stored_as(name) if name in entries else None for name in names]
 
 

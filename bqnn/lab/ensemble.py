@@ -17,7 +17,7 @@ from typing import Any
 
 from bqnn.core.check import check_int
 from bqnn.core.ensemble import Ensemble
-from bqnn.core.files import open_regular, write_atomically
+from bqnn.core.files import open_regular, write_content
 from bqnn.core.text import shown
 from bqnn.files.members import MOST_NETWORKS
 from bqnn.lab.folder import CHECKPOINT, MEMBERS, METRICS, WEIGHTS, RunLock, check_same, print_now, read_recipe
@@ -149,7 +149,7 @@ class EnsembleTrainer:
         with self.lock:
             run = self.run
             text = json.dumps({"recipe": asdict(run.recipe), "members": run.members}, indent=1)
-            write_atomically(run.folder / MEMBERS, lambda path: Path(path).write_text(text))
+            write_content(run.folder / MEMBERS, text)
             if not _is_finished(*run.trunk):
                 _finish(self._trunk, progress, log)
             for index in range(run.members):

@@ -16,7 +16,7 @@ from torch import nn
 from bqnn import models
 from bqnn.bayes.layers import bayes_layers
 from bqnn.core.ensemble import Ensemble
-from bqnn.core.files import open_regular, write_atomically
+from bqnn.core.files import open_regular, write_content
 from bqnn.core.text import shown
 from bqnn.data.splits import Splits, load_dataset
 from bqnn.engine.pack import pack
@@ -208,7 +208,7 @@ def add_scores(run: Run, split: str, scores: Mapping[str, Any]) -> Run:
     with RunLock(run.folder):
         found = {**load_run(run.folder).scores, split: dict(scores)}
         text = json.dumps({**json.loads(path.read_text()), **found}, indent=1)
-        write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+        write_content(path, text)
     return replace(run, scores=found)
 
 

@@ -25,7 +25,7 @@ from bqnn.bayes.batchnorm import refresh_batchnorm
 from bqnn.bayes.convert import convert
 from bqnn.bayes.layers import bayes_layers
 from bqnn.core.checkpoint import digest_of, write_checkpoint
-from bqnn.core.files import open_regular, remove_leftovers, write_atomically
+from bqnn.core.files import open_regular, remove_leftovers, write_content
 from bqnn.core.text import duration, shown
 from bqnn.data.augment import augment
 from bqnn.data.splits import Splits, batches, leaves_one, load_dataset, normalise
@@ -312,13 +312,13 @@ class Trainer:
         about = {"recipe": asdict(self.recipe), "factory": self.net.factory, DATA: metadata_of(self.data).known()}
         metadata = {METADATA: json.dumps(about)}
         blob = save(tensors, metadata)
-        write_atomically(self.folder / WEIGHTS, lambda path: Path(path).write_bytes(blob))
+        write_content(self.folder / WEIGHTS, blob)
 
     def _write_metrics(self) -> None:
         images = {name: len(getattr(self.data, name)) for name in IMAGES}
         stored = {"recipe": asdict(self.recipe), "history": self.history, "images": images, **self.scores}
         text = json.dumps(stored, indent=1)
-        write_atomically(self.folder / METRICS, lambda path: Path(path).write_text(text))
+        write_content(self.folder / METRICS, text)
 
 
 def describe(record: dict[str, Any], total: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bqnn.core.files import open_regular, write_atomically
+from bqnn.core.files import open_regular, write_content
 from bqnn.core.text import shown
 from bqnn.data.corruptions import STRENGTHS
 from bqnn.lab.folder import NUMBERS, SPLITS, UNCERTAINTY, RunLock
@@ -27,7 +27,7 @@ def write_uncertainty(path: Path, result: Mapping[str, Any]) -> None:
         ValueError: a number is not finite.
     """
     text = json.dumps(result, indent=1, allow_nan=False)
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text + "\n"))
+    write_content(path, text + "\n")
 
 
 def add_uncertainty(run: Run, result: Mapping[str, Any]) -> Path:

@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-import torch
 
-from bqnn._version import __version__
-from bqnn.core.files import write_atomically
-from bqnn.core.machine import cpuinfo
+from bqnn.core.files import write_content
+from bqnn.core.machine import cpuinfo, versions
 from bqnn.core.native import cpu_isa
 from bqnn.packed.cost import Rates
 
@@ -54,7 +52,7 @@ def remember(measured: dict[str, Rates]) -> None:
     content = {"versions": _versions(), "rates": {name: each._asdict() for name, each in entries.items()}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1)))
+        write_content(path, json.dumps(content, indent=1))
     except OSError as error:
         _log.info("the measured rates are not kept: %s", error)
 
@@ -84,7 +82,9 @@ def _rates_of(fields: dict[str, Any]) -> Rates:
 
 
 def _versions() -> dict[str, str]:
-    return {"bqnn": __version__, "torch": torch.__version__}
+    """Those that times depend on: Python's is none of them."""
+    found = versions()
+    return {name: found[name] for name in ("bqnn", "torch")}
 
 
 @cache

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bqnn.core.extras import needs
-from bqnn.core.files import write_atomically
+from bqnn.core.files import write_content
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
@@ -33,4 +33,4 @@ def write_page(path: str | os.PathLike[str], template: str, **content: Any) -> N
     text = environment.get_template(template).render(content)
     # Names of files may hold bytes that are no text.
     encoded = text.encode("utf-8", errors="backslashreplace")
-    write_atomically(path, lambda temporary: Path(temporary).write_bytes(encoded))
+    write_content(path, encoded)
