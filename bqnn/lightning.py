@@ -74,7 +74,7 @@ class ThreePhases(_lightning.Callback):
 
     Args:
         epochs: three numbers, of the phases, which are the Trainer's ``max_epochs`` together; by default its epochs are
-            given the recipe's shares.
+            given the recipe's shares. With ``fast_dev_run`` the few steps are of the last phase.
         lr, deterministic_lr, bayes_lr, num_levels, codebook_lr, variance_lr, weight_decay, kl_warmup, options: as
             :func:`bqnn.fit` takes them. Lightning has arguments of its own for what else that takes.
         dataset_size: samples in the training set; by default what the data loader says.
@@ -211,6 +211,8 @@ class ThreePhases(_lightning.Callback):
         epochs = total if self._epochs is None else self._epochs
         converted = bool(bayes_layers(pl_module))
         plan = make_plan(epochs, self._lrs, self._rates, self._kl_warmup, None, None, converted)
+        if trainer.fast_dev_run:  # a few steps of one epoch, which shows most in the last phase
+            return make_plan(total, self._lrs, self._rates, self._kl_warmup, None, None, converted)
         if total != sum(phase.epochs for phase in plan.phases):
             raise ValueError(f"epochs must be the {total} max_epochs of the trainer together, got {named(epochs)}")
         return plan

@@ -154,6 +154,22 @@ def test_phases_without_epochs_give_the_quantized_network() -> None:
     assert same(module.net.cpu(), expected.net)
 
 
+@pytest.mark.parametrize("epochs", [None, EPOCHS, (2, 0, 0)], ids=["shared", "given", "first-phase"])
+@pytest.mark.parametrize("steps", [True, 2], ids=["one-step", "two-steps"])
+def test_a_fast_dev_run_takes_its_steps_in_the_last_phase(epochs: Any, steps: Any) -> None:
+    module, before = Module(), make_net().state_dict()
+    run = trainer(ThreePhases(epochs, dataset_size=48), fast_dev_run=steps)
+    run.fit(module, BATCHES, BATCHES)
+    assert run.global_step == len(module.validated) == int(steps)
+    assert {layer.estimator for layer in bayes_layers(module).values()} == {"moment"}
+    assert run.callback_metrics["train_kl"] > 0
+    state = module.net.state_dict()
+    assert all(value.isfinite().all() for value in state.values())
+    assert not torch.equal(state["0.weight"], before["0.weight"])
+    assert not torch.equal(state["1.running_mean"], before["1.running_mean"])
+    torch.testing.assert_close(bqnn.pack(module.net.eval())(X), module.net(X), rtol=1e-4, atol=1e-5)
+
+
 def test_accumulated_batches_have_the_divergence_once() -> None:
     nets = []
     for repeats in (1, 2):
