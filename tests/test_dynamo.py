@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import bqnn
 from bqnn.engine import compiled, dynamo
 from tests.support.compiled import Function, packed
 
@@ -156,55 +155,6 @@ def test_precision_is_an_option(runs: list[int], caplog: pytest.LogCaptureFixtur
     caplog.set_level(logging.INFO, "bqnn")
     check(torch.compile(small, backend=dynamo.backend, options={"precision": "int8"}), small, X)
     assert "precision must be 'fp32' or 'bf16'" in caplog.text
-
-
-def tree(x: Tensor) -> Any:
-    return {"y": linear(x), "z": (torch.cumsum(linear(x), 1), linear(x).relu())}
-
-
-linear = packed(nn.Sequential(nn.Flatten(), nn.Linear(72, 3)))
-COMPILED: dict[str, Callable[[], nn.Module]] = {
-    "network": lambda: bqnn.compile(net(), X),
-    "bf16": lambda: bqnn.compile(net(), X, precision="bf16"),
-    "ensemble": lambda: bqnn.compile([net(), net(num_levels=2)], X),
-    "torch-between": lambda: bqnn.compile(Function(tree), X),
-}
-
-
-@pytest.mark.skipif(bqnn.cpu_isa() == "none", reason="there are no CPU kernels")
-@pytest.mark.parametrize(
-    ("backend", "mode"),
-    [
-        pytest.param("eager", torch.no_grad, id="eager-no_grad"),
-        pytest.param("eager", torch.inference_mode, id="eager-inference_mode"),
-        pytest.param("aot_eager", torch.enable_grad, id="aot_eager-enable_grad"),
-        pytest.param(dynamo.backend, torch.inference_mode, id="bqnn-inference_mode"),
-    ],
-)
-@pytest.mark.parametrize("kind", COMPILED)
-def test_a_compiled_network_is_an_op_to_torch_compile(
-    kind: str, backend: Any, mode: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    torch._dynamo.reset()
-    own = COMPILED[kind]()
-    with mode():
-        own(X)  # makes its programs
-        fast = torch.compile(own, backend=backend, fullgraph=True)
-        for x in (X, X[:1], X.transpose(2, 3), X.double(), X.repeat(5, 1, 1, 1)):
-            torch.testing.assert_close(fast(x), own(x), rtol=0.0, atol=0.0)
-    loud = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    assert not loud, "torch says so where an op has no fake"
-
-
-@pytest.mark.skipif(bqnn.cpu_isa() == "none", reason="there are no CPU kernels")
-@torch.no_grad()
-def test_a_new_compiled_network_under_torch_compile_and_inputs_that_it_refuses() -> None:
-    torch._dynamo.reset()
-    own = bqnn.compile(net(), X)
-    fast = torch.compile(own, backend="eager")
-    torch.testing.assert_close(fast(X), own(X), rtol=0.0, atol=0.0)
-    with pytest.raises(ValueError, match=r"must have the shape \[batch, 2, 6, 6\]"):
-        fast(X[:, :1])
 
 
 def test_the_package_names_the_backend_to_torch() -> None:

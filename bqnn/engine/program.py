@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bqnn.core.native import MISSING, cpu_isa
+from bqnn.core.native import cpu_isa
 from bqnn.engine.check_graph import DTYPES
 from bqnn.engine.graph import ACTIVATIONS, Graph, Node
 from bqnn.engine.operators import OPERATORS
@@ -61,23 +61,11 @@ class Program:
         Raises:
             ValueError: an input has another dtype, shape or device, or another batch than the first.
         """
-        self._graph = graph
-        _programs[self._handle] = self
         weakref.finalize(self, torch.ops.bqnn_cpu.engine_free, self._handle)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """As :attr:`run`."""
         return self.run(list(inputs))
-
-    def fake(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """What :attr:`run` gives, without data. Raises ValueError as it does."""
-        needed = [self._graph.values[name].shape for name in self._graph.inputs]
-        given = [tuple(x.shape[1:]) for x in inputs]
-        if given != needed or any(x.dtype not in (torch.float32, torch.uint8) or not x.dim() for x in inputs):
-            raise ValueError(f"inputs must be float32 or uint8, of images of the shapes {needed}, got {given}")
-        batch = inputs[0].shape[0]
-        shapes = [self._graph.values[name].shape for name in self._graph.outputs]
-        return [inputs[0].new_empty((batch, *shape), dtype=torch.float32) for shape in shapes]
 
     def instructions(self, inputs: Sequence[Tensor]) -> list[Instruction]:
         """What runs, and how long it takes on these inputs."""
@@ -94,17 +82,6 @@ class Program:
         """Bytes of an image: in the arena of the thread that computes it, and in what all threads share."""
         local, shared = torch.ops.bqnn_cpu.engine_describe(self._handle).splitlines()[0].split()
         return int(local), int(shared)
-
-
-_programs: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictionary()
-"""By handle."""
-
-if not MISSING:
-
-    @torch.library.register_fake("bqnn_cpu::engine_run")
-    def _fake_run(program: int, inputs: list[Tensor]) -> list[Tensor]:
-        """Lets torch.compile take a program for an op that it does not look into."""
-        return _programs[program].fake(inputs)
 
 
 def describe(graph: Graph) -> tuple[list[int], list[float], list[Tensor]]:
