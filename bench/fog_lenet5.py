@@ -9,14 +9,11 @@ filters.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from bench.uncertainty_lenet5 import CASES, SEED, train_network
+from bench.uncertainty_lenet5 import SAMPLES, SEED, parser_of_runs, trainers_of
 from bqnn.data.splits import Splits
 from bqnn.engine.pack import pack
 from bqnn.lab.evaluate import EVAL_BATCH
@@ -25,6 +22,8 @@ from bqnn.lab.uncertainty import ask, corrupted, drawn_networks
 from bqnn.packed.base import PackedLayer
 
 STRENGTH = 5
+SAMPLES_OF = {"deterministic": (1,), "mixture": (1, SAMPLES)}
+"""The networks, and how many are drawn of each."""
 KINDS = ("fog", "not its brightness", "its clouds", "its brightness", "its contrast")
 
 
@@ -44,15 +43,18 @@ def parts_of_fog(clean: Tensor, fog: Tensor) -> dict[str, Tensor]:
     return dict(zip(KINDS, made))
 
 
-def losses(net: nn.Module, data: Splits, samples: int) -> Iterator[tuple[str, float]]:
-    """The NLL of each of :data:`KINDS` on the validation images."""
-    networks, split = drawn_networks(net, data, samples, SEED), data.validation
-    mean, deviation = data.mean[0], data.std[0]  # grey images
-    batches = zip(split.images.split(EVAL_BATCH), corrupted(split, "fog", STRENGTH))
-    parts = [parts_of_fog(clean.float() / 255, fog.float() / 255) for clean, fog in batches]
-    for kind in KINDS:
-        found = ask(networks, [(part[kind] - mean) / deviation for part in parts], data)
-        yield kind, nll_of(found.probs, split.labels)
+def fogged(data: Splits) -> list[dict[str, Tensor]]:
+    """The validation images, grey ones, batch by batch: :func:`parts_of_fog`, standardised."""
+    images, mean, deviation = data.validation.images, data.mean[0], data.std[0]
+    batches = zip(images.split(EVAL_BATCH), corrupted(data.validation, "fog", STRENGTH))
+    made = (parts_of_fog(clean.float() / 255, fog.float() / 255) for clean, fog in batches)
+    return [{kind: (x - mean) / deviation for kind, x in parts.items()} for parts in made]
+
+
+def losses(networks: Sequence[nn.Module], batches: Sequence[dict[str, Tensor]], data: Splits) -> dict[str, float]:
+    """The NLL of each of :data:`KINDS`."""
+    found = {kind: ask(networks, [parts[kind] for parts in batches], data).probs for kind in KINDS}
+    return {kind: nll_of(probs, data.validation.labels) for kind, probs in found.items()}
 
 
 def answer_to_light(layer: PackedLayer) -> float:
@@ -62,20 +64,15 @@ def answer_to_light(layer: PackedLayer) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
-    parser.add_argument("--case", choices=CASES, default="lenet5-mnist")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments = parser.parse_args()
-    for seed in arguments.seeds:
-        base, folder = replace(CASES[arguments.case], seed=seed), arguments.out / f"{arguments.case}-{seed}"
-        for name, samples in (("deterministic", 1), ("mixture", 1), ("mixture", 16)):
-            trainer = train_network(name, base, folder, arguments.data)
-            net = pack(trainer.net)
-            text = "  ".join(f"{kind} {loss:.3f}" for kind, loss in losses(net, trainer.data, samples))
-            first = next(module for module in net.modules() if isinstance(module, PackedLayer))
-            print(f"{name:<14}{samples:>3} seed {seed}  {text}  light {answer_to_light(first):.2f}", flush=True)
+    arguments = parser_of_runs(__doc__).parse_args()
+    for name, trainer in trainers_of(arguments, list(SAMPLES_OF)):
+        net, data = pack(trainer.net), trainer.data
+        light = answer_to_light(next(module for module in net.modules() if isinstance(module, PackedLayer)))
+        batches = fogged(data)
+        for samples in SAMPLES_OF[name]:
+            found = losses(drawn_networks(net, data, samples, SEED), batches, data)
+            text = "  ".join(f"{kind} {loss:.3f}" for kind, loss in found.items())
+            print(f"{name:<14}{samples:>3} seed {trainer.recipe.seed}  {text}  light {light:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -211,25 +211,36 @@ def save(case: str, rows: Sequence[Row]) -> None:
     write_content(TABLE, json.dumps(content, indent=1) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of_runs(description: str | None) -> argparse.ArgumentParser:
+    """With the options that say which runs: ``--out``, ``--data``, ``--case`` and ``--seeds``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--case", choices=CASES, default="lenet5-mnist")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    return parser
+
+
+def trainers_of(arguments: argparse.Namespace, names: Sequence[str]) -> Iterator[tuple[str, Trainer]]:
+    """For each seed of :func:`parser_of_runs` and each of ``names``, the name and the trainer of the finished run."""
+    for seed in arguments.seeds:
+        base, folder = replace(CASES[arguments.case], seed=seed), arguments.out / f"{arguments.case}-{seed}"
+        for name in names:
+            yield name, train_network(name, base, folder, arguments.data)
+
+
+def main() -> None:
+    parser = parser_of_runs(__doc__)
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--test", action="store_true", help="test images, in place of those held out")
     parser.add_argument("--save", action="store_true", help=f"write the rows to {TABLE.name}")
     arguments = parser.parse_args()
     split = "test" if arguments.test else "validation"
     rows: list[Row] = []
-    for seed in arguments.seeds:
-        base, folder = replace(CASES[arguments.case], seed=seed), arguments.out / f"{arguments.case}-{seed}"
-        for name in arguments.only:
-            trainer = train_network(name, base, folder, arguments.data)
-            for row in rows_of(name, trainer, split, arguments.data):
-                rows.append(row)
-                print(show(row), flush=True)
+    for name, trainer in trainers_of(arguments, arguments.only):
+        for row in rows_of(name, trainer, split, arguments.data):
+            rows.append(row)
+            print(show(row), flush=True)
     print("\n".join(["", *table(rows), "", *map(str, verdicts(rows))]))
     if arguments.save:
         save(arguments.case, rows)
