@@ -15,11 +15,13 @@
 #include "cpu/engine/products.inl"
 #include "cpu/engine/outputs.inl"
 #include "cpu/engine/conv.inl"
+#include "cpu/engine/winograd.inl"
 #include "cpu/engine/depthwise.inl"
 #include "cpu/engine/point.inl"
 #include "cpu/engine/pool.inl"
 #include "cpu/engine/move.inl"
 
 extern const Kernels kernels;
-const Kernels kernels{kWidth, kLanes, &panel_words, &make_panel, &run_conv2d, nullptr, &run_depthwise, &run_point,
-                      &run_softmax, &run_pool, &run_move,   &run_read,   &run_write,     BQNN_NAME};
+const Kernels kernels{kWidth,         kLanes,     &panel_words, &make_panel, &run_conv2d, &run_winograd, nullptr,
+                      &run_depthwise, &run_point, &run_softmax, &run_pool,   &run_move,   &run_read,     &run_write,
+                      BQNN_NAME};

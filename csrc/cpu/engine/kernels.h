@@ -58,6 +58,7 @@ struct Conv {
   // The kernel is wider by the pixels that are added, and the weight has zeros where it does not reach.
   int64_t fold = 1;
   int most_integer = 64;                   // the largest magnitude of the integers
+  bool filtered = false;                   // whether minimal filtering has its sums, see winograd.inl
   const PackedLayout* layout = nullptr;    // null where the weight is no codes
   const float* numbers = nullptr;          // [channels, columns], columns in the order of the segments
   const int8_t* integer_numbers = nullptr;
@@ -82,6 +83,21 @@ inline bool on_tiles(const Conv& conv, int64_t positions) { return conv.tiled &&
 // Bytes beyond the last image of x that a convolution may read, `step` of which lie from position to position: tiles
 // take them sixteen at a time, whether there are as many or not.
 inline int64_t slack_of(const Conv& conv, int64_t step) { return kSlack + (conv.tiled ? kTileRows * step : 0); }
+
+constexpr int64_t kWinogradSide = 4;  // outputs of a tile of minimal filtering, along each side
+
+// Whether minimal filtering takes less time for so many images, of a strip of so many vectors. Both are reckoned in
+// cycles of a core with one product instruction of AVX-512 in each: 9 / 4 of them a position and input where channels
+// are multiplied as they are, and 18 a tile and input where they are filtered. Then, of a tile, come its inputs, which
+// strips share, and its outputs, and once for all the filters.
+inline bool by_filtering(const Conv& conv, int64_t images, const Shape& y, int64_t vectors) {
+  if (!conv.filtered) return false;
+  const auto tiles_along = [](int64_t outputs) { return (outputs + kWinogradSide - 1) / kWinogradSide; };
+  const int64_t strips = (conv.group_channels + 31) / 32, inputs = conv.inputs;
+  const int64_t direct = y.height * y.width * vectors * (5 * inputs / 2 + 8);
+  const int64_t tile = vectors * (20 * inputs + 330) + 230 * ((inputs + 31) / 32) / strips;
+  return images * (direct - tiles_along(y.height) * tiles_along(y.width) * tile) > 100 * vectors * inputs;
+}
 
 struct ConvCall {
   const Conv* conv;
@@ -125,6 +141,8 @@ struct Kernels {
   void (*make_panel)(const Conv& conv, int64_t group, int64_t strip, uint32_t* panel);
   // Units: [group][strip][part], so many parts of the positions of all images.
   void (*conv2d)(const ConvCall& call, int64_t parts, int64_t begin, int64_t end);
+  // The same of convolutions that are filtered.
+  void (*winograd)(const ConvCall& call, int64_t parts, int64_t begin, int64_t end);
   // The same of convolutions that are tiled; null where there are no tiles.
   void (*tiled_conv2d)(const ConvCall& call, int64_t parts, int64_t begin, int64_t end);
   // Units: rows of y.

@@ -42,6 +42,8 @@ const Kernels& kernels_of(Isa isa) {
 
 namespace {
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Products that repay waking a thread, which takes a few microseconds: of floats, and as many more of integers as their
 // instructions multiply at once.
 constexpr int64_t kWorthAThread = 1 << 18;
@@ -51,9 +53,15 @@ int64_t worth_a_thread(const Kernels& kernels, bool integers, bool tiles) {
   return integers && kernels.lanes == 16 ? kWorthAThread << 2 : kWorthAThread;
 }
 
+// Vectors of a strip that a convolution has channels for.
+int64_t vectors_of(const Conv& conv, const Kernels& kernels) {
+  return ceil_div(std::min<int64_t>(conv.group_channels, kernels.strip), kernels.lanes);
+}
+
 constexpr int64_t kMostBytes = int64_t{1} << 50;  // of the images of a run
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Images that a thread takes through all steps together, at least, where the filters of large layers are made for them.
+constexpr int64_t kImagesOfFilters = 8;
 
 }  // namespace
 
@@ -91,6 +99,7 @@ Program::Program(Graph graph, Isa isa, const Limits& limits)
     for (const int32_t value : {step.output, step.inputs.size() > 1 ? step.inputs[1] : step.output})
       dense = dense && plan_.buffers[plan_.places[value].buffer].pixel == graph_.values[value].shape.channels;
     convs_.push_back(weights_.prepare(step, x, dense, kept));
+    if (convs_.back().filtered && !kept) least_block_ = kImagesOfFilters;
     const Shape& y = graph_.values[step.output].shape;
     const int64_t pixels = convs_.back().window.stride_w * x.pixel * size_of(x.dtype);
     slack_ = std::max(slack_, slack_of(convs_.back(), y.height * y.width > 1 ? pixels : x.bytes()));
@@ -168,7 +177,8 @@ void Program::run_instruction(const Frame& frame, const Instruction& of, const P
       const int64_t strips = conv.groups * ceil_div(conv.group_channels, k.strip);
       const int64_t positions = rows * call.y.shape.width;
       int64_t parts = parallel.threads / std::gcd<int64_t>(parallel.threads, strips);
-      const auto conv2d = on_tiles(conv, positions) ? k.tiled_conv2d : k.conv2d;
+      const bool filtered = by_filtering(conv, images, y.shape, vectors_of(conv, k));
+      const auto conv2d = on_tiles(conv, positions) ? k.tiled_conv2d : filtered ? k.winograd : k.conv2d;
       if (strips >= 4 * parallel.threads || parts > positions) parts = 1;
       const double work = static_cast<double>(products(of)) * images / (strips * parts);
       const auto worth = static_cast<double>(worth_a_thread(k, conv.integers, on_tiles(conv, positions)));
@@ -219,7 +229,8 @@ void Program::run(const Outside* inputs, const Outside* outputs, int64_t images,
   const auto local = [&](int64_t room) { return scratch(Scratch::arena, plan_.local * room + slack_); };
   // A few images that threads can not share evenly are divided within each step.
   const bool divided = images < threads || (images % threads != 0 && images < 4 * threads);
-  int64_t block = std::clamp<int64_t>(limits_.cache / std::max<int64_t>(1, plan_.local), 1, images);
+  const int64_t of_cache = limits_.cache / std::max<int64_t>(1, plan_.local);
+  int64_t block = std::min(std::max(of_cache, least_block_), images);
   if (!divided) {
     const int64_t rounds = ceil_div(images, threads * block);
     block = ceil_div(images, threads * rounds);
@@ -265,6 +276,7 @@ std::string Program::describe(const Instruction& of, int64_t images) const {
       const Shape& y = graph_.values[of.value].shape;
       const bool tiles = on_tiles(conv, images * y.height * y.width);
       std::string text = std::string(tiles ? "AMX" : kernels_->name) + (conv.integers ? " int8" : " fp32");
+      if (by_filtering(conv, images, y, vectors_of(conv, *kernels_))) text += " Winograd";
       return text + (conv.panels != nullptr ? " panel" : " codes");
     }
     case Kind::depthwise: return std::string(kernels_->name) + " depthwise";

@@ -51,6 +51,7 @@ class Program {
   Weights weights_;
   Plan plan_;
   std::vector<Conv> convs_;  // by step
+  int64_t least_block_ = 1;  // images that a thread takes through all steps together
   int64_t slack_ = kSlack;   // bytes beyond the arenas that kernels may read
 
   View view(const Frame& frame, int value) const;

@@ -60,6 +60,15 @@ bool gathering_pays(const Conv& conv) {
          ceil_div(conv.segments * conv.lanes, kTileLanes) < conv.segments;
 }
 
+// Whether minimal filtering has the sums of a convolution: those of 26 bits.
+bool filtering_fits(const Conv& conv, const Channels& channels) {
+  const Window& w = conv.window;
+  const bool shape = w.kernel_h == 3 && w.kernel_w == 3 && w.stride_h == 1 && w.stride_w == 1 && w.dilation_h == 1 &&
+                     w.dilation_w == 1 && conv.fold == 1 && conv.inputs % 4 == 0;
+  if (!shape || !conv.integers || conv.depthwise || conv.tiled) return false;
+  return *std::max_element(channels.most.begin(), channels.most.end()) < 1 << 25;
+}
+
 }  // namespace
 
 char* Weights::keep(int64_t bytes) {
@@ -120,6 +129,8 @@ void Weights::prepare_product(const Step& step, const Buffer& buffer, bool dense
   if (step.op == Op::linear) {
     conv.window = Window{};
     conv.window.kernel_h = x.shape.height, conv.window.kernel_w = x.shape.width;
+    if (buffer.row() == x.shape.width * buffer.pixel)  // rows follow each other, and are one
+      conv.window.kernel_h = 1, conv.window.kernel_w = x.shape.height * x.shape.width;
   }
   conv.activation = step.activation;
   conv.groups = step.groups;
@@ -144,6 +155,7 @@ void Weights::prepare_product(const Step& step, const Buffer& buffer, bool dense
   conv.gathered = conv.gathered && conv.tiled;
   if (conv.tiled && !conv.gathered) conv.lanes = ceil_div(conv.lanes, kTileLanes) * kTileLanes;
   keep_weight(step, &conv, channels);
+  conv.filtered = filtering_fits(conv, *channels);
   if (!conv.depthwise && (keep_panels || conv.layout == nullptr)) this->keep_panels(&conv);
 }
 
@@ -176,11 +188,13 @@ void Weights::keep_weight(const Step& step, Conv* conv, Channels* of_channels) {
     }
   };
   if (conv->integers) {
+    std::vector<double> least(static_cast<size_t>(channels), 0.0);
     each([&](int64_t n, int64_t, float number) {
       of_channels->shift[n] += zero * static_cast<int32_t>(number);
-      of_channels->most[n] += 255.0 * std::abs(static_cast<int>(number));
+      (number > 0.0f ? of_channels->most : least)[n] += 255.0 * std::abs(number);
       conv->most_integer = std::max(conv->most_integer, std::abs(static_cast<int>(number)));
     });
+    for (size_t n = 0; n < least.size(); ++n) of_channels->most[n] = std::max(of_channels->most[n], least[n]);
   }
 
   if (conv->depthwise) {
