@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from bench.uncertainty_lenet5 import SAMPLES, SEED, parser_of_runs, trainers_of
+from bench.uncertainty_lenet5 import SAMPLES, SEED, parser_of_runs, trained_networks
 from bqnn.data.splits import Splits
 from bqnn.engine.pack import pack
 from bqnn.lab.evaluate import EVAL_BATCH
@@ -65,14 +65,14 @@ def answer_to_light(layer: PackedLayer) -> float:
 
 def main() -> None:
     arguments = parser_of_runs(__doc__).parse_args()
-    for name, trainer in trainers_of(arguments, list(SAMPLES_OF)):
-        net, data = pack(trainer.net), trainer.data
+    for name, trained in trained_networks(arguments, list(SAMPLES_OF)):
+        net, data = pack(trained.net), trained.data
         light = answer_to_light(next(module for module in net.modules() if isinstance(module, PackedLayer)))
         batches = fogged(data)
         for samples in SAMPLES_OF[name]:
             found = losses(drawn_networks(net, data, samples, SEED), batches, data)
             text = "  ".join(f"{kind} {loss:.3f}" for kind, loss in found.items())
-            print(f"{name:<14}{samples:>3} seed {trainer.recipe.seed}  {text}  light {light:.2f}", flush=True)
+            print(f"{name:<14}{samples:>3} seed {trained.seed}  {text}  light {light:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 Trains what is missing, one network after the other, M = 3 with every layer quantized and as many epochs for each. The
 networks of a seed have their full-precision phase in common, the quantized ones the deterministic phase too; what is
 stopped goes on where it was. Each is tested as it is, and the one with the prior "mixture" also as the mean of 16
-networks that are drawn from its *packed* form: codes drawn once, BatchNorm statistics of their own. Without ``--test``
+networks that are drawn from its *packed* form: codes drawn once, BatchNorm statistics of their own. "ensemble" is four
+such networks from one trunk, as they are and with four drawn of each. Without ``--test``
 that is on the validation images, clean and with Gaussian noise of the deviation 1 of a standardised pixel; with it, for
 the end, on the test images, with every corruption and image from outside that bqnn.lab.uncertainty has.
 
@@ -22,7 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,8 @@ from bqnn.bayes.layers import bayes_layers
 from bqnn.core.files import write_content
 from bqnn.data.splits import Splits, batches, normalise
 from bqnn.engine.pack import pack
+from bqnn.files.network import save as save_network
+from bqnn.lab.ensemble import EnsembleRun, EnsembleTrainer
 from bqnn.lab.evaluate import EVAL_BATCH, find_split
 from bqnn.lab.folder import WEIGHTS
 from bqnn.lab.metrics import best_temperature
@@ -55,10 +59,14 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "fpnn": {"method": "fpnn"},
     "deterministic": {"estimator": "deterministic"},
     "default": {},
-    "mixture": {name: value for name, value in asdict(MIXTURE).items() if value != asdict(MNIST)[name]},
+    "mixture": (
+        _OF_MIXTURE := {name: value for name, value in asdict(MIXTURE).items() if value != asdict(MNIST)[name]}
+    ),
+    "ensemble": _OF_MIXTURE,
 }
 """What each network's recipe changes in that of the case."""
-DRAWN = ("mixture",)
+MEMBERS = {"ensemble": 4}
+DRAWN = ("mixture", "ensemble")
 """The networks that are also tested as the mean of several: draws from the default's posterior are all alike."""
 
 Row = dict[str, Any]
@@ -73,14 +81,29 @@ def train(recipe: Recipe, folder: Path, data_root: Path, init: Path | None = Non
     return trainer
 
 
-def train_network(name: str, base: Recipe, folder: Path, data_root: Path) -> Trainer:
-    """The trainer of one of :data:`NETWORKS`, after what comes before it in ``folder``."""
-    changes = NETWORKS[name]
-    first = replace(base, method="fpnn", deterministic_epochs=0, epochs=0)
-    init = train(first, folder / "trunk", data_root).folder / WEIGHTS
-    if changes.get("method") != "fpnn":
+class Trained(NamedTuple):
+    """A finished run, or an ensemble's."""
+
+    folder: Path
+    seed: int
+    net: nn.Module
+    data: Splits
+    fpnn_bytes: int
+
+
+def train_network(name: str, base: Recipe, folder: Path, data_root: Path) -> Trained:
+    """One of :data:`NETWORKS`, after what comes before it in ``folder``."""
+    recipe = replace(base, **NETWORKS[name])
+    trunk = train(replace(base, method="fpnn", deterministic_epochs=0, epochs=0), folder / "trunk", data_root)
+    init, size = trunk.folder / WEIGHTS, 4 * sum(each.numel() for each in trunk.net.parameters())
+    if name in MEMBERS:
+        ensemble = EnsembleRun(folder / name, recipe, MEMBERS[name])
+        EnsembleTrainer(ensemble, {"data_root": data_root}, init).train(progress=False)
+        return Trained(ensemble.folder, base.seed, ensemble.load(), trunk.data, size)
+    if recipe.method != "fpnn":
         init = train(replace(base, epochs=0), folder / "quantized", data_root, init).folder / WEIGHTS
-    return train(replace(base, **changes), folder / name, data_root, init)
+    trainer = train(recipe, folder / name, data_root, init)
+    return Trained(trainer.folder, base.seed, trainer.net, trainer.data, size)
 
 
 def inputs_of(data: Splits, split: str, noise: float) -> Iterator[Tensor]:
@@ -91,26 +114,36 @@ def inputs_of(data: Splits, split: str, noise: float) -> Iterator[Tensor]:
         yield x + noise * torch.randn(x.shape, generator=generator) if noise else x
 
 
-def rows_of(name: str, trainer: Trainer, split: str, data_root: Path) -> list[Row]:
+def rows_of(name: str, trained: Trained, split: str, data_root: Path) -> list[Row]:
     """A row of the network itself and, of :data:`DRAWN`, one of several networks drawn from its packed form.
 
     Rows are kept in the folder of the run, and taken from there: no network is tested twice.
     """
-    kept = trainer.folder / f"{split}.json"
+    kept = trained.folder / f"{split}.json"
     if kept.exists():
         rows: list[Row] = json.loads(kept.read_text())
         return rows
-    net = pack(trainer.net) if bayes_layers(trainer.net) else trainer.net
+    net, members = pack(trained.net) if bayes_layers(trained.net) else trained.net, MEMBERS.get(name, 1)
+    size = trained.fpnn_bytes if net is trained.net else _bytes_of(net)
+    start = {"network": name, "seed": trained.seed, "split": split, "bytes": size, "fpnn_bytes": trained.fpnn_bytes}
     rows = []
-    for samples in (1, SAMPLES) if name in DRAWN else (1,):
-        found = _tested(net, trainer.data, samples, split, data_root)
-        rows.append({"network": name, "samples": samples, "seed": trainer.recipe.seed, "split": split, **found})
+    for samples in (members, SAMPLES) if name in DRAWN else (1,):
+        networks = drawn_networks(net, trained.data, samples if samples > members else 1, SEED)
+        found = _tested(networks, samples, trained.data, split, data_root)
+        rows.append({**start, "samples": samples, **found})
     write_content(kept, json.dumps(rows))
     return rows
 
 
-def _tested(net: nn.Module, data: Splits, samples: int, split: str, data_root: Path) -> Row:
-    networks = drawn_networks(net, data, samples, SEED)
+def _bytes_of(net: nn.Module) -> int:
+    """Of the file that a packed network or ensemble is kept in."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "packed.safetensors"
+        save_network(net, path)
+        return path.stat().st_size
+
+
+def _tested(networks: Sequence[nn.Module], samples: int, data: Splits, split: str, data_root: Path) -> Row:
     if split == "test":
         found: Row = measure_drawn(networks, samples, SEED, data, split, data_root=data_root)
         corruptions = {name: mean_scores(strengths) for name, strengths in found["corruptions"].items()}
@@ -139,25 +172,40 @@ def verdicts(rows: Sequence[Row]) -> Iterator[Verdict]:
     A quantity that has to be small stands as what is asked over what is measured.
     """
     by_name = {name: [row for row in rows if row["network"] == name] for name in NETWORKS}
+    yield from _of_ensemble(by_name["fpnn"], [row for row in by_name["ensemble"] if row["samples"] == SAMPLES])
     drawn = [row for row in by_name["mixture"] if row["samples"] == SAMPLES]
     point = by_name["deterministic"]
     if not drawn or not point:
         return
-
-    def mean(of: Sequence[Row], case: str, score: str) -> float:
-        return fmean(row[case][score] for row in of)
-
-    yield Verdict("MI under noise, over 0.01 nats", 1.0, mean(drawn, "noise", "mutual_information") / 0.01)
+    yield Verdict("MI under noise, over 0.01 nats", 1.0, _mean(drawn, "noise", "mutual_information") / 0.01)
     for score, share in (("nll", 0.75), ("ece", 0.5)):
         text = f"{share} of the deterministic network's {score.upper()} under noise, over the measured"
-        yield Verdict(text, 1.0, share * mean(point, "noise", score) / mean(drawn, "noise", score))
+        yield Verdict(text, 1.0, share * _mean(point, "noise", score) / _mean(drawn, "noise", score))
     others = [point, [row for row in by_name["default"] if row["samples"] == 1]]
-    best = min(mean(of, "clean", "error") for of in others if of)
+    best = min(_mean(of, "clean", "error") for of in others if of)
     yield Verdict(
-        "the best clean error and 0.05, over the measured", 1.0, (best + 0.05) / mean(drawn, "clean", "error")
+        "the best clean error and 0.05, over the measured", 1.0, (best + 0.05) / _mean(drawn, "clean", "error")
     )
     temperature = fmean(row["temperature"] for row in drawn)
     yield Verdict(f"0.1 over |T - 1|, T = {temperature:.3f}", 1.0, 0.1 / max(1e-9, abs(temperature - 1)))
+
+
+def _of_ensemble(fpnn: Sequence[Row], ensemble: Sequence[Row]) -> Iterator[Verdict]:
+    """What is asked of the ensemble's drawn networks: to be ahead of the FPNN, in a fifth of its bytes."""
+    if not fpnn or not ensemble:
+        return
+    for case, images in (("clean", "clean"), ("mean", "corrupted")):
+        if case not in fpnn[0]:
+            continue
+        for score in ("error", "nll"):
+            ratio = _mean(fpnn, case, score) / _mean(ensemble, case, score)
+            yield Verdict(f"the FPNN's {score} on {images} images, over the ensemble's", 1.0, ratio)
+    size = ensemble[0]["fpnn_bytes"] / 5 / ensemble[0]["bytes"]
+    yield Verdict("a fifth of the FPNN's bytes, over the ensemble's", 1.0, size)
+
+
+def _mean(rows: Sequence[Row], case: str, score: str) -> float:
+    return fmean(row[case][score] for row in rows)
 
 
 def table(rows: Sequence[Row], each: bool = True) -> Iterator[str]:
@@ -221,8 +269,8 @@ def parser_of_runs(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def trainers_of(arguments: argparse.Namespace, names: Sequence[str]) -> Iterator[tuple[str, Trainer]]:
-    """For each seed of :func:`parser_of_runs` and each of ``names``, the name and the trainer of the finished run."""
+def trained_networks(arguments: argparse.Namespace, names: Sequence[str]) -> Iterator[tuple[str, Trained]]:
+    """For each seed of :func:`parser_of_runs` and each of ``names``, the name and the finished run."""
     for seed in arguments.seeds:
         base, folder = replace(CASES[arguments.case], seed=seed), arguments.out / f"{arguments.case}-{seed}"
         for name in names:
@@ -237,8 +285,8 @@ def main() -> None:
     arguments = parser.parse_args()
     split = "test" if arguments.test else "validation"
     rows: list[Row] = []
-    for name, trainer in trainers_of(arguments, arguments.only):
-        for row in rows_of(name, trainer, split, arguments.data):
+    for name, trained in trained_networks(arguments, arguments.only):
+        for row in rows_of(name, trained, split, arguments.data):
             rows.append(row)
             print(show(row), flush=True)
     print("\n".join(["", *table(rows), "", *map(str, verdicts(rows))]))

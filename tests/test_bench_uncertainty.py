@@ -11,45 +11,53 @@ import torch
 import bqnn
 from bench import uncertainty_lenet5 as bench
 from bqnn.data.corruptions import CORRUPTIONS
+from bqnn.lab.ensemble import load_ensemble_run
 from bqnn.lab.recipe import Recipe
+from bqnn.lab.runs import load_run
 from bqnn.lab.train import Trainer
 from bqnn.lab.uncertainty import measure
 
+SHOWN = ("deterministic", "mixture", "ensemble")
 SHORT = Recipe(pretrain_epochs=1, deterministic_epochs=1, epochs=1, validation=200)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trainer]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bench.Trained]:
     folder = tmp_path_factory.mktemp("runs")
     return {name: bench.train_network(name, SHORT, folder, Path("data")) for name in bench.NETWORKS}
 
 
 @pytest.fixture
-def rows(trained: dict[str, Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bench.Row]]:
-    monkeypatch.setattr(bench, "SAMPLES", 2)
+def rows(
+    trained: dict[str, bench.Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[bench.Row]]:
+    monkeypatch.setattr(bench, "SAMPLES", 8)
     monkeypatch.setattr("bqnn.lab.uncertainty.CORRUPTIONS", {"fog": CORRUPTIONS["fog"]})
-    yield [row for name in ("deterministic", "mixture") for row in bench.rows_of(name, trained[name], "test", tmp_path)]
+    yield [row for name in SHOWN for row in bench.rows_of(name, trained[name], "test", tmp_path)]
 
 
 def test_rows_are_what_eval_measures_of_packed_networks(
-    rows: list[bench.Row], trained: dict[str, Trainer], tmp_path: Path
+    rows: list[bench.Row], trained: dict[str, bench.Trained], tmp_path: Path
 ) -> None:
-    assert [(row["network"], row["samples"]) for row in rows] == [("deterministic", 1), ("mixture", 1), ("mixture", 2)]
+    expected = [("deterministic", 1), ("mixture", 1), ("mixture", 8), ("ensemble", 4), ("ensemble", 8)]
+    assert [(row["network"], row["samples"]) for row in rows] == expected
     for row in rows:
-        trainer = trained[row["network"]]
-        net = bqnn.pack(trainer.net)
-        found = measure(net, trainer.data, samples=row["samples"], seed=bench.SEED, data_root=tmp_path)
+        run = trained[row["network"]]
+        net, samples = bqnn.pack(run.net), 1 if row["samples"] == 4 else row["samples"]
+        found = measure(net, run.data, samples=samples, seed=bench.SEED, data_root=tmp_path)
         assert row["temperature"] == pytest.approx(found["temperature"], rel=1e-6)
         assert row["clean"] == pytest.approx(found["clean"], rel=1e-6)
         assert row["mean"] == pytest.approx(found["mean"], rel=1e-6)
         assert row["corruptions"]["fog"] == pytest.approx(found["mean"], rel=1e-6), "there is one corruption"
         assert row["noise"]["nll"] > row["clean"]["nll"]
+        bqnn.save(net, tmp_path / "packed.safetensors")
+        assert row["bytes"] == (tmp_path / "packed.safetensors").stat().st_size < row["fpnn_bytes"]
         start = f"{row['network']:<15}{row['samples']:>3} seed 0 T {row['temperature']:.2f}  clean: error "
         assert bench.show(row).startswith(start)
 
 
 def test_no_network_is_tested_twice(
-    rows: list[bench.Row], trained: dict[str, Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: list[bench.Row], trained: dict[str, bench.Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(bench, "_tested")
     assert bench.rows_of("deterministic", trained["deterministic"], "test", tmp_path) == rows[:1]
@@ -57,16 +65,20 @@ def test_no_network_is_tested_twice(
         bench.rows_of("deterministic", trained["deterministic"], "validation", tmp_path)
 
 
-def test_networks_of_a_seed_share_their_first_phases(trained: dict[str, Trainer]) -> None:
-    begun = {name: trainer.history[0]["epoch"] for name, trainer in trained.items()}
-    assert begun == {"fpnn": 2, "deterministic": 3, "default": 3, "mixture": 3}
-    assert {trainer.history[-1]["epoch"] for trainer in trained.values()} == {3}
+def test_networks_of_a_seed_share_their_first_phases(trained: dict[str, bench.Trained]) -> None:
+    members = load_ensemble_run(trained["ensemble"].folder)
+    runs = {name: [load_run(run.folder)] for name, run in trained.items() if name != "ensemble"}
+    runs["ensemble"] = members.runs() if members else []
+    begun = {name: {run.history[0]["epoch"] for run in each} for name, each in runs.items()}
+    assert begun == {"fpnn": {2}, "deterministic": {3}, "default": {3}, "mixture": {3}, "ensemble": {2}}
+    assert {run.history[-1]["epoch"] for each in runs.values() for run in each} == {3}
+    assert [run.recipe.seed for run in runs["ensemble"]] == [0, 1, 2, 3]
 
 
 def test_the_table_has_means_over_seeds_and_verdicts_of_what_is_asked(rows: list[bench.Row]) -> None:
     other = [{**row, "seed": 1, "temperature": row["temperature"] + 0.2} for row in rows]
     lines = list(bench.table([*rows, *other]))
-    assert lines[0] == "| | deterministic, 1 | mixture, 1 | mixture, 2 |"
+    assert lines[0] == "| | deterministic, 1 | mixture, 1 | mixture, 8 | ensemble, 4 | ensemble, 8 |"
     first = f"{rows[0]['temperature'] + 0.1:.2f} ± 0.14"
     assert lines[2].startswith(f"| T | {first} | ")
     labels = [line.split(" | ")[0] for line in lines[3:7]]
@@ -76,6 +88,11 @@ def test_the_table_has_means_over_seeds_and_verdicts_of_what_is_asked(rows: list
     likelihoods = [row["noise"]["nll"] for row in rows]
     assert list(bench.verdicts(rows))[1].measured == pytest.approx(0.75 * likelihoods[0] / likelihoods[2])
     assert list(bench.verdicts(rows[1:])) == [], "there is nothing to compare with"
+    fpnn = {**rows[0], "network": "fpnn"}
+    found = {verdict.text: verdict.measured for verdict in bench.verdicts([fpnn, *rows[1:]])}
+    ratio = rows[0]["mean"]["nll"] / rows[4]["mean"]["nll"]
+    assert found["the FPNN's nll on corrupted images, over the ensemble's"] == pytest.approx(ratio)
+    assert found["a fifth of the FPNN's bytes, over the ensemble's"] == rows[4]["fpnn_bytes"] / 5 / rows[4]["bytes"]
 
 
 def test_noise_is_the_same_for_all_networks_and_has_its_deviation(tmp_path: Path) -> None:
@@ -85,6 +102,6 @@ def test_noise_is_the_same_for_all_networks_and_has_its_deviation(tmp_path: Path
     assert float((noisy - clean).std()) == pytest.approx(2, rel=0.02)
 
 
-def test_only_the_mixture_is_drawn_from(trained: dict[str, Trainer], tmp_path: Path) -> None:
+def test_only_the_mixture_is_drawn_from(trained: dict[str, bench.Trained], tmp_path: Path) -> None:
     for name in ("fpnn", "default"):
         assert [row["samples"] for row in bench.rows_of(name, trained[name], "validation", tmp_path)] == [1]

@@ -29,7 +29,7 @@ from tests.support.programs import check_quantized_nodes
 MOST_PRODUCTS = 200_000  # of a layer and image
 BATCH = 3
 ROUNDINGS = 8.0
-"""How many times torch's own error in float32 is allowed: some networks that are drawn cancel most of what they add."""
+"""Of float32 that may add up, see check_outputs: some networks that are drawn cancel most of what they add."""
 
 Step = Callable[[nn.Module, list[Tensor]], Tensor]
 """Takes the network, since a closure must not hold a part of it, and the values so far."""

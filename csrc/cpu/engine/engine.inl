@@ -15,6 +15,8 @@
 #include "cpu/engine/products.inl"
 #include "cpu/engine/outputs.inl"
 #include "cpu/engine/conv.inl"
+#include "cpu/engine/filtered_words.inl"
+#include "cpu/engine/filtered_floats.inl"
 #include "cpu/engine/winograd.inl"
 #include "cpu/engine/depthwise.inl"
 #include "cpu/engine/point.inl"

@@ -84,19 +84,24 @@ inline bool on_tiles(const Conv& conv, int64_t positions) { return conv.tiled &&
 // take them sixteen at a time, whether there are as many or not.
 inline int64_t slack_of(const Conv& conv, int64_t step) { return kSlack + (conv.tiled ? kTileRows * step : 0); }
 
-constexpr int64_t kWinogradSide = 4;  // outputs of a tile of minimal filtering, along each side
-
-// Whether minimal filtering takes less time for so many images, of a strip of so many vectors. Both are reckoned in
-// cycles of a core with one product instruction of AVX-512 in each: 9 / 4 of them a position and input where channels
-// are multiplied as they are, and 18 a tile and input where they are filtered. Then, of a tile, come its inputs, which
-// strips share, and its outputs, and once for all the filters.
+// Whether minimal filtering takes less time for so many images, of a strip of so many vectors: of floats, whose last bits
+// it changes, whether it does for any. Both are reckoned in cycles of a core with one product instruction of AVX-512 in
+// each. Where channels are multiplied as they are, an output of integers takes 9 / 4 for an input and one of floats 9;
+// where they are filtered, a tile of 4 x 4 takes 18, or of 2 x 2 floats 16. Then, of a tile, come its inputs, which strips
+// share, and its outputs, and once for all the filters.
 inline bool by_filtering(const Conv& conv, int64_t images, const Shape& y, int64_t vectors) {
   if (!conv.filtered) return false;
-  const auto tiles_along = [](int64_t outputs) { return (outputs + kWinogradSide - 1) / kWinogradSide; };
-  const int64_t strips = (conv.group_channels + 31) / 32, inputs = conv.inputs;
-  const int64_t direct = y.height * y.width * vectors * (5 * inputs / 2 + 8);
-  const int64_t tile = vectors * (20 * inputs + 330) + 230 * ((inputs + 31) / 32) / strips;
-  return images * (direct - tiles_along(y.height) * tiles_along(y.width) * tile) > 100 * vectors * inputs;
+  const int64_t side = conv.integers ? 4 : 2, strips = (conv.group_channels + 31) / 32, inputs = conv.inputs;
+  const int64_t tiles = (y.height + side - 1) / side * ((y.width + side - 1) / side);
+  int64_t direct = 0, tile = 0, filters = 0;
+  if (conv.integers) {
+    direct = vectors * (5 * inputs / 2 + 8);
+    tile = vectors * (20 * inputs + 330) + 230 * ((inputs + 31) / 32) / strips, filters = 100 * vectors * inputs;
+  } else {
+    direct = vectors * (10 * inputs + 8);
+    tile = vectors * (18 * inputs + 80) + 80 * ((inputs + 15) / 16) / strips, filters = 60 * vectors * inputs, images = 1;
+  }
+  return images * (y.height * y.width * direct - tiles * tile) > filters;
 }
 
 struct ConvCall {

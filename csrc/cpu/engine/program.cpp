@@ -99,7 +99,7 @@ Program::Program(Graph graph, Isa isa, const Limits& limits)
     for (const int32_t value : {step.output, step.inputs.size() > 1 ? step.inputs[1] : step.output})
       dense = dense && plan_.buffers[plan_.places[value].buffer].pixel == graph_.values[value].shape.channels;
     convs_.push_back(weights_.prepare(step, x, dense, kept));
-    if (convs_.back().filtered && !kept) least_block_ = kImagesOfFilters;
+    if (convs_.back().filtered && convs_.back().integers && !kept) least_block_ = kImagesOfFilters;
     const Shape& y = graph_.values[step.output].shape;
     const int64_t pixels = convs_.back().window.stride_w * x.pixel * size_of(x.dtype);
     slack_ = std::max(slack_, slack_of(convs_.back(), y.height * y.width > 1 ? pixels : x.bytes()));

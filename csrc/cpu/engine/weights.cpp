@@ -29,7 +29,7 @@ int64_t pixels_to_fold(const Conv& conv, const Shape& y, int64_t lanes) {
   const Window& w = conv.window;
   if (conv.groups > 1 || w.stride_w > 1 || w.dilation_w > 1 || y.channels >= lanes) return 1;
   const auto cost = [&](int64_t fold) {
-    const int64_t products = w.kernel_h * ceil_div(conv.inputs * (w.kernel_w + fold - 1), 4) + 4;
+    const int64_t products = w.kernel_h * ceil_div(conv.inputs * (w.kernel_w + fold - 1), conv.integers ? 4 : 1) + 4;
     return products * ceil_div(fold * y.channels, lanes) * (y.width / fold);
   };
   int64_t best = 1;
@@ -60,13 +60,14 @@ bool gathering_pays(const Conv& conv) {
          ceil_div(conv.segments * conv.lanes, kTileLanes) < conv.segments;
 }
 
-// Whether minimal filtering has the sums of a convolution: those of 26 bits.
+// Whether minimal filtering has the sums of a convolution: of integers, those of 26 bits.
 bool filtering_fits(const Conv& conv, const Channels& channels) {
   const Window& w = conv.window;
   const bool shape = w.kernel_h == 3 && w.kernel_w == 3 && w.stride_h == 1 && w.stride_w == 1 && w.dilation_h == 1 &&
-                     w.dilation_w == 1 && conv.fold == 1 && conv.inputs % 4 == 0;
-  if (!shape || !conv.integers || conv.depthwise || conv.tiled) return false;
-  return *std::max_element(channels.most.begin(), channels.most.end()) < 1 << 25;
+                     w.dilation_w == 1 && conv.fold == 1;
+  if (!shape || conv.depthwise || conv.tiled) return false;
+  if (!conv.integers) return true;
+  return conv.inputs % 4 == 0 && *std::max_element(channels.most.begin(), channels.most.end()) < 1 << 25;
 }
 
 }  // namespace
@@ -138,8 +139,7 @@ void Weights::prepare_product(const Step& step, const Buffer& buffer, bool dense
   conv.group_channels = y.shape.channels / step.groups;
   conv.integers = x.dtype == Dtype::uint8;
   conv.depthwise = is_depthwise(graph_, step);
-  if (dense_y && conv.integers && conv.inputs == buffer.pixel)
-    conv.fold = pixels_to_fold(conv, y.shape, kernels_.lanes);
+  if (dense_y && conv.inputs == buffer.pixel) conv.fold = pixels_to_fold(conv, y.shape, kernels_.lanes);
   Window& w = conv.window;
   if (conv.fold > 1) w.kernel_w += conv.fold - 1, w.stride_w = conv.fold, conv.group_channels *= conv.fold;
   // Pixels of a row follow each other in memory where nothing lies between them; but where the channels of one fill
