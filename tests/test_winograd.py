@@ -113,3 +113,26 @@ def test_sums_of_26_bits_are_exact_and_larger_ones_are_not_filtered(inputs: int,
     program = Program(graph)
     assert torch.equal(program([x])[0], run(graph, (x,), torch.float32)[0])
     assert bqnn.cpu_isa() == "amx" or filtered(program, (x,)) == fits
+
+
+@pytest.mark.parametrize("groups", (1, 2))
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "size", "padding"),
+    ((16, 16, (12, 12), (1, 1, 1, 1)), (33, 70, (9, 17), (0, 2, 1, 0)), (64, 24, (16, 7), (2, 0, 0, 2))),
+)
+def test_floats_are_as_near_as_plain_sums(
+    inputs: int, outputs: int, size: tuple[int, int], padding: tuple[int, int, int, int], groups: int
+) -> None:
+    generator = torch.Generator().manual_seed(inputs)
+    inputs, outputs = inputs * groups, outputs * groups
+    sides = tuple(n + sum(padding[i : i + 2]) - 2 for n, i in zip(size, (0, 2)))
+    values = {"x": Value("x", (inputs, *size)), "y": Value("y", (outputs, *sides))}
+    weight = {"weight": torch.randn(outputs, 9 * inputs // groups, generator=generator)}
+    graph = Graph(("x",), ("y",), values, (convolution("x", "y", padding, groups, weight),))
+    graph.check()
+    x = torch.randn(5, inputs, *size, generator=generator)
+    program = Program(graph)
+    y, expected = program([x])[0], run(graph, (x,))[0]
+    assert filtered(program, (x,)) == 1
+    assert (y.double() - expected).norm() < 5e-7 * expected.norm()
+    assert torch.equal(program([x[3:4]])[0], y[3:4]), "the choice is not by the number of images"
