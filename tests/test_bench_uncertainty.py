@@ -17,7 +17,7 @@ from bqnn.lab.runs import load_run
 from bqnn.lab.train import Trainer
 from bqnn.lab.uncertainty import measure
 
-SHOWN = ("deterministic", "mixture", "ensemble")
+SHOWN = ("deterministic", "mixture", "ensemble", "mixture ensemble")
 SHORT = Recipe(pretrain_epochs=1, deterministic_epochs=1, epochs=1, validation=200)
 
 
@@ -39,7 +39,8 @@ def rows(
 def test_rows_are_what_eval_measures_of_packed_networks(
     rows: list[bench.Row], trained: dict[str, bench.Trained], tmp_path: Path
 ) -> None:
-    expected = [("deterministic", 1), ("mixture", 1), ("mixture", 8), ("ensemble", 4), ("ensemble", 8)]
+    expected = [("deterministic", 1), ("mixture", 1), ("mixture", 8), ("ensemble", 4)]
+    expected += [("mixture ensemble", 4), ("mixture ensemble", 8)]
     assert [(row["network"], row["samples"]) for row in rows] == expected
     for row in rows:
         run = trained[row["network"]]
@@ -66,11 +67,11 @@ def test_no_network_is_tested_twice(
 
 
 def test_networks_of_a_seed_share_their_first_phases(trained: dict[str, bench.Trained]) -> None:
-    members = load_ensemble_run(trained["ensemble"].folder)
-    runs = {name: [load_run(run.folder)] for name, run in trained.items() if name != "ensemble"}
-    runs["ensemble"] = members.runs() if members else []
+    ensembles = {name: load_ensemble_run(run.folder) for name, run in trained.items()}
+    runs = {name: run.runs() if run else [load_run(trained[name].folder)] for name, run in ensembles.items()}
     begun = {name: {run.history[0]["epoch"] for run in each} for name, each in runs.items()}
-    assert begun == {"fpnn": {2}, "deterministic": {3}, "default": {3}, "mixture": {3}, "ensemble": {2}}
+    single = {"fpnn": {2}, "deterministic": {3}, "default": {3}, "mixture": {3}}
+    assert begun == {**single, "ensemble": {2}, "mixture ensemble": {2}}
     assert {run.history[-1]["epoch"] for each in runs.values() for run in each} == {3}
     assert [run.recipe.seed for run in runs["ensemble"]] == [0, 1, 2, 3]
 
@@ -78,7 +79,9 @@ def test_networks_of_a_seed_share_their_first_phases(trained: dict[str, bench.Tr
 def test_the_table_has_means_over_seeds_and_verdicts_of_what_is_asked(rows: list[bench.Row]) -> None:
     other = [{**row, "seed": 1, "temperature": row["temperature"] + 0.2} for row in rows]
     lines = list(bench.table([*rows, *other]))
-    assert lines[0] == "| | deterministic, 1 | mixture, 1 | mixture, 8 | ensemble, 4 | ensemble, 8 |"
+    assert lines[0] == (
+        "| | deterministic, 1 | mixture, 1 | mixture, 8 | ensemble, 4 | mixture ensemble, 4 | mixture ensemble, 8 |"
+    )
     first = f"{rows[0]['temperature'] + 0.1:.2f} ± 0.14"
     assert lines[2].startswith(f"| T | {first} | ")
     labels = [line.split(" | ")[0] for line in lines[3:7]]
@@ -90,9 +93,9 @@ def test_the_table_has_means_over_seeds_and_verdicts_of_what_is_asked(rows: list
     assert list(bench.verdicts(rows[1:])) == [], "there is nothing to compare with"
     fpnn = {**rows[0], "network": "fpnn"}
     found = {verdict.text: verdict.measured for verdict in bench.verdicts([fpnn, *rows[1:]])}
-    ratio = rows[0]["mean"]["nll"] / rows[4]["mean"]["nll"]
+    ratio = rows[0]["mean"]["nll"] / rows[3]["mean"]["nll"]
     assert found["the FPNN's nll on corrupted images, over the ensemble's"] == pytest.approx(ratio)
-    assert found["a fifth of the FPNN's bytes, over the ensemble's"] == rows[4]["fpnn_bytes"] / 5 / rows[4]["bytes"]
+    assert found["a fifth of the FPNN's bytes, over the ensemble's"] == rows[3]["fpnn_bytes"] / 5 / rows[3]["bytes"]
 
 
 def test_noise_is_the_same_for_all_networks_and_has_its_deviation(tmp_path: Path) -> None:
