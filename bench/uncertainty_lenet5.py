@@ -5,11 +5,11 @@
 Trains what is missing, one network after the other, M = 3 with every layer quantized and as many epochs for each. The
 networks of a seed have their full-precision phase in common, the quantized ones the deterministic phase too; what is
 stopped goes on where it was. Each is tested as it is, and the one with the prior "mixture" also as the mean of 16
-networks that are drawn from its *packed* form: codes drawn once, BatchNorm statistics of their own. An ensemble is
-four deterministic networks from one trunk, or four with the prior "mixture", as they are and with four drawn of each.
-Without ``--test``
-that is on the validation images, clean and with Gaussian noise of the deviation 1 of a standardised pixel; with it, for
-the end, on the test images, with every corruption and image from outside that bqnn.lab.uncertainty has.
+networks that are drawn from its *packed* form: codes drawn once, BatchNorm statistics of their own. "ensemble" is four
+deterministic networks from one trunk, "mixture ensemble" four with that prior, as they are and with four drawn of each.
+Without ``--test`` that is on the validation images, clean and with Gaussian noise of the deviation 1 of a standardised
+pixel; with it, for the end, on the test images, with every corruption and image from outside that bqnn.lab.uncertainty
+has.
 
 T is the temperature of the least NLL on clean validation images: 1 is calibrated. NLL and mutual information (MI) are
 in nats an image, error and ECE (15 bins) in percent. ``--save`` writes the rows to bench/results/, in place of those
@@ -56,18 +56,18 @@ CASES = {
     "lenet5-caffe-mnist": load_recipe("lenet5-caffe-mnist"),
     "lenet5-cifar10": replace(MNIST, dataset="cifar10", augment="crop_flip"),
 }
+_OF_MIXTURE = {name: value for name, value in asdict(MIXTURE).items() if value != asdict(MNIST)[name]}
 NETWORKS: dict[str, dict[str, Any]] = {
     "fpnn": {"method": "fpnn"},
     "deterministic": {"estimator": "deterministic"},
     "default": {},
-    "mixture": (
-        _OF_MIXTURE := {name: value for name, value in asdict(MIXTURE).items() if value != asdict(MNIST)[name]}
-    ),
+    "mixture": _OF_MIXTURE,
     "ensemble": {"estimator": "deterministic"},
     "mixture ensemble": _OF_MIXTURE,
 }
 """What each network's recipe changes in that of the case."""
 MEMBERS = {"ensemble": 4, "mixture ensemble": 4}
+"""How many networks those that are ensembles have."""
 DRAWN = ("mixture", "mixture ensemble")
 """The networks that are also tested as the mean of several: draws from the default's posterior are all alike."""
 
