@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bqnn.engine.calibrate import Observer, calibrate
-from bqnn.engine.graph import RELU, Graph, Node, Value
+from bqnn.engine.graph import RELU, Activation, Graph, Node, Value
+from bqnn.engine.operators import OPERATORS
 from bqnn.engine.quantize import quantize
 from bqnn.engine.reference import run
 from tests.support.draw_graphs import draw_graph
@@ -24,6 +25,20 @@ def test_ranges_are_those_of_all_batches() -> None:
     assert calibrate(relu_graph(), batches).ranges == {"x": (-4.0, 3.0), "y": (0.0, 3.0)}
     assert calibrate(relu_graph(), [(batch,) for batch in batches]).ranges == {"x": (-4.0, 3.0), "y": (0.0, 3.0)}
     assert calibrate(relu_graph(), iter(batches[:1])).ranges == {"x": (-1.0, 1.0), "y": (0.0, 1.0)}
+
+
+def test_what_moves_numbers_has_the_range_of_all_that_it_holds() -> None:
+    values = {name: Value(name, (5,)) for name in ("x", "y", "z")} | {"both": Value("both", (10,))}
+    values["more"] = Value("more", (12,))
+    nodes = (
+        Node("activation", ("x",), "y", activation=RELU),
+        Node("activation", ("x",), "z", activation=Activation("clamp", -1.0, 1.0)),
+        Node("cat", ("y", "z"), "both"),
+        Node("pad", ("both",), "more", {"low": (1,), "high": (1,), "value": 7.0}),
+    )
+    graph = Graph(("x",), ("more",), values, nodes)
+    ranges = calibrate(graph, [torch.linspace(-4, 3, 50).view(10, 5)]).ranges
+    assert ranges["both"] == (-1.0, 3.0) and ranges["more"] == (-1.0, 7.0)
 
 
 def test_a_value_that_is_always_0_has_a_range() -> None:
@@ -70,10 +85,16 @@ def test_ranges_of_drawn_graphs_are_what_quantize_takes() -> None:
         ranges, means = calibrate(graph, [inputs, inputs])
         assert set(ranges) == set(graph.values)
         assert set(means) == {node.inputs[0] for node in graph.nodes if node.op in ("conv2d", "linear")}
-        for name, x in run(graph, inputs, torch.float32, keep=True).items():
+        values = run(graph, inputs, torch.float32, keep=True)
+        bounds = {name: (float(x.min()), float(x.max())) for name, x in values.items()}
+        for node in graph.nodes:
+            if OPERATORS[node.op].moves:  # its range may be that of what it moves
+                numbers = [number for name in (node.output, *node.inputs) for number in bounds[name]]
+                bounds[node.output] = min(numbers), max(numbers)
+        for name, x in values.items():
             low, high = ranges[name]
-            rounding = 1e-5 * float(x.abs().max())  # the extension's sums are of another order
-            assert float(x.min()) - rounding <= low <= high <= float(x.max()) + rounding
+            rounding = 1e-5 * max(map(abs, bounds[name]))  # the extension's sums are of another order
+            assert bounds[name][0] - rounding <= low <= high <= bounds[name][1] + rounding
             if name in means:
                 torch.testing.assert_close(means[name], x.double().mean(0), rtol=1e-5, atol=1e-5)
         quantize(graph, ranges, means).check()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 from bqnn.core.native import cpu_isa
 from bqnn.core.text import shown
 from bqnn.engine import reference
-from bqnn.engine.graph import Graph
+from bqnn.engine.graph import Graph, Node
+from bqnn.engine.operators import OPERATORS
 from bqnn.engine.program import Program
 
 BINS = 2048  # of a histogram; even
 SAMPLED = 1 << 18  # numbers of a value that a batch adds to its histogram
+SMALLEST = torch.finfo(torch.float32).tiny
 CUTS, SMALLEST_CUT = 91, 0.1  # shares of the largest number that a range may be cut to
 
 
@@ -59,9 +61,7 @@ class Observer:
         if largest > 0:
             # An odd step meets all channels and columns, whose numbers are powers of two mostly.
             some = x.flatten()[:: x.numel() // SAMPLED | 1].float()
-            counts = torch.histc(some.abs(), BINS, 0, self.span).double()
-            counts[0] -= len(some) - some.count_nonzero()
-            self.counts += counts
+            self.counts += torch.histc(some.abs(), BINS, SMALLEST, self.span)  # what is less is left out
 
     def range(self) -> tuple[float, float]:
         """The least and largest number, both cut to where 8 bits have the smallest mean squared error.
@@ -93,8 +93,9 @@ def calibrate(graph: Graph, batches: Iterable[Tensor | Sequence[Tensor]]) -> Cal
         ValueError: there are no batches, or none with an image; an input has another shape; a value is not finite.
     """
     multiplied = {node.inputs[0] for node in graph.nodes if node.op in ("conv2d", "linear")}
-    seen = {name: Observer(name in multiplied) for name in graph.values}
-    run = _values_of(graph)
+    moved = {node.output for node in graph.nodes if OPERATORS[node.op].moves}
+    seen = {name: Observer(name in multiplied) for name in graph.values if name not in moved or name in multiplied}
+    run = _values_of(graph, tuple(seen))
     for index, batch in enumerate(batches):
         inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
         try:
@@ -107,13 +108,28 @@ def calibrate(graph: Graph, batches: Iterable[Tensor | Sequence[Tensor]]) -> Cal
         raise ValueError("calibration must have a batch of one image or more, got none")
     exact = {name: (seen[name].low, seen[name].high) for name in graph.inputs}
     ranges = {name: observer.range() for name, observer in seen.items()} | exact
+    for node in graph.nodes:
+        if node.output not in ranges:
+            ranges[node.output] = _range_of_moved(node, ranges)
     return Calibration(ranges, {name: seen[name].sum / seen[name].images for name in multiplied})
 
 
-def _values_of(graph: Graph) -> Callable[[list[Tensor]], dict[str, Tensor]]:
-    """What computes every value of ``graph``, by its name, in float32."""
+def _range_of_moved(node: Node, ranges: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    """Of what a node makes that moves its inputs: it holds their numbers, and those of a border."""
+    numbers = [number for name in node.inputs for number in ranges[name]]
+    numbers += [node.attributes["value"]] if node.op == "pad" else []
+    return min(numbers), max(numbers)
+
+
+def _values_of(graph: Graph, wanted: tuple[str, ...]) -> Callable[[list[Tensor]], dict[str, Tensor]]:
+    """What computes the values ``wanted`` of ``graph``, inputs among them, by their names, in float32."""
     if cpu_isa() == "none":
-        return lambda inputs: reference.run(graph, inputs, torch.float32, keep=True)
-    names = tuple(name for name in graph.values if name not in graph.inputs)
+
+        def run(inputs: list[Tensor]) -> dict[str, Tensor]:
+            found = reference.run(graph, inputs, torch.float32, keep=True)
+            return {name: found[name] for name in wanted}
+
+        return run
+    names = tuple(name for name in wanted if name not in graph.inputs)
     program: Callable[[list[Tensor]], list[Tensor]] = Program(graph.replaced(outputs=names)) if names else lambda _: []
     return lambda inputs: dict(zip((*graph.inputs, *names), (*inputs, *program(inputs))))

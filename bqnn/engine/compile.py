@@ -97,22 +97,24 @@ def _each(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
 
 def _quantized(net: CompiledNetwork, batches: Batches) -> CompiledNetwork:
     """``net`` with the engine's parts in 8 bits, each calibrated on what it gets where ``net`` runs the batches."""
-    parts = [part for part in net.parts if isinstance(part, EnginePart)]
-    given: list[list[tuple[Tensor, ...]]] = [[] for _ in parts]
-    for index, batch in enumerate(batches):
+    engine = {index: part for index, part in enumerate(net.parts) if isinstance(part, EnginePart)}
+    given: dict[int, list[tuple[Tensor, ...]]] = {index: [] for index in engine}
+    # What the last of them gets, the parts before it give: the input alone, in most networks.
+    before = CompiledNetwork(net.inputs, net.parts[: max(engine, default=0)], (), None, net.constants, net.precision)
+    for number, batch in enumerate(batches):
         try:
-            found = net.values((batch,) if isinstance(batch, Tensor) else tuple(batch))
+            found = before.values((batch,) if isinstance(batch, Tensor) else tuple(batch))
         except (TypeError, ValueError) as error:
-            raise type(error)(f"calibration batch {index}: {error}") from error
-        for part, inputs in zip(parts, given):
-            inputs.append(tuple(found[name] for name in part.inputs))
+            raise type(error)(f"calibration batch {number}: {error}") from error
+        for index, part in engine.items():
+            given[index].append(tuple(found[name] for name in part.inputs))
     quantized = {
-        id(part): EnginePart(quantize(part.graph, *calibrate(part.graph, inputs))) for part, inputs in zip(parts, given)
+        index: EnginePart(quantize(part.graph, *calibrate(part.graph, given[index]))) for index, part in engine.items()
     }
     for part in quantized.values():
         part.graph.check()
-    parts_now = tuple(quantized.get(id(part), part) for part in net.parts)
-    return CompiledNetwork(net.inputs, parts_now, net.outputs, net.structure, net.constants, net.precision)
+    parts = tuple(quantized.get(index, part) for index, part in enumerate(net.parts))
+    return CompiledNetwork(net.inputs, parts, net.outputs, net.structure, net.constants, net.precision)
 
 
 def _checked_network(net: Any) -> nn.Module:
