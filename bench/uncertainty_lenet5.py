@@ -100,7 +100,7 @@ def train_network(name: str, base: Recipe, folder: Path, data_root: Path) -> Tra
     init, size = trunk.folder / WEIGHTS, 4 * sum(each.numel() for each in trunk.net.parameters())
     if name in MEMBERS:
         ensemble = EnsembleRun(folder / name, recipe, MEMBERS[name])
-        EnsembleTrainer(ensemble, {"data_root": data_root}, init).train(progress=False)
+        EnsembleTrainer(ensemble, init=init, data_root=data_root).train(progress=False)
         return Trained(ensemble.folder, base.seed, ensemble.load(), trunk.data, size)
     if recipe.method != "fpnn":
         init = train(replace(base, epochs=0), folder / "quantized", data_root, init).folder / WEIGHTS

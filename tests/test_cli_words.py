@@ -13,7 +13,8 @@ import pytest
 from bqnn.cli import main as cli
 from bqnn.core.text import duration, suggestion
 from bqnn.lab.folder import CHECKPOINT
-from bqnn.lab.train import Trainer, describe
+from bqnn.lab.progress import describe
+from bqnn.lab.train import Trainer
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from bqnn.lab import runs
 from bqnn.lab.compile_run import calibration, compiled_path, remove_compiled, save_compiled
 from bqnn.lab.ensemble import EnsembleRun, EnsembleTrainer, clear_ensemble_run, load_ensemble_run, parts_of
 from bqnn.lab.folder import CHECKPOINT, LOCK, MEMBERS, METRICS, WEIGHTS, print_now
+from bqnn.lab.processes import join
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.recipes import NAMES, load_recipe, summary_of, text_of
 from bqnn.lab.train import Trainer
@@ -40,6 +41,49 @@ def _device(name: str) -> str:
 
 def train(options: Namespace) -> None:
     """`bqnn train`."""
+    processes = join(_device(options.device))
+    recipe, members = processes.from_leader(_asked(options) if processes.leads else None)
+    surroundings = {
+        "data_root": options.data_root,
+        "device": processes.device(options.device),
+        "download": options.download,
+        "init": options.init,
+        "processes": processes,
+    }
+    shows = processes.leads and not options.quiet
+    if members is None:
+        text = _train_run(recipe, options, surroundings, shows)
+    else:
+        text = _train_members(recipe, members, options, surroundings, shows)
+    if shows:
+        print(text)
+
+
+def _train_run(recipe: Recipe, options: Namespace, surroundings: Mapping[str, Any], shows: bool) -> str:
+    trainer = Trainer(recipe, options.out, **surroundings)
+    log = print_now if shows else _ignore
+    with trainer.lock:
+        if options.resume:
+            trainer.resume(log)
+        elif trainer.processes.leads:
+            _make_room(options)
+        trainer.run(shows and sys.stderr.isatty(), log)
+    return f"{options.out / WEIGHTS} is written"
+
+
+def _train_members(
+    recipe: Recipe, members: int, options: Namespace, surroundings: Mapping[str, Any], shows: bool
+) -> str:
+    trainer = EnsembleTrainer(EnsembleRun(options.out, recipe, members), **surroundings)
+    with trainer.lock:
+        if not options.resume and trainer.processes.leads:
+            _make_room(options)
+        trainer.train(shows and sys.stderr.isatty(), print_now if shows else _ignore)
+    return f"{options.out} has {members} trained members"
+
+
+def _asked(options: Namespace) -> tuple[Recipe, int | None]:
+    """The recipe and the number of members, None of a run of one network; refuses a folder that is not fit for it."""
     folder: Path = options.out
     base = {} if options.recipe is None else asdict(load_recipe(options.recipe))
     given = base | {field.name: getattr(options, field.name) for field in fields(Recipe) if field.name in options}
@@ -59,43 +103,7 @@ def train(options: Namespace) -> None:
         ensemble.check_same(recipe, members)
     elif stored is not None and members is not None:
         raise ValueError(f"--members can't be given for {folder}, whose run began without")
-    done = _train_run(recipe, options) if members is None else _train_members(recipe, members, options)
-    if not options.quiet:
-        print(done)
-
-
-def _train_run(recipe: Recipe, options: Namespace) -> str:
-    trainer = Trainer(recipe, options.out, **_surroundings(options), init=options.init)
-    log = _log(options)
-    with trainer.lock:
-        if options.resume:
-            trainer.resume(log)
-        else:
-            _make_room(options)
-        trainer.run(_progress(options), log)
-    return f"{options.out / WEIGHTS} is written"
-
-
-def _train_members(recipe: Recipe, members: int, options: Namespace) -> str:
-    trainer = EnsembleTrainer(EnsembleRun(options.out, recipe, members), _surroundings(options), options.init)
-    with trainer.lock:
-        if not options.resume:
-            _make_room(options)
-        trainer.train(_progress(options), _log(options))
-    return f"{options.out} has {members} trained members"
-
-
-def _surroundings(options: Namespace) -> dict[str, Any]:
-    """What a Trainer takes beside its recipe and folder."""
-    return {"data_root": options.data_root, "device": _device(options.device), "download": options.download}
-
-
-def _progress(options: Namespace) -> bool:
-    return sys.stderr.isatty() and not options.quiet
-
-
-def _log(options: Namespace) -> Callable[[str], object]:
-    return _ignore if options.quiet else print_now
+    return recipe, members
 
 
 def _make_room(options: Namespace) -> None:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bqnn.core import checkpoint
@@ -27,9 +26,9 @@ FIELDS: dict[str, type] = {
 }
 
 
-def read_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The state of a run; raises as :func:`bqnn.core.checkpoint.read_checkpoint` does."""
-    return checkpoint.read_checkpoint(path, FIELDS, "bqnn train", device)
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state of a run, on the CPU; raises as :func:`bqnn.core.checkpoint.read_checkpoint` does."""
+    return checkpoint.read_checkpoint(path, FIELDS, "bqnn train")
 
 
 def check_progress(state: Mapping[str, Any], recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from bqnn.core.files import open_regular, write_content
 from bqnn.core.text import shown
 from bqnn.files.members import MOST_NETWORKS
 from bqnn.lab.folder import CHECKPOINT, MEMBERS, METRICS, WEIGHTS, RunLock, check_same, print_now, read_recipe
+from bqnn.lab.processes import ALONE, Processes
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.runs import Run, clear_run, load_network, load_run
 from bqnn.lab.train import Trainer
@@ -123,18 +124,26 @@ class EnsembleTrainer:
 
     Args:
         run: its folder, recipe and number of members.
-        options: for every :class:`bqnn.lab.train.Trainer`: ``data_root``, ``device`` and ``download``.
         init: a model.safetensors of the full-precision network, in place of the training of the trunk.
+        processes: that train it together.
+        options: for every :class:`bqnn.lab.train.Trainer`: ``data_root``, ``device`` and ``download``.
 
     Raises:
         ValueError, FileNotFoundError: as Trainer does.
     """
 
-    def __init__(self, run: EnsembleRun, options: Mapping[str, Any], init: str | Path | None = None) -> None:
-        self.run, self.lock = run, RunLock(run.folder)
-        self._options = options
+    def __init__(
+        self,
+        run: EnsembleRun,
+        *,
+        init: str | Path | None = None,
+        processes: Processes = ALONE,
+        **options: Any,
+    ) -> None:
+        self.run, self.lock = run, RunLock(run.folder) if processes.leads else contextlib.nullcontext()
+        self._options, self.processes = {**options, "processes": processes}, processes
         # Made here, it says what is wrong before anything is written.
-        self._trunk = Trainer(run.trunk[1], run.trunk[0], **options, init=init)
+        self._trunk = Trainer(run.trunk[1], run.trunk[0], **self._options, init=init)
 
     def train(self, progress: bool = True, log: Callable[[str], object] = print_now) -> None:
         """Trains what is not trained yet, each from where it stands.
@@ -148,22 +157,24 @@ class EnsembleTrainer:
         """
         with self.lock:
             run = self.run
-            text = json.dumps({"recipe": asdict(run.recipe), "members": run.members}, indent=1)
-            write_content(run.folder / MEMBERS, text)
-            if not _is_finished(*run.trunk):
+            if self.processes.leads:
+                text = json.dumps({"recipe": asdict(run.recipe), "members": run.members}, indent=1)
+                write_content(run.folder / MEMBERS, text)
+            if not self._is_finished(*run.trunk):
                 _finish(self._trunk, progress, log)
             for index in range(run.members):
                 folder, recipe = run.member(index)
-                if not _is_finished(folder, recipe):
+                if not self._is_finished(folder, recipe):
                     _finish(Trainer(recipe, folder, **self._options, init=run.trunk[0] / WEIGHTS), progress, log)
 
-
-def _is_finished(folder: Path, recipe: Recipe) -> bool:
-    """Whether the run in ``folder`` has its weights; ValueError where it is of another recipe."""
-    if not (folder / WEIGHTS).exists():
-        return False
-    check_same(folder / METRICS, asdict(load_run(folder).recipe), recipe)
-    return True
+    def _is_finished(self, folder: Path, recipe: Recipe) -> bool:
+        """Whether the run in ``folder`` has its weights; ValueError where it is of another recipe."""
+        if not self.processes.leads:
+            return self.processes.from_leader(None)
+        finished = (folder / WEIGHTS).exists()
+        if finished:
+            check_same(folder / METRICS, asdict(load_run(folder).recipe), recipe)
+        return self.processes.from_leader(finished)
 
 
 def _finish(trainer: Trainer, progress: bool, log: Callable[[str], object]) -> None:

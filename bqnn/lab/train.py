@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,9 @@ from bqnn.bayes.convert import convert
 from bqnn.bayes.layers import bayes_layers
 from bqnn.core.checkpoint import digest_of, write_checkpoint
 from bqnn.core.files import open_regular, remove_leftovers, write_content
-from bqnn.core.text import duration, shown
+from bqnn.core.text import shown
 from bqnn.data.augment import augment
-from bqnn.data.splits import Splits, batches, leaves_one, load_dataset, normalise
+from bqnn.data.splits import Splits, batches, load_dataset, normalise
 from bqnn.lab.checkpoint import check_progress, read_checkpoint
 from bqnn.lab.evaluate import evaluate, statistics_batches
 from bqnn.lab.folder import (
@@ -47,7 +48,8 @@ from bqnn.lab.folder import (
 )
 from bqnn.lab.labels import metadata_of
 from bqnn.lab.precision import autocast
-from bqnn.lab.progress import progress_bar
+from bqnn.lab.processes import ALONE, Processes
+from bqnn.lab.progress import describe, progress_bar
 from bqnn.lab.recipe import LAYER_OPTIONS, Recipe
 from bqnn.reports.report import report
 from bqnn.training.epoch import Objective, train_epoch
@@ -55,7 +57,6 @@ from bqnn.training.phases import (
     BAYES,
     DETERMINISTIC,
     FULL_PRECISION,
-    NAMES,
     check_finite,
     enter_phase,
     make_optimizer,
@@ -94,6 +95,7 @@ class Trainer:
         download: let torchvision download what is missing.
         init: a model.safetensors of the full-precision network, in place of the first phase, or of a quantized one with
             as many levels, in place of the first two; their epochs are not run.
+        processes: that train it together.
 
     Raises:
         ValueError: the network or the data set does not fit the recipe, or ``init`` does not fit the network.
@@ -109,17 +111,21 @@ class Trainer:
         device: str = "cpu",
         download: bool = False,
         init: str | Path | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.recipe, self.folder, self.device = recipe, Path(folder), torch.device(device)
-        self.from_init = init is not None
+        self.from_init, self.processes = init is not None, processes
+        processes.check_batch_size(recipe.batch_size)
         self.data = load_dataset(
             recipe.dataset, data_root, image_size=recipe.image_size, validation=recipe.validation, download=download
         )
         if self.data.num_classes < 2:
             raise ValueError(f"dataset must have two classes or more, got one: {shown(self.data.classes[0])}")
         if self.steps_an_epoch == 0:
-            raise ValueError(f"dataset must have at least 2 images to train on, got {len(self.data.train)}")
-        self.lock = RunLock(self.folder)
+            raise ValueError(
+                f"dataset must have at least {2 * processes.size} images to train on, got {len(self.data.train)}"
+            )
+        self.lock = RunLock(self.folder) if processes.leads else nullcontext()
         self.resumed_from: bytes | None = None  # the digest of the checkpoint
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
@@ -140,8 +146,9 @@ class Trainer:
 
     @property
     def drop_last(self) -> bool:
-        """Whether the last batch of an epoch is left out, because it would be one image; another one every epoch."""
-        return leaves_one(len(self.data.train), self.recipe.batch_size)
+        """Whether the last batch of an epoch is left out, being too few images; other ones every epoch."""
+        batch_size = self.recipe.batch_size
+        return self.processes.drops(len(self.data.train) % batch_size, batch_size)
 
     @property
     def steps_an_epoch(self) -> int:
@@ -165,6 +172,7 @@ class Trainer:
 
     def _start_phase(self, net: nn.Module) -> None:
         self.net = net.to(self.device)
+        self.together = self.processes.together(self.net)
         _, epochs, lr = self.recipe.phases[self.phase]
         steps = max(1, epochs * self.steps_an_epoch)
         self.optimizer, self.scheduler = make_optimizer(self.net, self.phase, lr, steps, self.recipe.rates)
@@ -184,10 +192,11 @@ class Trainer:
             return self._run(progress, log)
 
     def _run(self, progress: bool, log: Callable[[str], object]) -> nn.Module:
-        if self.resumed_from not in (None, digest_of(self.folder / CHECKPOINT)):
-            raise OSError(f"{self.folder / CHECKPOINT} has been replaced since this run read it; resume again")
-        for name in (CHECKPOINT, WEIGHTS, METRICS):
-            remove_leftovers(self.folder / name)
+        if self.processes.leads:
+            if self.resumed_from not in (None, digest_of(self.folder / CHECKPOINT)):
+                raise OSError(f"{self.folder / CHECKPOINT} has been replaced since this run read it; resume again")
+            for name in (CHECKPOINT, WEIGHTS, METRICS):
+                remove_leftovers(self.folder / name)
         if not self.history:
             self.save_checkpoint()
         while self.epoch < self.recipe.total_epochs:
@@ -199,8 +208,9 @@ class Trainer:
             self.save_checkpoint()
             log(describe(record, self.recipe.total_epochs))
         self.net.eval()
-        self._write_weights()
-        self._write_metrics()
+        if self.processes.leads:
+            self._write_weights()
+            self._write_metrics()
         return self.net
 
     def _batches(self, progress: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -212,8 +222,11 @@ class Trainer:
             if progress
             else rows
         ):
+            # Every process makes all images, so that they are the same whatever the number of processes.
             x = augment(normalise(images, data.mean, data.std), self.generator, recipe.augment)
-            yield x.to(self.device), labels.to(self.device)
+            x, labels = self.processes.part(x), self.processes.part(labels)
+            # Convolutions of many channels take a third less time so; the layers keep the layout that they are given.
+            yield x.to(self.device, memory_format=torch.channels_last), labels.to(self.device)
 
     def _run_epoch(self, progress: bool) -> dict[str, Any]:
         recipe, started = self.recipe, time.perf_counter()
@@ -221,8 +234,10 @@ class Trainer:
         likelihood = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
         context = autocast(recipe, self.device)
         objective = Objective(likelihood, len(self.data.train), recipe.kl_warmup, autocast=context)
+        self.processes.draw_own_noise(recipe.seed, self.epoch)
         drawn, steps = self._batches(progress), self.steps_an_epoch
-        means = train_epoch(self.net, drawn, self.optimizer, self.scheduler, objective, done, steps)
+        own = train_epoch(self.together, drawn, self.optimizer, self.scheduler, objective, done, steps)
+        means = self.processes.mean(own)
         check_finite(means.loss, self.epoch + 1, phase, recipe.phases[phase].lr)
         layers = bayes_layers(self.net)
         with context:
@@ -242,13 +257,15 @@ class Trainer:
         }
 
     def _validate(self) -> tuple[float | None, float | None]:
-        if len(self.data.validation) == 0:
+        if len(self.data.validation) == 0 or not self.processes.leads:
             return None, None
         score = evaluate(self.net, self.data.validation, self.data)
         return score.error, score.nll
 
     def save_checkpoint(self) -> None:
-        """Writes checkpoint.pt and metrics.json, each whole or not at all."""
+        """Writes checkpoint.pt and metrics.json, each whole or not at all; the first process alone does."""
+        if not self.processes.leads:
+            return
         state = {
             "recipe": asdict(self.recipe),
             "init": self.from_init,
@@ -275,18 +292,10 @@ class Trainer:
                 was given for a run that began without one; or the metrics.json beside it is damaged or of another run.
         """
         path = self.folder / CHECKPOINT
-        digest = digest_of(path)
-        if digest is None:
-            if left := [name for name in (WEIGHTS, METRICS) if (self.folder / name).exists()]:
-                raise ValueError(
-                    f"{path} is not there, but {' and '.join(left)} of its run: there is nothing to resume"
-                )
+        found = self.processes.from_leader(self._read() if self.processes.leads else None)
+        if found is None:
             return False
-        state = read_checkpoint(path, self.device)
-        check_same(path, state["recipe"], self.recipe)
-        if self.from_init and not state["init"]:
-            raise ValueError(f"init can't be given for {path}, whose run began without one")
-        scores = read_scores(self.folder / METRICS, SPLITS, self.recipe)
+        state, scores, digest = found
         try:
             check_history(state["history"])
             check_progress(state, self.recipe)
@@ -297,6 +306,22 @@ class Trainer:
         if (threads := torch.get_num_threads()) != state["threads"]:
             log(f"{path} was written with {state['threads']} threads, now there are {threads}: the bytes will differ")
         return True
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any], bytes] | None:
+        """The state in the checkpoint of the folder, the scores beside it and its digest; None where there is none."""
+        path = self.folder / CHECKPOINT
+        digest = digest_of(path)
+        if digest is None:
+            if left := [name for name in (WEIGHTS, METRICS) if (self.folder / name).exists()]:
+                raise ValueError(
+                    f"{path} is not there, but {' and '.join(left)} of its run: there is nothing to resume"
+                )
+            return None
+        state = read_checkpoint(path)
+        check_same(path, state["recipe"], self.recipe)
+        if self.from_init and not state["init"]:
+            raise ValueError(f"init can't be given for {path}, whose run began without one")
+        return state, read_scores(self.folder / METRICS, SPLITS, self.recipe), digest
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.from_init, self.epoch, self.history = state["init"], state["epoch"], state["history"]
@@ -319,21 +344,3 @@ class Trainer:
         stored = {"recipe": asdict(self.recipe), "history": self.history, "images": images, **self.scores}
         text = json.dumps(stored, indent=1)
         write_content(self.folder / METRICS, text)
-
-
-def describe(record: dict[str, Any], total: int) -> str:
-    """A record of the history in one line, with the time that the rest of ``total`` epochs may take."""
-    left = total - record["epoch"]
-    epoch = f"{record['epoch']}/{total}"
-    parts = [f"epoch {epoch:>{2 * len(str(total)) + 1}}", f"{record['phase']:<14}", f"nll {record['nll']:.4f}"]
-    if record["phase"] == NAMES[BAYES]:
-        parts.append(f"kl {record['kl']:,.0f} nats")
-    if record["validation_error"] is not None:
-        parts.append(f"validation error {record['validation_error']:.2f} %")
-    if record["quantization_loss"] is not None:
-        parts.append(f"quantization loss {record['quantization_loss']:.4f}")
-        parts.append(f"near a level {100 * record['near_share']:.1f} %")
-    parts.append(f"{record['seconds']:.1f} s")
-    if left:
-        parts.append(f"about {duration(left * record['seconds'])} left")
-    return "  ".join(parts)
