@@ -80,6 +80,7 @@ def test_every_field_of_a_recipe_is_an_option() -> None:
         "model": "resnet20",
         "dataset": "folder:x",
         "method": "fpnn",
+        "layer_levels": "conv1=4",
         "estimator": "local",
         "prior": "gaussian",
         "partition": "learned",
@@ -114,7 +115,7 @@ def test_every_field_has_a_help_text_and_its_default_in_it(capsys: pytest.Captur
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for name, default in asdict(Recipe()).items():
-        assert f"{cli.HELP[name]} (default: {'none' if default is None else default})" in text
+        assert f"{cli.HELP[name]} (default: {'none' if default in (None, '') else default})" in text
 
 
 def test_none_is_taken_where_a_field_may_be_none() -> None:

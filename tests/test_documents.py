@@ -23,6 +23,7 @@ from bqnn import models
 from bqnn.cli.main import make_parser
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.recipes import NAMES, load_recipe
+from bqnn.lab.sweep import load_sweep
 from bqnn.lab.train import Trainer
 from tests.support.documents import Block, blocks, commands
 
@@ -136,12 +137,19 @@ def test_the_calls_of_the_command_are_understood(page: str) -> None:
     assert found or page == "docs/index.md"
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page, "toml")])
+def test_the_files_of_a_page_are_sweeps(page: str, tmp_path: Path) -> None:
+    for block in code_of(page, "toml"):
+        (tmp_path / "sweep.toml").write_text(block.code)
+        assert load_sweep(tmp_path / "sweep.toml").search
+
+
 def test_pages_have_code_and_what_is_prepared_is_of_a_page() -> None:
     with_python = {page for page in PAGES if code_of(page, "python")}
     assert set(PREPARED) <= with_python and {page for page, _ in AGAIN} <= with_python
     assert {page for page in PAGES if page.startswith("docs/guide/")} <= with_python
     languages = {block.language for path in PAGES.values() for block in blocks(path.read_text(encoding="utf-8"))}
-    assert languages == {"python", "sh", ""}
+    assert languages == {"python", "sh", "toml", ""}
 
 
 def test_every_public_name_is_in_the_reference() -> None:

@@ -19,15 +19,16 @@ from bqnn.files.metadata import Metadata
 from bqnn.lab import runs
 from bqnn.lab.compile_run import calibration, compiled_path, remove_compiled, save_compiled
 from bqnn.lab.ensemble import EnsembleRun, EnsembleTrainer, clear_ensemble_run, load_ensemble_run, parts_of
-from bqnn.lab.folder import CHECKPOINT, LOCK, MEMBERS, METRICS, WEIGHTS, print_now
+from bqnn.lab.folder import CHECKPOINT, LOCK, MEMBERS, METRICS, PACKED, WEIGHTS, print_now
 from bqnn.lab.processes import join
 from bqnn.lab.recipe import Recipe
 from bqnn.lab.recipes import NAMES, load_recipe, summary_of, text_of
+from bqnn.lab.sweep import Sweeper, load_sweep
 from bqnn.lab.train import Trainer
 from bqnn.reports.report import report
 from bqnn.view.html import write_html
+from bqnn.view.sweep import write_sweep
 
-PACKED = "packed.safetensors"
 LONGEST_NAME = 60  # characters of a layer's name in a table
 LONGEST_LINE = 200  # of what a file says of its data
 
@@ -141,6 +142,21 @@ def _refuse_unused(folder: Path) -> None:
 
 def _ignore(line: str) -> None:
     pass
+
+
+def sweep(options: Namespace) -> None:
+    """`bqnn sweep`."""
+    sweeper = Sweeper(
+        load_sweep(options.file),
+        options.out,
+        data_root=options.data_root,
+        device=_device(options.device),
+        download=options.download,
+    )
+    sweeper.run(not options.quiet and sys.stderr.isatty(), _ignore if options.quiet else print_now)
+    table = write_sweep(sweeper)
+    if not options.quiet:
+        print(table)
 
 
 def recipes(options: Namespace) -> None:

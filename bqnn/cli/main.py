@@ -1,4 +1,4 @@
-"""The command `bqnn`: train, recipes, eval, predict, pack, report, info, demo."""
+"""The command `bqnn`: train, sweep, recipes, eval, predict, pack, report, info, demo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bqnn.cli.messages import Parser, in_flags
 from bqnn.core.check import PRECISIONS
 from bqnn.core.text import shown
 from bqnn.data.splits import NAMES
-from bqnn.lab.folder import SPLITS, WEIGHTS
+from bqnn.lab.folder import PACKED, SPLITS, WEIGHTS
 from bqnn.lab.recipe import CHOICES, Recipe
 from bqnn.ops.dispatch import BackendError
 
@@ -32,6 +32,7 @@ HELP = {
     "dataset": f"{', '.join(NAMES)} or folder:PATH",
     "method": "bayes: M-ary quantized with a posterior; fpnn: full precision",
     "num_levels": "M, levels of a weight, 2 to 16",
+    "layer_levels": "M of single layers, like 'conv1=4 fc=16', in place of num_levels",
     "estimator": "how the likelihood sees the weights in training",
     "prior": "the prior of the weights",
     "spike_width": "of the prior mixture: deviation of its spikes, in narrowest gaps between levels",
@@ -122,6 +123,14 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
     _add_data(sub, download=True)
 
+    sub = add(commands.sweep, "sweep", "train many runs of a recipe, with other values in some of its fields")
+    sub.add_argument("file", type=_path, metavar="FILE", help="what to vary, and what to compare runs by: a TOML file")
+    sub.add_argument(
+        "--out", type=_path, required=True, metavar="DIR", help="folder of the runs; one that has some is gone on with"
+    )
+    sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    _add_data(sub, download=True)
+
     sub = add(commands.recipes, "recipes", "list the built-in recipes, or show one")
     sub.add_argument("name", nargs="?", metavar="NAME", help="the recipe to show, as a file that --recipe takes")
 
@@ -154,7 +163,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = add(commands.pack, "pack", "pack a trained run into a file, and compile it")
     sub.add_argument("run", type=_path, metavar="DIR", help="folder of the run")
-    sub.add_argument("-o", "--output", type=_path, metavar="FILE", help=f"by default DIR/{commands.PACKED}")
+    sub.add_argument("-o", "--output", type=_path, metavar="FILE", help=f"by default DIR/{PACKED}")
     sub.add_argument("--no-compile", action="store_true", help="write no compiled networks beside the packed one")
     _add_data_root(sub)
 
@@ -184,7 +193,7 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
             choices=CHOICES.get(field.name),
             default=argparse.SUPPRESS,
             metavar=None if field.name in CHOICES else kind.__name__.upper(),
-            help=f"{HELP[field.name]} (default: {'none' if field.default is None else field.default})",
+            help=f"{HELP[field.name]} (default: {'none' if field.default in (None, '') else field.default})",
         )
 
 

@@ -26,6 +26,8 @@ IMAGES = ("train", "validation", "test")
 MOST_IMAGES = 2**53  # so many have a number in float64, and so has every integer up to it
 CHECKPOINT, WEIGHTS, METRICS = "checkpoint.pt", "model.safetensors", "metrics.json"
 UNCERTAINTY = {split: f"uncertainty-{split}.json" for split in SPLITS}
+PACKED = "packed.safetensors"
+"""The packed network of a run, where nobody says another name."""
 MEMBERS = "members.json"
 """What the folder of an ensemble has, whose members are runs in folders of their own."""
 LOCK = ".lock"
@@ -37,6 +39,7 @@ ADDED: dict[str, Any] = {
     "start_sigma": 0.1,
     "label_smoothing": 0.0,
     "autocast": "none",
+    "layer_levels": "",
 }
 NUMBERS = (int, float)
 # What a record of an epoch has, and which of it may be None.

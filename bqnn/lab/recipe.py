@@ -21,7 +21,7 @@ from bqnn.bayes.options import (
     check_start_sigma,
 )
 from bqnn.bayes.sample import MOST_SEED
-from bqnn.core.check import check_int, check_num_levels
+from bqnn.core.check import MAX_LEVELS, MIN_LEVELS, check_int, check_num_levels
 from bqnn.data.augment import KINDS
 from bqnn.ops.mixture_kl import check_mixture
 from bqnn.training.phases import (
@@ -62,6 +62,7 @@ class Recipe:
     dataset: str = "digits"
     method: str = "bayes"
     num_levels: int = 3
+    layer_levels: str = ""
     estimator: str = "moment"
     prior: str = "spike_slab"
     spike_width: float = SPIKE_WIDTH
@@ -92,6 +93,7 @@ class Recipe:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         check_num_levels(self.num_levels)
+        levels_of_layers(self.layer_levels)
         check_mixture(self.spike_width, self.slab_share)
         check_start_sigma(self.start_sigma)
         check_int("seed", self.seed, 0, MOST_SEED)
@@ -131,6 +133,11 @@ class Recipe:
         return phases_of(epochs, [getattr(self, name) for name in LR_NAMES])
 
     @property
+    def layer_options(self) -> dict[str, dict[str, int]]:
+        """Options of single layers by their names, as ``overrides`` of :func:`bqnn.convert`."""
+        return {name: {"num_levels": number} for name, number in levels_of_layers(self.layer_levels).items()}
+
+    @property
     def rates(self) -> Rates:
         return Rates(self.codebook_lr, self.variance_lr, self.weight_decay)
 
@@ -141,3 +148,19 @@ class Recipe:
     def locate(self, epoch: int) -> tuple[int, int]:
         """The phase that an epoch (from 0) belongs to, and the epochs of it that are done; at the end, the last one."""
         return locate(self.phases, epoch)
+
+
+def levels_of_layers(text: str) -> dict[str, int]:
+    """M of single layers, by their names, of a recipe's ``layer_levels``: "conv1=4 fc=16", in any order.
+
+    Raises:
+        ValueError: it is something else, names a layer twice, or has an M that is none.
+    """
+    found: dict[str, int] = {}
+    for word in text.split():
+        name, _, number = word.partition("=")
+        if not name or not (number.isascii() and number.isdecimal()) or name in found:
+            raise ValueError(f"layer_levels must be like 'conv1=4 fc=16', each layer once, got {text!r:.80}")
+        check_int(f"layer_levels of {name}", int(number), MIN_LEVELS, MAX_LEVELS)
+        found[name] = int(number)
+    return found

@@ -53,6 +53,11 @@ def text_of(name: str) -> str:
     return (_FOLDER / f"{name}{SUFFIX}").read_text(encoding="utf-8")
 
 
+def parsed_toml(text: bytes) -> dict[str, Any]:
+    """What a TOML file says; raises ValueError where it is none."""
+    return tomllib.loads(text.decode())
+
+
 def is_file(name: str | os.PathLike[str]) -> bool:
     """Whether ``name`` stands for a file, and not for a built-in recipe."""
     return not isinstance(name, str) or name.endswith(SUFFIX) or Path(name).name != name
@@ -65,7 +70,7 @@ def _built_in(name: str) -> tuple[str, Recipe]:
 def _parse(text: bytes, source: str) -> tuple[str, Recipe]:
     """Summary and recipe of a file's ``text``; messages name the ``source``."""
     try:
-        content: dict[str, Any] = tomllib.loads(text.decode())
+        content = parsed_toml(text)
         summary = content.pop(SUMMARY, "")
         if not isinstance(summary, str):
             raise ValueError(f"{SUMMARY} must be a string, got {summary!r:.80}")

@@ -68,6 +68,8 @@ class Run:
         parts = ["FPNN"]
         if recipe.method == "bayes":
             parts = [f"M = {recipe.num_levels}", recipe.estimator]
+            if recipe.layer_levels:
+                parts.append(recipe.layer_levels)
             if recipe.estimator != "deterministic":
                 parts.append(PRIOR_NAMES[recipe.prior])
             if recipe.partition != default.partition:

@@ -79,7 +79,7 @@ def quantize(net: nn.Module, recipe: Recipe, phase: int = BAYES) -> nn.Module:
     if not bayes_layers(net):
         net.requires_grad_(True)  # of what a network freezes nothing is left when it is quantized: it learns again
         options = {name: getattr(recipe, name) for name in LAYER_OPTIONS}
-        net = convert(net, recipe.num_levels, **options)
+        net = convert(net, recipe.num_levels, overrides=recipe.layer_options, **options)
     enter_phase(net, phase, dict.fromkeys(bayes_layers(net), recipe.estimator))
     return net
 
@@ -135,6 +135,8 @@ class Trainer:
         self.net = build_network(recipe, self.data, FULL_PRECISION)
         if recipe.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in self.net.modules()):
             raise ValueError(f"batch_size must be at least 2, since {recipe.model} has BatchNorm, got 1")
+        if unknown := set(recipe.layer_options).difference(name for name, _ in self.net.named_modules()):
+            raise ValueError(f"layer_levels names {min(unknown)}, which is no layer of {recipe.model}")
         if init is not None:
             self._load_init(init)
         self._start_phase(quantize(self.net, recipe, self.phase))
