@@ -75,9 +75,11 @@ Row = dict[str, Any]
 Scores = Mapping[str, float]
 
 
-def train(recipe: Recipe, folder: Path, data_root: Path, init: Path | None = None) -> Trainer:
-    """The trainer of a finished run."""
-    trainer = Trainer(recipe, folder, data_root=data_root, init=init)
+def train(
+    recipe: Recipe, folder: Path, data_root: Path, init: Path | None = None, kind: type[Trainer] = Trainer
+) -> Trainer:
+    """The trainer, of that kind, of a finished run."""
+    trainer = kind(recipe, folder, data_root=data_root, init=init)
     trainer.resume()
     trainer.run(progress=False)
     return trainer

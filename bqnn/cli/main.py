@@ -50,6 +50,7 @@ HELP = {
     "codebook_lr": "learning rate of levels and thresholds, as a factor",
     "variance_lr": "learning rate of the posterior variances, as a factor",
     "weight_decay": "of weights that have no prior",
+    "kl_weight": "factor of the divergence from the prior; 1 is the evidence lower bound",
     "kl_warmup": "epochs over which the divergence from the prior is ramped in",
     "augment": "how training images are varied",
     "label_smoothing": "share of each label that goes to all classes alike, in the loss of training alone",

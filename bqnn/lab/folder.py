@@ -40,6 +40,7 @@ ADDED: dict[str, Any] = {
     "label_smoothing": 0.0,
     "autocast": "none",
     "layer_levels": "",
+    "kl_weight": 1.0,
 }
 NUMBERS = (int, float)
 # What a record of an epoch has, and which of it may be None.

@@ -80,6 +80,7 @@ class Recipe:
     codebook_lr: float = CODEBOOK_LR
     variance_lr: float = VARIANCE_LR
     weight_decay: float = 0.0
+    kl_weight: float = 1.0
     kl_warmup: float = KL_WARMUP
     augment: str = "none"
     label_smoothing: float = 0.0
@@ -105,7 +106,7 @@ class Recipe:
         for name in ("batch_size", *LR_NAMES):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in (*Rates._fields, "kl_warmup"):
+        for name in (*Rates._fields, "kl_weight", "kl_warmup"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 

@@ -235,7 +235,8 @@ class Trainer:
         phase, done = recipe.locate(self.epoch)
         likelihood = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
         context = autocast(recipe, self.device)
-        objective = Objective(likelihood, len(self.data.train), recipe.kl_warmup, autocast=context)
+        size, weight = len(self.data.train), recipe.kl_weight
+        objective = Objective(likelihood, size, recipe.kl_warmup, autocast=context, kl_weight=weight)
         self.processes.draw_own_noise(recipe.seed, self.epoch)
         drawn, steps = self._batches(progress), self.steps_an_epoch
         own = train_epoch(self.together, drawn, self.optimizer, self.scheduler, objective, done, steps)

@@ -31,6 +31,8 @@ class Objective(NamedTuple):
     """Of all gradients together; longer ones are shortened."""
     autocast: AbstractContextManager[object] | None = None
     """Around the forward pass alone."""
+    kl_weight: float = 1.0
+    """Of the divergence, once it is warm; 1 is the evidence lower bound."""
 
 
 class Means(NamedTuple):
@@ -66,7 +68,7 @@ def train_epoch(
         with objective.autocast or nullcontext():
             output = ask(net, inputs)
         if layers:
-            weight = kl_warmup(done + step / steps, objective.kl_warmup)
+            weight = objective.kl_weight * kl_warmup(done + step / steps, objective.kl_warmup)
             loss, nll, kl = elbo(output, target, net, objective.dataset_size, weight, objective.nll)
         else:
             loss = nll = objective.nll(wide(output), target)
