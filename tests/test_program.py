@@ -49,6 +49,33 @@ def test_quantized_nodes_have_the_bits_of_the_integer_model(first: int, plan: st
     assert checked > 60
 
 
+@pytest.mark.parametrize("channels", (1, 5, 20, 37, 64))
+@pytest.mark.parametrize("dtype", ("float32", "uint8"))
+def test_elements_take_the_place_of_those_that_nobody_reads_any_more(channels: int, dtype: str) -> None:
+    """Of channels that are no whole vectors each is computed once, and what is an output or read later stays."""
+    generator = torch.Generator().manual_seed(channels)
+    names = ("x", "a", "b", "c", "d", "e", "f")
+    values = {name: Value(name, (channels, 3, 5), dtype if name in "bcd" else "float32") for name in names}
+    values["gate"], values["g"] = Value("gate", (channels, 1, 1)), Value("g", (channels, 1, 1), dtype)
+    affine = {"scale": torch.randn(channels, generator=generator), "shift": torch.randn(channels, generator=generator)}
+    nodes = (
+        Node("affine", ("x",), "a", {}, affine),
+        Node("activation", ("gate",), "g"),
+        Node("activation", ("a",), "b", activation=Activation("hardswish")),
+        Node("mul", ("b", "g"), "c"),
+        Node("add", ("c", "b"), "d", activation=Activation("clamp", -1.0, 2.0)),
+        Node("sub", ("d", "a"), "e"),
+        Node("activation", ("e",), "f", activation=Activation("clamp", -0.5, 0.5)),
+    )
+    graph = Graph(("x", "gate"), ("a", "f"), values, nodes)
+    graph.check()
+    given = torch.randn(4, channels, 3, 5, generator=generator), torch.rand(4, channels, 1, 1, generator=generator)
+    expected = run(graph, given, torch.float32)
+    for options in PLANS.values():
+        for y, exact in zip(Program(graph, **options)(list(given)), expected):
+            torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("channels", (1, 16, 40, 100, 129))
 @pytest.mark.parametrize("columns", (32, 96, 544, 41))
 @pytest.mark.parametrize("largest", (None, 1, 13, 32, 64))

@@ -112,7 +112,7 @@ inline void multiply_one(const ConvCall& call, const Chunk* chunks, int64_t num_
 inline void run_conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64_t end) {
   const Conv& conv = *call.conv;
   const int64_t strips = ceil_div(conv.group_channels, kWidth), words = panel_words(conv);
-  const int64_t positions = call.images * call.y.shape.height * call.y.shape.width;
+  const int64_t panels = conv.groups * strips, positions = call.images * call.y.shape.height * call.y.shape.width;
   // Where a batch is all that a panel is made for, each chunk is decoded when it is multiplied, and stays in the cache.
   const bool chunked = conv.panels == nullptr && conv.segments == 1 && ceil_div(positions, parts) <= kBatch;
   // Floats are loaded slower than they can be from the L2 cache, and gain nothing from chunks that fit the L1 cache;
@@ -129,7 +129,7 @@ inline void run_conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64
   int64_t decoded = -1;
   Positions at(call);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t index = unit / parts, group = index / strips, strip = index % strips, part = unit % parts;
+    const int64_t part = unit / panels, index = unit % panels, group = index / strips, strip = index % strips;
     const uint32_t* panel = conv.panels == nullptr ? made : conv.panels + index * words;
     if (conv.panels == nullptr && !chunked && index != decoded) make_panel(conv, group, strip, made), decoded = index;
     const int64_t width = smaller(conv.group_channels - strip * kWidth, kWidth);

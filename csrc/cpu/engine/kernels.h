@@ -144,11 +144,11 @@ struct Kernels {
   // 32-bit words of a panel, and what is in it: the weights of a strip of a group.
   int64_t (*panel_words)(const Conv& conv);
   void (*make_panel)(const Conv& conv, int64_t group, int64_t strip, uint32_t* panel);
-  // Units: [group][strip][part], so many parts of the positions of all images.
+  // Units: [part][group][strip], so many parts of the positions of all images.
   void (*conv2d)(const ConvCall& call, int64_t parts, int64_t begin, int64_t end);
-  // The same of convolutions that are filtered.
+  // The same of convolutions that are filtered, by units [group][strip][part].
   void (*winograd)(const ConvCall& call, int64_t parts, int64_t begin, int64_t end);
-  // The same of convolutions that are tiled; null where there are no tiles.
+  // And of those that are tiled, by the same units; null where there are no tiles.
   void (*tiled_conv2d)(const ConvCall& call, int64_t parts, int64_t begin, int64_t end);
   // Units: rows of y.
   void (*depthwise)(const ConvCall& call, int64_t begin, int64_t end);

@@ -17,6 +17,11 @@ namespace {
 // What an image may take at most: far more than there is memory for, and so little that no address overflows.
 constexpr int64_t kMostElements = int64_t{1} << 40, kMostBytes = int64_t{1} << 44;
 
+// Whether each element of a step's output depends on that place of an input of its shape alone.
+bool is_point(Op op) {
+  return op == Op::affine || op == Op::activation || op == Op::add || op == Op::sub || op == Op::mul;
+}
+
 void require_room(bool fits) {
   if (!fits) throw std::invalid_argument("an image must take less than 2^40 elements a value and 2^44 bytes in all");
 }
@@ -24,7 +29,12 @@ void require_room(bool fits) {
 class Planner {
  public:
   Planner(const Graph& graph, const std::vector<char>& wide, bool aligned)
-      : graph_(graph), wide_(wide), aligned_(aligned) {}
+      : graph_(graph), wide_(wide), aligned_(aligned), last_use_(graph.values.size(), -1) {
+    const int steps = static_cast<int>(graph.steps.size());
+    for (int i = 0; i < steps; ++i)
+      for (const int32_t x : graph.steps[i].inputs) last_use_[x] = i;
+    for (const int32_t v : graph.outputs) last_use_[v] = steps;
+  }
 
   Plan run() {
     plan_.places.resize(graph_.values.size());
@@ -42,6 +52,7 @@ class Planner {
   const Graph& graph_;
   const std::vector<char>& wide_;
   bool aligned_;
+  std::vector<int> last_use_;  // of each value: the last step that reads it; of outputs one beyond all
   Plan plan_;
 
   Buffer& buffer_of(int value) { return plan_.buffers[plan_.places[value].buffer]; }
@@ -68,12 +79,31 @@ class Planner {
       }
     }
     for (const int32_t v : graph_.inputs) own(v);
-    for (const Step& step : graph_.steps) {
-      if (keeps_order(step))
-        plan_.places[step.output] = plan_.places[step.inputs[0]];
+    for (size_t i = 0; i < graph_.steps.size(); ++i) {
+      const Step& step = graph_.steps[i];
+      const int over = keeps_order(step) ? step.inputs[0] : overwritten(static_cast<int>(i));
+      if (over >= 0)
+        plan_.places[step.output] = plan_.places[over];
       else
         own(step.output);
     }
+  }
+
+  // The input of a step that its output may take the place of, element by element, since nobody reads it any more; -1
+  // where there is none.
+  int overwritten(int index) const {
+    const Step& step = graph_.steps[index];
+    const Value& y = graph_.values[step.output];
+    if (!is_point(step.op) || plan_.places[step.output].buffer >= 0) return -1;
+    for (const int32_t x : step.inputs) {
+      const Value& value = graph_.values[x];
+      const int buffer = plan_.places[x].buffer;
+      bool free = value.shape == y.shape && value.dtype == y.dtype && value.zero == y.zero;
+      for (size_t v = 0; v < graph_.values.size() && free; ++v)
+        free = plan_.places[v].buffer != buffer || (last_use_[v] <= index && graph_.values[v].shape == y.shape);
+      if (free) return x;
+    }
+    return -1;
   }
 
   void own(int value) {

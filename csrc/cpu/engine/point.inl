@@ -1,4 +1,13 @@
-// Operators that treat each element by itself, and softmax.
+// Operators that treat each element by itself, and softmax. y may lie where a or b does: no element is read, or
+// computed, once it has been written.
+
+// Calls f(first channel, how many count) for the channels in vectors, each channel once.
+template <class F>
+BQNN_INLINE void for_each_once(int64_t channels, const F& f) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) f(c, kLanes);
+  if (c < channels) f(c, static_cast<int>(channels - c));
+}
 
 // y = f(a, b) over rows of y; b has the elements of a, or one in place of an axis.
 template <class A, class B, class Y, class F>
@@ -17,11 +26,11 @@ inline void each_pair(const PointCall& call, int64_t begin, int64_t end, const F
     for (int64_t w = 0; w < shape.width; ++w, a += call.a.pixel, b += pixel, y += call.y.pixel) {
       if (one_channel) {
         const Float value = broadcast(bs.read(b)[0]);
-        for_channels(shape.channels, [&](int64_t c, int lanes) {
+        for_each_once(shape.channels, [&](int64_t c, int lanes) {
           ys.write(y + c, f(as.read(a + c), value), lanes);
         });
       } else {
-        for_channels(shape.channels, [&](int64_t c, int lanes) {
+        for_each_once(shape.channels, [&](int64_t c, int lanes) {
           ys.write(y + c, f(as.read(a + c), bs.read(b + c)), lanes);
         });
       }
@@ -42,15 +51,17 @@ inline void each_one(const PointCall& call, int64_t begin, int64_t end, bool by_
     const A* a = elements<A>(call.a, image, h);
     Y* y = elements<Y>(call.y, image, h);
     for (int64_t w = 0; w < pixels; ++w, a += call.a.pixel, y += call.y.pixel)
-      for_channels(channels, [&](int64_t c, int lanes) {
+      for_each_once(channels, [&](int64_t c, int lanes) {
         ys.write(y + c, f(as.read(a + c), c), lanes);
       });
   }
 }
 
-// Calls f with what an activation does to a vector. Clamping, which is nearly all there is, asks nothing in between.
+// Calls f with what an activation does to a vector. Nothing and clamping, which are nearly all there is, ask nothing in
+// between.
 template <class F>
 BQNN_INLINE void with_activation(const Activation& act, const F& f) {
+  if (act.function == Function::none) return f([&](Float x) BQNN_LAMBDA { return x; });
   if (act.function == Function::clamp)
     return f([low = broadcast(act.low), high = broadcast(act.high)](Float x) BQNN_LAMBDA {
       return min(high, max(low, x));

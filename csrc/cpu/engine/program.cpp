@@ -58,6 +58,12 @@ int64_t vectors_of(const Conv& conv, const Kernels& kernels) {
   return ceil_div(std::min<int64_t>(conv.group_channels, kernels.strip), kernels.lanes);
 }
 
+// Bytes of a border that repay waking a thread.
+constexpr int64_t kBorderWorthAThread = 1 << 14;
+
+// Positions that are worth a part of their own.
+constexpr int64_t kPositionsOfRows = 64;
+
 constexpr int64_t kMostBytes = int64_t{1} << 50;  // of the images of a run
 
 // Images that a thread takes through all steps together, at least, where the filters of large layers are made for them.
@@ -118,16 +124,15 @@ View Program::view(const Frame& frame, int value) const {
 
 namespace {
 
-// Sets the border of images to what stands for zero.
-void fill_border(const Buffer& b, char* images, int64_t count) {
+// Sets the border of images to what stands for zero. Units: what lies before each row of an image, and after the last.
+void fill_border(const Buffer& b, char* images, int64_t begin, int64_t end) {
   const int64_t size = size_of(b.dtype), row = b.row() * size, left = b.left * b.pixel * size;
-  const int64_t right = b.right * b.pixel * size;
-  for (int64_t i = 0; i < count; ++i) {
-    char* image = images + i * b.bytes();
-    std::memset(image, b.zero, static_cast<size_t>(b.top * row + left));
-    for (int64_t h = 0; h + 1 < b.shape.height; ++h)
-      std::memset(image + (b.top + h + 1) * row - right, b.zero, static_cast<size_t>(right + left));
-    std::memset(image + (b.top + b.shape.height) * row - right, b.zero, static_cast<size_t>(right + b.bottom * row));
+  const int64_t right = b.right * b.pixel * size, units = b.shape.height + 1;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t h = unit % units, above = h == 0 ? b.top * row : right;
+    const int64_t below = h == b.shape.height ? b.bottom * row : left;
+    char* at = images + unit / units * b.bytes() + (b.top + h) * row;
+    std::memset(at - above, b.zero, static_cast<size_t>(above + below));
   }
 }
 
@@ -145,7 +150,10 @@ void Program::run_instruction(const Frame& frame, const Instruction& of, const P
   const int64_t images = frame.images;
   if (of.kind == Kind::border) {
     const Buffer& b = plan_.buffers[of.value];
-    return fill_border(b, frame.memory(b), images);
+    const int64_t units = b.shape.height + 1, pixels = b.shape.height * b.shape.width;
+    const int64_t bytes = (b.image() - pixels * b.pixel) * size_of(b.dtype);
+    return parallel_for(parallel, images * units, 1 + kBorderWorthAThread * units / bytes,
+                        [&](int64_t begin, int64_t end) { fill_border(b, frame.memory(b), begin, end); });
   }
   const View y = view(frame, of.value);
   const int64_t rows = images * y.shape.height;
@@ -176,12 +184,16 @@ void Program::run_instruction(const Frame& frame, const Instruction& of, const P
       }
       const int64_t strips = conv.groups * ceil_div(conv.group_channels, k.strip);
       const int64_t positions = rows * call.y.shape.width;
+      const bool filtered = by_filtering(conv, images, y.shape, vectors_of(conv, k)), tiled = on_tiles(conv, positions);
+      const auto conv2d = tiled ? k.tiled_conv2d : filtered ? k.winograd : k.conv2d;
       int64_t parts = parallel.threads / std::gcd<int64_t>(parallel.threads, strips);
-      const bool filtered = by_filtering(conv, images, y.shape, vectors_of(conv, k));
-      const auto conv2d = on_tiles(conv, positions) ? k.tiled_conv2d : filtered ? k.winograd : k.conv2d;
       if (strips >= 4 * parallel.threads || parts > positions) parts = 1;
+      // Threads that keep to their rows from step to step find them in their caches. Then each reads all weights, which
+      // must not be more than the images that another division would have it read.
+      const bool few_weights = count_weights(graph_, step) <= images * x.shape.height * x.shape.width * x.shape.channels;
+      if (!filtered && !tiled && few_weights && positions >= kPositionsOfRows * parallel.threads) parts = parallel.threads;
       const double work = static_cast<double>(products(of)) * images / (strips * parts);
-      const auto worth = static_cast<double>(worth_a_thread(k, conv.integers, on_tiles(conv, positions)));
+      const auto worth = static_cast<double>(worth_a_thread(k, conv.integers, tiled));
       parallel_for(parallel, strips * parts, static_cast<int64_t>(1 + worth / (1 + work)),
                    [&](int64_t begin, int64_t end) { conv2d(call, parts, begin, end); });
       return;
