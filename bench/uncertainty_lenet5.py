@@ -2,7 +2,7 @@
 
     python -m bench.uncertainty_lenet5 --out runs/uncertainty [--case lenet5-mnist] [--seeds 0 1 2] [--test] [--save]
 
-Trains what is missing, one network after the other, M = 3 with every layer quantized and as many epochs for each. The
+Trains what is missing, one network after the other, M = 3 or 2, every layer quantized and as many epochs for each. The
 networks of a seed have their full-precision phase in common, the quantized ones the deterministic phase too; what is
 stopped goes on where it was. Each is tested as it is, and the one with the prior "mixture" also as the mean of 16
 networks that are drawn from its *packed* form: codes drawn once, BatchNorm statistics of their own. "ensemble" is four
@@ -61,6 +61,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "fpnn": {"method": "fpnn"},
     "deterministic": {"estimator": "deterministic"},
     "default": {},
+    "default, M = 2": {"num_levels": 2},
     "mixture": _OF_MIXTURE,
     "ensemble": {"estimator": "deterministic"},
     "mixture ensemble": _OF_MIXTURE,
@@ -105,7 +106,9 @@ def train_network(name: str, base: Recipe, folder: Path, data_root: Path) -> Tra
         EnsembleTrainer(ensemble, init=init, data_root=data_root).train(progress=False)
         return Trained(ensemble.folder, base.seed, ensemble.load(), trunk.data, size)
     if recipe.method != "fpnn":
-        init = train(replace(base, epochs=0), folder / "quantized", data_root, init).folder / WEIGHTS
+        first = replace(base, num_levels=recipe.num_levels, epochs=0)
+        quantized = "quantized" if first.num_levels == base.num_levels else f"quantized-{first.num_levels}"
+        init = train(first, folder / quantized, data_root, init).folder / WEIGHTS
     trainer = train(recipe, folder / name, data_root, init)
     return Trained(trainer.folder, base.seed, trainer.net, trainer.data, size)
 
