@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import sys
 
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+def interrupted() -> int:
+    """Says so, and returns the exit status: what a shell reports for Ctrl-C."""
+    print("bqnn: interrupted", file=sys.stderr)
+    return 130
 
 
 def main() -> int:
@@ -17,5 +21,4 @@ def main() -> int:
 
         return command()
     except KeyboardInterrupt:
-        print("bqnn: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return interrupted()

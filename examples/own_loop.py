@@ -39,15 +39,8 @@ def train(net: nn.Module, loader: DataLoader, epochs: int, lr: float, is_bayes: 
             schedule.step()
 
 
-def main() -> dict[str, float]:
-    digits = load_digits()
-    x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], y[order]
-    loader = DataLoader(TensorDataset(x[:TRAIN], y[:TRAIN]), batch_size=64, shuffle=True)
-
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10))
+def three_phases(net: nn.Module, loader: DataLoader) -> nn.Module:
+    """The M-ary network that ``net``, at full precision, becomes."""
     for phase, (epochs, lr) in enumerate(PHASES):
         if phase == 1:  # from here on the network is quantized: first without a posterior, ...
             net = bqnn.convert(net, num_levels=3, estimator="deterministic")
@@ -58,8 +51,20 @@ def main() -> dict[str, float]:
                     layer.reset_variances_()
         train(net, loader, epochs, lr, is_bayes=phase == 2)
     bqnn.refresh_batchnorm(net, (batch for batch, _ in loader))
+    return net.eval()
 
-    net.eval()
+
+def main() -> dict[str, float]:
+    digits = load_digits()
+    x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order]
+    loader = DataLoader(TensorDataset(x[:TRAIN], y[:TRAIN]), batch_size=64, shuffle=True)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10))
+    net = three_phases(net, loader)
+
     error = 100 * (net(x[TRAIN:]).argmax(1) != y[TRAIN:]).float().mean().item()
     near = bqnn.report(net).near_share
     print(f"error {error:.2f} %, {100 * near:.1f} % of the means near their level")

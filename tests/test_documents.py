@@ -87,8 +87,22 @@ def command() -> dict[str, Any]:
     return {"folder": Path("run")}
 
 
+def training() -> dict[str, Any]:
+    return {"net": plain(), "loader": dataset(), "x": images, "y": labels, "torch": torch, "epoch": 0, "step": 1}
+
+
+def ops() -> dict[str, Any]:
+    layer = bqnn.BayesLinear(6, 4, num_levels=3)
+    names = {name: getattr(layer, name).detach() for name in ("weight", "log_sigma2", "levels", "thresholds")}
+    return {"x": torch.rand(5, 6), "torch": torch, **names}
+
+
 PREPARED: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
+    "docs/api/training.md": training,
+    "docs/api/inference.md": lambda: {"net": bayes(), "x": images},
+    "docs/api/reports.md": lambda: {"net": bayes(), "x": images},
+    "docs/api/ops.md": ops,
     "docs/guide/fit.md": fit,
     "docs/guide/pack.md": pack,
     "docs/guide/compile.md": lambda: {"small": packed(), "images": images},
@@ -156,6 +170,10 @@ def test_every_public_name_is_in_the_reference() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
     named = re.findall(r"^::: bqnn\.(.*)$", text, re.MULTILINE)
     assert sorted(named) == sorted({*bqnn.__all__, *(f"ops.{name}" for name in bqnn.ops.__all__)} - {"__version__"})
+
+
+def test_every_page_of_the_reference_has_examples() -> None:
+    assert all(code_of(page, "python") for page in PAGES if page.startswith("docs/api/"))
 
 
 def test_every_recipe_is_described() -> None:

@@ -58,6 +58,13 @@ def test_encoder(capsys: pytest.CaptureFixture[str]) -> None:
     assert "entropy" in capsys.readouterr().out
 
 
+def test_other_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("other_layers.py")
+    assert found["layers"] == ["symbols", "pairs", "memory.ih_l0", "memory.hh_l0", "head"]
+    assert found["left"] == ["norm"] and found["right"] > 0.9
+    assert "few numbers" in capsys.readouterr().out
+
+
 def test_hugging_face(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="transformers, of the extra examples, is not installed")
     found = run("hugging_face.py", sequences=300, epochs=3)

@@ -208,6 +208,8 @@ def test_the_citation_is_of_this_version_and_of_the_paper() -> None:
     paper = found["preferred-citation"]
     assert {"type", "title", "authors", "journal", "year", "doi"} <= set(paper)
     assert all({"family-names", "given-names"} == set(author) for author in paper["authors"])
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["urls"]["Paper"] == f"https://doi.org/{paper['doi']}"
 
 
 def test_every_package_that_is_asked_for_has_a_pin() -> None:

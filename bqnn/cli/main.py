@@ -23,8 +23,9 @@ from bqnn.data.splits import NAMES
 from bqnn.lab.folder import PACKED, SPLITS, WEIGHTS
 from bqnn.lab.recipe import CHOICES, Recipe
 from bqnn.ops.dispatch import BackendError
+from bqnn_command import interrupted
 
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130  # exit statuses; 130 is what a shell reports for Ctrl-C
+USER_ERROR, FAILURE = 2, 1  # exit statuses
 
 # What each field of a recipe means; the options of `bqnn train` are made of the fields themselves.
 HELP = {
@@ -78,11 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         return _fail(error, FAILURE, options.parser)
     except KeyboardInterrupt:
-        print("bqnn: interrupted", file=sys.stderr)
+        status = interrupted()
         if options.command is commands.train and commands.has_run(options.out):
             again = ["bqnn", *(word for word in given if word not in ("--force", "--resume")), "--resume"]
             print(f"bqnn: to go on: {shlex.join(again)}", file=sys.stderr)
-        return INTERRUPTED
+        return status
     return 0
 
 

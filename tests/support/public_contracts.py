@@ -1,6 +1,6 @@
 """What the public functions of bqnn and bqnn.ops take: declared as the ops of the extension are, see contracts.py.
 
-Their answers are those of public_answers.py.
+Their answers are those of public_answers.py; layers are in layer_contracts.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,21 @@ from bqnn.ops.codebook_from_raw import codebook_from_raw
 from tests.support import contracts, draws
 from tests.support.answers import Answers
 from tests.support.draws import Contract, Draw, Maker, flag, numbers, optional, variances
+from tests.support.layer_contracts import (
+    CODES,
+    FLAGS,
+    KEPT,
+    LAYERS,
+    OPTIONS,
+    conv2d_input,
+    groups,
+    kernel_size,
+    linear_input,
+    one_of,
+    options,
+    precision,
+    sized,
+)
 from tests.support.public_answers import by_reference, exactly, unknown, unless_a_cell_is_close
 
 NETWORKS = 256
@@ -54,26 +69,6 @@ def kernel_variance(draw: Draw) -> Tensor:
     return kernel_weight(draw).abs() - 4.0
 
 
-def linear_input(draw: Draw) -> Tensor:
-    return draw.normal(*draw.choice(([], [1], [draw.randint(0, 9)], [2, 3])), draw.size("K"))
-
-
-def conv2d_input(draw: Draw) -> Tensor:
-    return draws.images(draw).float()
-
-
-def groups(draw: Draw) -> int:
-    return draws.geometry(draw, False).groups
-
-
-def kernel_size(draw: Draw) -> list[int]:
-    return list(draws.geometry(draw, False).kernel)
-
-
-def precision(draw: Draw) -> str:
-    return draws.geometry(draw).precision
-
-
 def modes(draw: Draw) -> str:
     return draw.choice(("categorical", "gaussian", "straight_through"))
 
@@ -85,7 +80,6 @@ CONV2D = {"weight": in_dtype(kernel_weight), "log_sigma2": in_dtype(kernel_varia
 NOISE = {"seed": draws.seed, "offset": draws.call_number}
 MOMENT = {**NOISE, "mode": modes, "coarse_variance": flag}
 STEPS = {**contracts.STEPS, "groups": groups}
-PACKED = {"codes": draws.codes, "levels": draws.levels, **{"bias": optional(numbers("N"))}}
 BACKEND = {"backend": backend}
 
 
@@ -97,19 +91,6 @@ def plain_net(draw: Draw) -> nn.Module:
     convolution = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3))
     rows = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2), nn.ReLU(), nn.Linear(2, 3))
     return draw.choice((nn.Linear(4, 3), rows, convolution))
-
-
-def options(draw: Draw) -> dict[str, Any]:
-    return {
-        "num_levels": draw.choice((2, 3, 4)),
-        "granularity": draw.choice(("tensor", "channel")),
-        "partition": draw.choice(("nearest", "learned")),
-        "estimator": draw.choice(("moment", "sample", "local", "deterministic")),
-        "prior": draw.choice(("spike_slab", "gaussian", "mixture")),
-        "spike_width": draw.choice((0.25, 0.1, 1.0)),
-        "slab_share": draw.choice((0.1, 0.01, 0.5)),
-        "start_sigma": draw.choice((0.1, 0.3)),
-    }
 
 
 def bayes_net(draw: Draw) -> nn.Module:
@@ -155,74 +136,7 @@ def logits(draw: Draw) -> Tensor:
     return draw.normal(5, 3)
 
 
-def option(name: str) -> Maker:
-    return lambda draw: draw.facts.setdefault("options", options(draw))[name]
-
-
-def one_of(*values: Any) -> Maker:
-    return lambda draw: draw.choice(values)
-
-
-def sized(name: str) -> Maker:
-    return lambda draw: draw.size(name)
-
-
-OPTION_NAMES = ("num_levels", "granularity", "partition", "estimator", "prior")
-OPTION_NAMES += ("spike_width", "slab_share", "start_sigma")
-OPTIONS = {name: option(name) for name in OPTION_NAMES}
-FLAGS = {"quantize_mean": flag, "coarse_variance": flag}
 PACK = {"precision": one_of("fp32", "bf16", "int8"), "execution": one_of("auto", "packed", "dense")}
-
-
-def converted(net: Any, **keywords: Any) -> Any:
-    return bqnn.convert(net, **keywords)
-
-
-def layer_called(make: Callable[..., nn.Module], given: str = "x") -> Callable[..., Any]:
-    """Makes a layer and calls it with the argument ``given``, in training and in evaluation mode, with a gradient."""
-
-    def run(**keywords: Any) -> Any:
-        x = keywords.pop(given)
-        layer = make(**keywords)
-        y = layer(x)
-        if layer.training and y.requires_grad:
-            y.sum().backward()
-        return layer.eval()(x)
-
-    return run
-
-
-def layer_padding(draw: Draw) -> tuple[int, ...]:
-    draw.facts["padding"] = tuple(draws.paddings(draw))
-    return draw.facts["padding"]
-
-
-def padding_mode(draw: Draw) -> str:
-    """What repeats or mirrors x needs as much of it: an image has one pixel or more."""
-    return draw.choice(("zeros", "zeros", "replicate", *["circular"] * (max(draw.facts["padding"]) < 2)))
-
-
-BAYES_LINEAR = {"x": linear_input, "in_features": sized("K"), "out_features": sized("N")}
-BAYES_CONV2D = {
-    "x": conv2d_input,
-    "in_channels": lambda draw: draws.geometry(draw, False).inputs * groups(draw),
-    "out_channels": lambda draw: draw.size("N"),
-    "kernel_size": lambda draw: tuple(kernel_size(draw)),
-    "stride": lambda draw: tuple(draws.strides(draw)),
-    "padding": layer_padding,
-    "dilation": lambda draw: tuple(draws.dilations(draw)),
-    "groups": groups,
-    "padding_mode": padding_mode,
-}
-BAYES_EMBEDDING = {
-    "num_embeddings": sized("N"),
-    "indices": lambda draw: draw.integers(draw.size("N"), *draw.choice(([], [1], [draw.randint(0, 9)], [2, 3]))),
-    "embedding_dim": sized("K"),
-    "padding_idx": optional(lambda draw: draw.randrange(draw.size("N"))),
-}
-PACKED_LAYER = {"codes": draws.codes, "levels": draws.levels, "bias": optional(numbers("N"))}
-PACKED_LAYER["chances"] = optional(draws.chances)
-RUN = {"execution": one_of("auto", "packed", "dense"), "relu": flag}
 
 
 def unpacked(draw: Draw) -> Tensor:
@@ -272,13 +186,13 @@ def public() -> dict[str, Contract]:
         "mixture_kl": (ops.mixture_kl, {**_POSTERIOR, **_MIXTURE}, by_reference(ops.mixture_kl)),
         "packed_linear": (
             ops.packed_linear,
-            {"x": draws.rows, **PACKED, "precision": precision, "layout": optional(draws.nothing), **BACKEND}
+            {"x": draws.rows, **CODES, "precision": precision, "layout": optional(draws.nothing), **BACKEND}
             | {"relu": flag},
             by_reference(ops.packed_linear, ("levels",)),
         ),
         "packed_conv2d": (
             ops.packed_conv2d,
-            {"x": draws.images, **PACKED, "kernel_size": kernel_size, **STEPS, "precision": precision}
+            {"x": draws.images, **CODES, "kernel_size": kernel_size, **STEPS, "precision": precision}
             | {"layout": draws.nothing, **BACKEND, "relu": flag},
             by_reference(ops.packed_conv2d, ("levels",)),
         ),
@@ -294,24 +208,7 @@ def public() -> dict[str, Contract]:
             {"packed": packed_bytes, "num_levels": sized("M"), "columns": sized("K")},
             unknown,
         ),
-        "BayesLinear": (layer_called(bqnn.BayesLinear), {**BAYES_LINEAR, **OPTIONS, **FLAGS}, unknown),
-        "BayesConv2d": (layer_called(bqnn.BayesConv2d), {**BAYES_CONV2D, **OPTIONS, **FLAGS}, unknown),
-        "PackedLinear": (
-            layer_called(bqnn.PackedLinear),
-            {"x": draws.rows, "in_features": sized("K"), **PACKED_LAYER, "precision": precision, **RUN},
-            unknown,
-        ),
-        "PackedConv2d": (
-            layer_called(bqnn.PackedConv2d),
-            {name: BAYES_CONV2D[name] for name in BAYES_CONV2D if name != "out_channels"}
-            | {**PACKED_LAYER, "precision": precision, **RUN},
-            unknown,
-        ),
-        "BayesEmbedding": (
-            layer_called(bqnn.BayesEmbedding, "indices"),
-            {**BAYES_EMBEDDING, **OPTIONS, **FLAGS},
-            unknown,
-        ),
+        **LAYERS,
         "predict": (
             bqnn.predict,
             {"net": bayes_net, "x": net_input, "samples": samples, "seed": one_of(None, 0, 5)},
@@ -355,11 +252,8 @@ COSTLY = {"samples": (1000, math.inf), "padding": (300, 2**31)}
 MADE = frozenset({"weight", "weights", "layer"})
 """What an error may name beside the arguments: what is made of them."""
 _KEPT = {
-    "BayesLinear": frozenset({"in_features", "out_features"}),
-    # torch's own check of sizes and of the padding index; and of indices past the end, whose error names no argument.
-    "BayesEmbedding": frozenset(BAYES_EMBEDDING),
+    **KEPT,
     "predict": frozenset({"x"}),
     "predict_packed": frozenset({"x"}),
     "elbo": frozenset({"output", "target"}),
-    "BayesConv2d": frozenset(BAYES_CONV2D) - {"x"},
 }
