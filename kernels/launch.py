@@ -5,6 +5,7 @@ from functools import cache, lru_cache
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime import driver
 
 from bqnn.kernels.weight_tiles import MOST_ELEMENTS, MOST_TILES, PROGRAMS
@@ -18,6 +19,81 @@ MATRIX_BLOCK = 1024
 ALL_REGISTERS = {"maxnreg": 255}
 # A contraction is cut into no more parts than these, since each of them writes a float32 tensor of the output's size.
 MAX_SPLITS = 8
+
+
+# What launch() has compiled of each kernel, by the kernel's identity: kernels are made once and stay.
+_tables = {}
+# Triton compiles a kernel for pointers that are multiples of so many bytes, or for any.
+ALIGNMENT = 16
+# A table of compiled kernels that is as long as this is begun anew, since shapes may have no end.
+MOST_LAUNCHES = 4096
+
+
+class _Table:
+    """Compiled kernels of one JITFunction, by what Triton compiles them for."""
+
+    def __init__(self, kernel):
+        heuristics = isinstance(kernel, triton.runtime.Heuristics)
+        self.function = kernel.fn if heuristics else kernel
+        self.heuristics = kernel.values if heuristics else {}
+        self.names = self.function.arg_names
+        # Of numbers whose type is declared Triton looks at no value: a seed is another one in every call.
+        self.typed = [i for i, param in enumerate(self.function.params) if not param.is_constexpr and param.annotation]
+        self.compiled = {}
+
+    def rest(self, arguments, constants):
+        """What the kernel takes after its positional arguments, in its order."""
+        given = {**dict(zip(self.names, arguments)), **constants}
+        given |= {name: value(given) for name, value in self.heuristics.items()}
+        return tuple(given[name] for name in self.names[len(arguments) :])
+
+
+def _append_kinds(key, arguments):
+    """Appends what Triton compiles a kernel for: dtypes and alignments of tensors, also within a NamedTuple of them,
+    and numbers, whose values say more than is needed."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            key.append((argument.dtype,) if argument.data_ptr() % ALIGNMENT else argument.dtype)
+        elif isinstance(argument, tuple) and isinstance(argument[0], Tensor):
+            _append_kinds(key, argument)
+        else:
+            key.append(float if isinstance(argument, float) else argument)
+
+
+def launch(kernel, grid, *arguments, **constants):
+    """``kernel[grid](*arguments, **constants)``, which looks up and binds in 15 microseconds what is found in 5 here.
+
+    The compiled kernel is run just as Triton's JITFunction.run does, which is asked where there is none yet. Constants,
+    flags and options that a kernel is compiled for, are given by keyword, and numbers may be.
+    """
+    if INTERPRETED:
+        kernel[grid](*arguments, **constants)
+        return
+    table = _tables.get(id(kernel))
+    if table is None:
+        table = _tables[id(kernel)] = _Table(kernel)
+    device = driver.active.get_current_device()
+    free = [None if i in table.typed else argument for i, argument in enumerate(arguments)]
+    key = [device, *constants, *constants.values()]
+    _append_kinds(key, free)
+    key = tuple(key)
+    found = table.compiled.get(key)
+    if found is None or table.function.pre_run_hooks:
+        compiled = kernel[grid](*arguments, **constants)
+        if compiled is not None:  # a hook of Triton's may have said that nothing is compiled
+            if len(table.compiled) >= MOST_LAUNCHES:
+                table.compiled.clear()
+            table.compiled[key] = compiled, table.rest(arguments, constants)
+        return
+    compiled, rest = found
+    stream = driver.active.get_current_stream(device)
+    columns, rows, layers = (*grid, 1, 1)[:3]
+    hooks = triton.knobs.runtime
+    compiled.run(
+        columns, rows, layers, stream, compiled.function, compiled.packed_metadata,
+        compiled.launch_metadata(grid, stream, *arguments, *rest), hooks.launch_enter_hook, hooks.launch_exit_hook,
+        *arguments, *rest,
+    )  # fmt: skip
 
 
 def cdiv(a, b):

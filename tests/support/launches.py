@@ -32,19 +32,14 @@ class _Gpu(Driver):
 
     def __init__(self, capability: int) -> None:
         super().__init__(_NUMBERS + capability)
-        self.launched: list[str] = []
+        self.launched: list[Launched] = []
 
 
-_NUMBERS = 2000
-"""Added to a capability it gives the number of a GPU whose kernels do nothing: caches are kept by number."""
+class Launched(str):
+    """The name of a kernel that was launched, with its grid and what it was given, constants included."""
 
-
-class _Gpu(Driver):
-    """The driver of such a GPU; it knows what was launched."""
-
-    def __init__(self, capability: int) -> None:
-        super().__init__(_NUMBERS + capability)
-        self.launched: list[str] = []
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
 
 
 class _Kernel:
@@ -58,14 +53,17 @@ class _Kernel:
     def launch_metadata(self, *arguments: Any) -> None:
         return None
 
-    def run(self, *arguments: Any) -> None:
-        driver.active.launched.append(self._name)
+    def run(self, columns: int, rows: int, layers: int, *arguments: Any) -> None:
+        done = Launched(self._name)
+        # Before the arguments are the stream, the function, two of metadata and two hooks.
+        done.grid, done.arguments = (columns, rows, layers), arguments[6:]
+        driver.active.launched.append(done)
 
 
 @contextmanager
-def launches_stand_in(capability: int = CAPABILITY) -> Iterator[list[str]]:
+def launches_stand_in(capability: int = CAPABILITY) -> Iterator[list[Launched]]:
     """Kernels are bound, looked up and launched as ever, but none is compiled, and one that is launched does nothing
-    but note its name; the names are what the context gives."""
+    but note its name; the names, each a :class:`Launched`, are what the context gives."""
 
     def compile_nothing(self: Any, key: Any, signature: Any, device: int, *others: Any) -> _Kernel:
         kernel = self.device_caches[device][0][key] = _Kernel(self.fn.__name__)
@@ -79,7 +77,7 @@ def launches_stand_in(capability: int = CAPABILITY) -> Iterator[list[str]]:
 
 
 @contextmanager
-def gpu_stands_in() -> Iterator[list[str]]:
+def gpu_stands_in() -> Iterator[list[Launched]]:
     """The backend "triton" serves CPU tensors too, before all others, and cuts its work up as for an H200; packed
     layers multiply codes. Codes are right, since what packs them looks at them. Gives the names of the kernels that are
     launched."""
