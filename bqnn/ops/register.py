@@ -100,9 +100,10 @@ def register_op(
         setup_context(ctx, inputs, {}, output)
 
     def backward_of_op(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        needs = [*ctx.needs_input_grad[:positional], *[False] * (len(order) - positional)]
-        found = gradients_of(ctx, (*needs[:where], *needs[where + 1 :]), gradients)
-        return (*found[:where], None, *found[where:])[:positional]
+        needs = ctx.needs_input_grad[:positional]  # fewer, where the dispatcher leaves out trailing arguments
+        flat = (*needs, *[False] * (len(order) - len(needs)))
+        found = gradients_of(ctx, (*flat[:where], *flat[where + 1 :]), gradients)
+        return (*found[:where], None, *found[where:])[: len(needs)]
 
     def forward_of_function(ctx: Any, backend: str | None, *flat: Any) -> Any:
         # A setup_context of its own would have torch look up the signature of `forward` in every call.
