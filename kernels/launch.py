@@ -1,13 +1,16 @@
 """What launchers share: flags, grids and the reductions that end a kernel's partial sums."""
 
+import inspect
 import math
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
+from bqnn.kernels.seed_in_memory import SEED, reading_seed
 from bqnn.kernels.weight_tiles import MOST_ELEMENTS, MOST_TILES, PROGRAMS
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -36,10 +39,16 @@ class _Table:
         heuristics = isinstance(kernel, triton.runtime.Heuristics)
         self.function = kernel.fn if heuristics else kernel
         self.heuristics = kernel.values if heuristics else {}
-        self.names = self.function.arg_names
+        parameters = inspect.signature(self.function.fn).parameters
+        self.names = list(parameters)
         # Of numbers whose type is declared Triton looks at no value: a seed is another one in every call.
-        self.typed = [i for i, param in enumerate(self.function.params) if not param.is_constexpr and param.annotation]
+        self.typed = [i for i, each in enumerate(parameters.values()) if each.annotation is tl.int64]
+        self.seed = self.names.index(SEED) if SEED in self.names else None
         self.compiled = {}
+
+    @cached_property
+    def reading_seed(self):
+        return reading_seed(self.function)
 
     def rest(self, arguments, constants):
         """What the kernel takes after its positional arguments, in its order."""
@@ -63,15 +72,19 @@ def _append_kinds(key, arguments):
 def launch(kernel, grid, *arguments, **constants):
     """``kernel[grid](*arguments, **constants)``, which looks up and binds in 15 microseconds what is found in 5 here.
 
-    The compiled kernel is run just as Triton's JITFunction.run does, which is asked where there is none yet. Constants,
-    flags and options that a kernel is compiled for, are given by keyword, and numbers may be.
+    A seed may be a tensor, which the kernel then reads. The compiled kernel is run just as Triton's JITFunction.run
+    does, which is asked where there is none yet. Constants, flags and options that a kernel is compiled for, are given
+    by keyword, and numbers may be.
     """
-    if INTERPRETED:
-        kernel[grid](*arguments, **constants)
-        return
     table = _tables.get(id(kernel))
     if table is None:
         table = _tables[id(kernel)] = _Table(kernel)
+    if table.seed is not None and isinstance(arguments[table.seed], Tensor):
+        launch(table.reading_seed, grid, *arguments, **constants)
+        return
+    if INTERPRETED:
+        kernel[grid](*arguments, **constants)
+        return
     device = driver.active.get_current_device()
     free = [None if i in table.typed else argument for i, argument in enumerate(arguments)]
     key = [device, *constants, *constants.values()]

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -35,11 +36,37 @@ class _Gpu(Driver):
         self.launched: list[Launched] = []
 
 
+class Memory(NamedTuple):
+    """What a kernel knows of a tensor; the tensor itself is not kept, since tests count what is."""
+
+    address: int
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
+def _given(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return Memory(argument.data_ptr(), argument.dtype, argument.shape, argument.stride())
+    return tuple(map(_given, argument)) if isinstance(argument, tuple) else argument
+
+
 class Launched(str):
     """The name of a kernel that was launched, with its grid and what it was given, constants included."""
 
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]
+
+    def numbers(self) -> Any:
+        """All that is known when it is launched, and not in memory: what a graph would keep but for addresses."""
+        return str(self), self.grid, _without_addresses(self.arguments)
+
+
+def _without_addresses(argument: Any) -> Any:
+    if isinstance(argument, Memory):
+        return argument[1:]
+    assert argument is None or isinstance(argument, (bool, int, float, str, tuple)), f"{argument!r} is a new kind"
+    return tuple(map(_without_addresses, argument)) if isinstance(argument, tuple) else argument
 
 
 class _Kernel:
@@ -56,7 +83,7 @@ class _Kernel:
     def run(self, columns: int, rows: int, layers: int, *arguments: Any) -> None:
         done = Launched(self._name)
         # Before the arguments are the stream, the function, two of metadata and two hooks.
-        done.grid, done.arguments = (columns, rows, layers), arguments[6:]
+        done.grid, done.arguments = (columns, rows, layers), _given(arguments[6:])
         driver.active.launched.append(done)
 
 
