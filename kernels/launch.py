@@ -59,9 +59,11 @@ class _Table:
 
 def _append_kinds(key, arguments):
     """Appends what Triton compiles a kernel for: dtypes and alignments of tensors, also within a NamedTuple of them,
-    and numbers, whose values say more than is needed."""
+    and numbers, whose values say more than is needed, but for a float's."""
     for argument in arguments:
-        if isinstance(argument, Tensor):
+        if argument is None or type(argument) is int:
+            key.append(argument)
+        elif isinstance(argument, Tensor):
             key.append((argument.dtype,) if argument.data_ptr() % ALIGNMENT else argument.dtype)
         elif isinstance(argument, tuple) and isinstance(argument[0], Tensor):
             _append_kinds(key, argument)
@@ -86,9 +88,14 @@ def launch(kernel, grid, *arguments, **constants):
         kernel[grid](*arguments, **constants)
         return
     device = driver.active.get_current_device()
-    free = [None if i in table.typed else argument for i, argument in enumerate(arguments)]
     key = [device, *constants, *constants.values()]
-    _append_kinds(key, free)
+    if table.typed:
+        compared = list(arguments)
+        for i in table.typed:
+            compared[i] = None
+        _append_kinds(key, compared)
+    else:
+        _append_kinds(key, arguments)
     key = tuple(key)
     found = table.compiled.get(key)
     if found is None or table.function.pre_run_hooks:

@@ -40,7 +40,7 @@ def seeds_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def launches(seeds_on_the_gpu: None) -> Iterator[list[Launched]]:
     if INTERPRETED:
         pytest.skip("the interpreter has no launches")
-    with gpu_stands_in() as done:
+    with gpu_stands_in(keeps_arguments=True) as done:
         yield done
 
 

@@ -27,7 +27,7 @@ if INTERPRETED:
 
 @pytest.fixture
 def launches() -> Iterator[list[Launched]]:
-    with gpu_stands_in() as done:
+    with gpu_stands_in(keeps_arguments=True) as done:
         yield done
 
 

@@ -34,6 +34,7 @@ class _Gpu(Driver):
     def __init__(self, capability: int) -> None:
         super().__init__(_NUMBERS + capability)
         self.launched: list[Launched] = []
+        self.keeps_arguments = False
 
 
 class Memory(NamedTuple):
@@ -52,7 +53,8 @@ def _given(argument: Any) -> Any:
 
 
 class Launched(str):
-    """The name of a kernel that was launched, with its grid and what it was given, constants included."""
+    """The name of a kernel that was launched, and where that is asked for its grid and what it was given, constants
+    included."""
 
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]
@@ -82,8 +84,9 @@ class _Kernel:
 
     def run(self, columns: int, rows: int, layers: int, *arguments: Any) -> None:
         done = Launched(self._name)
-        # Before the arguments are the stream, the function, two of metadata and two hooks.
-        done.grid, done.arguments = (columns, rows, layers), _given(arguments[6:])
+        if driver.active.keeps_arguments:
+            # Before them are the stream, the function, two of metadata and two hooks.
+            done.grid, done.arguments = (columns, rows, layers), _given(arguments[6:])
         driver.active.launched.append(done)
 
 
@@ -104,10 +107,10 @@ def launches_stand_in(capability: int = CAPABILITY) -> Iterator[list[Launched]]:
 
 
 @contextmanager
-def gpu_stands_in() -> Iterator[list[Launched]]:
+def gpu_stands_in(keeps_arguments: bool = False) -> Iterator[list[Launched]]:
     """The backend "triton" serves CPU tensors too, before all others, and cuts its work up as for an H200; packed
     layers multiply codes. Codes are right, since what packs them looks at them. Gives the names of the kernels that are
-    launched."""
+    launched; with ``keeps_arguments`` each has its arguments, which takes longer than the launch."""
     backends = dispatch._backends["assign_codes"]
 
     def usable(device_type: str) -> dispatch.Status:
@@ -125,6 +128,7 @@ def gpu_stands_in() -> Iterator[list[Launched]]:
         patch.setattr(base, "packed_rows", lambda *arguments: ALWAYS)
         for module in (launch, conv2d):
             patch.setattr(module, "processors", lambda device: PROCESSORS)
+        driver.active.keeps_arguments = keeps_arguments
         dispatch._candidates.cache_clear()
         try:
             yield done
