@@ -72,7 +72,7 @@ def _append_kinds(key, arguments):
 
 
 def launch(kernel, grid, *arguments, **constants):
-    """``kernel[grid](*arguments, **constants)``, which looks up and binds in 15 microseconds what is found in 5 here.
+    """``kernel[grid](*arguments, **constants)``, which takes twice as long to look up and bind what is found here.
 
     A seed may be a tensor, which the kernel then reads. The compiled kernel is run just as Triton's JITFunction.run
     does, which is asked where there is none yet. Constants, flags and options that a kernel is compiled for, are given
