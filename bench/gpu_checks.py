@@ -35,7 +35,8 @@ OPS += ("spike_slab_kl", "mixture_kl", "assign_codes")
 PACKED = ("packed_linear", "packed_conv2d")
 TESTS = (
     *("tests/test_cuda_packed_linear.py", "tests/test_packed_linear.py", "tests/test_packed_conv2d.py"),
-    *("tests/test_mixture_kl.py", "tests/test_int8.py", "tests/test_moment_conv2d.py", "tests/test_sample_conv2d.py"),
+    *("tests/test_seed_in_memory.py", "tests/test_mixture_kl.py", "tests/test_int8.py"),
+    *("tests/test_moment_conv2d.py", "tests/test_sample_conv2d.py"),
     *("tests/test_moment_linear.py", "tests/test_sample_linear.py", "tests/test_moment.py"),
     *("tests/test_spike_slab_kl.py", "tests/test_assign_codes.py", "tests/test_philox.py"),
 )

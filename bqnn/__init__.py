@@ -13,6 +13,7 @@ from bqnn.bayes.sample import sample
 from bqnn.core.ensemble import Ensemble
 from bqnn.core.files import FormatError
 from bqnn.core.native import cpu_isa
+from bqnn.core.philox import capturable
 from bqnn.engine.compile import compile
 from bqnn.engine.compiled import CompiledNetwork
 from bqnn.engine.dequantize import dequantize
@@ -53,6 +54,7 @@ __all__ = [
     "Report",
     "__version__",
     "backends",
+    "capturable",
     "compile",
     "convert",
     "convert_",

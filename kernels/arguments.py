@@ -17,7 +17,8 @@ from bqnn.core.quantizer import Posterior
 
 
 class Noise(NamedTuple):
-    """:class:`bqnn.core.philox.Noise` with the seed as a number, 0 where there is no noise."""
+    """:class:`bqnn.core.philox.Noise` with the seed as a number, 0 where there is no noise, or as a tensor in the GPU's
+    memory."""
 
     seed: int
     offset: int

@@ -109,7 +109,11 @@ def _gradient_products(size, kernel, stride, padding, dilation):
 
 def image_strides(y):
     """Those of y [B, channels, rows, columns] or [S, B, channels, rows, columns]."""
-    return ImageStrides(None if y.dim() == 4 else y.stride(0), *y.stride()[-4:])
+    return _image_strides(y.stride())
+
+
+def _image_strides(strides):
+    return ImageStrides(None if len(strides) == 4 else strides[0], *strides[-4:])
 
 
 def places_of(x, y, weight, axes, groups, transposed=False, K=None):
@@ -118,22 +122,27 @@ def places_of(x, y, weight, axes, groups, transposed=False, K=None):
 
     x is dense and channels-last. ``transposed``: x has the outputs' channels, and y those of the images.
     """
-    images, channels, rows, columns = y.shape[-4:]
-    out, into, row, column = weight.stride()[-4:]
-    group = weight.shape[-4] // groups * out
+    return _places_of(x.shape, y.shape, y.stride(), weight.shape, weight.stride(), axes, groups, transposed, K)
+
+
+@planned
+def _places_of(x_shape, y_shape, y_strides, weight_shape, strides, axes, groups, transposed, K):
+    images, channels, rows, columns = y_shape[-4:]
+    out, into, row, column = strides[-4:]
+    group = weight_shape[-4] // groups * out
     if transposed:
         out, into = into, out
-    part = None if weight.dim() == 4 else weight.stride(0)
+    part = None if len(strides) == 4 else strides[0]
     geometry = Geometry(
         M=images * rows * columns,
         N=channels // groups,
-        C=x.shape[1] // groups,
+        C=x_shape[1] // groups,
         K=K,
         rows=rows,
         columns=columns,
-        height=x.shape[2],
-        width=x.shape[3],
-        channels=x.shape[1],
+        height=x_shape[2],
+        width=x_shape[3],
+        channels=x_shape[1],
         step_h=axes[0].step,
         step_w=axes[1].step,
         origin_h=axes[0].origin,
@@ -141,7 +150,7 @@ def places_of(x, y, weight, axes, groups, transposed=False, K=None):
         delta_h=axes[0].delta,
         delta_w=axes[1].delta,
     )
-    return Places(geometry, WeightStrides(part, group, out, into, row, column), image_strides(y))
+    return Places(geometry, WeightStrides(part, group, out, into, row, column), _image_strides(y_strides))
 
 
 def weight_roles(grad, x, kernel, product):

@@ -1,12 +1,16 @@
 """What launchers share: flags, grids and the reductions that end a kernel's partial sums."""
 
+import inspect
 import math
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import torch
 import triton
+import triton.language as tl
+from torch import Tensor
 from triton.runtime import driver
 
+from bqnn.kernels.seed_in_memory import SEED, reading_seed
 from bqnn.kernels.weight_tiles import MOST_ELEMENTS, MOST_TILES, PROGRAMS
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -18,6 +22,98 @@ MATRIX_BLOCK = 1024
 ALL_REGISTERS = {"maxnreg": 255}
 # A contraction is cut into no more parts than these, since each of them writes a float32 tensor of the output's size.
 MAX_SPLITS = 8
+
+
+# What launch() has compiled of each kernel, by the kernel's identity: kernels are made once and stay.
+_tables = {}
+# Triton compiles a kernel for pointers that are multiples of so many bytes, or for any.
+ALIGNMENT = 16
+# A table of compiled kernels that is as long as this is begun anew, since shapes may have no end.
+MOST_LAUNCHES = 4096
+
+
+class _Table:
+    """Compiled kernels of one JITFunction, by what Triton compiles them for."""
+
+    def __init__(self, kernel):
+        heuristics = isinstance(kernel, triton.runtime.Heuristics)
+        self.function = kernel.fn if heuristics else kernel
+        self.heuristics = kernel.values if heuristics else {}
+        parameters = inspect.signature(self.function.fn).parameters
+        self.names = list(parameters)
+        # Of numbers whose type is declared Triton looks at no value: a seed is another one in every call.
+        self.typed = [i for i, each in enumerate(parameters.values()) if each.annotation is tl.int64]
+        self.seed = self.names.index(SEED) if SEED in self.names else None
+        self.compiled = {}
+
+    @cached_property
+    def reading_seed(self):
+        return reading_seed(self.function)
+
+    def rest(self, arguments, constants):
+        """What the kernel takes after its positional arguments, in its order."""
+        given = {**dict(zip(self.names, arguments)), **constants}
+        given |= {name: value(given) for name, value in self.heuristics.items()}
+        return tuple(given[name] for name in self.names[len(arguments) :])
+
+
+def _append_kinds(key, arguments):
+    """Appends what Triton compiles a kernel for: dtypes and alignments of tensors, also within a NamedTuple of them,
+    and numbers, whose values say more than is needed, but for a float's."""
+    for argument in arguments:
+        if argument is None or type(argument) is int:
+            key.append(argument)
+        elif isinstance(argument, Tensor):
+            key.append((argument.dtype,) if argument.data_ptr() % ALIGNMENT else argument.dtype)
+        elif isinstance(argument, tuple) and isinstance(argument[0], Tensor):
+            _append_kinds(key, argument)
+        else:
+            key.append(float if isinstance(argument, float) else argument)
+
+
+def launch(kernel, grid, *arguments, **constants):
+    """``kernel[grid](*arguments, **constants)``, which takes twice as long to look up and bind what is found here.
+
+    A seed may be a tensor, which the kernel then reads. The compiled kernel is run just as Triton's JITFunction.run
+    does, which is asked where there is none yet. Constants, flags and options that a kernel is compiled for, are given
+    by keyword, and numbers may be.
+    """
+    table = _tables.get(id(kernel))
+    if table is None:
+        table = _tables[id(kernel)] = _Table(kernel)
+    if table.seed is not None and isinstance(arguments[table.seed], Tensor):
+        launch(table.reading_seed, grid, *arguments, **constants)
+        return
+    if INTERPRETED:
+        kernel[grid](*arguments, **constants)
+        return
+    device = driver.active.get_current_device()
+    key = [device, *constants, *constants.values()]
+    if table.typed:
+        compared = list(arguments)
+        for i in table.typed:
+            compared[i] = None
+        _append_kinds(key, compared)
+    else:
+        _append_kinds(key, arguments)
+    key = tuple(key)
+    found = table.compiled.get(key)
+    if found is None or table.function.pre_run_hooks:
+        compiled = kernel[grid](*arguments, **constants)
+        if compiled is not None:  # a hook of Triton's may have said that nothing is compiled
+            if len(table.compiled) >= MOST_LAUNCHES:
+                table.compiled.clear()
+            table.compiled[key] = compiled, table.rest(arguments, constants)
+        return
+    compiled, rest = found
+    stream = driver.active.get_current_stream(device)
+    columns, rows, layers = (*grid, 1, 1)[:3]
+    hooks = triton.knobs.runtime
+    compiled.run(
+        columns, rows, layers, stream, compiled.function, compiled.packed_metadata,
+        compiled.launch_metadata(grid, stream, *arguments, *rest), hooks.launch_enter_hook, hooks.launch_exit_hook,
+        *arguments, *rest,
+    )  # fmt: skip
 
 
 def cdiv(a, b):

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.launch import cut, flags_of_codebook, level_sums
+from bqnn.kernels.launch import cut, flags_of_codebook, launch, level_sums
 from bqnn.kernels.weight_tiles import heuristics_of_tiles, log2, offsets_of, place_of, reciprocal
 
 LOG2E, HALF_LOG2E, LN2 = tl.constexpr(1.44269504), tl.constexpr(0.72134752), tl.constexpr(0.69314718)
@@ -166,7 +166,8 @@ def forward(weight, log_sigma2, levels, slab_sigma2, spike_width, slab_share):
     sizes, programs, blocks = cut(weight, levels)
     grid = (programs[0] * programs[1],)
     sums = torch.empty(grid, device=weight.device)
-    mixture_kl_fwd_kernel[grid](
+    launch(
+        mixture_kl_fwd_kernel, grid,
         weight, log_sigma2, levels, slab_sigma2, sums, *_shares(spike_width, slab_share, levels.shape[1]), *sizes,
         **flags_of_codebook(levels), **blocks,
     )  # fmt: skip
@@ -179,7 +180,8 @@ def backward(grad, weight, log_sigma2, levels, slab_sigma2, spike_width, slab_sh
     sizes, programs, blocks = cut(weight, levels)
     grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(log_sigma2)
     sums = torch.empty((programs[1], sizes[0], levels.shape[1] + 1), device=weight.device)
-    mixture_kl_bwd_kernel[(programs[0] * programs[1],)](
+    launch(
+        mixture_kl_bwd_kernel, (programs[0] * programs[1],),
         grad, weight, log_sigma2, levels, slab_sigma2, grad_weight, grad_log_sigma2, sums,
         *_shares(spike_width, slab_share, levels.shape[1]), *sizes, **flags_of_codebook(levels), **blocks,
     )  # fmt: skip

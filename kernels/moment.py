@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bqnn.kernels.arguments import gradients_of
 from bqnn.kernels.conv2d import in_channels_last, parts_of, taps_of
-from bqnn.kernels.launch import ALL_REGISTERS, blocks_of_matrix, flags_of_posterior, level_sums
+from bqnn.kernels.launch import ALL_REGISTERS, blocks_of_matrix, flags_of_posterior, launch, level_sums
 from bqnn.kernels.quantizer import codebook_of, level_at, partition, quantize, store_level_sums, threshold_at
 
 
@@ -227,9 +227,10 @@ def moments(posterior, mode, dtype, memory_format=torch.contiguous_format):
     )
     N, K = weight.shape[0], weight.shape[1:].numel()
     grid, blocks = blocks_of_matrix(N, K)
-    moment_fwd_kernel[grid](
-        posterior, made, N, K, taps_of(made.mean), **flags_of_posterior(posterior), MODE=mode, **blocks
-    )
+    launch(
+        moment_fwd_kernel, grid,
+        posterior, made, N, K, taps_of(made.mean), **flags_of_posterior(posterior), MODE=mode, **blocks,
+    )  # fmt: skip
     return made
 
 
@@ -244,7 +245,8 @@ def moments_backward(grad, posterior, mode):
     grid, blocks = blocks_of_matrix(N, K)
     gradients = gradients_of(posterior, grid[1], codebook_sums(levels.shape[1], mode))
     parts, taps = parts_of(grad.mean, weight)
-    moment_bwd_kernel[grid](
+    launch(
+        moment_bwd_kernel, grid,
         grad, posterior, gradients, N, K, taps, parts, gradients.sums.shape[2], **flags_of_posterior(posterior),
         MODE=mode, **blocks, **ALL_REGISTERS,
     )  # fmt: skip

@@ -39,7 +39,7 @@ from bqnn.kernels.geometry import (
     output_of,
     places_of,
 )
-from bqnn.kernels.launch import architecture, flags_of_posterior
+from bqnn.kernels.launch import architecture, flags_of_posterior, launch
 from bqnn.kernels.moment import Moments, moments, moments_backward, weight_moments
 from bqnn.kernels.moment_conv2d_gradients import input_gradient_of, weight_gradients_of
 from bqnn.kernels.noise import add_noise, noisy
@@ -228,7 +228,8 @@ def _multiply(x, source, bias, noise, mode, product, y, slope, variance):
     places = places_of(x, output, weight, forward_axes(product), product.groups)
     grid, cuts = product_launch(plan, places, product.groups, weight.shape[2:])
     channel, column = (0, 0) if slope is None else (slope.stride(1), slope.stride(3))
-    moment_conv2d_fwd_kernel[grid](
+    launch(
+        moment_conv2d_fwd_kernel, grid,
         x, posterior, made, bias, noise.seed, noise.offset, y, slope, variance,
         slope_channel=channel, slope_column=column, MODE=mode,
         ALIGNED=places.geometry.rows * places.geometry.columns % 4 == 0, **cuts, **flags_of_posterior(posterior),

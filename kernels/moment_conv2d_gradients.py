@@ -28,7 +28,7 @@ from bqnn.kernels.geometry import (
     places_of,
     weight_roles,
 )
-from bqnn.kernels.launch import sum_of_splits
+from bqnn.kernels.launch import launch, sum_of_splits
 from bqnn.kernels.moment import Moments
 
 # Tiles are at most so large, (BN, BK): each has two sums, and a second gathered operand.
@@ -156,9 +156,10 @@ def input_gradient_of(grad, slope, x, memory_format, made, product):
             continue
         places = places_of(grad, y, weights.mean, axes, groups, transposed=True)
         grid, cuts = product_launch(plan, places, groups, weights.mean.shape[2:])
-        moment_conv2d_bwd_kernel_input[grid](
-            grad, slope, there, weights, y, x_strides=image_strides(there), **cuts, **precision_of(x)
-        )
+        launch(
+            moment_conv2d_bwd_kernel_input, grid,
+            grad, slope, there, weights, y, x_strides=image_strides(there), **cuts, **precision_of(x),
+        )  # fmt: skip
     return sum_of_splits(grad_x, None, grad.dtype)
 
 
@@ -170,7 +171,8 @@ def weight_gradients_of(grad, slope, x, weight, product):
     parts = Moments(weight_parts(plan, weight), weight_parts(plan, weight))
     places = places_of(source, pixels, parts.mean, axes, groups, transposed)
     grid, cuts = weight_launch(plan, places, groups, kernel)
-    moment_conv2d_bwd_kernel_weight[grid](
-        source, pixels, slope, parts, TRANSPOSED=transposed, **cuts, **precision_of(x)
-    )
+    launch(
+        moment_conv2d_bwd_kernel_weight, grid,
+        source, pixels, slope, parts, TRANSPOSED=transposed, **cuts, **precision_of(x),
+    )  # fmt: skip
     return parts

@@ -11,10 +11,10 @@ import triton.language as tl
 from bqnn.kernels.arguments import gradients_of
 from bqnn.kernels.launch import (
     architecture,
-    cdiv,
     fewer_stages,
     flags_of_product,
     grid_of,
+    launch,
     registers_of_product,
     rows_of,
     sum_of_splits,
@@ -246,8 +246,8 @@ def is_fused(x, posterior, mode, product):
     thresholds = posterior.thresholds.shape[1]
     cost = OPERATIONS_OF_THRESHOLD * thresholds if mode == "categorical" else OPERATIONS_OF_GAUSSIAN
     rows = x.numel() // x.shape[-1]
-    blocks = cdiv(rows, _rows_of_block(rows, x.dtype))
-    return (blocks - 1) * cost <= OPERATIONS_FUSED
+    blocks_again = (rows - 1) // _rows_of_block(rows, x.dtype)
+    return blocks_again * cost <= OPERATIONS_FUSED
 
 
 def _write_outputs(x, posterior, bias, noise, mode, y, slope, pixels):
@@ -256,7 +256,8 @@ def _write_outputs(x, posterior, bias, noise, mode, y, slope, pixels):
     grid, span = _grid(x, N, K)
 
     def multiply(bias, y, slope, variance):
-        moment_linear_fwd_kernel[grid](
+        launch(
+            moment_linear_fwd_kernel, grid,
             x, posterior, bias, noise.seed, noise.offset, y, slope, variance, M, N, K, pixels, x.stride(0), span,
             MODE=mode, IMAGES=pixels > 1, ALIGNED=(N if pixels == 1 else pixels) % 4 == 0,
             **flags_of_product(x, posterior), BM=_rows_of_block(M, x.dtype), BN=_width(x.dtype), BK=_step(x.dtype),
@@ -307,16 +308,18 @@ def backward(grad, slope, x, posterior, noise, mode, input_gradient, product, pi
     if input_gradient:
         grid, span = _grid(rows, K, N)
         grad_x = torch.empty((grid[2], M, K), device=x.device, dtype=x.dtype if grid[2] == 1 else torch.float32)
-        moment_linear_bwd_kernel_input[grid](
+        launch(
+            moment_linear_bwd_kernel_input, grid,
             grad, slope, rows, posterior, grad_x, M, N, K, grad.stride(0), rows.stride(0), span, **flags,
             BM=_rows_of_block(M, x.dtype), BN=_step(x.dtype), BK=_width(x.dtype), num_warps=WARPS,
             **_limits(x.dtype),
         )  # fmt: skip
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
     tiles = _weight_tiles(x.dtype, K)
-    blocks = (cdiv(N, tiles["BN"]), cdiv(K, tiles["BK"]))
+    blocks = len(range(0, N, tiles["BN"])), len(range(0, K, tiles["BK"]))
     gradients = gradients_of(posterior, blocks[1], codebook_sums(posterior.levels.shape[1], mode))
-    moment_linear_bwd_kernel_weight[blocks](
+    launch(
+        moment_linear_bwd_kernel_weight, blocks,
         grad, slope, rows, posterior, gradients, M, N, K, grad.stride(0), rows.stride(0), gradients.sums.shape[2],
         **flags, **tiles,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from bqnn.kernels.launch import MATRIX_BLOCK, cdiv, power_of_2
+from bqnn.kernels.launch import MATRIX_BLOCK, cdiv, launch, power_of_2
 from bqnn.kernels.philox import normals_of_rows
 
 
@@ -101,7 +101,8 @@ def noisy(mean, variance, noise, y, slope, bias=None):
         slope_strides = y_strides if slope is None else _image_strides(slope)
     BC = min(power_of_2(max(columns, 4)), MATRIX_BLOCK if flat else 32)
     BR = 1 if flat else MATRIX_BLOCK // BC
-    noise_kernel[(cdiv(rows, BR) * cdiv(columns, BC),)](
+    launch(
+        noise_kernel, (cdiv(rows, BR) * cdiv(columns, BC),),
         mean, variance, bias, noise.seed, noise.offset, y, slope, parts, output.numel(), rows, columns, channels,
         y_strides, slope_strides, 1 if bias is None or not flat else bias.shape[0],
         ALIGNED=rows == 1 or columns % 4 == 0, BR=BR, BC=BC,

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from bqnn.kernels.arguments import Noise, gradients_of
 from bqnn.kernels.conv2d import in_channels_last, parts_of, taps_of
-from bqnn.kernels.launch import blocks_of_matrix, flags_of_sample, level_sums
+from bqnn.kernels.launch import blocks_of_matrix, flags_of_sample, launch, level_sums
 from bqnn.kernels.philox import normals_of_rows
 from bqnn.kernels.quantizer import codebook_of, partition, quantize, store_level_sums
 
@@ -126,9 +126,11 @@ def sample(posterior, noise, dtype, memory_format=torch.contiguous_format):
     quantized = torch.empty(weight.shape, device=weight.device, dtype=dtype, memory_format=memory_format)
     N, K = weight.shape[0], weight.shape[1:].numel()
     grid, blocks = blocks_of_matrix(N, K)
-    sample_fwd_kernel[grid](
-        posterior, noise.seed, noise.offset, quantized, N, K, taps_of(quantized), **flags_of_sample(posterior), **blocks
-    )
+    launch(
+        sample_fwd_kernel, grid,
+        posterior, noise.seed, noise.offset, quantized, N, K, taps_of(quantized),
+        **flags_of_sample(posterior), **blocks,
+    )  # fmt: skip
     return quantized
 
 
@@ -143,9 +145,10 @@ def sample_backward(grad, posterior, noise):
     grid, blocks = blocks_of_matrix(N, K)
     gradients = gradients_of(posterior, grid[1], levels.shape[1])
     parts, taps = parts_of(grad, weight)
-    sample_bwd_kernel[grid](
-        grad, posterior, noise.seed, noise.offset, gradients, N, K, taps, parts, **flags_of_sample(posterior), **blocks
-    )
+    launch(
+        sample_bwd_kernel, grid,
+        grad, posterior, noise.seed, noise.offset, gradients, N, K, taps, parts, **flags_of_sample(posterior), **blocks,
+    )  # fmt: skip
     return sample_gradients(gradients, posterior)
 
 

@@ -38,7 +38,7 @@ from bqnn.kernels.geometry import (
     places_of,
     weight_roles,
 )
-from bqnn.kernels.launch import architecture, flags_of_sample, sum_of_splits
+from bqnn.kernels.launch import architecture, flags_of_sample, launch, sum_of_splits
 from bqnn.kernels.quantizer import codebook_of, quantize
 from bqnn.kernels.sample import sample, sample_backward, sampled_block
 
@@ -203,7 +203,8 @@ def _convolve(x, y, posterior, quantized, bias, noise, axes, groups, plan, trans
     weight = quantized if posterior is None else posterior.weight
     places = places_of(x, y, weight, axes, groups, transposed, weight.shape[1:].numel())
     grid, cuts = product_launch(plan, places, groups, weight.shape[2:])
-    sample_conv2d_fwd_kernel[grid](
+    launch(
+        sample_conv2d_fwd_kernel, grid,
         x, posterior, quantized, bias if plan.splits == 1 else None, noise.seed, noise.offset, y,
         **cuts, **flags_of_sample(posterior), **precision_of(x),
     )  # fmt: skip
@@ -232,5 +233,5 @@ def _weight_gradient(grad, x, weight, product):
     parts = weight_parts(plan, weight)
     places = places_of(source, pixels, parts, axes, groups, transposed)
     grid, cuts = weight_launch(plan, places, groups, kernel)
-    sample_conv2d_bwd_kernel_weight[grid](source, pixels, parts, **cuts, **precision_of(x))
+    launch(sample_conv2d_bwd_kernel_weight, grid, source, pixels, parts, **cuts, **precision_of(x))
     return parts

@@ -11,10 +11,10 @@ from bqnn.kernels.arguments import Noise, gradients_of
 from bqnn.kernels.launch import (
     ALL_REGISTERS,
     architecture,
-    cdiv,
     fewer_stages,
     flags_of_product,
     grid_of,
+    launch,
     rows_of,
     sum_of_splits,
 )
@@ -181,7 +181,8 @@ def forward(x, posterior, bias, noise, product):
     grid, span = grid_of(N, tiles["BN"], M, tiles["BM"], K, tiles["BK"], x.device)
     whole = grid[2] == 1
     y = torch.empty((grid[2], M, N), device=x.device, dtype=x.dtype if whole else torch.float32)
-    sample_linear_fwd_kernel[grid](
+    launch(
+        sample_linear_fwd_kernel, grid,
         rows, posterior, bias if whole else None, noise.seed, noise.offset, y, M, N, K, rows.stride(0), span,
         **_flags(x, posterior), **tiles,
     )  # fmt: skip
@@ -197,15 +198,17 @@ def backward(grad, x, posterior, noise, input_gradient, product):
     if input_gradient:
         grid, span = grid_of(K, tiles["BK"], M, tiles["BM"], N, tiles["BN"], x.device)
         grad_x = torch.empty((grid[2], M, K), device=x.device, dtype=x.dtype if grid[2] == 1 else torch.float32)
-        sample_linear_bwd_kernel_input[grid](
-            grad, posterior, noise.seed, noise.offset, grad_x, M, N, K, grad.stride(0), span, **flags, **tiles
-        )
+        launch(
+            sample_linear_bwd_kernel_input, grid,
+            grad, posterior, noise.seed, noise.offset, grad_x, M, N, K, grad.stride(0), span, **flags, **tiles,
+        )  # fmt: skip
         grad_x = sum_of_splits(grad_x, None, x.dtype).view(x.shape)
     tiles = _weight_tiles(x.dtype)
-    blocks = (cdiv(N, tiles["BN"]), cdiv(K, tiles["BK"]))
+    blocks = len(range(0, N, tiles["BN"])), len(range(0, K, tiles["BK"]))
     gradients = gradients_of(posterior, blocks[1], posterior.levels.shape[1])
     partitioned = posterior._replace(levels=None)  # an address that is not read costs registers on sm_100
-    sample_linear_bwd_kernel_weight[blocks](
+    launch(
+        sample_linear_bwd_kernel_weight, blocks,
         grad, rows, partitioned, noise.seed, noise.offset, gradients, M, N, K, grad.stride(0), rows.stride(0), **flags,
         **tiles,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bqnn.kernels.launch import cut, flags_of_codebook, level_sums
+from bqnn.kernels.launch import cut, flags_of_codebook, launch, level_sums
 from bqnn.kernels.weight_tiles import heuristics_of_tiles, log2, offsets_of, place_of, reciprocal
 
 # F of Molchanov et al., "Variational dropout sparsifies deep networks", eq. 14, as in bqnn.ops.spike_slab_kl. In terms
@@ -234,7 +234,11 @@ def forward(weight, log_sigma2, levels, tau):
     sizes, programs, blocks = cut(weight, levels)
     grid = (programs[0] * programs[1],)
     sums = torch.empty(grid, device=weight.device)
-    spike_slab_kl_fwd_kernel[grid](weight, log_sigma2, levels, tau, sums, *sizes, **flags_of_codebook(levels), **blocks)
+    launch(
+        spike_slab_kl_fwd_kernel, grid,
+        weight, log_sigma2, levels, tau, sums, *sizes,
+        **flags_of_codebook(levels), **blocks,
+    )  # fmt: skip
     return sums.sum()
 
 
@@ -243,7 +247,8 @@ def backward(grad, weight, log_sigma2, levels, tau):
     sizes, programs, blocks = cut(weight, levels)
     grad_weight, grad_log_sigma2 = torch.empty_like(weight), torch.empty_like(weight)
     sums = torch.empty((programs[1], sizes[0], levels.shape[1]), device=weight.device)
-    spike_slab_kl_bwd_kernel[(programs[0] * programs[1],)](
+    launch(
+        spike_slab_kl_bwd_kernel, (programs[0] * programs[1],),
         grad, weight, log_sigma2, levels, tau, grad_weight, grad_log_sigma2, sums, *sizes,
         **flags_of_codebook(levels), **blocks,
     )  # fmt: skip

@@ -157,6 +157,12 @@ def test_fresh_seeds_stay_on_the_cpu_under_a_default_device() -> None:
     assert int(seed) == expected
 
 
+@pytest.mark.parametrize("seed", [0, 1, SEED, 2**32, 2**63 - 1])
+def test_a_seed_in_a_tensor_gives_the_same_words(seed: int) -> None:
+    expected = random_words(seed, 7, 3, 50, CPU)
+    assert torch.equal(random_words(torch.tensor(seed), 7, 3, 50, CPU), expected)
+
+
 @pytest.mark.parametrize("device", triton_devices("sample_linear"))
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("seed", [0, 1, SEED, 2**63 - 1])

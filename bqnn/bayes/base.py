@@ -225,7 +225,7 @@ class BayesLayer(DrawnWeight):
         mean = drawn = wide(posterior.weight)
         if self.estimator != "deterministic":
             assert posterior.log_sigma2 is not None
-            drawn = mean + Noise(fresh_seed(), 0).normal(mean) * (0.5 * wide(posterior.log_sigma2)).exp()
+            drawn = mean + Noise(fresh_seed(mean.device), 0).normal(mean) * (0.5 * wide(posterior.log_sigma2)).exp()
         if self.estimator == "local" and self.training and not self.quantize_mean:
             return drawn.to(self.mean.dtype)
         partitioned = (mean if self.estimator == "local" else drawn).detach()
@@ -296,7 +296,7 @@ class BayesLayer(DrawnWeight):
         levels, thresholds, _ = self._codebook()
         mean, log_sigma2 = self._operand(self.mean), self._operand(self.log_sigma2)
         if self.estimator in ("sample", "deterministic"):
-            variance, seed = (log_sigma2, fresh_seed()) if self.estimator == "sample" else (None, None)
+            variance, seed = (log_sigma2, fresh_seed(x.device)) if self.estimator == "sample" else (None, None)
             return sample(x, mean, variance, levels, thresholds, self.bias, seed, **geometry)
         if self.estimator == "moment":
             mode = "categorical"
@@ -304,7 +304,7 @@ class BayesLayer(DrawnWeight):
             # Outside training it is the quantized network whose uncertainty is asked for.
             mode = "straight_through" if self.quantize_mean or not self.training else "gaussian"
         options = {"mode": mode, "coarse_variance": self.coarse_variance}
-        return moment(x, mean, log_sigma2, levels, thresholds, self.bias, fresh_seed(), **options, **geometry)
+        return moment(x, mean, log_sigma2, levels, thresholds, self.bias, fresh_seed(x.device), **options, **geometry)
 
     def _operand(self, weight: Tensor) -> Tensor:
         """``weight``, of the layer's shape, in the shape that the layer's op takes."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -23,13 +25,15 @@ WORDS = 1 << 32
 LOW_32 = WORDS - 1
 CALLS_A_BLOCK = 1 << 14  # four int64 words of a block stay in a core's cache through the ten rounds
 CALLS_A_GPU_BLOCK = 1 << 18  # words of so many calls, and what is made of them, take about 100 MB
+_is_capturable: ContextVar[bool] = ContextVar("_is_capturable", default=False)
 
 
 class Noise(NamedTuple):
     """Where a tensor's noise begins in the stream of random numbers."""
 
     seed: Tensor | None
-    """int64 scalar tensor on the CPU, the key; None where there is no noise."""
+    """int64 scalar tensor, the key; None where there is no noise. On the CPU, or on the GPU of the tensors, so that a
+    CUDA graph does not keep its value."""
     offset: int
     """The call that holds the number of element 0."""
 
@@ -47,12 +51,14 @@ class Noise(NamedTuple):
             yield elements, words.t().flatten()[: elements.stop - elements.start]
 
 
-def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 32-bit words of each call.
 
     Args:
         counter: four int64 tensors of one shape, values in [0, 2**32), least significant word first.
-        key: two 32-bit words, least significant first.
+        key: two 32-bit words, least significant first; numbers, or int64 scalar tensors on the counter's device.
 
     Returns:
         four int64 tensors of the counter's shape, values in [0, 2**32).
@@ -70,7 +76,7 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
     return c0, c1 & LOW_32, c2, c3 & LOW_32
 
 
-def random_words(seed: int, offset: int, first_call: int, calls: int, device: torch.device) -> Tensor:
+def random_words(seed: int | Tensor, offset: int, first_call: int, calls: int, device: torch.device) -> Tensor:
     """The words of ``calls`` consecutive calls from ``offset + first_call``: int64 [4, calls], in [0, 2**32)."""
     call = torch.arange(calls, device=device) + (offset + first_call)
     zero = torch.zeros_like(call)
@@ -80,7 +86,7 @@ def random_words(seed: int, offset: int, first_call: int, calls: int, device: to
 
 def _blocks(seed: Tensor, offset: int, calls: int, step: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """The words of ``calls`` calls, ``step`` at a time: the first call of each block, and :func:`random_words`."""
-    key = int(seed)
+    key = int(seed) if seed.device.type == "cpu" or seed.device != device else seed
     for first in range(0, calls, step):
         yield first, random_words(key, offset, first, min(step, calls - first), device)
 
@@ -113,6 +119,40 @@ def normal(seed: Tensor, offset: int, shape: Sequence[int], device: torch.device
     return out.flatten()[:total].view(shape)
 
 
-def fresh_seed() -> Tensor:
-    """A new seed from the default CPU generator, which torch.manual_seed governs: int64 scalar tensor."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+def fresh_seed(device: torch.device | None = None) -> Tensor:
+    """A new seed: int64 scalar tensor.
+
+    From the default CPU generator, which torch.manual_seed governs. But for tensors on ``device``, a GPU, inside
+    :func:`capturable`, while a CUDA graph is captured, and in what torch.compile compiles, it is on that GPU and from
+    its generator, whose state moves on in a graph: a seed on the CPU would be the same one in every replay.
+    """
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=_place_of_seed(device))
+
+
+def _place_of_seed(device: torch.device | None) -> torch.device | str:
+    if device is None or device.type != "cuda":
+        return "cpu"
+    if torch.compiler.is_compiling() or _is_capturable.get() or torch.cuda.is_current_stream_capturing():
+        return device
+    return "cpu"
+
+
+@contextmanager
+def capturable() -> Iterator[None]:
+    """Inside, Bayes layers on a GPU draw their seeds there, with its generator, which torch.cuda.manual_seed governs.
+
+    A CUDA graph then has no number of the host's in it: each replay draws new noise, and after
+    ``torch.cuda.manual_seed`` the same noise again. Capturing alone makes layers do so too, but kernels are loaded when
+    they are first run, which must not be while a graph is captured: warm up inside, with
+    torch.cuda.make_graphed_callables or a loop of one's own. Replays need it no more. Code that torch.compile has
+    compiled draws on the GPU anyway, with any mode. It holds for the thread (or asyncio task) that is inside.
+
+    Example:
+        >>> with bqnn.capturable():  # doctest: +SKIP
+        ...     step = torch.cuda.make_graphed_callables(net, (x,))
+    """
+    token = _is_capturable.set(True)
+    try:
+        yield
+    finally:
+        _is_capturable.reset(token)

@@ -8,6 +8,7 @@ float32 at least, whatever comes in.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,8 +49,9 @@ def refused_dtype(values: Iterable[Any], dtypes: tuple[torch.dtype, ...]) -> tor
     """The first floating-point dtype among ``values``, tensors nested in tuples or not, that is none of ``dtypes``."""
     for value in values:
         if isinstance(value, Tensor):
-            if value.dtype not in dtypes and value.is_floating_point():
-                return value.dtype
+            dtype = value.dtype
+            if dtype not in dtypes and dtype.is_floating_point:
+                return dtype
         elif isinstance(value, tuple):
             if (found := refused_dtype(value, dtypes)) is not None:
                 return found
@@ -58,4 +60,9 @@ def refused_dtype(values: Iterable[Any], dtypes: tuple[torch.dtype, ...]) -> tor
 
 def is_autocasting(device_type: str) -> bool:
     """Whether autocast chooses the dtype of products on devices of this type; False for one that it does not know."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@cache
+def _knows_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)

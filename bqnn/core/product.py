@@ -116,6 +116,8 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    if all([tensor is None or tensor.is_contiguous() for tensor in tensors]):
+        return tensors
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 

@@ -36,6 +36,8 @@ class Posterior(NamedTuple):
         return math.prod(self.weight.shape[1:])
 
     def contiguous(self) -> Posterior:
+        if all([tensor is None or tensor.is_contiguous() for tensor in self]):
+            return self
         return Posterior(*(None if tensor is None else tensor.contiguous() for tensor in self))  # type: ignore[arg-type]
 
     def wide(self) -> Posterior:

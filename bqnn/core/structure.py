@@ -23,11 +23,18 @@ class Structure:
         self._parts = [Structure(hints[name]) if hasattr(hints[name], "_fields") else None for name in kind._fields]
         self.names: list[str] = []
         """Of the flat arguments, in order: the names of the innermost fields."""
+        self._places: list[tuple[Structure | None, int, int]] = []
+        """Of each field, its structure, if it has one, and from where to where its values are among the flat ones."""
         for name, part in zip(kind._fields, self._parts):
+            first = len(self.names)
             self.names += [name] if part is None else part.names
+            self._places.append((part, first, len(self.names)))
+        self._is_flat = not any(self._parts)
 
     def flatten(self, value: Any) -> list[Any]:
         """The innermost values, in the order of :attr:`names`; None in place of a NamedTuple stands for all of it."""
+        if self._is_flat:
+            return list(value)
         flat: list[Any] = []
         for part, each in zip(self._parts, value):
             if part is None:
@@ -38,14 +45,13 @@ class Structure:
 
     def nest(self, flat: Sequence[Any]) -> Any:
         """The inverse of :meth:`flatten`."""
-        values, first = [], 0
-        for part in self._parts:
-            size = 1 if part is None else len(part.names)
-            values.append(flat[first] if part is None else part.nest(flat[first : first + size]))
-            first += size
-        return self.kind(*values)
+        if self._is_flat:
+            return self.kind(*flat)
+        return self.kind(
+            *[flat[first] if part is None else part.nest(flat[first:end]) for part, first, end in self._places]
+        )
 
 
 def only(kind: Any, **values: Any) -> Any:
     """A NamedTuple of this class with None in all other fields: of a call's gradients, those that there are."""
-    return kind(**{name: values.get(name) for name in kind._fields})
+    return kind._make(map(values.get, kind._fields))

@@ -87,13 +87,11 @@ def register_op(
             save(ctx, call, outputs)
 
     def gradients_of(ctx: Any, needs: tuple[bool, ...], gradients: tuple[Any, ...]) -> list[Any]:
-        """In the order of the schema, as many as ``needs`` has."""
+        """In the order of the structure, as ``needs`` is."""
         if backward is None:
             raise NotImplementedError(f"{qualified} has no gradient")
-        flat = [*needs, *[False] * (len(order) - len(needs))]
-        ctx.wants = structure.nest(flat[:where] + flat[where + 1 :])
-        found = structure.flatten(backward(ctx, *gradients))
-        return [*found[:where], None, *found[where:]][: len(needs)]
+        ctx.wants = structure.nest(needs)
+        return structure.flatten(backward(ctx, *gradients))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
         keep(ctx, *nest(inputs, keyword_only_inputs), output)
@@ -102,7 +100,10 @@ def register_op(
         setup_context(ctx, inputs, {}, output)
 
     def backward_of_op(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        return tuple(gradients_of(ctx, tuple(ctx.needs_input_grad[:positional]), gradients))
+        needs = ctx.needs_input_grad[:positional]  # fewer, where the dispatcher leaves out trailing arguments
+        flat = (*needs, *[False] * (len(order) - len(needs)))
+        found = gradients_of(ctx, (*flat[:where], *flat[where + 1 :]), gradients)
+        return (*found[:where], None, *found[where:])[: len(needs)]
 
     def forward_of_function(ctx: Any, backend: str | None, *flat: Any) -> Any:
         # A setup_context of its own would have torch look up the signature of `forward` in every call.
@@ -112,9 +113,7 @@ def register_op(
         return outputs
 
     def backward_of_function(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[1:]
-        found = gradients_of(ctx, (*needs[:where], False, *needs[where:]), gradients)
-        return None, *found[:where], *found[where + 1 :]
+        return None, *gradients_of(ctx, ctx.needs_input_grad[1:], gradients)
 
     def setup_context_of_function(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         keep(ctx, structure.nest(inputs[1:]), inputs[0], output)
@@ -165,7 +164,7 @@ def call(name: str, arguments: Any, backend: str | None = None) -> Any:
         if transforms and not torch.compiler.is_compiling():
             return op.transformed.apply(backend, *flat)
         return _through_dispatcher(op, flat, backend)
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+    if not (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])):
         return dispatch.run(name, arguments, backend)
     if op.function is None:
         return _through_dispatcher(op, flat, backend)
@@ -203,4 +202,4 @@ def _have_data(tensors: list[Tensor]) -> bool:
     """Whether a backend can take these tensors: they have data, no class of their own, and no dispatch mode watches."""
     if torch._C._len_torch_dispatch_stack():
         return False
-    return all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in tensors)
+    return all([type(tensor) in _PLAIN and not tensor.is_meta for tensor in tensors])

@@ -44,5 +44,13 @@ def order_for(x: Tensor) -> torch.memory_format:
 
 
 def numbers(noise: Noise) -> arguments.Noise:
-    """The noise as launchers take it. The seed is on the CPU, so that reading it waits for nothing."""
-    return arguments.Noise(0 if noise.seed is None else int(noise.seed), noise.offset)
+    """The noise as launchers take it. Reading a seed on the CPU waits for nothing; one on the GPU kernels read."""
+    seed = noise.seed
+    if seed is None:
+        return arguments.Noise(0, noise.offset)
+    return arguments.Noise(seed if kernels_read(seed) else int(seed), noise.offset)
+
+
+def kernels_read(seed: Tensor) -> bool:
+    """Whether the kernels read this seed themselves, in the GPU's memory."""
+    return seed.is_cuda
