@@ -70,7 +70,7 @@ def test_networks_of_a_seed_share_their_first_phases(trained: dict[str, bench.Tr
     ensembles = {name: load_ensemble_run(run.folder) for name, run in trained.items()}
     runs = {name: run.runs() if run else [load_run(trained[name].folder)] for name, run in ensembles.items()}
     begun = {name: {run.history[0]["epoch"] for run in each} for name, each in runs.items()}
-    single = {"fpnn": {2}, **dict.fromkeys(("deterministic", "default", "default, M = 2", "mixture"), {3})}
+    single = {"fpnn": {2}, **{key: {3} for key in ("deterministic", "default", "default, M = 2", "mixture")}}
     assert begun == {**single, "ensemble": {2}, "mixture ensemble": {2}}
     assert {run.history[-1]["epoch"] for each in runs.values() for run in each} == {3}
     assert [run.recipe.seed for run in runs["ensemble"]] == [0, 1, 2, 3]
