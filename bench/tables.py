@@ -12,9 +12,11 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bench import bench_lenet5, bench_networks, bench_packed_conv2d, bench_packed_linear, bench_training
+from bench import accuracy_mlp as mlp
 from bench import uncertainty_lenet5 as lenets
 from bench.machine import RESULTS
 from bench.networks import NETWORKS, group_name
@@ -270,6 +272,18 @@ def corruptions(folder: Path) -> Lines:
     yield from uncertainty(folder, each=True)
 
 
+def perceptron(folder: Path) -> Lines:
+    """Test errors of a perceptron on MNIST, by `fit` and by hand."""
+    table = json.loads((folder / mlp.TABLE.name).read_text())["table"]
+    yield from _header("784-256-256-10, M = 3, 20 epochs", "test error %, seed by seed", "mean", "near %")
+    names = {"fit": "`bqnn.fit` with its defaults", "by hand": "its three phases by hand"}
+    for way, runs in table.items():
+        errors = [run["test_error"] for run in runs]
+        near = 100 * min(run["near_share"] for run in runs)
+        each = ", ".join(f"{error:.2f}" for error in errors)
+        yield _line([names[way], each, f"{fmean(errors):.2f}", f"{near:.1f}"])
+
+
 def gpu(folder: Path) -> Lines:
     """Training ops and steps: what `make gpu` wrote, in ms, and the bytes at the peak."""
     for path in sorted(folder.glob("nvidia-*.json")):
@@ -315,10 +329,10 @@ BENCHES = {
     "elementwise": ("spike_slab_kl", "assign_codes"),
 }
 OF_A_FILE: dict[str, Callable[[Path], Lines]] = {
-    table.__name__: table for table in (accuracy, uncertainty, corruptions, gpu)
+    table.__name__: table for table in (accuracy, perceptron, uncertainty, corruptions, gpu)
 }
-ON_THE_SITE_ALONE = ("corruptions",)
-"""Tables that are too long for README."""
+ON_THE_SITE_ALONE = ("corruptions", "perceptron")
+"""Tables that README has no room for."""
 
 
 def main() -> None:

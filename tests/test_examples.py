@@ -66,14 +66,12 @@ def test_other_layers(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_hugging_face(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("transformers", reason="transformers, of the extra examples, is not installed")
     found = run("hugging_face.py", sequences=300, epochs=3)
     assert found["right"] > 0.4
     assert "SequenceClassifierOutput as before" in capsys.readouterr().out
 
 
 def test_timm_network(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("timm", reason="timm, of the extra examples, is not installed")
     found = run("timm_network.py", images=128, epochs=3)
     assert found["error"] == pytest.approx(found["fitted"], abs=1.0)
     assert "error of the compiled network" in capsys.readouterr().out
