@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench import bench_lenet5, bench_networks, bench_packed_conv2d, bench_packed_linear, bench_training
 from bench import accuracy_mlp as mlp
+from bench import bench_lenet5, bench_networks, bench_packed_conv2d, bench_packed_linear, bench_training
 from bench import uncertainty_lenet5 as lenets
 from bench.machine import RESULTS
 from bench.networks import NETWORKS, group_name
