@@ -69,9 +69,10 @@ def test_the_cut_has_nearly_the_smallest_error(order: int, shift: float) -> None
     assert observer.counts.sum() == numbers.numel()
 
     def error(largest: float) -> float:
-        steps, least = (255, 0) if shift else (127, -127)
-        step = largest / steps
-        return float(((numbers / step).round().clamp(least, steps) * step - numbers).square().mean())
+        least, most = max(float(numbers.min()), -largest), min(float(numbers.max()), largest)
+        step = (most - min(least, 0.0)) / 255
+        zero = round(-min(least, 0.0) / step)
+        return float(((numbers / step).round().clamp(-zero, 255 - zero) * step - numbers).square().mean())
 
     largest = float(numbers.abs().max())
     best = min(error(largest * i / 200) for i in range(10, 201))
@@ -82,7 +83,8 @@ def test_the_cut_has_nearly_the_smallest_error(order: int, shift: float) -> None
 def test_ranges_of_drawn_graphs_are_what_quantize_takes() -> None:
     for seed in range(20):
         graph, inputs = draw_graph(seed)
-        ranges, means = calibrate(graph, [inputs, inputs])
+        ranges, means, sums = calibrate(graph, [inputs, inputs])
+        assert set(sums) == {node.output for node in graph.nodes if "codes" in node.tensors}
         assert set(ranges) == set(graph.values)
         assert set(means) == {node.inputs[0] for node in graph.nodes if node.op in ("conv2d", "linear")}
         values = run(graph, inputs, torch.float32, keep=True)
@@ -97,7 +99,7 @@ def test_ranges_of_drawn_graphs_are_what_quantize_takes() -> None:
             assert bounds[name][0] - rounding <= low <= high <= bounds[name][1] + rounding
             if name in means:
                 torch.testing.assert_close(means[name], x.double().mean(0), rtol=1e-5, atol=1e-5)
-        quantize(graph, ranges, means).check()
+        quantize(graph, ranges, means, sums).check()
 
 
 @pytest.mark.parametrize(

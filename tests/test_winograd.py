@@ -34,8 +34,8 @@ def drawn(seed: int) -> tuple[Graph, tuple[Tensor, Tensor]]:
     def below(*ends: int) -> list[int]:
         return [int(torch.randint(end, (), generator=generator)) for end in ends]
 
-    groups, num_levels, zero = below(2, 15, 2)
-    groups, num_levels, zero = groups + 1, num_levels + 2, 128 * zero
+    groups, num_levels, zero = below(2, 15, 4)
+    groups, num_levels, zero = groups + 1, num_levels + 2, (0, 7, 128, 255)[zero]
     channels = [groups * (32 + 4 * n) for n in below(20, 8)]
     height, width = (n + 5 for n in below(13, 13))
     padding = tuple(below(3, 3, 3, 3))

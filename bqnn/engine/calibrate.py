@@ -13,7 +13,8 @@ from bqnn.core.native import cpu_isa
 from bqnn.core.text import shown
 from bqnn.engine import reference
 from bqnn.engine.graph import Graph, Node
-from bqnn.engine.operators import OPERATORS
+from bqnn.engine.integers import CodeSums, CodeSumsObserver
+from bqnn.engine.operators import OPERATORS, columns_of
 from bqnn.engine.program import Program
 
 BINS = 2048  # of a histogram; even
@@ -29,6 +30,8 @@ class Calibration(NamedTuple):
     """The least and the largest number that 8 bits should hold."""
     means: dict[str, Tensor]
     """Of what conv2d and linear nodes multiply: of each element over all images, float64, in the value's shape."""
+    sums: dict[str, CodeSums]
+    """Of the inputs of layers with codes, by the names of what they give."""
 
 
 class Observer:
@@ -71,10 +74,10 @@ class Observer:
         cut at 99.9% of the numbers they were two to three times as far off, at 99.99% up to a quarter more.
         """
         largest = max(-self.low, self.high)
-        steps = 255 if self.low >= 0 else 127
         sizes = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.span / BINS)
         cuts = torch.linspace(SMALLEST_CUT, 1, CUTS, dtype=torch.float64)[:, None] * largest  # [CUTS, 1]
-        rounding = (cuts / steps) ** 2 / 12
+        steps = (cuts.clamp(max=max(self.high, 0.0)) + cuts.clamp(max=max(-self.low, 0.0))) / 255
+        rounding = steps**2 / 12
         errors = torch.where(sizes <= cuts, rounding, (sizes - cuts) ** 2) @ self.counts
         cut = float(cuts[errors.argmin(), 0])
         return max(self.low, -cut), min(self.high, cut)
@@ -95,13 +98,17 @@ def calibrate(graph: Graph, batches: Iterable[Tensor | Sequence[Tensor]]) -> Cal
     multiplied = {node.inputs[0] for node in graph.nodes if node.op in ("conv2d", "linear")}
     moved = {node.output for node in graph.nodes if OPERATORS[node.op].moves}
     seen = {name: Observer(name in multiplied) for name in graph.values if name not in moved or name in multiplied}
+    layers = {node.output: _observer_of(graph, node) for node in graph.nodes if "codes" in node.tensors}
     run = _values_of(graph, tuple(seen))
     for index, batch in enumerate(batches):
         inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
         try:
             reference.check_inputs(graph, inputs)
-            for name, x in run([x.float() for x in inputs]).items():
+            found = run([x.float() for x in inputs])
+            for name, x in found.items():
                 seen[name].add(name, x)
+            for layer in layers.values():
+                layer.add(found[layer.node.inputs[0]])
         except ValueError as error:
             raise ValueError(f"calibration batch {index}: {error}") from None
     if any(observer.low > observer.high for observer in seen.values()):
@@ -111,7 +118,13 @@ def calibrate(graph: Graph, batches: Iterable[Tensor | Sequence[Tensor]]) -> Cal
     for node in graph.nodes:
         if node.output not in ranges:
             ranges[node.output] = _range_of_moved(node, ranges)
-    return Calibration(ranges, {name: seen[name].sum / seen[name].images for name in multiplied})
+    means = {name: seen[name].sum / seen[name].images for name in multiplied}
+    return Calibration(ranges, means, {name: layer.found() for name, layer in layers.items()})
+
+
+def _observer_of(graph: Graph, node: Node) -> CodeSumsObserver:
+    columns = columns_of(node, graph.values[node.inputs[0]].shape)
+    return CodeSumsObserver(node, columns, math.prod(graph.values[node.output].shape[1:]))
 
 
 def _range_of_moved(node: Node, ranges: Mapping[str, tuple[float, float]]) -> tuple[float, float]:

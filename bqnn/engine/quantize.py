@@ -17,7 +17,7 @@ from torch import Tensor
 from bqnn.core.text import shown
 from bqnn.engine.check_graph import MOST_COLUMNS
 from bqnn.engine.graph import Graph, Node, Value
-from bqnn.engine.integers import CodedWeights, integer_rows
+from bqnn.engine.integers import CodedWeights, CodeSums, integer_rows
 from bqnn.engine.operators import OPERATORS, columns_of
 
 Range = tuple[float, float]
@@ -27,7 +27,12 @@ _GATES = ("sigmoid", "hardsigmoid")
 _SMALLEST, _LARGEST = 2.0**-100, 2.0**100
 
 
-def quantize(graph: Graph, ranges: Mapping[str, Range], means: Mapping[str, Tensor] | None = None) -> Graph:
+def quantize(
+    graph: Graph,
+    ranges: Mapping[str, Range],
+    means: Mapping[str, Tensor] | None = None,
+    sums: Mapping[str, CodeSums] | None = None,
+) -> Graph:
     """``graph`` in 8 bits, with the same inputs and outputs, in float32.
 
     Where a float32 value is wanted as uint8, an ``activation`` node makes a copy. Values that are moved into each other
@@ -39,6 +44,7 @@ def quantize(graph: Graph, ranges: Mapping[str, Range], means: Mapping[str, Tens
         ranges: the least and the largest number of each value (:func:`bqnn.engine.calibrate.calibrate`).
         means: of each value in its shape, from the same place: biases make up for what rounded weights change in the
             mean of a layer's outputs. None leaves biases as they are.
+        sums: of each layer with codes, from there too: what its integers are chosen by, and its bias makes up for.
 
     Raises:
         ValueError: the graph has uint8 values already, or a value has no range that is finite and in order.
@@ -64,7 +70,8 @@ def quantize(graph: Graph, ranges: Mapping[str, Range], means: Mapping[str, Tens
     for node in graph.nodes:
         if node.output in layers:
             x = values[node.inputs[0]]
-            node = _with_integers(node, x, None if means is None else means[originals.get(x.name, x.name)])
+            mean = None if means is None else means[originals.get(x.name, x.name)]
+            node = _with_integers(node, x, mean, None if sums is None else sums.get(node.output))
         nodes.append(node)
     return graph.replaced(values=values, nodes=tuple(nodes))
 
@@ -151,25 +158,24 @@ def _is_within(number: float, known: Range) -> bool:
 def _quantized(value: Value, known: Range | None) -> Value:
     if known is None:
         return value
-    zero = 0 if known[0] >= 0 else 128
-    largest = min(max(-known[0], known[1], _SMALLEST), _LARGEST)
-    return dataclasses.replace(
-        value, dtype="uint8", scale=float(np.float32(largest / (127 if zero else 255))), zero=zero
-    )
+    low, high = (min(max(end, -_LARGEST), _LARGEST) for end in (min(known[0], 0.0), max(known[1], 0.0)))
+    scale = float(np.float32(max(high - low, _SMALLEST) / 255))
+    return dataclasses.replace(value, dtype="uint8", scale=scale, zero=round(-low / scale))
 
 
-def _with_integers(node: Node, x: Value, mean: Tensor | None) -> Node:
+def _with_integers(node: Node, x: Value, mean: Tensor | None, sums: CodeSums | None) -> Node:
     """A conv2d or linear node with the tensors that it needs where its input ``x``, of such a mean, is uint8."""
     tensors = dict(node.tensors)
-    columns = None if mean is None else _mean_columns(node, mean)
     if "codes" in tensors:
-        weights = CodedWeights(tensors["codes"], tensors.pop("levels"), columns_of(node, x.shape), columns)
+        weights = CodedWeights(tensors["codes"], tensors.pop("levels"), columns_of(node, x.shape), sums)
         tensors["integers"], steps, shift = weights.integers()
     else:
-        tensors["weight"], steps, shift = integer_rows(tensors["weight"], columns)
+        tensors["weight"], steps, shift = integer_rows(
+            tensors["weight"], None if mean is None else _mean_columns(node, mean)
+        )
     scale = tensors["scale"].double() if "scale" in tensors else 1.0
     tensors["scale"] = (steps * x.scale * scale).float()
-    if mean is not None:
+    if shift.any():
         tensors["bias"] = (tensors.get("bias", torch.zeros(())).double() + shift * scale).float()
     return dataclasses.replace(node, tensors=tensors)
 

@@ -162,7 +162,7 @@ def fold_bytes(node: Node, read: Sequence[Value], written: Value) -> Bytes | Non
 def _folded(node: Node, inputs: list[Tensor], read: list[Value], written: Value, by: Bytes) -> Tensor:
     x = inputs[0].double()
     if by.weight is not None:
-        x = _sums(node, x, by.weight, float(read[0].zero))
+        x = sums_of_products(node, x, by.weight, float(read[0].zero))
     if node.op == "mul":
         x = (x - read[0].zero) * (inputs[1].double() - read[1].zero)
     channels = (-1, *[1] * (x.dim() - 2))
@@ -234,7 +234,7 @@ def _product(node: Node, inputs: list[Tensor], read: list[Value], dtype: torch.d
     # Sums of products of integers are exact in float64, in whatever order.
     summed = torch.float64 if exact else dtype
     weight = decoded_weight(node, columns_of(node, value.shape), summed)
-    y = _sums(node, (x.to(summed) - value.zero) if exact else x.to(summed), weight).to(dtype)
+    y = sums_of_products(node, (x.to(summed) - value.zero) if exact else x.to(summed), weight).to(dtype)
     channels = (-1, *[1] * (y.dim() - 2))
     if "scale" in node.tensors:
         y = y * node.tensors["scale"].to(y).view(channels)
@@ -243,7 +243,7 @@ def _product(node: Node, inputs: list[Tensor], read: list[Value], dtype: torch.d
     return y + real(inputs[1], read[1], dtype) if len(inputs) == 2 else y
 
 
-def _sums(node: Node, x: Tensor, weight: Tensor, border: float = 0.0) -> Tensor:
+def sums_of_products(node: Node, x: Tensor, weight: Tensor, border: float = 0.0) -> Tensor:
     """Sums of products with a decoded weight, in their dtype; images of a convolution are surrounded by ``border``."""
     weight = weight.to(x.device)
     if node.op == "linear":

@@ -287,9 +287,10 @@ def _quantized(graph: Graph, inputs: tuple[Tensor, ...], pick: random.Random) ->
     for name, value in graph.values.items():
         members = [found[each] for each in graph.values if group[each] == group[name]]
         low, high = min(float(x.min()) for x in members), max(float(x.max()) for x in members)
-        zero = 0 if low >= 0 else 128
+        low, high = min(low, 0.0), max(high, 0.0)
         # Ranges that are a little too small show whether numbers beyond them are clamped.
-        scale = float(np.float32(0.9 * max(-low, high, 1e-3) / (127 if zero else 255)))
+        scale = float(np.float32(0.9 * max(high - low, 1e-3) / 255))
+        zero = min(255, round(-0.9 * low / scale))
         quantized = dataclasses.replace(value, dtype="uint8", scale=scale, zero=zero)
         values[name] = value if group[name] in floats else quantized
     nodes = tuple(_with_integers(node, values) for node in graph.nodes)
