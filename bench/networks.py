@@ -30,7 +30,7 @@ from bench.packed import PRECISIONS
 from bench.save import describe
 from bench.summary import fastest, times_faster
 from bqnn.core.machine import describe_cpu
-from bqnn.models import densenet, lenet5, resnet20, vgg7
+from bqnn.models import airbench, densenet, lenet5, resnet20, vgg7
 from bqnn.packed.base import PackedLayer
 from tests.support.packed_products import relative_error
 
@@ -67,6 +67,7 @@ NETWORKS = {
     "resnet20": Network("ResNet-20", resnet20, (3, 32, 32)),
     "vgg7": Network("VGG-7", vgg7, (3, 32, 32)),
     "densenet40": Network("DenseNet-40", densenet, (3, 32, 32)),
+    "airbench": Network("airbench", airbench, (3, 32, 32), (1, 64)),
     "mlp": Network("MLP 784-4096-4096-10", mlp, (784,)),
     "resnet18": Network("resnet18, 224x224", torchvision.models.resnet18, (3, 224, 224), (1, 16)),
     "mobilenet_v3_small": Network(
