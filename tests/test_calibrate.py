@@ -80,6 +80,17 @@ def test_the_cut_has_nearly_the_smallest_error(order: int, shift: float) -> None
     assert cut < 0.9 * largest and error(cut) < 1.05 * best < 0.9 * error(largest)
 
 
+def test_a_batch_without_images_adds_nothing() -> None:
+    for seed in range(20):
+        graph, inputs = draw_graph(seed)
+        empty = tuple(x[:0] for x in inputs)
+        _, means, sums = calibrate(graph, [empty, inputs])
+        _, alone, expected = calibrate(graph, [inputs])
+        assert all(torch.equal(means[name], alone[name]) for name in alone)
+        for name, each in expected.items():
+            assert torch.equal(sums[name].mean, each.mean) and torch.equal(sums[name].covariance, each.covariance)
+
+
 def test_ranges_of_drawn_graphs_are_what_quantize_takes() -> None:
     for seed in range(20):
         graph, inputs = draw_graph(seed)

@@ -57,7 +57,8 @@ class CodeSumsObserver:
         """Some images of x [B, ...]."""
         some = x[: math.ceil(PLACES / self._of_image)]
         sums = reference.sums_of_products(self.node, some, self._chosen)  # [B, N * M, ...]
-        sums = sums.transpose(0, 1).reshape(-1, self._levels, len(some) * self._of_image).double()
+        channels = len(self._chosen) // self._levels
+        sums = sums.transpose(0, 1).reshape(channels, self._levels, len(some) * self._of_image).double()
         self._places += sums.shape[2]
         self._sum = self._sum + sums.sum(2)
         self._products = self._products + sums @ sums.transpose(1, 2)
