@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bqnn.data.splits import leaves_one
 from bqnn.lab.processes import ALONE, Processes, join
 from bqnn.training.epoch import Means
 from tests.support.processes import ROOT
@@ -85,7 +86,7 @@ def test_parts_of_a_batch_are_even_and_no_image_is_in_two() -> None:
     ("size", "rest", "drops"), [(1, 0, False), (1, 1, True), (1, 2, False), (4, 7, True), (4, 8, False), (4, 0, False)]
 )
 def test_a_last_batch_of_too_few_images_is_left_out(size: int, rest: int, drops: bool) -> None:
-    assert Processes(0, size).drops(rest, 64) == drops
+    assert leaves_one(640 + rest, 64, size) == drops
 
 
 def test_a_batch_that_can_not_be_divided_is_refused() -> None:

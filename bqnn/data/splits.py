@@ -145,9 +145,10 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (images.float() / 255 - shift) / scale
 
 
-def leaves_one(count: int, batch_size: int) -> bool:
-    """Whether the last batch of ``count`` images would be one image, which BatchNorm can not train on."""
-    return batch_size > 1 and count % batch_size == 1
+def leaves_one(count: int, batch_size: int, processes: int = 1) -> bool:
+    """Whether the last batch of ``count`` images would be one image, or none, for one of the processes that divide it:
+    BatchNorm can not train on that."""
+    return batch_size > processes and 0 < count % batch_size < 2 * processes
 
 
 def batches(

@@ -42,10 +42,6 @@ class Processes:
         if batch_size % self.size:
             raise ValueError(f"batch_size must be a multiple of the {self.size} processes, got {batch_size}")
 
-    def drops(self, rest: int, batch_size: int) -> bool:
-        """Whether an epoch leaves out its last batch, of ``rest`` images: BatchNorm trains on two a process or more."""
-        return batch_size > self.size and 0 < rest < 2 * self.size
-
     def part(self, batch: Tensor) -> Tensor:
         """This process's images of a batch [B, ...]; where B is no multiple of the processes, the last ones are no
         one's."""

@@ -29,7 +29,7 @@ from bqnn.core.checkpoint import digest_of, write_checkpoint
 from bqnn.core.files import open_regular, remove_leftovers, write_content
 from bqnn.core.text import shown
 from bqnn.data.augment import augment
-from bqnn.data.splits import Splits, batches, load_dataset, normalise
+from bqnn.data.splits import Splits, batches, leaves_one, load_dataset, normalise
 from bqnn.lab.checkpoint import check_progress, read_checkpoint
 from bqnn.lab.evaluate import evaluate, statistics_batches
 from bqnn.lab.folder import (
@@ -149,8 +149,7 @@ class Trainer:
     @property
     def drop_last(self) -> bool:
         """Whether the last batch of an epoch is left out, being too few images; other ones every epoch."""
-        batch_size = self.recipe.batch_size
-        return self.processes.drops(len(self.data.train) % batch_size, batch_size)
+        return leaves_one(len(self.data.train), self.recipe.batch_size, self.processes.size)
 
     @property
     def steps_an_epoch(self) -> int:
