@@ -147,8 +147,7 @@ def available(op: str, device: torch.device, forced: str | None = None) -> str:
 
 def run(op: str, call: Any, forced: str | None = None) -> Any:
     """Runs ``call`` of ``op``; raises as :func:`choose` does."""
-    chosen = choose(op, call, forced).run
-    return without_autocast(chosen, call) if is_autocasting(call[0].device.type) else chosen(call)
+    return without_autocast(choose(op, call, forced).run, call)
 
 
 def without_autocast(function: Callable[[Any], Any], call: Any) -> Any:
