@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <array>
 #include <type_traits>
 
 #include "cpu/base/scratch.h"

@@ -128,6 +128,7 @@ inline void run_conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64
   alignas(64) uint32_t products[(kBatch + kMostTile) * kWidth];
   int64_t decoded = -1;
   Positions at(call);
+  const bool rows = !chunked && finishes_rows(call, num_chunks);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t part = unit / panels, index = unit % panels, group = index / strips, strip = index % strips;
     const uint32_t* panel = conv.panels == nullptr ? made : conv.panels + index * words;
@@ -135,6 +136,10 @@ inline void run_conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64
     const int64_t width = smaller(conv.group_channels - strip * kWidth, kWidth);
     const Tiles tile = tiles_of(conv, static_cast<int>(ceil_div(width, kLanes)));
     const int64_t last = positions * (part + 1) / parts;
+    if (rows) {
+      finish_strip(call, *chunks, panel, group, strip, positions * part / parts, last);
+      continue;
+    }
     for (int64_t first = positions * part / parts; first < last; first += kBatch) {
       const int64_t count = smaller(last - first, kBatch);
       place(call, group, first, count, &at);

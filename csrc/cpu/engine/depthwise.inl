@@ -95,11 +95,8 @@ inline void depthwise_rows(const ConvCall& call, const F& finish, int64_t begin,
       const auto write = [&](const UInt* sum, int64_t w) BQNN_LAMBDA {
         const char* residual = call.residual.data == nullptr ? nullptr : call.residual.at(image, h, w);
         Y* y = elements<Y>(call.y, image, h, w) + c;
-        uint32_t products[2 * kLanes];
-        __builtin_memcpy(products, sum, sizeof products);
-        finish.store(y, finish.value(products, of_first, residual, c), first);
-        if (second > 0)
-          finish.store(y + kLanes, finish.value(products + kLanes, of_second, residual, c + kLanes), second);
+        finish.store(y, finish.value(sum[0], of_first, residual, c), first);
+        if (second > 0) finish.store(y + kLanes, finish.value(sum[1], of_second, residual, c + kLanes), second);
       };
       UInt sum[2 * kDepthwisePixels];
       int64_t w = 0;

@@ -14,6 +14,7 @@
 #include "cpu/engine/place.inl"
 #include "cpu/engine/products.inl"
 #include "cpu/engine/outputs.inl"
+#include "cpu/engine/rows.inl"
 #include "cpu/engine/conv.inl"
 #include "cpu/engine/filtered_words.inl"
 #include "cpu/engine/filtered_floats.inl"

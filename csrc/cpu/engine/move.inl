@@ -14,6 +14,28 @@ BQNN_INLINE Float read_lanes(const uint8_t* at, int64_t step, int lanes) {
   return load(values);
 }
 
+#if BQNN_LANES == 16
+// Bytes of pixels of three channels, which follow each other, from planes of floats; returns how many pixels it wrote.
+inline int64_t read_colors(const Outside& from, const float* x, const Numbers<uint8_t>& numbers, int64_t width,
+                           uint8_t* y) {
+  alignas(64) static constexpr auto kOrder = [] {
+    std::array<uint8_t, 64> order{};
+    for (int i = 0; i < 48; ++i) order[i] = static_cast<uint8_t>(i / 3 * 4 + i % 3);
+    return order;
+  }();
+  const __m512i order = _mm512_load_si512(kOrder.data());
+  int64_t w = 0;
+  for (; w + kLanes <= width; w += kLanes, y += 3 * kLanes) {
+    const auto channel = [&](int64_t c) BQNN_LAMBDA { return numbers.quantize(load(x + c * from.channel + w)); };
+    const __m512i pixels = (__m512i)(channel(0) | channel(1) << 8 | channel(2) << 16);
+    const __m512i bytes = _mm512_maskz_permutexvar_epi8(~0ull, order, pixels);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_castsi512_si256(bytes));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(y + 32), _mm512_maskz_extracti32x4_epi32(0xF, bytes, 2));
+  }
+  return w;
+}
+#endif
+
 // Reads rows of an image that is somebody else's. A few pixels of a channel are converted together.
 template <class X, class Y>
 inline void read_rows(const Outside& from, const View& to, int64_t begin, int64_t end) {
@@ -27,8 +49,14 @@ inline void read_rows(const Outside& from, const View& to, int64_t begin, int64_
     const int64_t outer = by_pixel ? shape.channels : shape.width, inner = by_pixel ? shape.width : shape.channels;
     const int64_t outer_x = by_pixel ? from.channel : from.pixel, inner_x = by_pixel ? from.pixel : from.channel;
     const int64_t outer_y = by_pixel ? 1 : to.pixel, inner_y = by_pixel ? to.pixel : 1;
+    int64_t done = 0;
+#if BQNN_LANES == 16
+    if constexpr (std::is_same_v<X, float> && std::is_same_v<Y, uint8_t>)
+      if (shape.channels == 3 && to.pixel == 3 && from.pixel == 1)
+        done = read_colors(from, x, numbers, shape.width, y);
+#endif
     for (int64_t o = 0; o < outer; ++o)
-      for (int64_t i = 0; i < inner; i += kLanes) {
+      for (int64_t i = by_pixel ? done : 0; i < inner; i += kLanes) {
         const int lanes = lanes_left(inner - i);
         const X* at = x + o * outer_x + i * inner_x;
         Y* to = y + o * outer_y + i * inner_y;
@@ -71,6 +99,16 @@ inline void run_write(const View& from, const Outside& to, int64_t begin, int64_
   }
 }
 
+// Copies a few bytes sooner than memcpy is called.
+BQNN_INLINE void copy_channels(void* to, const void* from, int64_t count) {
+  constexpr int64_t kPiece = 16;
+  auto* y = static_cast<char*>(to);
+  const auto* x = static_cast<const char*>(from);
+  if (count < kPiece || count > 4 * kPiece) return (void)__builtin_memcpy(y, x, static_cast<size_t>(count));
+  for (int64_t i = 0; i < count - kPiece; i += kPiece) __builtin_memcpy(y + i, x + i, kPiece);
+  __builtin_memcpy(y + count - kPiece, x + count - kPiece, kPiece);
+}
+
 template <class X>
 inline void move_rows(const MoveCall& call, int64_t begin, int64_t end) {
   const View &x = call.x, &y = call.y;
@@ -92,17 +130,25 @@ inline void move_rows(const MoveCall& call, int64_t begin, int64_t end) {
       continue;
     }
     const int64_t row = h - call.to.height;
-    const bool all = count.channels == shape.channels && count.width == shape.width && count.height == shape.height;
-    if (call.fill && !all)
-      for (int64_t w = 0; w < shape.width; ++w)
-        for (X *at = elements<X>(y, image, h, w), *last = at + shape.channels; at < last; ++at) *at = number;
-    if (row < 0 || row >= count.height) continue;
-    for (int64_t w = 0; w < count.width; ++w) {
-      const X* at = elements<X>(x, image, call.from.height + row * call.step.height,
-                                call.from.width + w * call.step.width) + call.from.channels;
-      X* to = elements<X>(y, image, h, call.to.width + w) + call.to.channels;
+    const bool inside = row >= 0 && row < count.height;
+    const auto fill = [&](X* at, int64_t channels) { std::fill_n(at, channels, number); };
+    X* to = elements<X>(y, image, h, call.to.width) + call.to.channels;
+    if (call.fill) {
+      const int64_t before = call.to.channels, after = shape.channels - before - count.channels;
+      for (int64_t w = 0; w < shape.width; ++w) {
+        const bool covered = inside && w >= call.to.width && w < call.to.width + count.width;
+        X* pixel = elements<X>(y, image, h, w);
+        fill(pixel, covered ? before : shape.channels);
+        if (covered) fill(pixel + before + count.channels, after);
+      }
+    }
+    if (!inside) continue;
+    const X* at = elements<X>(x, image, call.from.height + row * call.step.height, call.from.width) + call.from.channels;
+    if (at == to) continue;  // the input lies where it belongs
+    const int64_t step = call.step.width * x.pixel;
+    for (int64_t w = 0; w < count.width; ++w, at += step, to += y.pixel) {
       if (call.step.channels == 1)
-        __builtin_memcpy(to, at, static_cast<size_t>(count.channels) * sizeof *to);
+        copy_channels(to, at, count.channels * static_cast<int64_t>(sizeof *to));
       else
         for (int64_t c = 0; c < count.channels; ++c) to[c] = at[c * call.step.channels];
     }

@@ -20,12 +20,36 @@ struct FoldedFinish {
     return {load(conv.scale + channel), load(conv.bias + channel)};
   }
 
-  BQNN_INLINE Int value(const uint32_t* products, const Channels& of, const char* residual_at, int64_t channel) const {
-    Float y = to_float((Int)load_lanes(products)) * of.scale + of.bias;
+  BQNN_INLINE Int value(UInt product, const Channels& of, const char* residual_at, int64_t channel) const {
+    Float y = to_float((Int)product) * of.scale + of.bias;
     if constexpr (!std::is_same_v<R, NoResidual>)
       y += Numbers<R>::stored(reinterpret_cast<const R*>(residual_at) + channel) * ratio;
     if constexpr (kClamps) y = min(max(y, low), high);
     return nearest_integers(y);
+  }
+  static BQNN_INLINE void store(Y* to, Int y, int count) { store_saturated(to, y, count); }
+};
+
+// Bytes of integers that are activated, by one function: which one is known where the loops are compiled.
+template <Function kFunction>
+struct ActivatedFinish {
+  using Y = uint8_t;
+  static constexpr bool kStoresTogether = true;
+  const Conv& conv;
+  const Numbers<uint8_t> out;
+
+  explicit ActivatedFinish(const ConvCall& call) : conv(*call.conv), out(call.y) {}
+
+  struct Channels {
+    Float scale, bias;
+    UInt shift;
+  };
+  BQNN_INLINE Channels channels(int64_t channel) const {
+    return {load(conv.scale + channel), load(conv.bias + channel), load_lanes(conv.shift + channel)};
+  }
+
+  BQNN_INLINE Int value(UInt product, const Channels& of, const char*, int64_t) const {
+    return out.quantize(activate({kFunction}, to_float((Int)(product - of.shift)) * of.scale + of.bias));
   }
   static BQNN_INLINE void store(Y* to, Int y, int count) { store_saturated(to, y, count); }
 };
@@ -55,9 +79,7 @@ struct Finish {
     return {load(conv.scale + channel), load(conv.bias + channel), load_lanes(conv.shift + channel)};
   }
 
-  BQNN_INLINE Float value(const uint32_t* products, const Channels& of, const char* residual_at,
-                          int64_t channel) const {
-    const UInt product = load_lanes(products);
+  BQNN_INLINE Float value(UInt product, const Channels& of, const char* residual_at, int64_t channel) const {
     Float y = (integers ? to_float((Int)(product - of.shift)) : (Float)product) * of.scale + of.bias;
     if (residual) y += added.read(reinterpret_cast<const R*>(residual_at) + channel);
     return clamps ? min(high, max(low, y)) : activate(act, y);
@@ -65,17 +87,33 @@ struct Finish {
   BQNN_INLINE void store(Y* to, Float y, int count) const { out.write(to, y, count); }
 };
 
+// Whether a call is one of hard-swish: of all functions but clamping, the one that takes no longer than the rest.
+inline bool is_hardswish(const ConvCall& call) {
+  return call.conv->activation.function == Function::hardswish && call.residual.data == nullptr;
+}
+
+// Whether bytes are made of integers, in one of the ways that with_bytes_finish knows.
+inline bool finishes_bytes(const ConvCall& call) {
+  if (!call.conv->integers || call.y.dtype != Dtype::uint8) return false;
+  if (!call.conv->bytes.folded) return is_hardswish(call);
+  return call.residual.data == nullptr || call.residual.dtype == Dtype::uint8;
+}
+
+// Calls f with what finishes such a call.
+template <class F>
+BQNN_INLINE void with_bytes_finish(const ConvCall& call, const F& f) {
+  if (!call.conv->bytes.folded) return f(ActivatedFinish<Function::hardswish>(call));
+  const bool clamps = !kSaturates || !call.conv->bytes.saturates;
+  if (call.residual.data == nullptr)
+    return clamps ? f(FoldedFinish<NoResidual, true>(call)) : f(FoldedFinish<NoResidual, false>(call));
+  return clamps ? f(FoldedFinish<uint8_t, true>(call)) : f(FoldedFinish<uint8_t, false>(call));
+}
+
 // Calls f with what finishes a call.
 template <class F>
 BQNN_INLINE void with_finish(const ConvCall& call, const F& f) {
-  const Bytes& bytes = call.conv->bytes;
-  if (bytes.folded) {
-    const bool clamps = !kSaturates || !bytes.saturates;
-    if (call.residual.data == nullptr)
-      return clamps ? f(FoldedFinish<NoResidual, true>(call)) : f(FoldedFinish<NoResidual, false>(call));
-    if (call.residual.dtype == Dtype::float32) return f(FoldedFinish<float, true>(call));
-    return clamps ? f(FoldedFinish<uint8_t, true>(call)) : f(FoldedFinish<uint8_t, false>(call));
-  }
+  if (finishes_bytes(call)) return with_bytes_finish(call, f);
+  if (call.conv->bytes.folded) return f(FoldedFinish<float, true>(call));
   with_element(call.y.dtype, [&](auto* y) BQNN_LAMBDA {
     with_element(call.residual.dtype, [&](auto* residual) BQNN_LAMBDA {
       f(Finish<std::remove_pointer_t<decltype(y)>, std::remove_pointer_t<decltype(residual)>>(call));
@@ -97,7 +135,7 @@ BQNN_INLINE void finish_vectors(const F& finish, const Positions& at, const Run&
   const auto each = [&](const auto& f) BQNN_LAMBDA {
     BQNN_UNROLL(4) for (int v = 0; v < kVectorsOfRow; ++v)
       f(v, reinterpret_cast<Y*>(y) + v * stride,
-        finish.value(products + v * stride, of[v], residual, channel + v * stride));
+        finish.value(load_lanes(products + v * stride), of[v], residual, channel + v * stride));
     products += kWidth, y += at.step_y, residual += at.step_residual;
   };
   if constexpr (F::kStoresTogether && kBytesTogether % kVectorsOfRow == 0) {

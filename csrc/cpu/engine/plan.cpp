@@ -63,16 +63,27 @@ class Planner {
     return step.op == Op::reshape && (x == y || (x.height * x.width == 1 && y.height * y.width == 1));
   }
 
+  // Whether a step puts its inputs beside other channels, and does nothing else to them: from which channel on is the
+  // first one.
+  bool joins_channels(const Step& step, int64_t* channel) const {
+    if (step.op == Op::cat) return *channel = 0, true;
+    const Shape &x = graph_.values[step.inputs[0]].shape, &y = graph_.values[step.output].shape;
+    *channel = step.low.channels;
+    return step.op == Op::pad && step.low.height == 0 && step.low.width == 0 && x.height == y.height &&
+           x.width == y.width && *channel >= 0 && *channel + x.channels <= y.channels;
+  }
+
   // The last cat that a value goes into is where it lies; a reshape's output lies where its input does.
   void place_values() {
     std::vector<int> copies(graph_.values.size(), 0);  // values that share the place of another, or lend theirs
     for (const Step& step : graph_.steps)
       if (keeps_order(step)) copies[step.inputs[0]] = copies[step.output] = 1;
     for (auto step = graph_.steps.rbegin(); step != graph_.steps.rend(); ++step) {
-      if (step->op != Op::cat) continue;
+      int64_t channel = 0;
+      if (!joins_channels(*step, &channel)) continue;
       const int y = step->output;
       own(y);
-      int64_t channel = plan_.places[y].channel;
+      channel += plan_.places[y].channel;
       for (const int32_t x : step->inputs) {
         if (plan_.places[x].buffer < 0 && !copies[x]) plan_.places[x] = {plan_.places[y].buffer, channel};
         channel += graph_.values[x].shape.channels;

@@ -124,15 +124,23 @@ View Program::view(const Frame& frame, int value) const {
 
 namespace {
 
+// Sets bytes to a number; a call of memset takes longer than the few of them at the side of a row.
+inline void fill(char* at, int number, int64_t count) {
+  constexpr int64_t kPiece = 16;
+  if (count < kPiece || count > 4 * kPiece) return (void)std::memset(at, number, static_cast<size_t>(count));
+  for (int64_t i = 0; i < count - kPiece; i += kPiece) std::memset(at + i, number, kPiece);
+  std::memset(at + count - kPiece, number, kPiece);
+}
+
 // Sets the border of images to what stands for zero. Units: what lies before each row of an image, and after the last.
 void fill_border(const Buffer& b, char* images, int64_t begin, int64_t end) {
   const int64_t size = size_of(b.dtype), row = b.row() * size, left = b.left * b.pixel * size;
-  const int64_t right = b.right * b.pixel * size, units = b.shape.height + 1;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t h = unit % units, above = h == 0 ? b.top * row : right;
-    const int64_t below = h == b.shape.height ? b.bottom * row : left;
-    char* at = images + unit / units * b.bytes() + (b.top + h) * row;
-    std::memset(at - above, b.zero, static_cast<size_t>(above + below));
+  const int64_t right = b.right * b.pixel * size, height = b.shape.height, units = height + 1;
+  char* image = images + begin / units * b.bytes();
+  for (int64_t h = begin % units, unit = begin; unit < end; ++unit) {
+    const int64_t above = h == 0 ? b.top * row : right, below = h == height ? b.bottom * row : left;
+    fill(image + (b.top + h) * row - above, b.zero, above + below);
+    if (++h == units) h = 0, image += b.bytes();
   }
 }
 

@@ -1,4 +1,6 @@
 // What any processor runs: vectors of four, which are SSE2 on x86-64 and NEON on AArch64.
+#include <algorithm>
+#include <array>
 #include <type_traits>
 
 #include "cpu/base/scratch.h"

@@ -127,11 +127,11 @@ inline void read_tile(const ConvCall& call, const Tiling<Way>& of, int64_t group
   }
 }
 
-// The sums [kSide * kSide][kWidth] of a tile's outputs, of the first vectors of a strip.
-template <class Way>
-inline void sum_tile(const uint32_t* products, int64_t step, int64_t vectors, uint32_t* sums) {
+// Calls put(vector, row, sums [kSide]) for the rows of a tile's outputs, of the first vectors of a strip.
+template <class Way, class F>
+BQNN_INLINE void sum_tile(const uint32_t* products, int64_t step, int64_t vectors, const F& put) {
   constexpr int kSide = Way::kSide, kReach = Tiling<Way>::kReach;
-  for (int64_t v = 0; v < vectors; ++v, products += kLanes, sums += kLanes) {
+  for (int64_t v = 0; v < vectors; ++v, products += kLanes) {
     UInt m[kReach], half[kSide * kReach], y[kSide];
     BQNN_UNROLL(6) for (int j = 0; j < kReach; ++j) {
       BQNN_UNROLL(6) for (int i = 0; i < kReach; ++i) m[i] = load_lanes(products + (i * kReach + j) * step);
@@ -140,13 +140,21 @@ inline void sum_tile(const uint32_t* products, int64_t step, int64_t vectors, ui
     }
     BQNN_UNROLL(4) for (int i = 0; i < kSide; ++i) {
       Way::transform_outputs(half + i * kReach, 1, y);
-      BQNN_UNROLL(4) for (int j = 0; j < kSide; ++j) {
-        const UInt sum = Way::output(y[j], i, j);
-        __builtin_memcpy(sums + (i * kSide + j) * kWidth, &sum, sizeof sum);
-      }
+      BQNN_UNROLL(4) for (int j = 0; j < kSide; ++j) y[j] = Way::output(y[j], i, j);
+      put(v, i, y);
     }
   }
 }
+
+// Where a tile of outputs lies.
+struct TilePlace {
+  int64_t image, h, w;
+
+  template <class Way>
+  TilePlace(const Tiling<Way>& of, int64_t tile)
+      : image(tile / (of.down * of.across)), h(tile / of.across % of.down * Way::kSide),
+        w(tile % of.across * Way::kSide) {}
+};
 
 // The outputs of the tiles [first, first + count) of a strip.
 template <class Way>
@@ -160,15 +168,56 @@ inline void write_tiles(const ConvCall& call, const Tiling<Way>& of, int64_t gro
   for (int64_t i = 0; i < count; i += kTogether) {
     at.num_runs = 0;
     for (int64_t j = 0; j < smaller(kTogether, count - i); ++j) {
-      const int64_t tile = first + i + j, image = tile / (of.down * of.across);
-      const int64_t h = tile / of.across % of.down * kSide, w = tile % of.across * kSide;
+      const TilePlace place(of, first + i + j);
+      uint32_t* of_tile = sums + j * kSide * kSide * kWidth;
       sum_tile<Way>(products + (i + j) * kWidth, of.product_step, ceil_div(channels, kLanes),
-                    sums + j * kSide * kSide * kWidth);
-      for (int64_t r = 0; r < smaller(kSide, height - h); ++r)
-        at.add_run(call, (j * kSide + r) * kSide, smaller(kSide, width - w), image, h + r, w);
+                    [&](int64_t v, int r, const UInt* y) BQNN_LAMBDA {
+                      BQNN_UNROLL(4) for (int c = 0; c < kSide; ++c)
+                        __builtin_memcpy(of_tile + (r * kSide + c) * kWidth + v * kLanes, &y[c], sizeof y[c]);
+                    });
+      for (int64_t r = 0; r < smaller(kSide, height - place.h); ++r)
+        at.add_run(call, (j * kSide + r) * kSide, smaller(kSide, width - place.w), place.image, place.h + r, place.w);
     }
     finish_batch(call, sums, at, group * call.conv->group_channels + strip * kWidth, channels);
   }
+}
+
+// The same of whole tiles, which are finished in the registers.
+template <class Way, class F>
+inline void finish_tiles(const F& finish, const ConvCall& call, const Tiling<Way>& of, int64_t group, int64_t strip,
+                         int64_t first, int64_t count, const uint32_t* products) {
+  constexpr int kSide = Way::kSide;
+  const View &y = call.y, &residual = call.residual;
+  const int64_t channel = group * call.conv->group_channels + strip * kWidth;
+  const int64_t channels = smaller(call.conv->group_channels - strip * kWidth, kWidth);
+  typename F::Channels scales[kVectors];
+  for (int v = 0; v < kVectors; ++v) scales[v] = finish.channels(channel + (v * kLanes < channels ? v * kLanes : 0));
+  for (int64_t i = 0; i < count; ++i, products += kWidth) {
+    const TilePlace place(of, first + i);
+    char* to = y.at(place.image, place.h, place.w) + channel;
+    const char* added = residual.data == nullptr ? nullptr : residual.at(place.image, place.h, place.w) + channel;
+    sum_tile<Way>(products, of.product_step, ceil_div(channels, kLanes),
+                  [&](int64_t v, int r, const UInt* sum) BQNN_LAMBDA {
+                    const int64_t c = v * kLanes;
+                    const int lanes = lanes_left(channels - c);
+                    BQNN_UNROLL(4) for (int j = 0; j < kSide; j += kBytesTogether) {
+                      uint8_t* at[kBytesTogether];
+                      Int bytes[kBytesTogether];
+                      BQNN_UNROLL(4) for (int k = 0; k < kBytesTogether; ++k) {
+                        at[k] = reinterpret_cast<uint8_t*>(to + r * y.row + (j + k) * y.pixel + c);
+                        bytes[k] = finish.value(sum[j + k], scales[v], added + r * residual.row + (j + k) * residual.pixel, c);
+                      }
+                      store_saturated(at, bytes, lanes);
+                    }
+                  });
+  }
+}
+
+// Whether they are all whole, and bytes.
+template <class Way>
+inline bool finishes_whole_tiles(const ConvCall& call) {
+  const Shape& y = call.y.shape;
+  return finishes_bytes(call) && y.height % Way::kSide == 0 && y.width % Way::kSide == 0;
 }
 
 template <class Way>
@@ -207,7 +256,12 @@ inline void filter_conv2d(const ConvCall& call, int64_t parts, int64_t begin, in
         for (int p = 0; p < kPoints; ++p)
           multiply(reinterpret_cast<const char*>(inputs + p * of.input_step), conv.inputs * sizeof(Number), tiles,
                    filters + s * filter_words + p * of.filter_step, of.lanes, products + p * of.product_step);
-        write_tiles<Way>(call, of, group, strip + s, first, tiles, products);
+        if (finishes_whole_tiles<Way>(call))
+          with_bytes_finish(call, [&](const auto& finish) {
+            finish_tiles(finish, call, of, group, strip + s, first, tiles, products);
+          });
+        else
+          write_tiles(call, of, group, strip + s, first, tiles, products);
       }
     }
   }
