@@ -135,12 +135,12 @@ inline void run_conv2d(const ConvCall& call, int64_t parts, int64_t begin, int64
     if (conv.panels == nullptr && !chunked && index != decoded) make_panel(conv, group, strip, made), decoded = index;
     const int64_t width = smaller(conv.group_channels - strip * kWidth, kWidth);
     const Tiles tile = tiles_of(conv, static_cast<int>(ceil_div(width, kLanes)));
-    const int64_t last = positions * (part + 1) / parts;
+    const int64_t last = call.begin_of(part + 1, parts);
     if (rows) {
-      finish_strip(call, *chunks, panel, group, strip, positions * part / parts, last);
+      finish_strip(call, *chunks, panel, group, strip, call.begin_of(part, parts), last);
       continue;
     }
-    for (int64_t first = positions * part / parts; first < last; first += kBatch) {
+    for (int64_t first = call.begin_of(part, parts); first < last; first += kBatch) {
       const int64_t count = smaller(last - first, kBatch);
       place(call, group, first, count, &at);
       for (int64_t c = 0; c < num_chunks; ++c) {

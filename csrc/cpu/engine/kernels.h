@@ -108,6 +108,13 @@ struct ConvCall {
   const Conv* conv;
   View x, y, residual;  // a residual without data is none
   int64_t images;
+  bool by_rows = false;  // whether parts of the positions are whole rows
+
+  // The first position of a part.
+  int64_t begin_of(int64_t part, int64_t parts) const {
+    const int64_t together = by_rows ? y.shape.width : 1, rows = images * y.shape.height;
+    return (by_rows ? rows : rows * y.shape.width) * part / parts * together;
+  }
 };
 
 struct PointCall {  // affine, activation, add, sub, mul, softmax

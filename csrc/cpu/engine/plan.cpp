@@ -42,6 +42,7 @@ class Planner {
     if (aligned_) align_pixels();
     add_borders();
     add_instructions();
+    find_joins(graph_, &plan_);
     divide();
     find_lifetimes();
     allocate();
@@ -258,38 +259,71 @@ class Planner {
       }
       for (const int32_t x : graph_.steps[each.step].inputs) use(plan_.places[x].buffer);
     }
+  }
+
+  // Of each buffer that is used: the first instruction and the last, between which no other may lie in its place.
+  using Lives = std::vector<std::pair<int, int>>;
+
+  // Where threads go through joined instructions at their own pace, what one still needs another must not overwrite.
+  Lives lives_of_joined() const {
+    Lives lives;
+    const auto& list = plan_.instructions;
+    for (const Buffer& b : plan_.buffers) {
+      int first = b.first, last = b.last;
+      while (first > 0 && list[first].joins) --first;
+      while (last >= 0 && last + 1 < static_cast<int>(list.size()) && list[last + 1].joins) ++last;
+      lives.emplace_back(first, last);
+    }
+    return lives;
+  }
+
+  // The same of images that go through a stage at their own pace.
+  Lives lives_of_stages() {
+    Lives lives;
     for (Buffer& b : plan_.buffers) {
+      lives.emplace_back(b.first, b.last);
       if (b.first < 0) continue;
       const int from = stage_of(b.first), to = stage_of(b.last);
       b.shared = from != to || plan_.stages[from].wide;
-      // Images go through a stage at their own pace: what one still needs another must not overwrite.
-      if (b.shared) b.first = plan_.stages[from].begin, b.last = plan_.stages[to].end - 1;
+      if (b.shared) lives.back() = {plan_.stages[from].begin, plan_.stages[to].end - 1};
     }
+    return lives;
   }
 
-  // Each buffer, the largest first, lies at the lowest place that no other has while it lives.
   void allocate() {
+    const auto all = [](const Buffer&) { return true; };
+    plan_.divided = allocate(lives_of_joined(), all, &Buffer::divided);
+    const Lives lives = lives_of_stages();
+    plan_.local = allocate(lives, [](const Buffer& b) { return !b.shared; }, &Buffer::offset);
+    plan_.shared = allocate(lives, [](const Buffer& b) { return b.shared; }, &Buffer::offset);
+  }
+
+  // Each buffer of some, the largest first, lies at the lowest place that no other has while it lives. Returns what
+  // they take in all.
+  template <class F>
+  int64_t allocate(const Lives& lives, const F& is_one, int64_t Buffer::*offset) {
     std::vector<int> order(plan_.buffers.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),
                      [&](int a, int b) { return plan_.buffers[a].bytes() > plan_.buffers[b].bytes(); });
     std::vector<int> placed;
+    int64_t end = 0;
     for (const int index : order) {
       Buffer& b = plan_.buffers[index];
-      if (b.first < 0) continue;
+      if (b.first < 0 || !is_one(b)) continue;
       std::vector<const Buffer*> rivals;
-      for (const int other : placed) {
-        const Buffer& o = plan_.buffers[other];
-        if (o.shared == b.shared && o.first <= b.last && b.first <= o.last) rivals.push_back(&o);
-      }
-      std::sort(rivals.begin(), rivals.end(), [](const Buffer* x, const Buffer* y) { return x->offset < y->offset; });
+      for (const int other : placed)
+        if (lives[other].first <= lives[index].second && lives[index].first <= lives[other].second)
+          rivals.push_back(&plan_.buffers[other]);
+      std::sort(rivals.begin(), rivals.end(),
+                [&](const Buffer* x, const Buffer* y) { return x->*offset < y->*offset; });
       for (const Buffer* o : rivals)
-        if (b.offset < o->offset + o->bytes() && o->offset < b.offset + b.bytes()) b.offset = o->offset + o->bytes();
+        if (b.*offset < o->*offset + o->bytes() && o->*offset < b.*offset + b.bytes()) b.*offset = o->*offset + o->bytes();
       placed.push_back(index);
-      int64_t& end = b.shared ? plan_.shared : plan_.local;
-      end = std::max(end, b.offset + b.bytes());
+      end = std::max(end, b.*offset + b.bytes());
       require_room(end <= kMostBytes);
     }
+    return end;
   }
 };
 

@@ -18,6 +18,7 @@ struct Buffer {
   int first = -1, last = -1;                         // the instructions that use it
   bool shared = false;  // it lives from one stage to another, so that it holds all images
   int64_t offset = 0;   // bytes for each image, before it in the arena
+  int64_t divided = 0;  // the same where all threads go through the instructions together
 
   int64_t row() const { return (left + shape.width + right) * pixel; }
   int64_t image() const { return (top + shape.height + bottom) * row(); }
@@ -39,6 +40,9 @@ struct Instruction {
   int value = -1;    // what is read or written; of a border its buffer
   int source = -1;   // of a copy that cat needs: the value that is copied
   int64_t channel = 0;  // where such a copy goes
+  // Whether a thread that has done its rows of the instruction before may go on with the same rows of this one, while
+  // others are still at theirs.
+  bool joins = false;
 };
 
 // Instructions that run together: a thread takes some images through all of them, or, where wide, threads divide the
@@ -53,12 +57,15 @@ struct Plan {
   std::vector<Place> places;  // of each value
   std::vector<Instruction> instructions;
   std::vector<Stage> stages;
-  int64_t local = 0, shared = 0;  // bytes for each image
+  int64_t local = 0, shared = 0, divided = 0;  // bytes for each image
 };
 
 // The plan of a graph that is sound. wide[i]: whether step i is a layer that its own stage suits. aligned: whether the
 // pixels that convolutions of integers read begin where a tile of AMX may be loaded at once.
 Plan make_plan(const Graph& graph, const std::vector<char>& wide, bool aligned);
+
+// Sets `joins` of a plan's instructions, whose values have their places.
+void find_joins(const Graph& graph, Plan* plan);
 
 // Whether a step is a convolution with one channel a group.
 bool is_depthwise(const Graph& graph, const Step& step);

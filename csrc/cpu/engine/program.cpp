@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
-#include <numeric>
 
+#include "cpu/base/barrier.h"
 #include "cpu/base/scratch.h"
+#include "cpu/engine/frame.h"
 
 namespace bqnn::engine {
 
@@ -42,27 +42,8 @@ const Kernels& kernels_of(Isa isa) {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Products that repay waking a thread, which takes a few microseconds: of floats, and as many more of integers as their
-// instructions multiply at once.
-constexpr int64_t kWorthAThread = 1 << 18;
-
-int64_t worth_a_thread(const Kernels& kernels, bool integers, bool tiles) {
-  if (tiles) return kWorthAThread << 4;
-  return integers && kernels.lanes == 16 ? kWorthAThread << 2 : kWorthAThread;
-}
-
-// Vectors of a strip that a convolution has channels for.
-int64_t vectors_of(const Conv& conv, const Kernels& kernels) {
-  return ceil_div(std::min<int64_t>(conv.group_channels, kernels.strip), kernels.lanes);
-}
-
-// Bytes of a border that repay waking a thread.
-constexpr int64_t kBorderWorthAThread = 1 << 14;
-
-// Positions that are worth a part of their own.
-constexpr int64_t kPositionsOfRows = 64;
+// How many times over the work for all images has to be worth a thread, before others are woken.
+constexpr double kWorthATeam = 2.0;
 
 constexpr int64_t kMostBytes = int64_t{1} << 50;  // of the images of a run
 
@@ -70,20 +51,6 @@ constexpr int64_t kMostBytes = int64_t{1} << 50;  // of the images of a run
 constexpr int64_t kImagesOfFilters = 8;
 
 }  // namespace
-
-// The memory of a run, or of one thread's part of it.
-struct Program::Frame {
-  const Outside *inputs, *outputs;
-  char *local, *shared;
-  int64_t first, images;  // of the batch
-  int64_t all;            // images of the batch
-  int64_t room;           // images that local memory is for
-
-  // Where the frame's first image of a buffer lies.
-  char* memory(const Buffer& b) const {
-    return b.shared ? shared + b.offset * all + first * b.bytes() : local + b.offset * room;
-  }
-};
 
 Program::Program(Graph graph, Isa isa, const Limits& limits)
     : graph_(std::move(graph)), limits_(limits), kernels_(&kernels_of(isa)), weights_(graph_, *kernels_) {
@@ -111,163 +78,95 @@ Program::Program(Graph graph, Isa isa, const Limits& limits)
     slack_ = std::max(slack_, slack_of(convs_.back(), y.height * y.width > 1 ? pixels : x.bytes()));
     step.weight = Weight{};
   }
-}
-
-View Program::view(const Frame& frame, int value) const {
-  const Value& v = graph_.values[value];
-  const Place& place = plan_.places[value];
-  const Buffer& b = plan_.buffers[place.buffer];
-  View view{nullptr, v.dtype, v.shape, b.pixel, b.row(), b.bytes() / size_of(v.dtype), v.scale, v.zero};
-  view.data = frame.memory(b) + view.bytes(b.top * view.row + b.left * view.pixel + place.channel);
-  return view;
+  for (const Instruction& each : plan_.instructions) load_ += load(each);
 }
 
 namespace {
 
-// Sets bytes to a number; a call of memset takes longer than the few of them at the side of a row.
-inline void fill(char* at, int number, int64_t count) {
-  constexpr int64_t kPiece = 16;
-  if (count < kPiece || count > 4 * kPiece) return (void)std::memset(at, number, static_cast<size_t>(count));
-  for (int64_t i = 0; i < count - kPiece; i += kPiece) std::memset(at + i, number, kPiece);
-  std::memset(at + count - kPiece, number, kPiece);
-}
-
-// Sets the border of images to what stands for zero. Units: what lies before each row of an image, and after the last.
-void fill_border(const Buffer& b, char* images, int64_t begin, int64_t end) {
-  const int64_t size = size_of(b.dtype), row = b.row() * size, left = b.left * b.pixel * size;
-  const int64_t right = b.right * b.pixel * size, height = b.shape.height, units = height + 1;
-  char* image = images + begin / units * b.bytes();
-  for (int64_t h = begin % units, unit = begin; unit < end; ++unit) {
-    const int64_t above = h == 0 ? b.top * row : right, below = h == height ? b.bottom * row : left;
-    fill(image + (b.top + h) * row - above, b.zero, above + below);
-    if (++h == units) h = 0, image += b.bytes();
+// Adds the time since it was made to an entry, if there is one.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double* to) : to_(to) {
+    if (to_ != nullptr) begin_ = std::chrono::steady_clock::now();
   }
-}
+  Stopwatch(const Stopwatch&) = delete;
+  ~Stopwatch() {
+    if (to_ != nullptr) *to_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
+  }
 
-// The parts of a batch that a frame has of somebody else's tensor.
-Outside part_of(const Outside& tensor, int64_t first) {
-  Outside part = tensor;
-  part.data += first * tensor.image * (tensor.bytes ? 1 : 4);
-  return part;
-}
+ private:
+  double* to_;
+  std::chrono::steady_clock::time_point begin_;
+};
 
 }  // namespace
 
-void Program::run_instruction(const Frame& frame, const Instruction& of, const Parallel& parallel) const {
-  const Kernels& k = *kernels_;
-  const int64_t images = frame.images;
-  if (of.kind == Kind::border) {
-    const Buffer& b = plan_.buffers[of.value];
-    const int64_t units = b.shape.height + 1, pixels = b.shape.height * b.shape.width;
-    const int64_t bytes = (b.image() - pixels * b.pixel) * size_of(b.dtype);
-    return parallel_for(parallel, images * units, 1 + kBorderWorthAThread * units / bytes,
-                        [&](int64_t begin, int64_t end) { fill_border(b, frame.memory(b), begin, end); });
+// The instructions [begin, end), by one thread.
+void Program::run_all(const Frame& frame, int begin, int end, double* seconds) const {
+  for (int i = begin; i < end; ++i) {
+    const Stopwatch watch(seconds == nullptr ? nullptr : seconds + i);
+    run_part(frame, plan_.instructions[i], divide(plan_.instructions[i], frame.images, 1), 0);
   }
-  const View y = view(frame, of.value);
-  const int64_t rows = images * y.shape.height;
-  // An element that is moved or changed counts as a few products.
-  const int64_t few = worth_a_thread(k, y.dtype == Dtype::uint8, false) / 16;
-  const int64_t grain = 1 + few / (y.shape.channels * y.shape.width);
-  if (of.kind == Kind::read) {
-    const Outside from = part_of(frame.inputs[of.step], frame.first);
-    return parallel_for(parallel, rows, grain, [&](int64_t begin, int64_t end) { k.read(from, y, begin, end); });
-  }
-  if (of.kind == Kind::write) {
-    const Outside to = part_of(frame.outputs[of.step], frame.first);
-    return parallel_for(parallel, rows, grain, [&](int64_t begin, int64_t end) { k.write(y, to, begin, end); });
-  }
-  const Step& step = graph_.steps[of.step];
-  const Conv& conv = convs_[of.step];
-  const View x = view(frame, of.source >= 0 ? of.source : step.inputs[0]);
-  switch (of.kind) {
-    case Kind::conv2d:
-    case Kind::depthwise: {
-      ConvCall call{&conv, x, y, {}, images};
-      if (step.inputs.size() > 1) call.residual = view(frame, step.inputs[1]);
-      call.y.fold(conv.fold), call.residual.fold(conv.fold);
-      if (of.kind == Kind::depthwise) {
-        const int64_t work = products(of) / y.shape.height;
-        return parallel_for(parallel, rows, 1 + kWorthAThread / 8 / (1 + work),
-                            [&](int64_t begin, int64_t end) { k.depthwise(call, begin, end); });
+}
+
+// The same by all threads, which wait for each other where one needs what another has made. Their times are the first
+// one's, waiting included.
+void Program::run_together(const Frame& frame, int begin, int end, const Parallel& parallel, double* seconds) const {
+  using By = Division::By;
+  const int64_t threads = parallel.threads;
+  if (threads == 1 || load_ * static_cast<double>(frame.images) < kWorthATeam)
+    return run_all(frame, begin, end, seconds);
+  Barrier barrier(threads);
+  parallel_for(parallel, threads, 1, [&](int64_t first, int64_t last) {
+    try {
+      By since = By::units;  // how everything has been divided since threads met
+      for (int i = begin; i < end; ++i) {
+        const Instruction& each = plan_.instructions[i];
+        const Stopwatch watch(seconds == nullptr || first > 0 ? nullptr : seconds + i);
+        const Division division = divide(each, frame.images, threads);
+        const bool goes_on = division.by == since && (since == By::nothing || (since == By::rows && each.joins));
+        if (!goes_on && i > begin && !barrier.wait(last - first)) return;
+        since = division.by;
+        for (int64_t member = first; member < last; ++member) run_part(frame, each, division, member);
       }
-      const int64_t strips = conv.groups * ceil_div(conv.group_channels, k.strip);
-      const int64_t positions = rows * call.y.shape.width;
-      const bool filtered = by_filtering(conv, images, y.shape, vectors_of(conv, k)), tiled = on_tiles(conv, positions);
-      const auto conv2d = tiled ? k.tiled_conv2d : filtered ? k.winograd : k.conv2d;
-      int64_t parts = parallel.threads / std::gcd<int64_t>(parallel.threads, strips);
-      if (strips >= 4 * parallel.threads || parts > positions) parts = 1;
-      // Threads that keep to their rows from step to step find them in their caches. Then each reads all weights, which
-      // must not be more than the images that another division would have it read.
-      const bool few_weights = count_weights(graph_, step) <= images * x.shape.height * x.shape.width * x.shape.channels;
-      if (!filtered && !tiled && few_weights && positions >= kPositionsOfRows * parallel.threads) parts = parallel.threads;
-      const double work = static_cast<double>(products(of)) * images / (strips * parts);
-      const auto worth = static_cast<double>(worth_a_thread(k, conv.integers, tiled));
-      parallel_for(parallel, strips * parts, static_cast<int64_t>(1 + worth / (1 + work)),
-                   [&](int64_t begin, int64_t end) { conv2d(call, parts, begin, end); });
-      return;
+    } catch (...) {
+      barrier.give_up();
+      throw;
     }
-    case Kind::point:
-    case Kind::softmax: {
-      PointCall call{step.op, step.activation, x, {}, y, conv.scale, conv.bias, conv.bytes};
-      if (step.inputs.size() > 1) call.b = view(frame, step.inputs[1]);
-      const auto run = of.kind == Kind::point ? k.point : k.softmax;
-      return parallel_for(parallel, rows, grain, [&](int64_t begin, int64_t end) { run(call, begin, end); });
-    }
-    case Kind::pool: {
-      const PoolCall call{step.op, step.window, x, y};
-      return parallel_for(parallel, rows, grain, [&](int64_t begin, int64_t end) { k.pool(call, begin, end); });
-    }
-    default: {
-      MoveCall call{x, y, {0, 0, 0}, {0, 0, 0}, {1, 1, 1}, x.shape, step.op == Op::reshape, false, step.number};
-      if (step.op == Op::cat) call.to.channels = of.channel;
-      if (step.op == Op::pad) call.to = step.low, call.fill = true;
-      if (step.op == Op::slice) call.from = step.low, call.step = step.step, call.count = y.shape;
-      return parallel_for(parallel, rows, grain, [&](int64_t begin, int64_t end) { k.move(call, begin, end); });
-    }
-  }
+  });
 }
 
-void Program::run_stage(const Frame& frame, const Stage& stage, const Parallel& parallel, double* seconds) const {
-  for (int i = stage.begin; i < stage.end; ++i) {
-    if (seconds == nullptr) {
-      run_instruction(frame, plan_.instructions[i], parallel);
-      continue;
-    }
-    const auto begin = std::chrono::steady_clock::now();
-    run_instruction(frame, plan_.instructions[i], parallel);
-    seconds[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  }
-}
-
-int64_t Program::most_images() const { return kMostBytes / (1 + plan_.local + plan_.shared); }
+int64_t Program::most_images() const { return kMostBytes / (1 + std::max(plan_.local + plan_.shared, plan_.divided)); }
 
 void Program::run(const Outside* inputs, const Outside* outputs, int64_t images, const Parallel& parallel,
                   double* seconds) const {
   if (images == 0) return;
   const int64_t threads = parallel.threads;
-  char* shared = plan_.shared > 0 ? scratch(Scratch::shared, plan_.shared * images + slack_) : nullptr;
-  const auto local = [&](int64_t room) { return scratch(Scratch::arena, plan_.local * room + slack_); };
+  const auto memory = [&](Scratch of, int64_t bytes) { return scratch(of, bytes + slack_); };
   // A few images that threads can not share evenly are divided within each step.
-  const bool divided = images < threads || (images % threads != 0 && images < 4 * threads);
+  if (images < threads || (images % threads != 0 && images < 4 * threads)) {
+    char* local = memory(Scratch::arena, plan_.divided * images);
+    const int end = static_cast<int>(plan_.instructions.size());
+    return run_together({inputs, outputs, local, nullptr, 0, images, images, images, true}, 0, end, parallel, seconds);
+  }
+  char* shared = plan_.shared > 0 ? memory(Scratch::shared, plan_.shared * images) : nullptr;
   const int64_t of_cache = limits_.cache / std::max<int64_t>(1, plan_.local);
   int64_t block = std::min(std::max(of_cache, least_block_), images);
-  if (!divided) {
-    const int64_t rounds = ceil_div(images, threads * block);
-    block = ceil_div(images, threads * rounds);
-  }
+  const int64_t rounds = ceil_div(images, threads * block);
+  block = ceil_div(images, threads * rounds);
   for (const Stage& stage : plan_.stages) {
-    if (divided || stage.wide) {
-      run_stage({inputs, outputs, stage.wide ? nullptr : local(images), shared, 0, images, images, images}, stage,
-                parallel, seconds);
+    if (stage.wide) {
+      run_together({inputs, outputs, nullptr, shared, 0, images, images, images, false}, stage.begin, stage.end,
+                   parallel, seconds);
       continue;
     }
     parallel_for(parallel, ceil_div(images, block), 1, [&](int64_t begin, int64_t end) {
-      char* memory = local(block);
+      char* local = memory(Scratch::arena, plan_.local * block);
       std::vector<double> of_thread(seconds == nullptr ? 0 : plan_.instructions.size());
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i * block, count = std::min(images - first, block);
-        run_stage({inputs, outputs, memory, shared, first, count, images, block}, stage, {nullptr, 1},
-                  seconds == nullptr ? nullptr : of_thread.data());
+        run_all({inputs, outputs, local, shared, first, count, images, block, false}, stage.begin, stage.end,
+                seconds == nullptr ? nullptr : of_thread.data());
       }
       if (seconds == nullptr) return;
       for (int i = stage.begin; i < stage.end; ++i) {

@@ -44,6 +44,7 @@ class Program {
 
  private:
   struct Frame;
+  struct Division;
 
   Graph graph_;
   Limits limits_;
@@ -53,10 +54,14 @@ class Program {
   std::vector<Conv> convs_;  // by step
   int64_t least_block_ = 1;  // images that a thread takes through all steps together
   int64_t slack_ = kSlack;   // bytes beyond the arenas that kernels may read
+  double load_ = 0.0;        // of an image: how many times over it is worth a thread
 
   View view(const Frame& frame, int value) const;
-  void run_instruction(const Frame& frame, const Instruction& instruction, const Parallel& parallel) const;
-  void run_stage(const Frame& frame, const Stage& stage, const Parallel& parallel, double* seconds) const;
+  double load(const Instruction& instruction) const;
+  Division divide(const Instruction& instruction, int64_t images, int64_t threads) const;
+  void run_part(const Frame& frame, const Instruction& instruction, const Division& of, int64_t member) const;
+  void run_all(const Frame& frame, int begin, int end, double* seconds) const;
+  void run_together(const Frame& frame, int begin, int end, const Parallel& parallel, double* seconds) const;
 };
 
 }  // namespace bqnn::engine
