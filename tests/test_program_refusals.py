@@ -94,7 +94,7 @@ def test_inputs_whose_memory_does_not_fit(change: Callable[[Tensor], list[Tensor
         program(change(torch.zeros(2, 2, 3, 4)))
 
 
-@pytest.mark.parametrize("name", ("cache", "kept_panels", "wide_layer"))
+@pytest.mark.parametrize("name", ("cache", "kept_panels", "wide_layer", "team"))
 def test_limits_are_any_numbers_from_0_on(name: str) -> None:
     graph, inputs = draw_graph(3)
     expected = Program(graph)(inputs)

@@ -41,7 +41,8 @@ class Program:
         graph: a sound one (:meth:`Graph.check`).
         limits: what the plan is made by, for who measures or tests it: ``cache``, bytes of images that a thread takes
             through all steps together; ``kept_panels``, bytes of decoded weights that are kept between calls;
-            ``wide_layer``, weights from which on threads share a fully connected layer.
+            ``wide_layer``, weights from which on threads share a fully connected layer; ``team``, how many times
+            over a call has to be worth another thread before others are woken.
 
     Raises:
         ValueError: the extension refuses the graph.

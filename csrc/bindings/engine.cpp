@@ -187,11 +187,12 @@ std::shared_ptr<const Program> make_program(engine::Graph graph, const engine::L
 }
 
 int64_t engine_program_op(Tensor words, Tensor numbers, std::vector<Tensor> tensors, int64_t cache,
-                          int64_t kept_panels, int64_t wide_layer) {
+                          int64_t kept_panels, int64_t wide_layer, int64_t team) {
   require(cache >= 0, "cache", "a number of bytes", cache);
   require(kept_panels >= 0, "kept_panels", "a number of bytes", kept_panels);
   require(wide_layer >= 0, "wide_layer", "a number of weights", wide_layer);
-  auto program = make_program(read_graph(words, numbers, tensors), {cache, kept_panels, wide_layer});
+  require(team >= 0, "team", "a number of threads", team);
+  auto program = make_program(read_graph(words, numbers, tensors), {cache, kept_panels, wide_layer, team});
   Programs& all = programs();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.by_handle.emplace(all.next, std::move(program));
@@ -327,7 +328,7 @@ std::string engine_describe_op(int64_t handle, int64_t images) {
 STABLE_TORCH_LIBRARY_FRAGMENT(bqnn_cpu, m) {
   m.def(
       "engine_program(Tensor words, Tensor numbers, Tensor[] tensors, int cache=1048576, int kept_panels=1048576,"
-      " int wide_layer=131072) -> int");
+      " int wide_layer=131072, int team=2) -> int");
   m.def("engine_free(int program) -> ()");
   m.def("engine_run(int program, Tensor[] inputs) -> Tensor[]");
   m.def("engine_times(int program, Tensor[] inputs) -> Tensor");

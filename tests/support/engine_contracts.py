@@ -25,7 +25,12 @@ GRAPHS = 60  # that programs are drawn from; the odd ones are quantized
 MOST_BYTES = 2**20  # of an image, that a damaged program may take where it is run
 STEP_WORDS = 33  # of a description, beside a step's inputs
 OF_WEIGHTS = frozenset({"codes", "levels", "integers", "weight", "scale", "bias"})
-LIMITS = {"cache": (0, 1, 2**10, 2**19, 2**63 - 1), "kept_panels": (0, 2**20), "wide_layer": (0, 100, 2**17, 2**63 - 1)}
+LIMITS = {
+    "cache": (0, 1, 2**10, 2**19, 2**63 - 1),
+    "kept_panels": (0, 2**20),
+    "wide_layer": (0, 100, 2**17, 2**63 - 1),
+    "team": (0, 2, 2**63 - 1),
+}
 
 
 class Description(NamedTuple):
@@ -55,7 +60,7 @@ def drawn(draw: Draw) -> Description:
 def handle_of(number: int) -> int:
     """A program that many calls have in common."""
     made = description(number)
-    limits = {"kept_panels": (0, 2**20)[number % 3 > 0], "wide_layer": (1, 2**40)[number % 2]}
+    limits = {"kept_panels": (0, 2**20)[number % 3 > 0], "wide_layer": (1, 2**40)[number % 2], "team": number % 3}
     handle = torch.ops.bqnn_cpu.engine_program(made.words, made.numbers, made.tensors, **limits)
     _GRAPHS[handle] = number
     return handle

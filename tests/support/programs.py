@@ -14,7 +14,8 @@ from bqnn.engine.reference import run
 PLANS: dict[str, dict[str, int]] = {
     "kept": {},
     "made": {"kept_panels": 0, "wide_layer": 1 << 40},
-    "wide": {"kept_panels": 0, "wide_layer": 1},
+    "wide": {"kept_panels": 0, "wide_layer": 1, "team": 0},
+    "together": {"team": 0},
 }
 
 SMOOTH = ("sigmoid", "silu", "gelu", "gelu_tanh", "tanh")

@@ -27,10 +27,22 @@ struct FilteredFloats {
     u[3] = g[2 * step];
   }
 
-  static BQNN_INLINE void transform_outputs(const UInt* m, int step, UInt* y) {
-    const auto at = [&](int i) BQNN_LAMBDA { return (Float)m[i * step]; };
+  static BQNN_INLINE void transform_outputs(const UInt* m, UInt* y) {
+    const auto at = [&](int i) BQNN_LAMBDA { return (Float)m[i]; };
     y[0] = (UInt)(at(0) + at(1) + at(2));
     y[1] = (UInt)(at(1) - at(2) - at(3));
+  }
+
+  // The same along both sides: column(j, y) has transformed column j.
+  template <class F>
+  static BQNN_INLINE void transform_products(const F& column, UInt* y) {
+    UInt half[kSide][4];
+    BQNN_UNROLL(4) for (int j = 0; j < 4; ++j) {
+      UInt of_column[kSide];
+      column(j, of_column);
+      BQNN_UNROLL(2) for (int i = 0; i < kSide; ++i) half[i][j] = of_column[i];
+    }
+    BQNN_UNROLL(2) for (int i = 0; i < kSide; ++i) transform_outputs(half[i], y + i * kSide);
   }
 
   static BQNN_INLINE UInt output(UInt y, int, int) { return y; }

@@ -69,14 +69,34 @@ struct FilteredWords {
     u[5] = (c << 2) + (c << 1);
   }
 
-  // A', of six sums that are `step` apart.
-  static BQNN_INLINE void transform_outputs(const UInt* m, int step, UInt* y) {
-    const UInt m1 = m[step], m2 = m[2 * step], m3 = m[3 * step], m4 = m[4 * step];
-    const UInt ones = m1 + m2, one = m1 - m2, twos = m3 + m4, two = m3 - m4;
+  // A', of six sums.
+  static BQNN_INLINE void transform_outputs(const UInt* m, UInt* y) {
+    const UInt ones = m[1] + m[2], one = m[1] - m[2], twos = m[3] + m[4], two = m[3] - m[4];
     y[0] = m[0] + (ones << 2) + twos;
     y[1] = (one << 1) + two;
     y[2] = ones + twos;
-    y[3] = one + (two << 1) + m[5 * step];
+    y[3] = one + (two << 1) + m[5];
+  }
+
+  // The same along both sides: column(j, y) has transformed column j. Outputs are added up column by column, so that
+  // the registers are enough for them.
+  template <class F>
+  static BQNN_INLINE void transform_products(const F& column, UInt* y) {
+    UInt a[kSide], b[kSide];
+    column(1, a), column(2, b);
+    BQNN_UNROLL(4) for (int i = 0; i < kSide; ++i, y += kSide) {
+      const UInt ones = a[i] + b[i], one = a[i] - b[i];
+      y[0] = ones << 2, y[1] = one << 1, y[2] = ones, y[3] = one;
+    }
+    y -= kSide * kSide;
+    column(3, a), column(4, b);
+    BQNN_UNROLL(4) for (int i = 0; i < kSide; ++i, y += kSide) {
+      const UInt twos = a[i] + b[i], two = a[i] - b[i];
+      y[0] += twos, y[1] += two, y[2] += twos, y[3] += two << 1;
+    }
+    y -= kSide * kSide;
+    column(0, a), column(5, b);
+    BQNN_UNROLL(4) for (int i = 0; i < kSide; ++i) y[i * kSide] += a[i], y[i * kSide + 3] += b[i];
   }
 
   // The output (i, j) of what A leaves of it.

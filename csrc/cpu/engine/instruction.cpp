@@ -33,11 +33,15 @@ inline void fill(char* at, int number, int64_t count) {
 void fill_border(const Buffer& b, char* images, int64_t begin, int64_t end) {
   const int64_t size = size_of(b.dtype), row = b.row() * size, height = b.shape.height;
   const int64_t left = b.left * b.pixel * size, right = b.right * b.pixel * size;
-  for (int64_t unit = begin, h = begin % height; unit < end; ++unit, h = h + 1 < height ? h + 1 : 0) {
-    char* at = images + unit / height * b.bytes() + (b.top + h) * row;
-    const int64_t above = h == 0 ? b.top * row : 0, below = h == height - 1 ? b.bottom * row : 0;
+  for (int64_t unit = begin; unit < end;) {
+    const int64_t first = unit % height, last = std::min(height, first + end - unit);
+    char* at = images + unit / height * b.bytes() + (b.top + first) * row;
+    const int64_t above = first == 0 ? b.top * row : 0, below = last == height ? b.bottom * row : 0;
     fill(at - above, b.zero, above + left);
+    // What lies right of a row goes on left of the next.
+    for (int64_t h = first + 1; h < last; ++h, at += row) fill(at + row - right, b.zero, right + left);
     fill(at + row - right, b.zero, right + below);
+    unit += last - first;
   }
 }
 

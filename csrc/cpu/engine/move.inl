@@ -131,7 +131,15 @@ inline void move_rows(const MoveCall& call, int64_t begin, int64_t end) {
     }
     const int64_t row = h - call.to.height;
     const bool inside = row >= 0 && row < count.height;
-    const auto fill = [&](X* at, int64_t channels) { std::fill_n(at, channels, number); };
+    // Eight bytes at a time, the last ones again where they are not whole.
+    const auto fill = [&](X* at, int64_t channels) BQNN_LAMBDA {
+      constexpr int64_t kPiece = 8 / sizeof(X);
+      X piece[kPiece];
+      std::fill_n(piece, kPiece, number);
+      if (channels < kPiece) return (void)std::fill_n(at, channels, number);
+      for (int64_t c = 0; c < channels - kPiece; c += kPiece) __builtin_memcpy(at + c, piece, sizeof piece);
+      __builtin_memcpy(at + channels - kPiece, piece, sizeof piece);
+    };
     X* to = elements<X>(y, image, h, call.to.width) + call.to.channels;
     if (call.fill) {
       const int64_t before = call.to.channels, after = shape.channels - before - count.channels;

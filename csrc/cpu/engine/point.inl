@@ -78,20 +78,66 @@ BQNN_INLINE void for_bytes(int64_t count, const F& together, const G& single) {
   for (; c < count; c += kLanes) single(c, lanes_left(count - c));
 }
 
-// What a folded step reads beside a, or does with it.
-enum class Beside { nothing, channels, added, multiplied };
+// Bytes of bytes, folded: see Bytes. Here a number a channel, which the pixels of a row have in common.
+template <bool kClamps>
+inline void folded_affine(const PointCall& call, int64_t begin, int64_t end) {
+  constexpr int kTogether = kBytesTogether;
+  const Shape& shape = call.y.shape;
+  const Float low = broadcast(call.bytes.low), high = broadcast(call.bytes.high);
+  const auto value = [&](const uint8_t* a, Float scale, Float shift) BQNN_LAMBDA {
+    const Float x = Numbers<uint8_t>::stored(a) * scale + shift;
+    return nearest_integers(kClamps ? min(max(x, low), high) : x);
+  };
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t image = unit / shape.height, h = unit % shape.height;
+    const uint8_t* row = elements<uint8_t>(call.a, image, h);
+    uint8_t* result = elements<uint8_t>(call.y, image, h);
+    int64_t c = 0;
+    for (; c + kTogether * kLanes <= shape.channels; c += kTogether * kLanes) {
+      Float scale[kTogether], shift[kTogether];
+      BQNN_UNROLL(4) for (int v = 0; v < kTogether; ++v)
+        scale[v] = load(call.scale + c + v * kLanes), shift[v] = load(call.shift + c + v * kLanes);
+      const uint8_t* a = row + c;
+      uint8_t* y = result + c;
+      for (int64_t w = 0; w < shape.width; ++w, a += call.a.pixel, y += call.y.pixel) {
+        Int bytes[kTogether];
+        BQNN_UNROLL(4) for (int v = 0; v < kTogether; ++v) bytes[v] = value(a + v * kLanes, scale[v], shift[v]);
+        store_saturated_together(y, bytes);
+      }
+    }
+    for (; c < shape.channels; c += kLanes) {
+      const int lanes = lanes_left(shape.channels - c);
+      const Float scale = load(call.scale + c), shift = load(call.shift + c);
+      const uint8_t* a = row + c;
+      uint8_t* y = result + c;
+      int64_t w = 0;
+      for (; w + kTogether <= shape.width; w += kTogether) {
+        uint8_t* to[kTogether];
+        Int bytes[kTogether];
+        BQNN_UNROLL(4) for (int i = 0; i < kTogether; ++i, a += call.a.pixel, y += call.y.pixel)
+          to[i] = y, bytes[i] = value(a, scale, shift);
+        store_saturated(to, bytes, lanes);
+      }
+      for (; w < shape.width; ++w, a += call.a.pixel, y += call.y.pixel)
+        store_saturated(y, value(a, scale, shift), lanes);
+    }
+  }
+}
 
-// Bytes of bytes, folded: see Bytes. scale is a number a channel where those are read, else its first one is for all.
+// What a folded step reads beside a, or does with it.
+enum class Beside { nothing, added, multiplied };
+
+// The same with one scale for all channels.
 template <Beside kBeside, bool kClamps>
 inline void folded_rows(const PointCall& call, int64_t begin, int64_t end) {
-  constexpr bool kByChannel = kBeside == Beside::channels, kMultiplies = kBeside == Beside::multiplied;
+  constexpr bool kMultiplies = kBeside == Beside::multiplied;
   constexpr bool kOther = kMultiplies || kBeside == Beside::added;
   const Shape& shape = call.y.shape;
   const Float zero = broadcast(static_cast<float>(call.a.zero)), zero_of_b = broadcast(static_cast<float>(call.b.zero));
   const Float scale = broadcast(call.scale[0]), shift = broadcast(call.shift[0]);
   const Float ratio = broadcast(call.bytes.ratio), low = broadcast(call.bytes.low), high = broadcast(call.bytes.high);
   const Shape& other = call.b.shape;
-  const bool flat = !kByChannel && call.a.pixel == shape.channels && call.y.pixel == shape.channels &&
+  const bool flat = call.a.pixel == shape.channels && call.y.pixel == shape.channels &&
                     (!kOther || (call.b.pixel == shape.channels && other == shape));
   const int64_t pixels = flat ? 1 : shape.width, channels = flat ? shape.channels * shape.width : shape.channels;
   const int64_t pixel = other.width == 1 ? 0 : call.b.pixel;
@@ -107,7 +153,7 @@ inline void folded_rows(const PointCall& call, int64_t begin, int64_t end) {
         if constexpr (kOther)
           other = one_channel ? broadcast(static_cast<float>(b[0])) : Numbers<uint8_t>::stored(b + c);
         if constexpr (kMultiplies) x = (x - zero) * (other - zero_of_b);
-        x = kByChannel ? x * load(call.scale + c) + load(call.shift + c) : x * scale + shift;
+        x = x * scale + shift;
         if constexpr (kBeside == Beside::added) x += other * ratio;
         if constexpr (kClamps) x = min(max(x, low), high);
         return nearest_integers(x);
@@ -115,11 +161,9 @@ inline void folded_rows(const PointCall& call, int64_t begin, int64_t end) {
       for_bytes(
           channels,
           [&](int64_t c) BQNN_LAMBDA {
-            uint8_t* to[kBytesTogether];
             Int bytes[kBytesTogether];
-            BQNN_UNROLL(4) for (int v = 0; v < kBytesTogether; ++v)
-              to[v] = y + c + v * kLanes, bytes[v] = value(c + v * kLanes);
-            store_saturated(to, bytes);
+            BQNN_UNROLL(4) for (int v = 0; v < kBytesTogether; ++v) bytes[v] = value(c + v * kLanes);
+            store_saturated_together(y + c, bytes);
           },
           [&](int64_t c, int lanes) BQNN_LAMBDA { store_saturated(y + c, value(c), lanes); });
     }
@@ -134,7 +178,10 @@ inline void run_folded(const PointCall& call, int64_t begin, int64_t end) {
 
 inline void run_folded(const PointCall& call, int64_t begin, int64_t end) {
   switch (call.op) {
-    case Op::affine: return run_folded<Beside::channels>(call, begin, end);
+    case Op::affine: {
+      const bool clamps = !kSaturates || !call.bytes.saturates;
+      return (clamps ? folded_affine<true> : folded_affine<false>)(call, begin, end);
+    }
     case Op::add:
     case Op::sub: return run_folded<Beside::added>(call, begin, end);
     case Op::mul: return run_folded<Beside::multiplied>(call, begin, end);

@@ -42,9 +42,6 @@ const Kernels& kernels_of(Isa isa) {
 
 namespace {
 
-// How many times over the work for all images has to be worth a thread, before others are woken.
-constexpr double kWorthATeam = 2.0;
-
 constexpr int64_t kMostBytes = int64_t{1} << 50;  // of the images of a run
 
 // Images that a thread takes through all steps together, at least, where the filters of large layers are made for them.
@@ -114,7 +111,7 @@ void Program::run_all(const Frame& frame, int begin, int end, double* seconds) c
 void Program::run_together(const Frame& frame, int begin, int end, const Parallel& parallel, double* seconds) const {
   using By = Division::By;
   const int64_t threads = parallel.threads;
-  if (threads == 1 || load_ * static_cast<double>(frame.images) < kWorthATeam)
+  if (threads == 1 || load_ * static_cast<double>(frame.images) < static_cast<double>(limits_.team))
     return run_all(frame, begin, end, seconds);
   Barrier barrier(threads);
   parallel_for(parallel, threads, 1, [&](int64_t first, int64_t last) {

@@ -16,6 +16,7 @@ struct Limits {
   int64_t cache = 1 << 20;        // bytes of images that a thread takes through all steps together
   int64_t kept_panels = 1 << 20;  // bytes of panels that are kept; more are made in every call
   int64_t wide_layer = 1 << 17;   // weights from which on a layer of one position is a stage of its own
+  int64_t team = 2;               // how many times over a call has to be worth another thread, before others are woken
 };
 
 class Program {

@@ -47,6 +47,7 @@ __attribute__((noinline)) void finish_tile(const F& finish, const OutputRow& row
   BQNN_UNROLL(2) for (int v = 0; v < kCount; ++v) of[v] = finish.channels(channel + v * kLanes);
   char* y = row.y + w * row.step_y + channel;
   const char* residual = row.residual + w * row.step_residual;
+  const bool dense = row.step_y == kCount * kLanes;  // outputs follow each other
   BQNN_UNROLL(16) for (int i = 0; i < kRows * kCount; i += kTogether) {
     uint8_t* to[kTogether];
     Int bytes[kTogether];
@@ -55,21 +56,32 @@ __attribute__((noinline)) void finish_tile(const F& finish, const OutputRow& row
       to[j] = reinterpret_cast<uint8_t*>(y + r * row.step_y) + v * kLanes;
       bytes[j] = finish.value(sums.sum[r][v], of[v], residual + r * row.step_residual, channel + v * kLanes);
     }
-    if constexpr (kTogether > 1 && (kWhole || kCount == 1))
-      store_saturated(to, bytes, kWhole ? kLanes : lanes);
-    else
+    if constexpr (kTogether > 1 && (kWhole || kCount == 1)) {
+      if (kWhole && dense)
+        store_saturated_together(to[0], bytes);
+      else
+        store_saturated(to, bytes, kWhole ? kLanes : lanes);
+    } else {
       BQNN_UNROLL(4) for (int j = 0; j < kTogether; ++j)
         F::store(to[j], bytes[j], kWhole || (i + j) % kCount < kCount - 1 ? kLanes : lanes);
+    }
   }
 }
 
-// The positions [w, last) of a row.
+// The positions [first, last) of a row. What is left of them at the end is computed together with a few that have been
+// before, since a position alone would wait for its own sums.
 template <class F, int kCount, bool kWhole>
-inline void finish_row(const F& finish, const OutputRow& row, int64_t w, int64_t last, const Chunk& chunk,
+inline void finish_row(const F& finish, const OutputRow& row, int64_t first, int64_t last, const Chunk& chunk,
                        const uint32_t* weight, int64_t channel, int lanes) {
-  for (; w + 8 <= last; w += 8) finish_tile<F, 8, kCount, kWhole>(finish, row, w, chunk, weight, channel, lanes);
-  for (; w + 4 <= last; w += 4) finish_tile<F, 4, kCount, kWhole>(finish, row, w, chunk, weight, channel, lanes);
-  for (; w < last; ++w) finish_tile<F, 1, kCount, kWhole>(finish, row, w, chunk, weight, channel, lanes);
+  const auto tile = [&](auto rows, int64_t w) {
+    finish_tile<F, decltype(rows)::value, kCount, kWhole>(finish, row, w, chunk, weight, channel, lanes);
+  };
+  int64_t w = first;
+  for (; w + 8 <= last; w += 8) tile(Constant<8>{}, w);
+  if (last - w > 4 && last - 8 >= first) return tile(Constant<8>{}, last - 8);
+  for (; w + 4 <= last; w += 4) tile(Constant<4>{}, w);
+  if (w < last && last - 4 >= first) return tile(Constant<4>{}, last - 4);
+  for (; w < last; ++w) tile(Constant<1>{}, w);
 }
 
 // The positions [first, last) of all images, and a strip of a group.

@@ -66,21 +66,43 @@ BQNN_INLINE void store_some(uint8_t* p, __m128i bytes, int count) {
 }
 #endif
 
-// Stores the first `count` lanes of kBytesTogether vectors, each where it belongs.
-BQNN_INLINE void store_saturated(uint8_t* const* to, const Int* x, int count = kLanes) {
 #if BQNN_LANES == 16
-  // Packing goes by quarters of a vector: those of the four vectors come out in turns.
+// The bytes of four vectors, one after another. Packing goes by quarters of a vector: those of the four come out in
+// turns.
+BQNN_INLINE __m512i pack_saturated(const Int* x) {
   const __m512i low = _mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]);
   const __m512i high = _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i bytes = _mm512_maskz_permutexvar_epi32(0xFFFF, order, _mm512_packus_epi16(low, high));
+  return _mm512_maskz_permutexvar_epi32(0xFFFF, order, _mm512_packus_epi16(low, high));
+}
+#elif BQNN_LANES == 8
+// The bytes of two vectors, one after another.
+BQNN_INLINE __m128i pack_saturated(const Int* x) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]), 0xD8);
+  return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+#endif
+
+// Stores kBytesTogether vectors one after another.
+BQNN_INLINE void store_saturated_together(uint8_t* to, const Int* x) {
+#if BQNN_LANES >= 8
+  const auto bytes = pack_saturated(x);
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+#else
+  store_bytes(to, x[0], kLanes);
+#endif
+}
+
+// Stores the first `count` lanes of kBytesTogether vectors, each where it belongs.
+BQNN_INLINE void store_saturated(uint8_t* const* to, const Int* x, int count = kLanes) {
+#if BQNN_LANES == 16
+  const __m512i bytes = pack_saturated(x);
   store_some(to[0], _mm512_castsi512_si128(bytes), count);
   store_some(to[1], _mm512_maskz_extracti32x4_epi32(0xF, bytes, 1), count);
   store_some(to[2], _mm512_maskz_extracti32x4_epi32(0xF, bytes, 2), count);
   store_some(to[3], _mm512_maskz_extracti32x4_epi32(0xF, bytes, 3), count);
 #elif BQNN_LANES == 8
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]), 0xD8);
-  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  const __m128i bytes = pack_saturated(x);
   store_some(to[0], bytes, count);
   store_some(to[1], _mm_unpackhi_epi64(bytes, bytes), count);
 #else

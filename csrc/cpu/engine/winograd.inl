@@ -132,16 +132,17 @@ template <class Way, class F>
 BQNN_INLINE void sum_tile(const uint32_t* products, int64_t step, int64_t vectors, const F& put) {
   constexpr int kSide = Way::kSide, kReach = Tiling<Way>::kReach;
   for (int64_t v = 0; v < vectors; ++v, products += kLanes) {
-    UInt m[kReach], half[kSide * kReach], y[kSide];
-    BQNN_UNROLL(6) for (int j = 0; j < kReach; ++j) {
-      BQNN_UNROLL(6) for (int i = 0; i < kReach; ++i) m[i] = load_lanes(products + (i * kReach + j) * step);
-      Way::transform_outputs(m, 1, y);
-      BQNN_UNROLL(4) for (int i = 0; i < kSide; ++i) half[i * kReach + j] = y[i];
-    }
+    UInt y[kSide * kSide];
+    Way::transform_products(
+        [&](int j, UInt* column) BQNN_LAMBDA {
+          UInt m[kReach];
+          BQNN_UNROLL(6) for (int i = 0; i < kReach; ++i) m[i] = load_lanes(products + (i * kReach + j) * step);
+          Way::transform_outputs(m, column);
+        },
+        y);
     BQNN_UNROLL(4) for (int i = 0; i < kSide; ++i) {
-      Way::transform_outputs(half + i * kReach, 1, y);
-      BQNN_UNROLL(4) for (int j = 0; j < kSide; ++j) y[j] = Way::output(y[j], i, j);
-      put(v, i, y);
+      BQNN_UNROLL(4) for (int j = 0; j < kSide; ++j) y[i * kSide + j] = Way::output(y[i * kSide + j], i, j);
+      put(v, i, y + i * kSide);
     }
   }
 }
