@@ -92,8 +92,8 @@ Program::Division Program::divide(const Instruction& of, int64_t images, int64_t
   const bool filtered = by_filtering(conv, images, y, vectors_of(conv, k)), tiled = on_tiles(conv, positions);
   Division found{By::nothing, 1, strips, 1, tiled ? k.tiled_conv2d : filtered ? k.winograd : k.conv2d};
   if (threads == 1) return found;
-  // Threads that keep to their rows from step to step find them in their caches. Then each reads all weights, which must
-  // not be more than the images that another division would have it read.
+  // Threads that keep to their rows from step to step find them in their caches. Then each reads all weights, which
+  // must not be more than the images that another division would have it read.
   const bool few_weights = count_weights(graph_, step) <= images * x.height * x.width * x.channels;
   const int64_t side = filtered ? (conv.integers ? 4 : 2) : 1;
   const bool whole = filtered ? strips == 1 && y.height % side == 0 && rows % (side * threads) == 0

@@ -73,7 +73,8 @@ class Joins {
       case Kind::conv2d:
       case Kind::depthwise:
         if (x != step.inputs[0]) return true;  // a residual
-        return step.op == Op::linear || (step.window.kernel_h == 1 && step.window.stride_h == 1 && step.window.top == 0);
+        if (step.op == Op::linear) return true;
+        return step.window.kernel_h == 1 && step.window.stride_h == 1 && step.window.top == 0;
       case Kind::move: return step.op != Op::reshape && step.low.height == 0 && step.step.height == 1;
       default: return false;
     }

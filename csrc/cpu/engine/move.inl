@@ -151,7 +151,8 @@ inline void move_rows(const MoveCall& call, int64_t begin, int64_t end) {
       }
     }
     if (!inside) continue;
-    const X* at = elements<X>(x, image, call.from.height + row * call.step.height, call.from.width) + call.from.channels;
+    const int64_t row_of_x = call.from.height + row * call.step.height;
+    const X* at = elements<X>(x, image, row_of_x, call.from.width) + call.from.channels;
     if (at == to) continue;  // the input lies where it belongs
     const int64_t step = call.step.width * x.pixel;
     for (int64_t w = 0; w < count.width; ++w, at += step, to += y.pixel) {

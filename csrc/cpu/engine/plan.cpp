@@ -318,7 +318,8 @@ class Planner {
       std::sort(rivals.begin(), rivals.end(),
                 [&](const Buffer* x, const Buffer* y) { return x->*offset < y->*offset; });
       for (const Buffer* o : rivals)
-        if (b.*offset < o->*offset + o->bytes() && o->*offset < b.*offset + b.bytes()) b.*offset = o->*offset + o->bytes();
+        if (b.*offset < o->*offset + o->bytes() && o->*offset < b.*offset + b.bytes())
+          b.*offset = o->*offset + o->bytes();
       placed.push_back(index);
       end = std::max(end, b.*offset + b.bytes());
       require_room(end <= kMostBytes);

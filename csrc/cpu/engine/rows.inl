@@ -10,9 +10,9 @@ struct OutputRow {
   int64_t step_x, step_y, step_residual;
 };
 
-// Adds to sums, of kRows positions whose inputs begin at x, `step` bytes from one to the next, their products by a chunk
-// of K. Every address is one register and a multiple of another, so that few registers are taken; the compiler would
-// rather make a pointer a position of them, and keep those in memory.
+// Adds to sums, of kRows positions whose inputs begin at x, `step` bytes from one to the next, their products by a
+// chunk of K. Every address is one register and a multiple of another, so that few registers are taken; the compiler
+// would rather make a pointer of each, and keep those in memory.
 template <int kRows, int kCount>
 BQNN_INLINE void multiply_row(ByteSums<kRows, kCount>& sums, const char* x, int64_t step, const Chunk& chunk,
                               const uint32_t* weight) {

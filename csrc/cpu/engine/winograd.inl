@@ -206,7 +206,8 @@ inline void finish_tiles(const F& finish, const ConvCall& call, const Tiling<Way
                       Int bytes[kBytesTogether];
                       BQNN_UNROLL(4) for (int k = 0; k < kBytesTogether; ++k) {
                         at[k] = reinterpret_cast<uint8_t*>(to + r * y.row + (j + k) * y.pixel + c);
-                        bytes[k] = finish.value(sum[j + k], scales[v], added + r * residual.row + (j + k) * residual.pixel, c);
+                        const char* beside = added + r * residual.row + (j + k) * residual.pixel;
+                        bytes[k] = finish.value(sum[j + k], scales[v], beside, c);
                       }
                       store_saturated(at, bytes, lanes);
                     }
