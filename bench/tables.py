@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from bench import accuracy_mlp as mlp
-from bench import bench_lenet5, bench_networks, bench_packed_conv2d, bench_packed_linear, bench_training
+from bench import bench_lenet5, bench_networks, bench_packed_conv2d, bench_packed_linear, bench_training, claims_lenet5
 from bench import uncertainty_lenet5 as lenets
 from bench.machine import RESULTS
 from bench.networks import NETWORKS, group_name
@@ -284,6 +284,11 @@ def perceptron(folder: Path) -> Lines:
         yield _line([names[way], each, f"{fmean(errors):.2f}", f"{near:.1f}"])
 
 
+def claims(folder: Path) -> Lines:
+    """Differences of paired runs on LeNet-5."""
+    yield from claims_lenet5.table(json.loads((folder / claims_lenet5.TABLE.name).read_text())["rows"])
+
+
 def gpu(folder: Path) -> Lines:
     """Training ops and steps: what `make gpu` wrote, in ms, and the bytes at the peak."""
     for path in sorted(folder.glob("nvidia-*.json")):
@@ -329,9 +334,9 @@ BENCHES = {
     "elementwise": ("spike_slab_kl", "assign_codes"),
 }
 OF_A_FILE: dict[str, Callable[[Path], Lines]] = {
-    table.__name__: table for table in (accuracy, perceptron, uncertainty, corruptions, gpu)
+    table.__name__: table for table in (accuracy, perceptron, uncertainty, corruptions, claims, gpu)
 }
-ON_THE_SITE_ALONE = ("corruptions", "perceptron")
+ON_THE_SITE_ALONE = ("corruptions", "perceptron", "claims")
 """Tables that README has no room for."""
 
 
