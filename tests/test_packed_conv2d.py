@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bqnn.core.check import PRECISIONS
 from bqnn.core.int8 import round_levels
+from bqnn.core.native import cpu_isa
 from bqnn.ops import dispatch
 from bqnn.ops.backends.cpu_layout import make_layout
 from bqnn.ops.packed_conv2d import packed_conv2d
@@ -305,3 +306,23 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
     arguments = {"x": x, "codes": codes, "levels": levels, "bias": bias, "kernel_size": 3}
     with pytest.raises(error, match=message):
         packed_conv2d(**(arguments | change))
+
+
+@pytest.mark.skipif(cpu_isa() == "none", reason="no CPU kernels")
+@pytest.mark.parametrize("num_levels", [2, 3])
+@pytest.mark.parametrize("channels", [136, 272, 288, 400])
+def test_threads_write_their_own_channels(channels: int, num_levels: int) -> None:
+    """Channels that are no whole parts: whoever is first, no thread writes what is another's."""
+    before = torch.get_num_threads()
+    try:
+        for size, kernel in ((13, 1), (14, 1), (9, 3)):
+            _, codes, levels, bias, weight = make_case(num_levels, "tensor", (1, channels, 48), kernel)
+            x = torch.randn(1, 48, size, size)
+            exact = F.conv2d(x.double(), weight, bias.double())
+            for threads in (2, 3, 4):
+                torch.set_num_threads(threads)
+                for _ in range(5):
+                    y = run(("cpu", "cpu"), x, codes, levels, bias, *arguments_of(kernel, {}))
+                    assert relative_error(y, exact) <= 1e-5, (size, kernel, threads)
+    finally:
+        torch.set_num_threads(before)

@@ -103,7 +103,7 @@ void run_lookup_conv2d_of(const PackedCall& call, const Parallel& parallel) {
         for (int64_t i = 0; i < pixels; i += run)
           finish_pixels<FloatOperand>(call, sums + i * most, most, first_image + image,
                                       (h + i / width) * call.out_width + w, run, group, first_block,
-                                      smaller(layout.group_channels - first_block * kBlock, most), 1.0f);
+                                      smaller(last_block * kBlock, layout.group_channels) - first_block * kBlock, 1.0f);
       }
     });
   }
