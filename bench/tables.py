@@ -11,12 +11,20 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from bench import accuracy_mlp as mlp
-from bench import bench_lenet5, bench_networks, bench_packed_conv2d, bench_packed_linear, bench_training, claims_lenet5
+from bench import (
+    bench_lenet5,
+    bench_networks,
+    bench_packed_conv2d,
+    bench_packed_linear,
+    bench_training,
+    claims_lenet5,
+    heterogeneous_lenet5,
+)
 from bench import uncertainty_lenet5 as lenets
 from bench.machine import RESULTS
 from bench.networks import NETWORKS, group_name
@@ -113,7 +121,7 @@ def packed_linear(groups: Groups) -> Lines:
     """Everything that ran on the large layer."""
     bench = bench_packed_linear
     names = [bench.group_name(bench.LARGE, batch) for batch in bench.LARGE_BATCHES]
-    yield from _header(f"{_size(bench.LARGE)}", *(f"batch {batch}" for batch in bench.LARGE_BATCHES))
+    yield from _header("{} x {}".format(*bench.LARGE), *(f"batch {batch}" for batch in bench.LARGE_BATCHES))
     for rival in bench.RIVALS:
         yield from _times(groups, rival, names, [rival], bench.BASELINES)
     for num_levels in (3, 16):
@@ -133,7 +141,7 @@ def packed_linear_odd(groups: Groups) -> Lines:
             ("fp32", bench.ours(3, ("auto",), ("fp32",))),
             ("the best of fp32, bf16, int8", bench.ours(3, ("auto",))),
         ):
-            yield from _times(groups, f"{_size(shape)}, {label}", names, variants, bench.BASELINES)
+            yield from _times(groups, f"{shape[0]} x {shape[1]}, {label}", names, variants, bench.BASELINES)
 
 
 def packed_conv2d(groups: Groups) -> Lines:
@@ -258,7 +266,7 @@ def _bits_a_weight(num_levels: int) -> float:
 
 
 def uncertainty(folder: Path, each: bool = False) -> Lines:
-    """What posteriors say, network by network of the paper's LeNets."""
+    """What posteriors say, network by network of the paper's LeNets, or with every corruption by itself."""
     for case, found in json.loads((folder / lenets.TABLE.name).read_text()).items():
         rows = found["rows"]
         seeds, split = len({row["seed"] for row in rows}), {row["split"] for row in rows}
@@ -267,26 +275,9 @@ def uncertainty(folder: Path, each: bool = False) -> Lines:
         yield ""
 
 
-def corruptions(folder: Path) -> Lines:
-    """The same, with every corruption by itself."""
-    yield from uncertainty(folder, each=True)
-
-
-def perceptron(folder: Path) -> Lines:
-    """Test errors of a perceptron on MNIST, by `fit` and by hand."""
-    table = json.loads((folder / mlp.TABLE.name).read_text())["table"]
-    yield from _header("784-256-256-10, M = 3, 20 epochs", "test error %, seed by seed", "mean", "near %")
-    names = {"fit": "`bqnn.fit` with its defaults", "by hand": "its three phases by hand"}
-    for way, runs in table.items():
-        errors = [run["test_error"] for run in runs]
-        near = 100 * min(run["near_share"] for run in runs)
-        each = ", ".join(f"{error:.2f}" for error in errors)
-        yield _line([names[way], each, f"{fmean(errors):.2f}", f"{near:.1f}"])
-
-
-def claims(folder: Path) -> Lines:
-    """Differences of paired runs on LeNet-5."""
-    yield from claims_lenet5.table(json.loads((folder / claims_lenet5.TABLE.name).read_text())["rows"])
+def _made_by(bench: Any, of: str = "rows") -> Callable[[Path], Lines]:
+    """The table that a bench makes of that entry of its file."""
+    return lambda folder: bench.table(json.loads((folder / bench.TABLE.name).read_text())[of])
 
 
 def gpu(folder: Path) -> Lines:
@@ -320,10 +311,6 @@ def _gpu_seconds(row: dict[str, Any]) -> float:
     return min(seconds for seconds in (row["seconds"], row.get("graph_seconds")) if seconds is not None)
 
 
-def _size(shape: tuple[int, int]) -> str:
-    return f"{shape[0]} x {shape[1]}"
-
-
 OF_A_MACHINE: dict[str, Callable[[Groups], Lines]] = {
     table.__name__: table
     for table in (networks, packed_linear, packed_linear_odd, packed_conv2d, network, training, elementwise)
@@ -334,9 +321,13 @@ BENCHES = {
     "elementwise": ("spike_slab_kl", "assign_codes"),
 }
 OF_A_FILE: dict[str, Callable[[Path], Lines]] = {
-    table.__name__: table for table in (accuracy, perceptron, uncertainty, corruptions, claims, gpu)
+    **{table.__name__: table for table in (accuracy, uncertainty, gpu)},
+    "perceptron": _made_by(mlp, "table"),
+    "corruptions": partial(uncertainty, each=True),
+    "claims": _made_by(claims_lenet5),
+    "heterogeneous": _made_by(heterogeneous_lenet5),
 }
-ON_THE_SITE_ALONE = ("corruptions", "perceptron", "claims")
+ON_THE_SITE_ALONE = ("corruptions", "perceptron", "claims", "heterogeneous")
 """Tables that README has no room for."""
 
 

@@ -131,7 +131,7 @@ def rows_of(name: str, trained: Trained, split: str, data_root: Path) -> list[Ro
         rows: list[Row] = json.loads(kept.read_text())
         return rows
     net, members = pack(trained.net) if bayes_layers(trained.net) else trained.net, MEMBERS.get(name, 1)
-    size = trained.fpnn_bytes if net is trained.net else _bytes_of(net)
+    size = trained.fpnn_bytes if net is trained.net else bytes_of(net)
     start = {"network": name, "seed": trained.seed, "split": split, "bytes": size, "fpnn_bytes": trained.fpnn_bytes}
     rows = []
     for samples in (members, SAMPLES) if name in DRAWN else (members,):
@@ -142,7 +142,7 @@ def rows_of(name: str, trained: Trained, split: str, data_root: Path) -> list[Ro
     return rows
 
 
-def _bytes_of(net: nn.Module) -> int:
+def bytes_of(net: nn.Module) -> int:
     """Of the file that a packed network or ensemble is kept in."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "packed.safetensors"

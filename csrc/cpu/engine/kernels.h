@@ -63,9 +63,9 @@ struct Conv {
   const float* numbers = nullptr;          // [channels, columns], columns in the order of the segments
   const int8_t* integer_numbers = nullptr;
   const uint32_t* panels = nullptr;        // all of them, where they are kept
-  // Depthwise, [taps][channels and kSlack / 2 more]: one of the two.
+  // Depthwise, [taps][channels and kSlack / 2 more] floats, or [quads][as many channels][4], with zeros after the taps.
   const float* taps = nullptr;
-  const int16_t* integer_taps = nullptr;
+  const int8_t* integer_taps = nullptr;
   Bytes bytes;
   // A number a channel, and kSlack / 2 more: y = sum * scale + bias; shift is what the zero of x adds to a sum, where
   // bytes are not folded.

@@ -199,16 +199,17 @@ void Weights::keep_weight(const Step& step, Conv* conv, Channels* of_channels) {
 
   if (conv->depthwise) {
     const int64_t padded = channels + kPadding;
-    auto* memory = keep(taps * padded * 4);
-    std::memset(memory, 0, static_cast<size_t>(taps * padded * 4));
+    const int64_t bytes = (conv->integers ? ceil_div(taps, 4) : taps) * padded * 4;
+    auto* memory = keep(bytes);
+    std::memset(memory, 0, static_cast<size_t>(bytes));
     each([&](int64_t n, int64_t tap, float number) {
       if (conv->integers)
-        reinterpret_cast<int16_t*>(memory)[tap * padded + n] = static_cast<int16_t>(number);
+        reinterpret_cast<int8_t*>(memory)[(tap / 4 * padded + n) * 4 + tap % 4] = static_cast<int8_t>(number);
       else
         reinterpret_cast<float*>(memory)[tap * padded + n] = number;
     });
     conv->taps = conv->integers ? nullptr : reinterpret_cast<const float*>(memory);
-    conv->integer_taps = conv->integers ? reinterpret_cast<const int16_t*>(memory) : nullptr;
+    conv->integer_taps = conv->integers ? reinterpret_cast<const int8_t*>(memory) : nullptr;
     return;
   }
   if (weight.codes == nullptr || conv->fold > 1) {
