@@ -1,8 +1,8 @@
 // One instruction: what it is worth, how threads divide it, and the part that one of them runs.
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 
+#include "cpu/base/few.h"
 #include "cpu/engine/frame.h"
 
 namespace bqnn::engine {
@@ -20,27 +20,20 @@ int64_t worth_a_thread(const Kernels& kernels, bool integers, bool tiles) {
 // Positions that are worth a part of their own.
 constexpr int64_t kPositionsOfRows = 64;
 
-// Sets bytes to a number; a call of memset takes longer than the few of them at the side of a row.
-inline void fill(char* at, int number, int64_t count) {
-  constexpr int64_t kPiece = 16;
-  if (count < kPiece || count > 4 * kPiece) return (void)std::memset(at, number, static_cast<size_t>(count));
-  for (int64_t i = 0; i < count - kPiece; i += kPiece) std::memset(at + i, number, kPiece);
-  std::memset(at + count - kPiece, number, kPiece);
-}
-
 // Sets the border of images to what stands for zero, beside the rows [begin, end) of all of them; what lies above an
 // image, and below, goes with its first row and its last.
 void fill_border(const Buffer& b, char* images, int64_t begin, int64_t end) {
   const int64_t size = size_of(b.dtype), row = b.row() * size, height = b.shape.height;
   const int64_t left = b.left * b.pixel * size, right = b.right * b.pixel * size;
+  const auto zero = static_cast<char>(b.zero);
   for (int64_t unit = begin; unit < end;) {
     const int64_t first = unit % height, last = std::min(height, first + end - unit);
     char* at = images + unit / height * b.bytes() + (b.top + first) * row;
     const int64_t above = first == 0 ? b.top * row : 0, below = last == height ? b.bottom * row : 0;
-    fill(at - above, b.zero, above + left);
+    set_few(at - above, zero, above + left);
     // What lies right of a row goes on left of the next.
-    for (int64_t h = first + 1; h < last; ++h, at += row) fill(at + row - right, b.zero, right + left);
-    fill(at + row - right, b.zero, right + below);
+    for (int64_t h = first + 1; h < last; ++h, at += row) set_few(at + row - right, zero, right + left);
+    set_few(at + row - right, zero, right + below);
     unit += last - first;
   }
 }

@@ -14,23 +14,34 @@ BQNN_INLINE Float read_lanes(const uint8_t* at, int64_t step, int lanes) {
   return load(values);
 }
 
+#if BQNN_LANES >= 8
+// Stores the first three bytes of each lane, one after another.
+BQNN_INLINE void store_colors(uint8_t* y, Int pixels) {
 #if BQNN_LANES == 16
-// Bytes of pixels of three channels, which follow each other, from planes of floats; returns how many pixels it wrote.
-inline int64_t read_colors(const Outside& from, const float* x, const Numbers<uint8_t>& numbers, int64_t width,
-                           uint8_t* y) {
   alignas(64) static constexpr auto kOrder = [] {
     std::array<uint8_t, 64> order{};
     for (int i = 0; i < 48; ++i) order[i] = static_cast<uint8_t>(i / 3 * 4 + i % 3);
     return order;
   }();
-  const __m512i order = _mm512_load_si512(kOrder.data());
+  const __m512i bytes = _mm512_maskz_permutexvar_epi8(~0ull, _mm512_load_si512(kOrder.data()), (__m512i)pixels);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_castsi512_si256(bytes));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(y + 32), _mm512_maskz_extracti32x4_epi32(0xF, bytes, 2));
+#else
+  const __m128i order = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+  const __m128i low = _mm_shuffle_epi8(_mm256_castsi256_si128((__m256i)pixels), order);
+  const __m128i high = _mm_shuffle_epi8(_mm256_extracti128_si256((__m256i)pixels, 1), order);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm_or_si128(low, _mm_slli_si128(high, 12)));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(y + 16), _mm_srli_si128(high, 4));
+#endif
+}
+
+// Bytes of pixels of three channels, which follow each other, from planes of floats; returns how many pixels it wrote.
+inline int64_t read_colors(const Outside& from, const float* x, const Numbers<uint8_t>& numbers, int64_t width,
+                           uint8_t* y) {
   int64_t w = 0;
   for (; w + kLanes <= width; w += kLanes, y += 3 * kLanes) {
     const auto channel = [&](int64_t c) BQNN_LAMBDA { return numbers.quantize(load(x + c * from.channel + w)); };
-    const __m512i pixels = (__m512i)(channel(0) | channel(1) << 8 | channel(2) << 16);
-    const __m512i bytes = _mm512_maskz_permutexvar_epi8(~0ull, order, pixels);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_castsi512_si256(bytes));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(y + 32), _mm512_maskz_extracti32x4_epi32(0xF, bytes, 2));
+    store_colors(y, channel(0) | channel(1) << 8 | channel(2) << 16);
   }
   return w;
 }
@@ -50,7 +61,7 @@ inline void read_rows(const Outside& from, const View& to, int64_t begin, int64_
     const int64_t outer_x = by_pixel ? from.channel : from.pixel, inner_x = by_pixel ? from.pixel : from.channel;
     const int64_t outer_y = by_pixel ? 1 : to.pixel, inner_y = by_pixel ? to.pixel : 1;
     int64_t done = 0;
-#if BQNN_LANES == 16
+#if BQNN_LANES >= 8
     if constexpr (std::is_same_v<X, float> && std::is_same_v<Y, uint8_t>)
       if (shape.channels == 3 && to.pixel == 3 && from.pixel == 1)
         done = read_colors(from, x, numbers, shape.width, y);
@@ -99,16 +110,6 @@ inline void run_write(const View& from, const Outside& to, int64_t begin, int64_
   }
 }
 
-// Copies a few bytes sooner than memcpy is called.
-BQNN_INLINE void copy_channels(void* to, const void* from, int64_t count) {
-  constexpr int64_t kPiece = 16;
-  auto* y = static_cast<char*>(to);
-  const auto* x = static_cast<const char*>(from);
-  if (count < kPiece || count > 4 * kPiece) return (void)__builtin_memcpy(y, x, static_cast<size_t>(count));
-  for (int64_t i = 0; i < count - kPiece; i += kPiece) __builtin_memcpy(y + i, x + i, kPiece);
-  __builtin_memcpy(y + count - kPiece, x + count - kPiece, kPiece);
-}
-
 template <class X>
 inline void move_rows(const MoveCall& call, int64_t begin, int64_t end) {
   const View &x = call.x, &y = call.y;
@@ -131,23 +132,14 @@ inline void move_rows(const MoveCall& call, int64_t begin, int64_t end) {
     }
     const int64_t row = h - call.to.height;
     const bool inside = row >= 0 && row < count.height;
-    // Eight bytes at a time, the last ones again where they are not whole.
-    const auto fill = [&](X* at, int64_t channels) BQNN_LAMBDA {
-      constexpr int64_t kPiece = 8 / sizeof(X);
-      X piece[kPiece];
-      std::fill_n(piece, kPiece, number);
-      if (channels < kPiece) return (void)std::fill_n(at, channels, number);
-      for (int64_t c = 0; c < channels - kPiece; c += kPiece) __builtin_memcpy(at + c, piece, sizeof piece);
-      __builtin_memcpy(at + channels - kPiece, piece, sizeof piece);
-    };
     X* to = elements<X>(y, image, h, call.to.width) + call.to.channels;
     if (call.fill) {
       const int64_t before = call.to.channels, after = shape.channels - before - count.channels;
       for (int64_t w = 0; w < shape.width; ++w) {
         const bool covered = inside && w >= call.to.width && w < call.to.width + count.width;
         X* pixel = elements<X>(y, image, h, w);
-        fill(pixel, covered ? before : shape.channels);
-        if (covered) fill(pixel + before + count.channels, after);
+        set_few(pixel, number, covered ? before : shape.channels);
+        if (covered) set_few(pixel + before + count.channels, number, after);
       }
     }
     if (!inside) continue;
@@ -157,7 +149,8 @@ inline void move_rows(const MoveCall& call, int64_t begin, int64_t end) {
     const int64_t step = call.step.width * x.pixel;
     for (int64_t w = 0; w < count.width; ++w, at += step, to += y.pixel) {
       if (call.step.channels == 1)
-        copy_channels(to, at, count.channels * static_cast<int64_t>(sizeof *to));
+        copy_few(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(at),
+                 count.channels * static_cast<int64_t>(sizeof *to));
       else
         for (int64_t c = 0; c < count.channels; ++c) to[c] = at[c * call.step.channels];
     }

@@ -170,22 +170,14 @@ inline void folded_rows(const PointCall& call, int64_t begin, int64_t end) {
   }
 }
 
-template <Beside kBeside>
-inline void run_folded(const PointCall& call, int64_t begin, int64_t end) {
-  const bool clamps = !kSaturates || !call.bytes.saturates;
-  (clamps ? folded_rows<kBeside, true> : folded_rows<kBeside, false>)(call, begin, end);
-}
-
+template <bool kClamps>
 inline void run_folded(const PointCall& call, int64_t begin, int64_t end) {
   switch (call.op) {
-    case Op::affine: {
-      const bool clamps = !kSaturates || !call.bytes.saturates;
-      return (clamps ? folded_affine<true> : folded_affine<false>)(call, begin, end);
-    }
+    case Op::affine: return folded_affine<kClamps>(call, begin, end);
     case Op::add:
-    case Op::sub: return run_folded<Beside::added>(call, begin, end);
-    case Op::mul: return run_folded<Beside::multiplied>(call, begin, end);
-    default: return run_folded<Beside::nothing>(call, begin, end);
+    case Op::sub: return folded_rows<Beside::added, kClamps>(call, begin, end);
+    case Op::mul: return folded_rows<Beside::multiplied, kClamps>(call, begin, end);
+    default: return folded_rows<Beside::nothing, kClamps>(call, begin, end);
   }
 }
 
@@ -212,7 +204,10 @@ inline void point_rows(const PointCall& call, int64_t begin, int64_t end) {
 }
 
 inline void run_point(const PointCall& call, int64_t begin, int64_t end) {
-  if (call.bytes.folded) return run_folded(call, begin, end);
+  if (call.bytes.folded) {
+    const bool clamps = !kSaturates || !call.bytes.saturates;
+    return (clamps ? run_folded<true> : run_folded<false>)(call, begin, end);
+  }
   with_element(call.a.dtype, [&](auto* a) {
     with_element(call.y.dtype, [&](auto* y) {
       point_rows<std::remove_pointer_t<decltype(a)>, std::remove_pointer_t<decltype(y)>>(call, begin, end);

@@ -3,6 +3,7 @@
 #include <array>
 #include <type_traits>
 
+#include "cpu/base/few.h"
 #include "cpu/base/scratch.h"
 #include "cpu/engine/kernels.h"
 #include "cpu/packed/call.h"
