@@ -265,7 +265,8 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 
 def _always(values: Mapping[str, Sequence[float]], best: str) -> bool:
     """Whether one network has the least of every seed, of which there are several."""
-    return len(values[best]) > 1 and all(values[best][k] <= min(each[k] for each in values.values()) for k in range(len(values[best])))
+    least = [min(of_seed) for of_seed in zip(*values.values(), strict=True)]
+    return len(least) > 1 and list(values[best]) == least
 
 
 def main() -> None:

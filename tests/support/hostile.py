@@ -22,6 +22,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo  # in several seconds, which a call would take that is the first to need it
 from torch import Tensor
 
 from bqnn.ops.dispatch import BackendError
