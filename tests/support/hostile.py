@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo  # in several seconds, which a call would take that is the first to need it
+import torch._dynamo  # takes seconds, which are not to be those of the call that needs it first
 from torch import Tensor
 
 from bqnn.ops.dispatch import BackendError
