@@ -21,6 +21,7 @@ NUM_LEVELS, SEED, CLASSES = 3, 20261, 10
 DATASET_SIZE = 60_000
 ESTIMATORS = ("sample", "moment")
 FPNN = "FPNN"
+ENGINE = "engine bf16"
 
 
 class Network(NamedTuple):
@@ -99,7 +100,7 @@ def _forced(call: Call, backend: str) -> Call:
 @torch.inference_mode()
 def inference_rows(name: str, network: Network, images: int, meter: Meter) -> Iterator[Row]:
     """Logits for so many images: the full-precision network in bfloat16, channels-last and compiled, and the packed one
-    in both precisions, for bfloat16 images."""
+    in both precisions, and compiled by the engine, for bfloat16 images."""
     torch.manual_seed(SEED)
     net = network.make().eval()
     quantized = bqnn.convert(net, NUM_LEVELS).eval()
@@ -116,6 +117,10 @@ def inference_rows(name: str, network: Network, images: int, meter: Meter) -> It
         errors[variant] = meter.distance([packed(x).float()], [exact(x.float())])
         calls[variant] = [_bound(packed, x)]
         weight_bytes[variant] = sum(buffer.nbytes for buffer in packed.buffers())
+        if precision == "bf16":
+            fast = bqnn.compile(packed, x, precision=precision)
+            errors[ENGINE] = meter.distance([fast(x).float()], [exact(x.float())])
+            calls[ENGINE], weight_bytes[ENGINE] = [_bound(fast, x)], weight_bytes[variant]
     for variant, cost in meter.costs(calls).items():
         case = f"inference-{name}-B{images}"
         yield measured(case, variant, cost, errors.get(variant), weight_bytes.get(variant))

@@ -23,8 +23,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     executor = compiled.executor
 
-    def counting(graph: Any, precision: str) -> Any:
-        run = executor(graph, precision)
+    def counting(graph: Any, precision: str, device: torch.device) -> Any:
+        run = executor(graph, precision, device)
         return lambda inputs: calls.append(1) or run(inputs)
 
     monkeypatch.setattr(compiled, "executor", counting)

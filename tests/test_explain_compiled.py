@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_several_inputs() -> None:
 
 
 def test_without_the_extension_there_is_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    def on_the_reference(graph: compiled.Graph, precision: str) -> compiled.Run:
+    def on_the_reference(graph: compiled.Graph, precision: str, device: Any = None) -> compiled.Run:
         return partial(run, graph, dtype=torch.float32)
 
     monkeypatch.setattr(compiled, "executor", on_the_reference)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from bqnn.core.check import check_precision
 from bqnn.core.ensemble import Ensemble
+from bqnn.core.references import copy_network
+from bqnn.core.wrappers import unwrapped
 from bqnn.engine.calibrate import calibrate
 from bqnn.engine.capture import Captured, capture
-from bqnn.engine.compiled import CompiledNetwork, compile_captured
+from bqnn.engine.compiled import CPU, DEVICES, CompiledNetwork, compile_captured, why_not
 from bqnn.engine.ensemble import check_members, join
 from bqnn.engine.partition import EnginePart
 from bqnn.engine.quantize import quantize
@@ -29,21 +31,25 @@ def compile(
     precision: str = "fp32",
     calibration: Batches | None = None,
 ) -> CompiledNetwork:
-    """A network for inference on the CPU in one call: its packed layers, what lies between them and all else.
+    """A network for inference in one call: its packed layers, what lies between them and all else.
 
     The network is captured by torch.export in evaluation mode, with any size of the batch, and rewritten for the
     engine. What the engine has no operator for stays torch's; ``print`` of the result says what, and why. ``net`` stays
     as it is; what changes in it later, the compiled network does not see. The precision that packed layers were made
     with does not matter, but where torch runs them. An input that the network changes in place is left alone.
 
+    On a GPU packed layers keep their codes, tensor cores multiply what "auto" decodes of them, and all that a batch
+    launches is recorded in a CUDA graph.
+
     Args:
-        net: on the CPU; Bayes layers in it are packed first, and plain layers are taken with their dense weights. A
-            list or tuple of networks that take the same inputs, or a :class:`bqnn.Ensemble` of them, becomes an
-            ensemble; each has to return one tensor, all of the same shape.
-        example: an input [batch, ...], or a tuple of the inputs; their shapes count, but for the batch's size, which
-            has to be 1 or more. To the network, inputs that are floating point or uint8 are float32.
-        precision: "fp32"; "bf16", which at present computes as "fp32" does; or "int8", quantized activations and
-            weights.
+        net: on the CPU or a GPU, where the compiled network then runs; Bayes layers in it are packed first, and plain
+            layers are taken with their dense weights. A list or tuple of networks that take the same inputs, or a
+            :class:`bqnn.Ensemble` of them, becomes an ensemble; each has to return one tensor, all of the same shape.
+        example: an input [batch, ...], or a tuple of the inputs, on the network's device; their shapes count, but for
+            the batch's size, which has to be 1 or more. To the network, inputs that are floating point or uint8 are
+            float32.
+        precision: "fp32"; "bf16", which on the CPU at present computes as "fp32" does; or "int8", quantized activations
+            and weights, on the CPU alone.
         calibration: for "int8", batches of inputs like ``example``, whose ranges the scales are made of.
 
     Returns:
@@ -55,7 +61,13 @@ def compile(
             size; the message says why, and which network of an ensemble it is about.
     """
     check_precision(precision)
-    inputs = tuple(x.float() if x.is_floating_point() or x.dtype == torch.uint8 else x for x in checked_inputs(example))
+    given = checked_inputs(example)
+    device = checked_device(*given)
+    if refusal := why_not(device, precision):
+        raise ValueError(f"precision must be another, got {precision!r}: {refusal}")
+    inputs = tuple(
+        x.float() if x.is_floating_point() or x.dtype == torch.uint8 else x for x in (x.cpu() for x in given)
+    )
     if (precision == "int8") != (calibration is not None):
         raise ValueError(
             "calibration must be batches of inputs where precision is 'int8', and None elsewhere, got "
@@ -65,23 +77,27 @@ def compile(
         raise TypeError("calibration must be batches of inputs, a list for example, got a single tensor")
 
     def captured(net: Any) -> Captured:
-        return capture(_checked_network(net), inputs)
+        return capture(_checked_network(net, given), inputs)
 
     def finished(captured: Captured) -> CompiledNetwork:
         compiled = compile_captured(captured, inputs, precision)
         return compiled if calibration is None else _quantized(compiled, calibration)
 
     with torch.autocast("cpu", enabled=False):
-        if isinstance(net, Ensemble):
-            net = list(net)
-        if not isinstance(net, (list, tuple)):
-            return finished(captured(net))
-        if not net:
+        if not isinstance(net, (list, tuple, Ensemble)):
+            return finished(captured(net)).to(device)
+        networks = list(net)
+        if not networks:
             raise ValueError("net must be a network, or one or more in a list, got none")
         calibration = None if calibration is None else list(calibration)
-        captures = _each(captured, net)
+        captures = _each(captured, networks)
         check_members(captures)
-        return join(_each(finished, captures))
+        return join(_each(finished, captures)).to(device)
+
+
+def _as_captured(x: Tensor) -> Tensor:
+    x = x.cpu()
+    return x.float() if x.is_floating_point() or x.dtype == torch.uint8 else x
 
 
 def _each(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
@@ -117,15 +133,23 @@ def _quantized(net: CompiledNetwork, batches: Batches) -> CompiledNetwork:
     return CompiledNetwork(net.inputs, parts, net.outputs, net.structure, net.constants, net.precision)
 
 
-def _checked_network(net: Any) -> nn.Module:
+def _checked_network(net: Any, inputs: Sequence[Tensor]) -> nn.Module:
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-    check_device(*net.parameters(), *net.buffers())
-    return net
+    return on_cpu(net, inputs)
+
+
+def on_cpu(net: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
+    """``net`` without wrappers, or a copy of it on the CPU, where networks are captured; ValueError unless its tensors
+    and the inputs are where :func:`checked_device` wants them."""
+    net = unwrapped(net)
+    if checked_device(*net.parameters(), *net.buffers(), *inputs) == CPU:
+        return net
+    return copy_network(net).cpu()
 
 
 def checked_inputs(example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The inputs of ``example``: one or more, on the CPU and with one batch; TypeError or ValueError otherwise."""
+    """The inputs of ``example``: one or more, with one batch; TypeError or ValueError otherwise."""
     inputs = (example,) if isinstance(example, Tensor) else example
     if not isinstance(inputs, (tuple, list)) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
         raise TypeError(f"example must be a tensor or a tuple of tensors, got {type(example).__name__}")
@@ -133,12 +157,13 @@ def checked_inputs(example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not x.dim() or len(x) != len(inputs[0]) or not len(x):
             shapes = ", ".join(str(list(x.shape)) for x in inputs)
             raise ValueError(f"example must have one batch of 1 or more as the first dimension, got {shapes}")
-    check_device(*inputs)
     return tuple(inputs)
 
 
-def check_device(*tensors: Tensor) -> None:
-    """Raises ValueError unless all of a network's tensors and inputs are on the CPU."""
-    for tensor in tensors:
-        if tensor.device.type != "cpu":
-            raise ValueError(f"net and example must be on the CPU, got a tensor on {tensor.device}")
+def checked_device(*tensors: Tensor) -> torch.device:
+    """Where all of a network's tensors and inputs are; raises ValueError unless that is the CPU, or one GPU."""
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1 or any(device.type not in DEVICES for device in devices):
+        listed = " and ".join(sorted(map(str, devices)))
+        raise ValueError(f"net and example must be on the CPU, or on one GPU, got tensors on {listed}")
+    return devices.pop()

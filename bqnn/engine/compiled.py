@@ -20,14 +20,23 @@ from bqnn.engine.lower import lower
 from bqnn.engine.partition import EnginePart, Part, TorchPart, partition
 from bqnn.engine.passes import optimize
 from bqnn.engine.program import Program
+from bqnn.engine.replay import Replay
+from bqnn.engine.torch_program import TorchProgram
 
 _making = threading.Lock()
 
 Run = Callable[[Sequence[Tensor]], Sequence[Any]]
 
 
-def executor(graph: Graph, precision: str) -> Run:
-    """What runs a graph: it takes float32 tensors [batch, *shape] and gives those of its outputs."""
+CPU = torch.device("cpu")
+DEVICES = ("cpu", "cuda")
+"""Types of those that compiled networks run on."""
+
+
+def executor(graph: Graph, precision: str, device: torch.device = CPU) -> Run:
+    """What runs a graph on a device: it takes float32 tensors [batch, *shape] and gives those of its outputs."""
+    if device.type == "cuda":
+        return Replay(TorchProgram(graph, device, precision))
     if cpu_isa() == "none":
         warn_of_missing()
         return partial(reference.run, graph, dtype=torch.float32)
@@ -44,11 +53,12 @@ class Input:
     dtype: str = "float32"
     """Of the tensor that parts get; of an input that is float32, any floating point or uint8 tensor will do."""
 
-    def check(self, x: Any) -> None:
+    def check(self, x: Any, device: torch.device) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{self.name} must be a tensor, got {type(x).__name__}")
-        if x.device.type != "cpu":
-            raise ValueError(f"{self.name} must be on the CPU, where a compiled network runs, got one on {x.device}")
+        if x.device != device:
+            place = f"{'the CPU' if device == CPU else device}, where the compiled network runs"
+            raise ValueError(f"{self.name} must be on {place}, got one on {x.device}")
         if tuple(x.shape[1:]) != self.shape or not x.dim():
             needed = ", ".join(["batch", *map(str, self.shape)])
             raise ValueError(f"{self.name} must have the shape [{needed}], got {list(x.shape)}")
@@ -65,7 +75,11 @@ class Input:
 
 
 class CompiledNetwork(nn.Module):
-    """A network that :func:`bqnn.compile` made. It has no parameters and no gradients, and runs on the CPU.
+    """A network that :func:`bqnn.compile` made. It has no parameters and no gradients.
+
+    It runs on the device that it was compiled for, and ``to`` and ``cuda`` take it to another: the CPU, or a GPU where
+    its precision is not "int8". There a size of the batch is recorded in a CUDA graph when it first comes, the last 16
+    sizes are kept, and calls take turns.
 
     ``forward`` takes the inputs that the network took, each [batch, ...] with any size of the batch, 0 included, in any
     strides: float32, float64, float16, bfloat16 or uint8. All are computed in float32, float64 too; outputs that are
@@ -95,6 +109,7 @@ class CompiledNetwork(nn.Module):
         super().__init__()
         self.inputs, self.parts, self.outputs, self.structure = inputs, parts, outputs, structure
         self.constants, self.precision = constants, precision
+        self.device = CPU
         self.training = False
         self._runs: tuple[Run, ...] | None = None
         self._only: Callable[[list[Tensor]], Sequence[Any]] | None = None
@@ -125,8 +140,8 @@ class CompiledNetwork(nn.Module):
             TypeError, ValueError: an input has a wrong dtype, shape or device; the message names it.
             RuntimeError: an input requires a gradient, and gradients are recorded.
         """
-        if torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):
+        if torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, enabled=False):
                 return self.forward(*inputs)
         found = self.values(inputs)
         dtype = next((x.dtype for x in inputs if x.is_floating_point()), torch.float32)
@@ -150,7 +165,7 @@ class CompiledNetwork(nn.Module):
         return self
 
     def __repr__(self) -> str:
-        lines = [f"{self._title()}, {self.precision}"]
+        lines = [f"{self._title()}, {self.precision}" + (f", {self.device}" if self.device != CPU else "")]
         lines += [f"  input {each.name} [{', '.join(['batch', *map(str, each.shape)])}]" for each in self.inputs]
         for index, part in enumerate(self.parts):
             lines.append(f"part {index}, {'the engine' if isinstance(part, EnginePart) else 'torch'}")
@@ -168,7 +183,7 @@ class CompiledNetwork(nn.Module):
             names = ", ".join(each.name for each in self.inputs)
             raise TypeError(f"the network takes {len(self.inputs)} inputs, {names}, got {len(inputs)}")
         for each, x in zip(self.inputs, inputs):
-            each.check(x)
+            each.check(x, self.device)
             if len(x) != len(inputs[0]):
                 raise ValueError(f"{each.name} must have {len(inputs[0])} images, as the first input, got {len(x)}")
 
@@ -176,9 +191,13 @@ class CompiledNetwork(nn.Module):
         with _making:
             if self._runs is None:
                 self._runs = tuple(
-                    executor(part.graph, self.precision) if isinstance(part, EnginePart) else partial(run_torch, part)
+                    executor(part.graph, self.precision, self.device)
+                    if isinstance(part, EnginePart)
+                    else partial(run_torch, part if self.device == CPU else part.on(self.device))
                     for part in self.parts
                 )
+                if self.device != CPU:
+                    return self._runs
                 names = tuple(each.name for each in self.inputs)
                 ends = [(part.inputs, part.outputs) for part in self.parts if isinstance(part, EnginePart)]
                 single = len(self.parts) == len(names) == len(self.outputs) == 1 and self.structure == 0
@@ -190,15 +209,28 @@ class CompiledNetwork(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledNetwork:
         try:
             moved = fn(torch.empty(0))
-            stays = moved.device.type == "cpu" and moved.dtype == torch.float32
-        except (RuntimeError, AssertionError):  # there is no such device here
-            stays = False
-        if not stays:
+        except (RuntimeError, AssertionError) as error:  # there is no such device here
+            raise RuntimeError(f"a compiled network can not be moved there: {error}") from error
+        if moved.dtype != torch.float32:
             raise RuntimeError(
-                "a compiled network stays on the CPU, with the precision that it was compiled for: compile the network "
-                "again for another precision; on a GPU run the packed network itself"
+                "a compiled network has the precision that it was compiled for: compile the network again for another"
             )
+        if refusal := why_not(moved.device, self.precision):
+            raise RuntimeError(refusal)
+        if moved.device != self.device:
+            self.device = moved.device
+            self.constants = {name: constant.to(self.device) for name, constant in self.constants.items()}
+            self._runs = self._only = None
         return self
+
+
+def why_not(device: torch.device, precision: str) -> str:
+    """Why networks that are compiled for ``precision`` do not run on ``device``; "" where they do."""
+    if device.type not in DEVICES:
+        return f"a compiled network runs on the CPU or a GPU, not on {device}"
+    if device.type == "cuda" and precision == "int8":
+        return "what is compiled for 'int8' runs on the CPU alone: on a GPU 'bf16' is fast"
+    return ""
 
 
 def run_torch(part: TorchPart, inputs: Sequence[Any]) -> Sequence[Any]:

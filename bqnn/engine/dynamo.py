@@ -17,7 +17,7 @@ from torch._guards import tracing
 from bqnn.core.derived import version_of
 from bqnn.core.text import shown
 from bqnn.engine.capture import capture_as_is
-from bqnn.engine.compiled import compile_captured
+from bqnn.engine.compiled import compile_captured, why_not
 from bqnn.engine.partition import EnginePart
 
 logger = logging.getLogger("bqnn")
@@ -105,7 +105,11 @@ class _Compiled:
         tensors = [value for value in example if isinstance(value, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise _Unserved("gradients are recorded")
-        if torch.is_autocast_enabled("cpu"):
+        devices = {tensor.device for tensor in tensors}
+        if len(devices) != 1 or (refusal := why_not(next(iter(devices)), precision)):
+            raise _Unserved(refusal if len(devices) == 1 else "its tensors are on several devices")
+        (device,) = devices
+        if torch.is_autocast_enabled(device.type):
             raise _Unserved("autocast is on")
         net = _Inputs(graph, example)
         self.graph, self.inputs = graph, net.inputs
@@ -115,7 +119,7 @@ class _Compiled:
             captured = capture_as_is(net, inputs)
         if captured.writes:
             raise _Unserved("it changes an input")
-        self.net = compile_captured(captured, inputs, precision)
+        self.net = compile_captured(captured, inputs, precision).to(device)
         if not any(isinstance(part, EnginePart) for part in self.net.parts):
             raise _Unserved("it has no part for the engine")
 

@@ -24,9 +24,8 @@ from bqnn.core.check import check_module
 from bqnn.core.codes import digits_per_byte, unpack_codes
 from bqnn.core.extras import needs
 from bqnn.core.files import write_content
-from bqnn.core.wrappers import unwrapped
 from bqnn.engine.capture import BATCH, export, names_of_inputs
-from bqnn.engine.compile import check_device, checked_inputs
+from bqnn.engine.compile import checked_inputs, on_cpu
 from bqnn.engine.dequantize import dequantize, packed_layers
 from bqnn.engine.pack import pack
 from bqnn.packed.weight import PackedWeight
@@ -42,7 +41,8 @@ def export_onnx(net: nn.Module, path: str | os.PathLike[str], example: Tensor | 
     names that ``forward`` has for them, outputs are "output", or "output_0" and so on where there are several.
 
     Args:
-        net: a network with packed layers, Bayes layers (which are packed first) or both, on the CPU; stays as it is.
+        net: a network with packed layers, Bayes layers (which are packed first) or both, on the CPU or a GPU; stays as
+            it is.
         path: the file; one that is there is replaced.
         example: an input [batch, ...], or a tuple of the inputs; dtypes and shapes count, but for the batch's size,
             which has to be 1 or more.
@@ -54,9 +54,9 @@ def export_onnx(net: nn.Module, path: str | os.PathLike[str], example: Tensor | 
         OSError: the file can not be written.
     """
     check_module("net", net)
-    check_device(*net.parameters(), *net.buffers())
-    inputs = tuple(each.new_empty((BATCH, *each.shape[1:])) for each in checked_inputs(example))
-    net = unwrapped(net)
+    given = checked_inputs(example)
+    inputs = tuple(each.new_empty((BATCH, *each.shape[1:]), device="cpu") for each in given)
+    net = on_cpu(net, given)
     packed = pack(net, fuse_relu=False) if bayes_layers(net) else net
     plain = dequantize(packed)
     with needs("onnx"):

@@ -7,7 +7,8 @@ way through the network changes sides.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +56,15 @@ class TorchPart:
     module: fx.GraphModule
     """Takes the inputs, gives a tuple of the outputs."""
     calls: tuple[TorchCall, ...]
+
+    def on(self, device: torch.device) -> TorchPart:
+        """The part with its constants on ``device``, and what tensors it makes of nothing there too."""
+        module = copy.deepcopy(self.module).to(device)
+        for node in module.graph.nodes:
+            if isinstance(node.kwargs.get("device"), torch.device):
+                node.update_kwarg("device", device)
+        module.recompile()
+        return replace(self, module=module)
 
 
 Part = EnginePart | TorchPart

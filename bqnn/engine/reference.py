@@ -120,6 +120,11 @@ class Bytes(NamedTuple):
     """Of a layer, decoded: [N, columns] of float64."""
 
 
+def of_floats(node: Node, inputs: list[Tensor], written: Value) -> Tensor:
+    """What a node that is no product computes of floating point numbers before its activation, in their dtype."""
+    return _MOVES[node.op](node, inputs, written) if node.op in _MOVES else _ELEMENTS[node.op](node, inputs)
+
+
 def fold_bytes(node: Node, read: Sequence[Value], written: Value) -> Bytes | None:
     """The numbers of a node that reads and writes uint8 and does no more than clamp; None of any other.
 
@@ -312,10 +317,10 @@ def _pad(node: Node, inputs: list[Tensor], written: Value) -> Tensor:
 def _slice(node: Node, inputs: list[Tensor], written: Value) -> Tensor:
     spans = zip(*(node.attributes[name] for name in ("start", "stop", "step")))
     index = (slice(None), *(slice(*span) for span in spans))
-    return inputs[0][index].contiguous()
+    return inputs[0][index]
 
 
-_MOVES = {
+_MOVES: dict[str, Callable[[Node, list[Tensor], Value], Tensor]] = {
     "max_pool2d": _max_pool2d,
     "cat": lambda node, inputs, written: torch.cat(inputs, 1),
     "pad": _pad,

@@ -78,6 +78,10 @@ class CompiledSpeed(list[StepSpeed]):
 
 def explain_compiled(net: CompiledNetwork, inputs: tuple[Tensor, ...]) -> CompiledSpeed:
     """What :func:`bqnn.explain_speed` says of a compiled network."""
+    if net.device.type != "cpu":
+        raise ValueError(
+            f"net must be on the CPU to be explained, got it on {net.device}: torch.profiler shows kernels there"
+        )
     images, with_kernels = len(inputs[0]) if inputs and inputs[0].dim() else 0, True
     parts: list[Callable[[], list[StepSpeed]]] = []
     with torch.inference_mode():
