@@ -29,7 +29,7 @@ from tests.support.reads import NothingIsRead
 from tests.support.recorded import Recorded, Stream, graphs_stand_in
 
 BF16_TOLERANCE = 0.1
-"""Of the norm, over as many as twenty nodes that each round to 8 bits; and a tenth of it of an element, where they cancel."""
+"""Of the norm, over up to twenty nodes that each round to 8 bits; and a tenth of it an element, where they cancel."""
 
 
 @pytest.mark.parametrize("first", range(0, 120, 40))
