@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import save_file
 
 import bqnn
-from bench.machine import RESULTS, describe_machine
+from bench.kept import save_table
+from bench.machine import RESULTS
 from bqnn.core.files import write_content
 from bqnn.lab.evaluate import evaluate
 from bqnn.lab.recipe import Recipe
@@ -200,7 +201,7 @@ def main() -> None:
     table, met = collect(args)
     show(table)
     if args.update:
-        TABLE.write_text(json.dumps({"machine": describe_machine(), "table": table}, indent=1) + "\n")
+        save_table(TABLE, table=table)
     sys.exit(0 if met else 1)
 
 

@@ -11,7 +11,6 @@ two means are more than 0.1 points apart. Some minutes on one core; --update wri
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import bqnn
-from bench.machine import RESULTS, ROOT, describe_machine
-from bqnn.core.files import write_content
+from bench.kept import save_table
+from bench.machine import RESULTS, ROOT
 from bqnn.data.sources import Split, read_torchvision
 from examples.own_loop import three_phases
 
@@ -103,7 +102,7 @@ def main() -> None:
     apart = gap(table)
     print(f"the means are {apart:.3f} points apart, at most {LIMIT}")
     if args.update:
-        write_content(TABLE, json.dumps({"machine": describe_machine(), "table": table}, indent=1) + "\n")
+        save_table(TABLE, table=table)
     sys.exit(0 if apart <= LIMIT else 1)
 
 

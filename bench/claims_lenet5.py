@@ -17,7 +17,6 @@ Student's, 95 %, over the seeds. Where it has 0 inside, the verdict is that noth
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -30,11 +29,11 @@ import torch.nn.functional as F
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from bench.machine import RESULTS, describe_machine
+from bench.kept import kept, save_table
+from bench.machine import RESULTS
 from bench.uncertainty_lenet5 import MIXTURE, MNIST, NOISE, inputs_of, train
 from bqnn.bayes.layers import bayes_layers
 from bqnn.core.codebook import raw_from_levels
-from bqnn.core.files import write_content
 from bqnn.data.splits import Splits
 from bqnn.lab.evaluate import evaluate, find_split
 from bqnn.lab.folder import WEIGHTS
@@ -99,14 +98,15 @@ def make_symmetric_(net: nn.Module) -> None:
 
 def row_of(name: str, seed: int, out: Path, data_root: Path) -> Row:
     """What a network does on the validation and test images; trained, and tested, unless that has been done."""
+    folder = out / f"seed-{seed}" / name.replace(" ", "")
+    row: Row = kept(folder / "row.json", lambda: _made_row(name, seed, folder, data_root))
+    return row
+
+
+def _made_row(name: str, seed: int, folder: Path, data_root: Path) -> Row:
     (changes, symmetric), base = NETWORKS[name], replace(BASE, seed=seed)
     kind = SymmetricTrainer if symmetric else Trainer
     recipe = replace(base, **changes)
-    folder = out / f"seed-{seed}" / name.replace(" ", "")
-    kept = folder / "row.json"
-    if kept.exists():
-        row: Row = json.loads(kept.read_text())
-        return row
     trunk = train(replace(base, method="fpnn", deterministic_epochs=0, epochs=0), folder.parent / "trunk", data_root)
     # Networks that differ in the prior alone have the deterministic phase in common, too.
     first = replace(base, num_levels=recipe.num_levels, partition=recipe.partition, epochs=0)
@@ -115,7 +115,7 @@ def row_of(name: str, seed: int, out: Path, data_root: Path) -> Row:
     trainer = train(recipe, folder, data_root, start.folder / WEIGHTS, kind)
     net, data = trainer.net, trainer.data
     found = evaluate(net, data.test, data)
-    row = {
+    return {
         "network": name,
         "seed": seed,
         "validation_nll": evaluate(net, data.validation, data).nll,
@@ -123,8 +123,6 @@ def row_of(name: str, seed: int, out: Path, data_root: Path) -> Row:
         "nll": found.nll,
         "noisy_nll": _noisy_nll(net, data),
     }
-    write_content(kept, json.dumps(row))
-    return row
 
 
 @torch.no_grad()
@@ -217,7 +215,7 @@ def main() -> None:
             print(name, "  ".join(f"{key} {row[key]:.4g}" for key in row if key != "network"), flush=True)
     print("\n".join(["", *table(rows)]))
     if arguments.save:
-        write_content(TABLE, json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
+        save_table(TABLE, rows=rows)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ Rows are kept under --out; a condition of a seed is trained in one go.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
@@ -37,11 +36,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.machine import RESULTS, describe_machine
+from bench.kept import kept, save_table
+from bench.machine import RESULTS
 from bench.uncertainty_lenet5 import MIXTURE, MNIST, SAMPLES
 from bqnn.bayes.batchnorm import refresh_batchnorm
 from bqnn.core.ensemble import Ensemble
-from bqnn.core.files import write_content
 from bqnn.data.augment import augment
 from bqnn.data.corruptions import CORRUPTIONS
 from bqnn.data.splits import Split, Splits, batches, load_dataset, normalise
@@ -166,27 +165,27 @@ class School:
 
     def fpnn(self) -> tuple[nn.Module, float]:
         """The tuned network, and its weight decay."""
-        every = range(FULL_PRECISION, BAYES + 1)
         found = []
         for decay in WEIGHT_DECAYS:
-            recipe = replace(MNIST, method="fpnn", weight_decay=decay)
-            net = self.trained(self._fresh(self.seed), every, recipe, self.seed, stop=True)
+            net = self._full_precision(lenet5, decay, self.seed)
             found.append((self.held_out_nll([net]), decay, net))
         _, decay, net = min(found, key=lambda each: each[0])
         return net, decay
 
     def narrow(self, decay: float) -> nn.Module:
-        every, recipe = range(FULL_PRECISION, BAYES + 1), replace(MNIST, method="fpnn", weight_decay=decay)
-        members = []
-        for seed in self._seeds():
-            torch.manual_seed(seed)
-            members.append(self.trained(narrow_lenet5(), every, recipe, seed, stop=True))
-        return Ensemble(members)
+        """The ensemble of narrow networks."""
+        return Ensemble(self._full_precision(narrow_lenet5, decay, seed) for seed in self._seeds())
+
+    def _full_precision(self, make: Callable[[], nn.Module], decay: float, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        recipe = replace(MNIST, method="fpnn", weight_decay=decay)
+        return self.trained(make(), range(FULL_PRECISION, BAYES + 1), recipe, seed, stop=True)
 
     def quantized(self) -> tuple[nn.Module, nn.Module, list[nn.Module]]:
         """The deterministic network, the ensemble of such, and the networks drawn of the mixture's posterior."""
         last = replace(MNIST, estimator="deterministic")
-        trunk = self.trained(self._fresh(self.seed), [FULL_PRECISION], replace(MNIST, method="fpnn"), self.seed)
+        torch.manual_seed(self.seed)
+        trunk = self.trained(lenet5(), [FULL_PRECISION], replace(MNIST, method="fpnn"), self.seed)
         begun = [self.trained(deepcopy(trunk), [DETERMINISTIC], MNIST, seed) for seed in self._seeds()]
         start = deepcopy(begun[0].state_dict())
         members = [self.trained(net, [BAYES], last, seed) for net, seed in zip(begun, self._seeds(), strict=True)]
@@ -204,18 +203,16 @@ class School:
         """Of the members of an ensemble; others for every seed of the run."""
         return range(MEMBERS * self.seed, MEMBERS * (self.seed + 1))
 
-    def _fresh(self, seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return lenet5()
-
 
 def rows_of(name: str, seed: int, out: Path, data: Splits) -> list[Row]:
     """Rows of every network for a condition and seed, with corrupted test images where the table has them; trained and
     tested, unless they are kept."""
-    kept = out / f"seed-{seed}" / f"{name.replace(' ', '-').replace('%', 'percent')}.json"
-    if kept.exists():
-        rows: list[Row] = json.loads(kept.read_text())
-        return rows
+    path = out / f"seed-{seed}" / f"{name.replace(' ', '-').replace('%', 'percent')}.json"
+    rows: list[Row] = kept(path, lambda: _made_rows(name, seed, data))
+    return rows
+
+
+def _made_rows(name: str, seed: int, data: Splits) -> list[Row]:
     school = School(drawn_data(data, CONDITIONS[name], seed), seed)
     fpnn, decay = school.fpnn()
     deterministic, ensemble, mixture = school.quantized()
@@ -237,8 +234,6 @@ def rows_of(name: str, seed: int, out: Path, data: Splits) -> list[Row]:
                 for kind in CORRUPTIONS
             ]
             rows.append({"condition": CORRUPTED, **start, **mean_scores(found)})
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_content(kept, json.dumps(rows))
     return rows
 
 
@@ -285,7 +280,7 @@ def main() -> None:
                 print(f"{row['condition']:<34}{row['network']:<16} seed {seed}  {found}", flush=True)
     print("\n".join(["", *table(rows)]))
     if arguments.save:
-        write_content(TABLE, json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
+        save_table(TABLE, rows=rows)
 
 
 if __name__ == "__main__":

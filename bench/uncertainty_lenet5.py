@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bench.kept import kept
 from bench.machine import RESULTS, describe_machine
 from bench.summary import Verdict
 from bqnn.bayes.layers import bayes_layers
@@ -126,10 +127,11 @@ def rows_of(name: str, trained: Trained, split: str, data_root: Path) -> list[Ro
 
     Rows are kept in the folder of the run, and taken from there: no network is tested twice.
     """
-    kept = trained.folder / f"{split}.json"
-    if kept.exists():
-        rows: list[Row] = json.loads(kept.read_text())
-        return rows
+    rows: list[Row] = kept(trained.folder / f"{split}.json", lambda: _made_rows(name, trained, split, data_root))
+    return rows
+
+
+def _made_rows(name: str, trained: Trained, split: str, data_root: Path) -> list[Row]:
     net, members = pack(trained.net) if bayes_layers(trained.net) else trained.net, MEMBERS.get(name, 1)
     size = trained.fpnn_bytes if net is trained.net else bytes_of(net)
     start = {"network": name, "seed": trained.seed, "split": split, "bytes": size, "fpnn_bytes": trained.fpnn_bytes}
@@ -138,7 +140,6 @@ def rows_of(name: str, trained: Trained, split: str, data_root: Path) -> list[Ro
         networks = drawn_networks(net, trained.data, samples if samples > members else 1, SEED)
         found = _tested(networks, samples, trained.data, split, data_root)
         rows.append({**start, "samples": samples, **found})
-    write_content(kept, json.dumps(rows))
     return rows
 
 
