@@ -116,6 +116,15 @@ def test_results_stay_as_they_are_when_others_come(graphs: list[Recorded]) -> No
     assert all(map(torch.equal, first, kept))
 
 
+def test_what_inference_mode_has_recorded_runs_outside_of_it(graphs: list[Recorded]) -> None:
+    graph, inputs = draw_graph(5)
+    with torch.inference_mode():
+        replayed = Replay(TorchProgram(graph, CPU))
+        replayed(list(inputs))
+    check_near(replayed([x + 1 for x in inputs]), run(graph, [x + 1 for x in inputs]))
+    assert len(graphs) == 1
+
+
 def test_no_more_recordings_are_kept_than_said(graphs: list[Recorded], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "MOST", 2)
     graph, inputs = draw_graph(5)

@@ -60,6 +60,8 @@ class Replay:
             self._done = stream.record_event()
             return outputs
 
+    @torch.inference_mode(False)  # later calls, outside of it, write into what is made here
+    @torch.no_grad()
     def _record(self, inputs: Sequence[Tensor]) -> _Recording:
         program = self._program
         kept = [program.taken(torch.zeros_like(x)) for x in inputs]
