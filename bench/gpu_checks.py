@@ -34,7 +34,8 @@ OPS = ("sample_linear", "sample_conv2d", "moment_linear", "moment_conv2d")
 OPS += ("spike_slab_kl", "mixture_kl", "assign_codes")
 PACKED = ("packed_linear", "packed_conv2d")
 TESTS = (
-    *("tests/test_cuda_packed_linear.py", "tests/test_packed_linear.py", "tests/test_packed_conv2d.py"),
+    *("tests/test_cuda_packed_linear.py", "tests/test_torch_program.py"),
+    *("tests/test_packed_linear.py", "tests/test_packed_conv2d.py"),
     *("tests/test_seed_in_memory.py", "tests/test_mixture_kl.py", "tests/test_int8.py"),
     *("tests/test_moment_conv2d.py", "tests/test_sample_conv2d.py"),
     *("tests/test_moment_linear.py", "tests/test_sample_linear.py", "tests/test_moment.py"),

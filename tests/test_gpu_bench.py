@@ -234,7 +234,7 @@ def test_a_command_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatc
 
 def test_make_gpu_runs_every_file_that_uses_a_gpu() -> None:
     tests = Path(__file__).parent
-    uses = ("triton_devices(", "usable_backends(", "cuda_missing()")
+    uses = ("triton_devices(", "usable_backends(", "cuda_missing()", "@on_a_gpu")
     found = {f"tests/{path.name}" for path in tests.glob("test_*.py") if any(use in path.read_text() for use in uses)}
     assert found - {"tests/test_gpu_bench.py"} == set(gpu_checks.TESTS)
 

@@ -194,7 +194,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no
 @on_a_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["lenet5", "resnet20", "vgg7", "densenet"])
-def test_networks_on_a_gpu(name: str, precision: str) -> None:
+def test_networks_on_cuda(name: str, precision: str) -> None:
     net = packed(build(name, {}))
     channels, side = (1, 28) if name == "lenet5" else (3, 32)
     x = torch.randn(5, channels, side, side)
@@ -209,7 +209,7 @@ def test_networks_on_a_gpu(name: str, precision: str) -> None:
 
 
 @on_a_gpu
-def test_torch_compile_on_a_gpu() -> None:
+def test_torch_compile_on_cuda() -> None:
     net = packed(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))).cuda()
     x = torch.randn(4, 3, 8, 8, device="cuda")
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_torch_compile_on_a_gpu() -> None:
 
 
 @on_a_gpu
-def test_what_is_compiled_for_int8_stays_on_the_cpu() -> None:
+def test_what_is_compiled_for_int8_does_not_go_to_cuda() -> None:
     net = packed(nn.Sequential(nn.Linear(8, 8)))
     x = torch.randn(4, 8)
     with pytest.raises(RuntimeError, match="runs on the CPU alone"):
