@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from bqnn.engine.reference import run
 from bqnn.engine.replay import Replay
 from bqnn.engine.torch_program import TorchProgram
 from bqnn.models import build
+from bqnn.packed.base import PackedLayer
 from tests.support.compiled import Function, packed
 from tests.support.draw_graphs import draw_graph
+from tests.support.helpers import run_with
 from tests.support.programs import check_near, of_batch
 from tests.support.reads import NothingIsRead
 from tests.support.recorded import Recorded, Stream, graphs_stand_in
@@ -32,16 +35,38 @@ BF16_TOLERANCE = 0.1
 """Of the norm, over up to twenty nodes that each round to 8 bits; and a tenth of it an element, where they cancel."""
 
 
+def check_drawn_graph(seed: int) -> None:
+    """In both precisions, against the float64 reference."""
+    graph, inputs = draw_graph(seed)
+    given = of_batch(inputs, (1, 2, 3, 7)[seed % 4])
+    expected = run(graph, given)
+    check_near(TorchProgram(graph, CPU)(given), expected)
+    for y, exact in zip(TorchProgram(graph, CPU, "bf16")(given), expected):
+        assert y.dtype == torch.float32
+        assert (y - exact).norm() <= BF16_TOLERANCE * exact.norm() + 0.01 * exact.numel() ** 0.5
+
+
 @pytest.mark.parametrize("first", range(0, 120, 40))
 def test_drawn_graphs(first: int) -> None:
     for seed in range(first, first + 40):
-        graph, inputs = draw_graph(seed)
-        given = of_batch(inputs, (1, 2, 3, 7)[seed % 4])
-        expected = run(graph, given)
-        check_near(TorchProgram(graph, CPU)(given), expected)
-        for y, exact in zip(TorchProgram(graph, CPU, "bf16")(given), expected):
-            assert y.dtype == torch.float32
-            assert (y - exact).norm() <= BF16_TOLERANCE * exact.norm() + 0.01 * exact.numel() ** 0.5
+        check_drawn_graph(seed)
+
+
+def by_triton() -> str:
+    """In a process that interprets Triton's kernels."""
+    from tests.support.interpreter import bfloat16_is_right
+
+    packed = patch.object(PackedLayer, "execution_for", lambda layer, x: "packed")
+    with bfloat16_is_right(), packed:
+        for seed in range(120, 126):
+            check_drawn_graph(seed)
+    return "right"
+
+
+def test_drawn_graphs_by_the_kernels_of_a_gpu() -> None:
+    pytest.importorskip("triton")
+    variables = {"TRITON_INTERPRET": "1", "BQNN_BACKEND": "triton"}
+    assert run_with(variables, "tests.test_torch_program", "by_triton") == "right"
 
 
 def test_an_empty_batch() -> None:

@@ -99,9 +99,14 @@ def lower_isas() -> list[str]:
 
 def run_on_isa(isa: str, module: str, function: str) -> str:
     """What ``module.function()`` returns, a word, in a process whose kernels use ``isa``."""
-    script = f"import {module} as m, bqnn; assert bqnn.cpu_isa() == {isa!r}; print(m.{function}())"
+    return run_with({"BQNN_CPU_ISA": isa}, module, function, f"import bqnn; assert bqnn.cpu_isa() == {isa!r}")
+
+
+def run_with(environment: dict[str, str], module: str, function: str, before: str = "") -> str:
+    """What ``module.function()`` returns, a word, in a process with these variables, where ``before`` runs first."""
+    script = f"{before}\nimport {module} as m; print(m.{function}())"
     root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "BQNN_CPU_ISA": isa, "PYTHONPATH": root}
+    environment = {**os.environ, **environment, "PYTHONPATH": root}
     output = subprocess.run(
         [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
