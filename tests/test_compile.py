@@ -221,6 +221,18 @@ def test_it_stays_where_it_is(fast: CompiledNetwork) -> None:
     assert torch.equal(fast(X), before)
 
 
+def test_other_defaults_of_torch(small: nn.Module, fast: CompiledNetwork) -> None:
+    expected = fast(X)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(bqnn.compile(small, X)(X), expected)
+        assert torch.equal(fast.to(torch.float32)(X), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(bqnn.compile(small, X)(X), expected)
+
+
 def test_autocast_does_not_reach_inside(small: nn.Module, fast: CompiledNetwork) -> None:
     expected = fast(X)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -66,5 +66,8 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def device_of(net: nn.Module) -> torch.device:
-    """Where a network's tensors are; the CPU for one that has none."""
-    return next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
+    """Where a network's tensors are; for one that has none, such as a compiled one, what it says, or else the CPU."""
+    for tensor in (*net.parameters(), *net.buffers()):
+        return tensor.device
+    device = getattr(net, "device", None)
+    return device if isinstance(device, torch.device) else torch.device("cpu")

@@ -1,8 +1,8 @@
 """capture: a network as a graph of ATen operators, whatever its Python looks like.
 
 torch.export runs the network once on tensors without data, with the size of the batch left open. What comes back here
-is that graph in a plainer form: nothing changes a tensor in place, the size of the batch is known where it is met, and
-what does not depend on an input is computed.
+is that graph in a plainer form: nothing changes a tensor in place, the size of the batch is known where it is met, what
+does not depend on an input is computed, and all constants are on the CPU, wherever the network is.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def capture(net: nn.Module, example: tuple[Tensor, ...]) -> Captured:
     the graph.
 
     Args:
-        net: on the CPU.
-        example: the inputs, [batch, ...] each; their values do not matter.
+        net: on one device.
+        example: the inputs, on that device, [batch, ...] each; their values do not matter.
 
     Raises:
         ValueError: the network can not be captured with a batch of any size, changes a state of its own, or returns
@@ -158,6 +158,7 @@ class _Called(nn.Module):
 
 def _captured(program: ExportedProgram, writes: bool) -> Captured:
     states: dict[str, Any] = {**program.state_dict, **program.constants}
+    place(program.graph_module, torch.device("cpu"))
     signature = program.graph_signature
     if changed := list(signature.buffers_to_mutate.values()):
         raise ValueError(f"net must not change its own state, but it writes to {changed[0]!r}")
@@ -167,7 +168,7 @@ def _captured(program: ExportedProgram, writes: bool) -> Captured:
         if spec.kind is InputKind.USER_INPUT:
             inputs.append(node)
         else:
-            constants[node] = states[spec.target or ""].detach()
+            constants[node] = states[spec.target or ""].detach().cpu()
     sizes: set[fx.Node] = set()
     batch = inputs[0].meta["val"].shape[0].node.expr
     nodes = []
@@ -187,6 +188,17 @@ def _captured(program: ExportedProgram, writes: bool) -> Captured:
             nodes.append(node)
     outputs, structure = _outputs(program, sizes)
     return Captured(_needed(nodes, outputs), tuple(inputs), outputs, structure, constants, frozenset(sizes), writes)
+
+
+def place(module: nn.Module, device: torch.device) -> None:
+    """Moves the tensors of a graph, and of graphs in it, to ``device``; what calls make of nothing is made there."""
+    module.to(device)
+    for graph in module.modules():
+        if isinstance(graph, fx.GraphModule):
+            for node in graph.graph.nodes:
+                if isinstance(node.kwargs.get("device"), torch.device):
+                    node.update_kwarg("device", device)
+            graph.recompile()
 
 
 def _all_in(nodes: Sequence[fx.Node], known: set[fx.Node]) -> bool:

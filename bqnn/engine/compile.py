@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from bqnn.core.check import check_precision
 from bqnn.core.ensemble import Ensemble
-from bqnn.core.references import copy_network
-from bqnn.core.wrappers import unwrapped
 from bqnn.engine.calibrate import calibrate
 from bqnn.engine.capture import Captured, capture
-from bqnn.engine.compiled import CPU, DEVICES, CompiledNetwork, compile_captured, why_not
+from bqnn.engine.compiled import DEVICES, CompiledNetwork, compile_captured, why_not
 from bqnn.engine.ensemble import check_members, join
 from bqnn.engine.partition import EnginePart
 from bqnn.engine.quantize import quantize
@@ -39,7 +37,8 @@ def compile(
     with does not matter, but where torch runs them. An input that the network changes in place is left alone.
 
     On a GPU packed layers keep their codes, tensor cores multiply what "auto" decodes of them, and all that a batch
-    launches is recorded in a CUDA graph.
+    launches is recorded in a CUDA graph. Products that torch makes there round float32 to TF32 where torch's own layers
+    would, by the flags of torch.backends at the first call of a batch size.
 
     Args:
         net: on the CPU or a GPU, where the compiled network then runs; Bayes layers in it are packed first, and plain
@@ -77,13 +76,13 @@ def compile(
         raise TypeError("calibration must be batches of inputs, a list for example, got a single tensor")
 
     def captured(net: Any) -> Captured:
-        return capture(_checked_network(net, given), inputs)
+        return capture(_checked_network(net, inputs), inputs)
 
     def finished(captured: Captured) -> CompiledNetwork:
         compiled = compile_captured(captured, inputs, precision)
         return compiled if calibration is None else _quantized(compiled, calibration)
 
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(device.type, enabled=False):
         if not isinstance(net, (list, tuple, Ensemble)):
             return finished(captured(net)).to(device)
         networks = list(net)
@@ -93,11 +92,6 @@ def compile(
         captures = _each(captured, networks)
         check_members(captures)
         return join(_each(finished, captures)).to(device)
-
-
-def _as_captured(x: Tensor) -> Tensor:
-    x = x.cpu()
-    return x.float() if x.is_floating_point() or x.dtype == torch.uint8 else x
 
 
 def _each(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
@@ -136,16 +130,8 @@ def _quantized(net: CompiledNetwork, batches: Batches) -> CompiledNetwork:
 def _checked_network(net: Any, inputs: Sequence[Tensor]) -> nn.Module:
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-    return on_cpu(net, inputs)
-
-
-def on_cpu(net: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
-    """``net`` without wrappers, or a copy of it on the CPU, where networks are captured; ValueError unless its tensors
-    and the inputs are where :func:`checked_device` wants them."""
-    net = unwrapped(net)
-    if checked_device(*net.parameters(), *net.buffers(), *inputs) == CPU:
-        return net
-    return copy_network(net).cpu()
+    checked_device(*net.parameters(), *net.buffers(), *inputs)
+    return net
 
 
 def checked_inputs(example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

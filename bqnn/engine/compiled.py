@@ -208,7 +208,7 @@ class CompiledNetwork(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledNetwork:
         try:
-            moved = fn(torch.empty(0))
+            moved = fn(torch.empty(0, dtype=torch.float32, device=self.device))
         except (RuntimeError, AssertionError) as error:  # there is no such device here
             raise RuntimeError(f"a compiled network can not be moved there: {error}") from error
         if moved.dtype != torch.float32:

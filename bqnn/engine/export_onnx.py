@@ -24,8 +24,9 @@ from bqnn.core.check import check_module
 from bqnn.core.codes import digits_per_byte, unpack_codes
 from bqnn.core.extras import needs
 from bqnn.core.files import write_content
+from bqnn.core.wrappers import unwrapped
 from bqnn.engine.capture import BATCH, export, names_of_inputs
-from bqnn.engine.compile import checked_inputs, on_cpu
+from bqnn.engine.compile import checked_device, checked_inputs
 from bqnn.engine.dequantize import dequantize, packed_layers
 from bqnn.engine.pack import pack
 from bqnn.packed.weight import PackedWeight
@@ -41,8 +42,7 @@ def export_onnx(net: nn.Module, path: str | os.PathLike[str], example: Tensor | 
     names that ``forward`` has for them, outputs are "output", or "output_0" and so on where there are several.
 
     Args:
-        net: a network with packed layers, Bayes layers (which are packed first) or both, on the CPU or a GPU; stays as
-            it is.
+        net: a network with packed layers, Bayes layers (which are packed first) or both, on the CPU; stays as it is.
         path: the file; one that is there is replaced.
         example: an input [batch, ...], or a tuple of the inputs; dtypes and shapes count, but for the batch's size,
             which has to be 1 or more.
@@ -55,8 +55,10 @@ def export_onnx(net: nn.Module, path: str | os.PathLike[str], example: Tensor | 
     """
     check_module("net", net)
     given = checked_inputs(example)
-    inputs = tuple(each.new_empty((BATCH, *each.shape[1:]), device="cpu") for each in given)
-    net = on_cpu(net, given)
+    if checked_device(*net.parameters(), *net.buffers(), *given).type != "cpu":
+        raise ValueError("net and example must be on the CPU to be exported")
+    inputs = tuple(each.new_empty((BATCH, *each.shape[1:])) for each in given)
+    net = unwrapped(net)
     packed = pack(net, fuse_relu=False) if bayes_layers(net) else net
     plain = dequantize(packed)
     with needs("onnx"):

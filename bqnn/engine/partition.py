@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from bqnn.engine.capture import place
 from bqnn.engine.graph import Graph, Node
 from bqnn.engine.lowering.call import Lowering, name_of
 
@@ -59,11 +60,8 @@ class TorchPart:
 
     def on(self, device: torch.device) -> TorchPart:
         """The part with its constants on ``device``, and what tensors it makes of nothing there too."""
-        module = copy.deepcopy(self.module).to(device)
-        for node in module.graph.nodes:
-            if isinstance(node.kwargs.get("device"), torch.device):
-                node.update_kwarg("device", device)
-        module.recompile()
+        module = copy.deepcopy(self.module)
+        place(module, device)
         return replace(self, module=module)
 
 

@@ -54,7 +54,10 @@ class Program:
             raise RuntimeError("the engine's kernels are in the compiled extension, which is not there")
         words, numbers, tensors = describe(graph)
         self._handle = torch.ops.bqnn_cpu.engine_program(
-            torch.tensor(words, dtype=torch.int64), torch.tensor(numbers, dtype=torch.float32), tensors, **limits
+            torch.tensor(words, dtype=torch.int64, device="cpu"),
+            torch.tensor(numbers, dtype=torch.float32, device="cpu"),
+            tensors,
+            **limits,
         )
         self.run: Callable[[list[Tensor]], list[Tensor]] = partial(torch.ops.bqnn_cpu.engine_run.default, self._handle)
         """The graph's outputs, float32, for inputs float32 or uint8 [N, *shape], of any strides, in a list.

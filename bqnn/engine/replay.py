@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ class _Recording(NamedTuple):
     outputs: list[Tensor]
 
 
+_one_at_a_time = threading.Lock()
+"""torch captures one graph at a time; and what another first call waits for would break a capture off."""
+
+
 class Replay:
     """A program, called as it is, that a CUDA graph replays from the second call of a batch size on.
 
@@ -35,47 +39,61 @@ class Replay:
         self._program = program
         self._turn = threading.Lock()
         self._recordings: OrderedDict[int, _Recording] = OrderedDict()
+        self._own: tuple[torch.cuda.Stream, Any] | None = None
+        """The stream that recordings are made on, and the pool that they have their memory from."""
         self._done: torch.cuda.Event | None = None
         """When what all recordings share, their memory, is free again."""
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """As the program's."""
         images = len(inputs[0])
-        if not images or torch.cuda.is_current_stream_capturing():
-            return self._program(inputs)
-        with self._turn, torch.no_grad(), torch.cuda.device(self._program.device):
-            stream = torch.cuda.current_stream()
-            if self._done is not None:
-                stream.wait_event(self._done)
-            recording = self._recordings.get(images)
-            if recording is None:
+        with torch.no_grad(), torch.cuda.device(self._program.device):
+            if not images or torch.cuda.is_current_stream_capturing():
+                return self._program(inputs)
+            with self._turn:
+                return self._replayed(images, inputs)
+
+    def __del__(self) -> None:
+        if self._done is not None:  # else memory would be given away that a replay still uses
+            self._done.synchronize()
+
+    def _replayed(self, images: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        stream = torch.cuda.current_stream()
+        if self._done is not None:
+            stream.wait_event(self._done)
+        recording = self._recordings.get(images)
+        if recording is None:
+            with _one_at_a_time:
                 recording = self._recordings[images] = self._record(inputs)
-                if len(self._recordings) > MOST:
-                    self._recordings.popitem(last=False)
-            self._recordings.move_to_end(images)
-            for kept, x in zip(recording.inputs, inputs):
-                kept.copy_(x)
-            recording.graph.replay()
-            outputs = [y.clone() for y in recording.outputs]
-            self._done = stream.record_event()
-            return outputs
+            if len(self._recordings) > MOST:
+                self._recordings.popitem(last=False)
+        self._recordings.move_to_end(images)
+        for kept, x in zip(recording.inputs, inputs):
+            kept.copy_(x)
+        recording.graph.replay()
+        outputs = [y.clone() for y in recording.outputs]
+        self._done = stream.record_event()
+        return outputs
 
     @torch.inference_mode(False)  # later calls, outside of it, write into what is made here
     @torch.no_grad()
     def _record(self, inputs: Sequence[Tensor]) -> _Recording:
         program = self._program
+        if self._own is None:
+            self._own = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        stream, pool = self._own
         kept = [program.taken(torch.zeros_like(x)) for x in inputs]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        # No mode may send layers another way than they will go; and a capture that fails leaves its stream behind.
+        with torch._C.DisableTorchFunction(), torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 program(kept)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        others = next(iter(self._recordings.values()), None)
-        # Other threads may use the GPU meanwhile: only what this one does is forbidden or recorded.
-        with torch.cuda.graph(
-            graph, pool=None if others is None else others.graph.pool(), capture_error_mode="thread_local"
-        ):
-            outputs = program(kept)
+            # Libraries keep their workspaces for a stream: one in a pool would be gone with the graph that made it.
+            torch._C._cuda_clearCublasWorkspaces()
+            # Other threads may use the GPU meanwhile: only what this one does is forbidden or recorded.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                outputs = program(kept)
+            torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.current_stream().wait_stream(stream)
         return _Recording(graph, kept, outputs)

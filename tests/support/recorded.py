@@ -31,9 +31,6 @@ class Recorded(TorchDispatchMode):
         self.calls.append((func, args, kwargs or {}, out))
         return out
 
-    def pool(self) -> object:
-        return "a pool"
-
     def replay(self) -> None:
         self.replays += 1
         for func, args, kwargs, out in self.calls:
@@ -53,8 +50,11 @@ class Stream:
     def wait_event(self, event: Any) -> None:
         self.waited.append(event)
 
-    def record_event(self) -> object:
-        return object()
+    def record_event(self) -> Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
 
 
 @contextmanager
@@ -77,6 +77,8 @@ def graphs_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]
         patch.setattr(torch.cuda, "Stream", Stream)
         patch.setattr(torch.cuda, "current_stream", Stream)
         patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        patch.setattr(torch.cuda, "graph_pool_handle", object)
+        patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: getattr(inside, "capturing", False))
         yield Recorded.made

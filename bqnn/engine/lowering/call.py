@@ -53,7 +53,7 @@ class Lowering:
         sizes = list(value.shape)
         if value.dtype != torch.float32:
             raise Unlowered(f"it gives {str(value.dtype).removeprefix('torch.')}")
-        if value.device.type != "cpu":
+        if value.device != self.captured.inputs[0].meta["val"].device:
             raise Unlowered(f"it runs on {value.device}")
         if len(sizes) not in (2, 4):
             raise Unlowered(f"it gives {shown_shape(sizes)}, neither [batch, C, H, W] nor [batch, F]")
