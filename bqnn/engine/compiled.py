@@ -22,8 +22,10 @@ from bqnn.engine.passes import optimize
 from bqnn.engine.program import Program
 from bqnn.engine.replay import Replay
 from bqnn.engine.torch_program import TorchProgram
+from bqnn.engine.traced import new_number, run_compiled
 
 _making = threading.Lock()
+_compiling = torch.compiler.is_dynamo_compiling
 
 Run = Callable[[Sequence[Tensor]], Sequence[Any]]
 
@@ -114,12 +116,13 @@ class CompiledNetwork(nn.Module):
         self._runs: tuple[Run, ...] | None = None
         self._only: Callable[[list[Tensor]], Sequence[Any]] | None = None
         """What runs the one part of a network that has one, with one input and one output."""
+        self._number = new_number(self)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """As every module's. A small network takes less time than the way of torch's modules to ``forward``, and the
         checks there: the usual call goes past them, to the extension, which checks the input itself."""
         only = self._only
-        if only is not None and len(inputs) == 1 and not named and not self._is_hooked():
+        if only is not None and len(inputs) == 1 and not named and not self._is_hooked() and not _compiling():
             x = inputs[0]
             if type(x) is Tensor and x.dtype is torch.float32 and not x.requires_grad and not x.is_nested:
                 if not torch.is_autocast_enabled("cpu"):
@@ -154,11 +157,22 @@ class CompiledNetwork(nn.Module):
         found: dict[str, Any] = dict(self.constants)
         for each, x in zip(self.inputs, inputs):
             found[each.name] = x.float() if each.dtype == "float32" else x
-        runs = self._runs or self._prepared()
+        run = self._run_traced if torch.compiler.is_compiling() else self.run_part
         with torch.no_grad():
-            for part, run in zip(self.parts, runs):
-                found.update(zip(part.outputs, run([found[name] for name in part.inputs])))
+            for index, part in enumerate(self.parts):
+                found.update(zip(part.outputs, run(index, [found[name] for name in part.inputs])))
         return found
+
+    def run_part(self, index: int, inputs: Sequence[Any]) -> Sequence[Any]:
+        """The outputs of one of the parts, for its inputs as they are computed."""
+        return (self._runs or self._prepared())[index](inputs)
+
+    def _run_traced(self, index: int, inputs: list[Any]) -> Sequence[Any]:
+        """As :meth:`run_part`, where a compiler looks on."""
+        part = self.parts[index]
+        if isinstance(part, TorchPart):
+            return run_torch(part, inputs)
+        return run_compiled(self._number, index, inputs)
 
     def train(self, mode: bool = True) -> CompiledNetwork:
         """Leaves the network as it is: it is always in evaluation mode."""
@@ -178,14 +192,19 @@ class CompiledNetwork(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_runs": None, "_only": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = new_number(self)
+
     def _check(self, inputs: Sequence[Any]) -> None:
         if len(inputs) != len(self.inputs):
             names = ", ".join(each.name for each in self.inputs)
             raise TypeError(f"the network takes {len(self.inputs)} inputs, {names}, got {len(inputs)}")
         for each, x in zip(self.inputs, inputs):
             each.check(x, self.device)
-            if len(x) != len(inputs[0]):
-                raise ValueError(f"{each.name} must have {len(inputs[0])} images, as the first input, got {len(x)}")
+            images = inputs[0].shape[0]  # not len, which would fix the batch of what torch.export traces
+            if x.shape[0] != images:
+                raise ValueError(f"{each.name} must have {images} images, as the first input, got {x.shape[0]}")
 
     def _prepared(self) -> tuple[Run, ...]:
         with _making:
@@ -193,7 +212,7 @@ class CompiledNetwork(nn.Module):
                 self._runs = tuple(
                     executor(part.graph, self.precision, self.device)
                     if isinstance(part, EnginePart)
-                    else partial(run_torch, part if self.device == CPU else part.on(self.device))
+                    else partial(run_torch, part)
                     for part in self.parts
                 )
                 if self.device != CPU:
@@ -220,6 +239,7 @@ class CompiledNetwork(nn.Module):
         if moved.device != self.device:
             self.device = moved.device
             self.constants = {name: constant.to(self.device) for name, constant in self.constants.items()}
+            self.parts = tuple(part.on(self.device) if isinstance(part, TorchPart) else part for part in self.parts)
             self._runs = self._only = None
         return self
 
