@@ -168,6 +168,10 @@ def test_inputs_of_any_strides(fast: CompiledNetwork) -> None:
         pytest.param(X.to(torch.complex64), TypeError, "floating point or uint8, got torch.complex64", id="complex"),
         pytest.param(X.to("meta"), ValueError, "input must be on the CPU, .* got one on meta", id="meta"),
         pytest.param([1], TypeError, "input must be a tensor, got list", id="list"),
+        pytest.param(X.to_sparse(), TypeError, "input must be a dense tensor", id="sparse"),
+        pytest.param(
+            torch.nested.nested_tensor([X[0], X[1]]), TypeError, "must be a dense tensor, got one that", id="nested"
+        ),
     ],
 )
 def test_a_wrong_input_is_named(x: Any, error: type[Exception], message: str, fast: CompiledNetwork) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.export import Dim
 
 import bqnn
@@ -82,6 +83,36 @@ def test_export(small: nn.Module) -> None:
     assert [str(node.target) for node in program.graph.nodes if "bqnn" in str(node.target)] == [
         "bqnn.run_compiled.default"
     ]
+
+
+@pytest.mark.parametrize("dims", [0, 1, 4])
+def test_vmap_maps_over_more_images(dims: int, small: nn.Module) -> None:
+    fast, x = bqnn.compile(small, X), torch.randn(4, 3, 2, 6, 6)
+    found = torch.vmap(fast, in_dims=dims)(x.movedim(0, dims))
+    assert torch.equal(found, torch.stack([fast(each) for each in x]))
+    two = bqnn.compile(Function(lambda a, b: nn.functional.linear(a - b, torch.ones(2, 3))), (x[0, 0, 0, :, :3],) * 2)
+    a, b = torch.randn(4, 5, 3), torch.randn(5, 3)
+    assert torch.equal(torch.vmap(two, in_dims=(0, None))(a, b), torch.stack([two(each, b) for each in a]))
+
+
+def test_there_is_no_gradient_of_any_kind(small: nn.Module) -> None:
+    """Forward-mode differentiation would go on with zeros."""
+    fast = bqnn.compile(small, X)
+    fast(X)
+    message = "must not require a gradient, which a compiled network has none of"
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.jvp(fast, (X,), (X,))
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.grad(lambda x: fast(x).sum())(X)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
+        fast(forward_ad.make_dual(X, X))
+    with forward_ad.dual_level():
+        assert torch.equal(fast(X), bqnn.compile(small, X)(X))
+
+
+def test_torch_jit_script_names_the_other_ways(small: nn.Module) -> None:
+    with pytest.raises(NotImplementedError, match="can not read a CompiledNetwork; torch.export, torch.compile"):
+        torch.jit.script(bqnn.compile(small, X))
 
 
 def test_errors_name_the_input_there_too(small: nn.Module) -> None:

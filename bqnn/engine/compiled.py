@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from bqnn.core.leaf import NotScriptable
 from bqnn.core.native import cpu_isa, warn_of_missing
 from bqnn.engine import reference
 from bqnn.engine.capture import Captured, Structure, nested
@@ -25,7 +27,7 @@ from bqnn.engine.torch_program import TorchProgram
 from bqnn.engine.traced import new_number, run_compiled
 
 _making = threading.Lock()
-_compiling = torch.compiler.is_dynamo_compiling
+_compiling, _transforms = torch.compiler.is_dynamo_compiling, torch._C._are_functorch_transforms_active
 
 Run = Callable[[Sequence[Tensor]], Sequence[Any]]
 
@@ -33,6 +35,11 @@ Run = Callable[[Sequence[Tensor]], Sequence[Any]]
 CPU = torch.device("cpu")
 DEVICES = ("cpu", "cuda")
 """Types of those that compiled networks run on."""
+
+
+def _is_watched() -> bool:
+    """Whether a compiler, a transform or forward-mode differentiation looks on."""
+    return _compiling() or _transforms() or forward_ad._current_level >= 0
 
 
 def executor(graph: Graph, precision: str, device: torch.device = CPU) -> Run:
@@ -58,6 +65,8 @@ class Input:
     def check(self, x: Any, device: torch.device) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{self.name} must be a tensor, got {type(x).__name__}")
+        if x.is_nested or x.layout != torch.strided:
+            raise TypeError(f"{self.name} must be a dense tensor, got one that is nested or sparse")
         if x.device != device:
             place = f"{'the CPU' if device == CPU else device}, where the compiled network runs"
             raise ValueError(f"{self.name} must be on {place}, got one on {x.device}")
@@ -69,14 +78,19 @@ class Input:
                 raise TypeError(f"{self.name} must be floating point or uint8, got {x.dtype}")
         elif str(x.dtype) != f"torch.{self.dtype}":
             raise TypeError(f"{self.name} must be torch.{self.dtype}, as in the example, got {x.dtype}")
-        if x.requires_grad and torch.is_grad_enabled():
+        if (x.requires_grad and torch.is_grad_enabled()) or _has_tangent(x):
             raise RuntimeError(
                 f"{self.name} must not require a gradient, which a compiled network has none of: call it under "
                 "torch.no_grad(), or with a detached tensor"
             )
 
 
-class CompiledNetwork(nn.Module):
+def _has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode differentiation goes through ``x``."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+class CompiledNetwork(NotScriptable, nn.Module):
     """A network that :func:`bqnn.compile` made. It has no parameters and no gradients.
 
     It runs on the device that it was compiled for, and ``to`` and ``cuda`` take it to another: the CPU, or a GPU where
@@ -122,7 +136,7 @@ class CompiledNetwork(nn.Module):
         """As every module's. A small network takes less time than the way of torch's modules to ``forward``, and the
         checks there: the usual call goes past them, to the extension, which checks the input itself."""
         only = self._only
-        if only is not None and len(inputs) == 1 and not named and not self._is_hooked() and not _compiling():
+        if only is not None and len(inputs) == 1 and not named and not self._is_hooked() and not _is_watched():
             x = inputs[0]
             if type(x) is Tensor and x.dtype is torch.float32 and not x.requires_grad and not x.is_nested:
                 if not torch.is_autocast_enabled("cpu"):
@@ -157,7 +171,7 @@ class CompiledNetwork(nn.Module):
         found: dict[str, Any] = dict(self.constants)
         for each, x in zip(self.inputs, inputs):
             found[each.name] = x.float() if each.dtype == "float32" else x
-        run = self._run_traced if torch.compiler.is_compiling() else self.run_part
+        run = self._run_traced if torch.compiler.is_compiling() or _transforms() else self.run_part
         with torch.no_grad():
             for index, part in enumerate(self.parts):
                 found.update(zip(part.outputs, run(index, [found[name] for name in part.inputs])))
@@ -168,7 +182,7 @@ class CompiledNetwork(nn.Module):
         return (self._runs or self._prepared())[index](inputs)
 
     def _run_traced(self, index: int, inputs: list[Any]) -> Sequence[Any]:
-        """As :meth:`run_part`, where a compiler looks on."""
+        """As :meth:`run_part`, where a compiler or a transform looks on."""
         part = self.parts[index]
         if isinstance(part, TorchPart):
             return run_torch(part, inputs)

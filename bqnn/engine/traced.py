@@ -1,4 +1,4 @@
-"""Compiled networks inside torch.compile and torch.export: a part of the engine's is one op in their graphs.
+"""Compiled networks inside torch.compile, torch.export and torch.vmap: a part of the engine's is one op there.
 
 The op names its network by a number that no other network has or had, in whatever process: a graph that outlives the
 network, or is loaded elsewhere, fails and runs nothing else.
@@ -41,6 +41,17 @@ def _fake(network: int, part: int, inputs: Sequence[Tensor]) -> list[Tensor]:
     graph = _network(network).parts[part].graph
     x = inputs[0]
     return [x.new_empty((x.shape[0], *graph.values[name].shape), dtype=torch.float32) for name in graph.outputs]
+
+
+@run_compiled.register_vmap
+def _vmap(
+    info: Any, dims: tuple[None, None, list[int | None]], network: int, part: int, inputs: Sequence[Tensor]
+) -> tuple[list[Tensor], list[int]]:
+    """What is mapped over is more images."""
+    size = info.batch_size
+    mapped = [x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(inputs, dims[2])]
+    outputs = run_compiled(network, part, [x.flatten(0, 1) for x in mapped])
+    return [y.unflatten(0, (size, mapped[0].shape[1])) for y in outputs], [0] * len(outputs)
 
 
 def _network(number: int) -> Any:
