@@ -37,11 +37,6 @@ DEVICES = ("cpu", "cuda")
 """Types of those that compiled networks run on."""
 
 
-def _is_watched() -> bool:
-    """Whether a compiler, a transform or forward-mode differentiation looks on."""
-    return _compiling() or _transforms() or forward_ad._current_level >= 0
-
-
 def executor(graph: Graph, precision: str, device: torch.device = CPU) -> Run:
     """What runs a graph on a device: it takes float32 tensors [batch, *shape] and gives those of its outputs."""
     if device.type == "cuda":
@@ -136,14 +131,14 @@ class CompiledNetwork(NotScriptable, nn.Module):
         """As every module's. A small network takes less time than the way of torch's modules to ``forward``, and the
         checks there: the usual call goes past them, to the extension, which checks the input itself."""
         only = self._only
-        if only is not None and len(inputs) == 1 and not named and not self._is_hooked() and not _is_watched():
+        if only is not None and len(inputs) == 1 and not named and not self._is_hooked() and not _compiling():
             x = inputs[0]
             if type(x) is Tensor and x.dtype is torch.float32 and not x.requires_grad and not x.is_nested:
-                if not torch.is_autocast_enabled("cpu"):
+                if not torch.is_autocast_enabled("cpu") and forward_ad._current_level < 0:
                     try:
                         return only([x])[0]
-                    except ValueError:  # raised again below, in words that name the input
-                        pass
+                    except (ValueError, RuntimeError):
+                        pass  # torch.vmap has a way of its own below; errors are raised again, and name the input
         return super().__call__(*inputs, **named)
 
     def _is_hooked(self) -> bool:
