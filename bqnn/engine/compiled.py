@@ -95,7 +95,8 @@ class CompiledNetwork(NotScriptable, nn.Module):
     ``forward`` takes the inputs that the network took, each [batch, ...] with any size of the batch, 0 included, in any
     strides: float32, float64, float16, bfloat16 or uint8. All are computed in float32, float64 too; outputs that are
     float32 get the dtype of the first floating point input. An input that requires a gradient, where gradients are
-    recorded, is an error. Autocast does not reach inside. Several threads may call it at once.
+    recorded, is an error. Autocast does not reach inside. Several threads may call it at once. In graphs of
+    torch.compile and torch.export, and under torch.vmap, each part of the engine's is an op.
 
     ``print`` shows the parts that run in turn, a line a node.
 
