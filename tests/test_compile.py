@@ -225,6 +225,24 @@ def test_it_stays_where_it_is(fast: CompiledNetwork) -> None:
     assert torch.equal(fast(X), before)
 
 
+def test_inputs_by_name() -> None:
+    class Difference(nn.Module):
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return nn.functional.linear(left - 2 * right, torch.ones(4, 6))
+
+    a, b = X[:, 0, 0], X[:, 1, 1]
+    fast = bqnn.compile(Difference(), (a, b))
+    expected = fast(a, b)
+    assert torch.equal(fast(left=a, right=b), expected) and torch.equal(fast(a, right=b), expected)
+    assert torch.equal(fast(right=b, left=a), expected)
+    with pytest.raises(TypeError, match="the network takes the inputs left, right, each once, got 'up'"):
+        fast(a, up=b)
+    with pytest.raises(TypeError, match="the network takes the inputs left, right, each once, got 'left'"):
+        fast(a, left=b)
+    with pytest.raises(TypeError, match="the network takes 2 inputs, left, right, got 0"):
+        fast(right=b)
+
+
 def test_other_defaults_of_torch(small: nn.Module, fast: CompiledNetwork) -> None:
     expected = fast(X)
     torch.set_default_dtype(torch.float64)

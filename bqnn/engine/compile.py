@@ -52,7 +52,7 @@ def compile(
         calibration: for "int8", batches of inputs like ``example``, whose ranges the scales are made of.
 
     Returns:
-        a module that takes inputs as ``net`` does, positional ones alone, and returns what it returns; of several
+        a module that takes inputs as ``net`` does, in order or by name, and returns what it returns; of several
         networks a :class:`CompiledEnsemble`, which returns what each of them does, stacked: [networks, batch, classes].
 
     Raises:
@@ -64,9 +64,7 @@ def compile(
     device = checked_device(*given)
     if refusal := why_not(device, precision):
         raise ValueError(f"precision must be another, got {precision!r}: {refusal}")
-    inputs = tuple(
-        x.float() if x.is_floating_point() or x.dtype == torch.uint8 else x for x in (x.cpu() for x in given)
-    )
+    inputs = tuple(x.float() if x.is_floating_point() or x.dtype == torch.uint8 else x for x in given)
     if (precision == "int8") != (calibration is not None):
         raise ValueError(
             "calibration must be batches of inputs where precision is 'int8', and None elsewhere, got "

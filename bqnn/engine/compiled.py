@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -146,8 +146,8 @@ class CompiledNetwork(NotScriptable, nn.Module):
         own = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
         return bool(own) or self._compiled_call_impl is not None or _has_any_global_hook()
 
-    def forward(self, *inputs: Tensor) -> Any:
-        """The network's outputs, nested as the network nests them.
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        """The network's outputs, nested as the network nests them; inputs may be given by their names.
 
         Raises:
             TypeError, ValueError: an input has a wrong dtype, shape or device; the message names it.
@@ -155,7 +155,8 @@ class CompiledNetwork(NotScriptable, nn.Module):
         """
         if torch.is_autocast_enabled(self.device.type):
             with torch.autocast(self.device.type, enabled=False):
-                return self.forward(*inputs)
+                return self.forward(*inputs, **named)
+        inputs = (*inputs, *self._positional(len(inputs), named))
         found = self.values(inputs)
         dtype = next((x.dtype for x in inputs if x.is_floating_point()), torch.float32)
         outputs = [found[name] for name in self.outputs]
@@ -205,6 +206,14 @@ class CompiledNetwork(NotScriptable, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._number = new_number(self)
+
+    def _positional(self, given: int, named: Mapping[str, Any]) -> list[Any]:
+        """Inputs by name, in their order, after ``given`` ones that are positional."""
+        rest = [each.name for each in self.inputs[given:]]
+        if others := sorted(named.keys() - set(rest)):
+            names = ", ".join(each.name for each in self.inputs)
+            raise TypeError(f"the network takes the inputs {names}, each once, got {others[0]!r}")
+        return [named[name] for name in rest[: len(named)] if name in named]
 
     def _check(self, inputs: Sequence[Any]) -> None:
         if len(inputs) != len(self.inputs):
