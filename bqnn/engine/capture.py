@@ -195,10 +195,11 @@ def place(module: nn.Module, device: torch.device) -> None:
     module.to(device)
     for graph in module.modules():
         if isinstance(graph, fx.GraphModule):
-            for node in graph.graph.nodes:
-                if isinstance(node.kwargs.get("device"), torch.device):
-                    node.update_kwarg("device", device)
-            graph.recompile()
+            calls = [node for node in graph.graph.nodes if node.kwargs.get("device", device) not in (device, None)]
+            for node in calls:
+                node.update_kwarg("device", device)
+            if calls:
+                graph.recompile()
 
 
 def _all_in(nodes: Sequence[fx.Node], known: set[fx.Node]) -> bool:

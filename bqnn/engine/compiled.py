@@ -268,7 +268,7 @@ def why_not(device: torch.device, precision: str) -> str:
     if device.type not in DEVICES:
         return f"a compiled network runs on the CPU or a GPU, not on {device}"
     if device.type == "cuda" and precision == "int8":
-        return "what is compiled for 'int8' runs on the CPU alone: on a GPU 'bf16' is fast"
+        return "what is compiled for 'int8' runs on the CPU alone; a GPU has 'fp32' and 'bf16'"
     return ""
 
 
