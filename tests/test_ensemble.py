@@ -253,6 +253,24 @@ def test_predictions_are_those_of_the_formula(nets: list[nn.Module], ensemble: C
             torch.testing.assert_close(have, want.float())
 
 
+def test_predictions_of_several_inputs_by_place_and_by_name() -> None:
+    weights = [torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+
+    class Two(nn.Module):
+        def __init__(self, weight: Tensor) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(weight)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return nn.functional.linear(a + b, self.weight)
+
+    a, b = torch.randn(5, 4), torch.randn(5, 4)
+    both = bqnn.compile([Two(weight) for weight in weights], (a, b))
+    expected = bqnn.predict(bqnn.Ensemble([Two(weight) for weight in weights]), (a, b)).probs
+    torch.testing.assert_close(bqnn.predict(both, (a, b)).probs, expected)
+    torch.testing.assert_close(bqnn.predict(both, {"b": b, "a": a}).probs, expected)
+
+
 def test_half_precision_inputs_are_float32_inside(ensemble: CompiledEnsemble) -> None:
     x = X.bfloat16()
     for found, expected in zip(bqnn.predict(ensemble, x), bqnn.predict(ensemble, x.float())):

@@ -12,7 +12,7 @@ from bqnn.bayes.likelihood import TASKS
 from bqnn.bayes.sample import check_posterior, sampled_networks
 from bqnn.core.check import check_choice, check_floating, check_integer, check_module, check_number, named
 from bqnn.core.ensemble import Ensemble, Stacked
-from bqnn.core.inputs import ask
+from bqnn.core.inputs import ask, map_tensors
 from bqnn.core.modes import in_evaluation
 from bqnn.core.precision import wide
 
@@ -135,7 +135,7 @@ def _outputs(net: nn.Module, x: Any, samples: int | None, seed: int | None, batc
     """What each sampled network, or each of an ensemble, returns: float32 or float64 [networks, ...]."""
     if isinstance(net, Stacked):
         if samples in (None, net.num_networks):
-            return wide(ask(in_evaluation(net), x) if isinstance(net, Ensemble) else net(wide(x)))
+            return wide(ask(in_evaluation(net), x if isinstance(net, Ensemble) else map_tensors(wide, x)))
         if not isinstance(net, Ensemble):
             raise ValueError(f"samples must be None, or the {net.num_networks} networks of the ensemble, got {samples}")
     samples = 1 if samples is None else samples

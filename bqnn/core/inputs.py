@@ -3,7 +3,7 @@ output is meant."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -56,12 +56,17 @@ def ask(net: nn.Module, inputs: Any) -> Tensor:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """``value`` with its tensors, nested in tuples, lists and mappings or not, on ``device``."""
+    return map_tensors(lambda tensor: tensor.to(device), value)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with what ``function`` gives for each of its tensors, nested in tuples, lists and mappings or not."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return function(value)
     if isinstance(value, Mapping):
-        return {key: to_device(each, device) for key, each in value.items()}
+        return {key: map_tensors(function, each) for key, each in value.items()}
     if isinstance(value, (tuple, list)):
-        return [to_device(each, device) for each in value]
+        return [map_tensors(function, each) for each in value]
     return value
 
 
