@@ -17,7 +17,7 @@ import bqnn
 from bqnn.core.codes import pack_codes
 from bqnn.engine import replay
 from bqnn.engine.compiled import CPU
-from bqnn.engine.graph import RELU, Activation, Graph, Node, Value
+from bqnn.engine.graph import RELU, Graph, Node, Value
 from bqnn.engine.partition import TorchPart
 from bqnn.engine.reference import run
 from bqnn.engine.replay import Replay
@@ -25,7 +25,7 @@ from bqnn.engine.torch_program import TorchProgram
 from bqnn.models import build
 from bqnn.packed.base import PackedLayer
 from tests.support.compiled import Function, packed
-from tests.support.draw_graphs import draw_graph
+from tests.support.draw_graphs import ACTIVATIONS, draw_graph
 from tests.support.helpers import run_with
 from tests.support.programs import check_near, of_batch
 from tests.support.reads import NothingIsRead
@@ -260,10 +260,7 @@ def test_what_is_compiled_for_int8_does_not_go_to_cuda() -> None:
 def test_the_activations_of_torch_are_the_reference_s() -> None:
     """Each of them, where it bends."""
     x = torch.linspace(-6, 6, 101)[None]
-    for activation in (Activation("clamp", -1.0, 6.0), RELU, Activation("leaky_relu", 0.1), *map(Activation, SMOOTH)):
+    for activation in ACTIVATIONS:
         node = Node("activation", ("x",), "y", activation=activation)
         graph = Graph(("x",), ("y",), {name: Value(name, (101,)) for name in "xy"}, (node,))
         check_near(TorchProgram(graph, CPU)([x]), run(graph, [x]))
-
-
-SMOOTH = ("hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "gelu_tanh", "tanh")

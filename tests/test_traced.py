@@ -121,20 +121,20 @@ def test_errors_name_the_input_there_too(small: nn.Module) -> None:
         traced(fast)(X[:, :1])
 
 
-def numbers(fast: CompiledNetwork) -> int:
+def number_of(fast: CompiledNetwork) -> int:
     return fast._number
 
 
 def test_every_network_has_a_number_of_its_own(small: nn.Module) -> None:
     fast = bqnn.compile(small, X)
     others = [copy.copy(fast), copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), bqnn.compile(small, X)]
-    assert len({numbers(each) for each in (fast, *others)}) == 5
+    assert len({number_of(each) for each in (fast, *others)}) == 5
     for each in others:
-        assert torch.equal(run_compiled(numbers(each), 0, [X])[0], fast(X))
+        assert torch.equal(run_compiled(number_of(each), 0, [X])[0], fast(X))
 
 
 def test_a_graph_does_not_run_another_network_when_its_own_is_gone(small: nn.Module) -> None:
-    number = numbers(bqnn.compile(small, X))
+    number = number_of(bqnn.compile(small, X))
     gc.collect()
     with pytest.raises(RuntimeError, match="the compiled network that this graph was made with is gone"):
         run_compiled(number, 0, [X])
@@ -142,4 +142,4 @@ def test_a_graph_does_not_run_another_network_when_its_own_is_gone(small: nn.Mod
 
 def test_the_op(small: nn.Module) -> None:
     fast = bqnn.compile(small, X)
-    torch.library.opcheck(run_compiled, (numbers(fast), 0, [X]))
+    torch.library.opcheck(run_compiled, (number_of(fast), 0, [X]))

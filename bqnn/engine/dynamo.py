@@ -17,7 +17,8 @@ from torch._guards import tracing
 from bqnn.core.derived import version_of
 from bqnn.core.text import shown
 from bqnn.engine.capture import capture_as_is
-from bqnn.engine.compiled import compile_captured, why_not
+from bqnn.engine.compile import checked_device
+from bqnn.engine.compiled import compile_captured
 from bqnn.engine.partition import EnginePart
 
 logger = logging.getLogger("bqnn")
@@ -105,13 +106,10 @@ class _Compiled:
         tensors = [value for value in example if isinstance(value, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise _Unserved("gradients are recorded")
-        devices = {tensor.device for tensor in tensors}
-        if len(devices) != 1 or (refusal := why_not(next(iter(devices)), precision)):
-            raise _Unserved(refusal if len(devices) == 1 else "its tensors are on several devices")
-        (device,) = devices
+        net = _Inputs(graph, example)
+        device = checked_device(*tensors)
         if torch.is_autocast_enabled(device.type):
             raise _Unserved("autocast is on")
-        net = _Inputs(graph, example)
         self.graph, self.inputs = graph, net.inputs
         self.states = [(index, tensor, version_of(tensor)) for index, tensor in net.states.items()]
         inputs = tuple(example[index] for index in net.inputs)

@@ -56,7 +56,6 @@ class TorchProgram:
         self.device = device
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._inputs, self._outputs = graph.inputs, graph.outputs
-        self.shapes = [graph.values[name].shape for name in graph.inputs]
         last = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
         last |= dict.fromkeys(graph.outputs, len(graph.nodes))
         self._steps = [
